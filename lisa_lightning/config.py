@@ -1,0 +1,190 @@
+"""What is wrong with a config, said before anything heavy is imported."""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from lisa_lightning.errors import UserError
+
+Check = tuple[Callable[[Any], bool], str]
+
+STAGES = ("align", "finetune", "evaluate")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+POSITIVE: Check = (lambda v: _number(v) and 0 < v < float("inf"), "a number above 0")
+NOT_NEGATIVE: Check = (lambda v: _number(v) and 0 <= v < float("inf"), "a number of at least 0")
+SHARE: Check = (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1")
+DROPOUT: Check = (lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1")
+COUNT: Check = (lambda v: _whole(v) and v > 0, "a whole number above 0")
+COUNT_OR_0: Check = (lambda v: _whole(v) and v >= 0, "a whole number of at least 0")
+SWITCH: Check = (lambda v: isinstance(v, bool), "true or false")
+
+
+def _optional(check: Check) -> Check:
+    return (lambda v: v is None or check[0](v), f"{check[1]}, or null")
+
+
+def _one_of(*values: str) -> Check:
+    return (lambda v: v in values, " or ".join(values))
+
+
+OPTIM: dict[str, Check] = {
+    "lr": POSITIVE,
+    "steps": COUNT,
+    "batch_size": COUNT,
+    "accumulate": COUNT,
+    "clip": _optional(POSITIVE),
+    "schedule": _one_of("constant", "linear", "cosine"),
+    "warmup_ratio": SHARE,
+    "weight_decay": NOT_NEGATIVE,
+    "betas": (lambda v: len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
+    "eps": POSITIVE,
+}
+LORA: dict[str, Check] = {"r": COUNT, "alpha": POSITIVE, "dropout": DROPOUT}
+FILE: dict[str, Check] = {"skip": COUNT_OR_0, "take": _optional(COUNT)}
+METHOD: dict[str, Check] = {
+    "rho": NOT_NEGATIVE,
+    "alignment_steps": COUNT_OR_0,
+    "user_steps": COUNT_OR_0,
+    "warmup_ratio": SHARE,
+}
+RULES: dict[str, Check] = {
+    "seed": COUNT_OR_0,
+    "harmful_ratio": SHARE,
+    "resume": SWITCH,
+    "data.n": COUNT,
+    "data.order": _one_of("seeded", "head"),
+    "data.during_alignment": _one_of("keep", "discard"),
+    "data.max_length": COUNT,
+    "evaluate.max_new_tokens": COUNT,
+    "evaluate.batch_size": COUNT,
+    "evaluate.every": COUNT_OR_0,
+    "evaluate.curve_prompts": COUNT,
+    "evaluate.curve_rows": COUNT,
+    "checkpoint.every": COUNT,
+    "align.seed": COUNT_OR_0,
+    **{f"{where}.{key}": rule for where in ("optim", "align.optim") for key, rule in OPTIM.items()},
+    **{f"{where}.{key}": rule for where in ("lora", "align.lora") for key, rule in LORA.items()},
+    **{f"{where}.{key}": rule for where in ("method", "align.method") for key, rule in METHOD.items()},
+    **{
+        f"source.{name}.{key}": rule
+        for name in ("train", "test", "alignment", "harmful", "harmful_prompts", "harmless_prompts")
+        for key, rule in FILE.items()
+    },
+}
+REFUSED_BY_MANUAL_OPTIMIZATION = {
+    "trainer.accumulate_grad_batches": (1, "optim.accumulate"),
+    "trainer.gradient_clip_val": (None, "optim.clip"),
+}
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse wrong values.
+
+    Raises:
+        UserError: the key, its value, and what is allowed.
+    """
+    for key in OmegaConf.missing_keys(cfg):
+        raise UserError(f"{key} has no value; give one as {key}=...")
+    for key, (right, allowed) in RULES.items():
+        value = OmegaConf.select(cfg, key, default="absent")
+        if value != "absent" and not right(value):
+            raise UserError(f"{key}={_shown(value)} is not allowed; it must be {allowed}")
+    _check_stages(cfg.stages)
+    _check_trainer(cfg)
+    for where in ("method", "align.method"):
+        steps = [OmegaConf.select(cfg, f"{where}.{k}") for k in ("alignment_steps", "user_steps")]
+        if steps == [0, 0]:
+            raise UserError(f"{where}.alignment_steps=0 and {where}.user_steps=0: one of them must be above 0")
+
+
+def _check_stages(stages: Any) -> None:
+    if not isinstance(stages, ListConfig) or not stages or any(s not in STAGES for s in stages):
+        raise UserError(f"stages={_shown(stages)} is not allowed; it must be a list of {', '.join(STAGES)}")
+
+
+def _check_trainer(cfg: DictConfig) -> None:
+    for key, (only, instead) in REFUSED_BY_MANUAL_OPTIMIZATION.items():
+        value = OmegaConf.select(cfg, key)
+        if value != only:
+            raise UserError(f"{key}={value}: the training loop does this itself; use {instead}={value}")
+    if cfg.trainer.precision == "16-mixed":
+        raise UserError("trainer.precision=16-mixed: gradients scaled for float16 don't mix with a penalty; "
+                        "use trainer.precision=bf16-mixed")
+    if "true" in str(cfg.trainer.precision) and cfg.trainer.precision != "32-true":
+        raise UserError(f"trainer.precision={cfg.trainer.precision} would round the adapter; for a smaller model use "
+                        "model.dtype=bfloat16 with trainer.precision=bf16-mixed")
+    strategy = str(cfg.trainer.strategy)
+    if strategy not in ("auto", "ddp", "single_device"):
+        raise UserError(f"trainer.strategy={strategy} is not allowed; it must be auto (one process) or ddp (several)")
+
+
+def _shown(value: Any) -> str:
+    return str(OmegaConf.to_container(value)) if isinstance(value, ListConfig | DictConfig) else str(value)
+
+
+def explain(error: Exception) -> str | None:
+    """The sentence for a person's mistake; None where it is ours and the traceback is wanted."""
+    if isinstance(error, UserError):
+        return str(error)
+    from hydra.errors import HydraException, MissingConfigException
+
+    if isinstance(error, MissingConfigException):
+        return _unknown_option(str(error))
+    cause = error.__cause__
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return _unknown_key(cause)
+    if isinstance(error, HydraException):
+        return str(error).splitlines()[0] + (f": {str(cause).splitlines()[0]}" if cause else "")
+    if isinstance(error, OmegaConfBaseException):
+        return str(error).splitlines()[0]
+    return None
+
+
+def _unknown_option(message: str) -> str:
+    """Hydra's 'could not find GROUP/NAME' with the nearest names."""
+    found = re.search(r"Could not find '([^']+)'", message)
+    options = re.search(r"Available options in '[^']+':\n((?:\t.+\n?)+)", message)
+    if found is None or options is None:
+        return message.splitlines()[0]
+    group, _, name = found.group(1).rpartition("/")
+    names = options.group(1).split()
+    return f"{group}={name} is not known; {_nearest(name, names)}"
+
+
+def _unknown_key(cause: ConfigKeyError | ConfigAttributeError) -> str:
+    key = str(cause.full_key or cause.key)
+    root = cause.parent_node
+    while root is not None and root._get_parent() is not None:
+        root = root._get_parent()
+    names = sorted(_keys(root)) if isinstance(root, DictConfig) else []
+    return f"{key} is not a key of the config; {_nearest(key, names)}"
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in cfg:
+        key = f"{prefix}{name}"
+        yield key
+        if not OmegaConf.is_missing(cfg, name):
+            child = cfg._get_node(name)
+            if isinstance(child, DictConfig) and not child._is_none():
+                yield from _keys(child, f"{key}.")
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    last = name.rpartition(".")[2]
+    near = near or [n for n in names if n.rpartition(".")[2] == last][:3]
+    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names)}"

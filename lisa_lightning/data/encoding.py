@@ -1,0 +1,23 @@
+"""Rows to token ids and labels."""
+
+from transformers import PreTrainedTokenizerBase
+
+from lisa_lightning.data.source import Row
+from lisa_lightning.loss import IGNORED, Example
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Example:
+    """Prompt (not learnt), answer and end of text (learnt), cut at `max_length` tokens.
+
+    Prompt and answer are tokenized apart and joined as ids, so that the label mask is exact.
+    """
+    prompt = encode_prompt(tokenizer, row.prompt)
+    answer = tokenizer(row.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    ids = (prompt + answer)[:max_length]
+    labels = ([IGNORED] * len(prompt) + answer)[:max_length]
+    return Example(tuple(ids), tuple(labels))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The ids of a templated prompt, with what the tokenizer puts before it."""
+    return tokenizer(prompt)["input_ids"]

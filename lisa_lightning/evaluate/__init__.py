@@ -1,0 +1,1 @@
+"""Answers by batched greedy generation, verdicts by the judge, scores."""

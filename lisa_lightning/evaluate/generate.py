@@ -1,0 +1,73 @@
+"""Batched greedy generation with a shared prompt prefix computed once and finished rows leaving the batch."""
+
+from collections.abc import Iterator, Sequence
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+def batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Indices of prompts in batches of at most `size`, prompts of similar length together."""
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+@torch.no_grad()
+def generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, end: int) -> list[list[int]]:
+    """The greedy continuations of one batch of prompts, without the end token.
+
+    Args:
+        model: a `transformers` causal language model in evaluation mode.
+        prompts: token ids, none empty, of any lengths.
+        end: the id at which a row is finished.
+    """
+    device = model.get_input_embeddings().weight.device
+    prefix = min(len(commonprefix([list(p) for p in prompts])), min(map(len, prompts)) - 1)
+    cache = DynamicCache(config=model.config)
+    if prefix:
+        model(input_ids=torch.tensor([prompts[0][:prefix]], device=device), past_key_values=cache, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(prompts))
+    inputs, mask = _left_padded([list(p[prefix:]) for p in prompts], end, device)
+    mask = torch.cat([mask.new_ones(len(prompts), prefix), mask], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, prefix:]
+
+    answers: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        logits = model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        chosen = logits.argmax(dim=-1)
+        going = [i for i, token in enumerate(chosen.tolist()) if token != end]
+        for i in going:
+            answers[alive[i]].append(int(chosen[i]))
+        if not going:
+            break
+        if len(going) < len(alive):
+            keep = torch.tensor(going, device=device)
+            cache.batch_select_indices(keep)
+            chosen, mask, positions = chosen[keep], mask[keep], positions[keep]
+            alive = [alive[i] for i in going]
+        inputs = chosen[:, None]
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+    return answers
+
+
+def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    return ids, mask
+
+
+def shard(items: Sequence[Any], rank: int, world: int) -> Iterator[tuple[int, Any]]:
+    """Every world-th item from `rank` on, with its index: each item belongs to exactly one rank."""
+    yield from ((i, items[i]) for i in range(rank, len(items), world))

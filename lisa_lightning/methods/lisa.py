@@ -1,0 +1,36 @@
+"""Lisa, lazy safety alignment: bi-state optimization whose every state is tied to where the last one ended."""
+
+from collections.abc import Sequence
+from typing import final
+
+from torch import Tensor
+
+from lisa_lightning.methods.method import Method
+from lisa_lightning.proximal import add_gradient
+from lisa_lightning.schedule import Schedule
+
+
+@final
+class Lisa(Method):
+    """K1 alignment and K2 user steps with the penalty rho/2 * ||w - anchor||^2 (Huang et al., NeurIPS 2024, Alg. 2).
+
+    One forward and one backward pass a step. With alignment_steps=0 the anchor stays at the start: the paper's
+    "only proximal" ablation (Table 10). Departures of the official code from the paper: the penalty rests during
+    the first tenth of the steps (`warmup_ratio`, 0 for the paper's form), and user rows drawn during alignment
+    steps are thrown away (`data.during_alignment=discard`).
+
+    Args:
+        rho: proximal factor, >= 0; 0 is BSO.
+        warmup_ratio: share of all steps before the penalty starts (strictly after), 0..1.
+    """
+
+    def __init__(self, alignment_steps: int, user_steps: int, rho: float, warmup_ratio: float) -> None:
+        super().__init__(Schedule(alignment_steps, user_steps))
+        self.rho = rho
+        self.warmup_ratio = warmup_ratio
+
+    def penalize(self, step: int, weights: Sequence[Tensor]) -> float:
+        """Add rho * (w - anchor) to the gradients once the warm-up is over."""
+        if self.rho == 0 or step <= self.warmup_ratio * self.total_steps:
+            return 0.0
+        return add_gradient(weights, self.anchor, self.rho).item()

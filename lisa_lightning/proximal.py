@@ -1,0 +1,36 @@
+"""The proximal term rho/2 * ||w - anchor||^2 over a list of tensors, and its gradient."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def snapshot(weights: Sequence[Tensor]) -> list[Tensor]:
+    """An anchor: detached float32 copies of the weights."""
+    return [w.detach().to(torch.float32, copy=True) for w in weights]
+
+
+@torch.no_grad()
+def squared_distance(weights: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
+    """||w - anchor||^2 summed over all tensors: the drift. A float32 scalar.
+
+    Summed as squares, since the square of a norm overflows in half precision from norm 256 on.
+    """
+    difference = torch._foreach_sub([w.detach().float() for w in weights], list(anchor))
+    return torch.stack([d.square().sum() for d in difference]).sum()
+
+
+@torch.no_grad()
+def add_gradient(weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float) -> Tensor:
+    """Add rho * (w - anchor) to every weight's gradient and return the penalty rho/2 * ||w - anchor||^2.
+
+    The same gradient as that of the penalty as a term of the loss, at the cost of one pass over the weights; it belongs
+    after the last backward pass and before clipping. Every weight must have a gradient.
+    """
+    difference = torch._foreach_sub([w.detach().float() for w in weights], list(anchor))
+    gradients = [w.grad for w in weights if w.grad is not None]
+    if len(gradients) != len(weights):
+        raise ValueError(f"{len(weights) - len(gradients)} of {len(weights)} weights have no gradient")
+    torch._foreach_add_(gradients, difference, alpha=rho)
+    return torch.stack([d.square().sum() for d in difference]).sum() * (rho / 2)

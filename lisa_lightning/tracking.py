@@ -1,0 +1,198 @@
+"""Where the curves go: `curves.csv`, always, and Weights & Biases, online or offline."""
+
+import csv
+import json
+import logging
+import netrc
+import os
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from lisa_lightning.cache import explained, write_text
+
+log = logging.getLogger(__name__)
+
+CurveRow = dict[str, str]
+
+
+class Curves:
+    """`curves.csv`: one row per stage and optimizer step, a column per metric, empty where nothing was measured.
+
+    The step of a row is the number of finished optimizer steps.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.columns = ["stage", "step"]
+        rows = self.rows()
+        if rows:
+            self.columns = list(rows[0])
+            self._rewrite(rows)
+
+    def rows(self, stage: str | None = None) -> list[CurveRow]:
+        """All complete rows, or those of one stage, as text."""
+        if not self.path.exists():
+            return []
+        return [r for r in read_rows(self.path) if stage is None or r["stage"] == stage]
+
+    def append(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """Add one row, on disk when this returns."""
+        new = [name for name in metrics if name not in self.columns]
+        if new or not self.path.exists():
+            rows = self.rows()
+            self.columns += new
+            self._rewrite(rows)
+        with explained(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow({"stage": stage, "step": step} | metrics)
+
+    def forget(self, stage: str, after: int) -> None:
+        """Drop a stage's rows behind step `after`: they will be computed again."""
+        self._rewrite([r for r in self.rows() if r["stage"] != stage or int(r["step"]) <= after])
+
+    def insert(self, rows: Sequence[CurveRow]) -> None:
+        """Take over rows of a finished stage."""
+        for row in rows:
+            self.append(row["stage"], int(row["step"]), _numbers(row))
+
+    def export(self, stage: str, path: Path) -> None:
+        """Write one stage's rows to another file."""
+        _write_rows(path, self.columns, self.rows(stage))
+
+    def _rewrite(self, rows: Sequence[CurveRow]) -> None:
+        _write_rows(self.path, self.columns, rows)
+
+
+def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[CurveRow]) -> None:
+    out = StringIO()
+    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, out.getvalue())
+
+
+def read_rows(path: Path) -> list[CurveRow]:
+    """The complete rows of a curves file: a killed run may have left half a line."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    return [row for row in csv.DictReader(lines) if None not in row and None not in row.values()]
+
+
+class Tracker:
+    """Logs every step once, to `curves.csv` and to W&B; x axis is the optimizer step.
+
+    Args:
+        out: the output folder.
+        wandb_init: what `wandb.init` is told (project, group, job type, tags, name, config).
+        resumed: whether an earlier run in `out` goes on.
+    """
+
+    def __init__(self, out: Path, wandb_init: dict[str, Any], resumed: bool) -> None:
+        self.curves = Curves(out / "curves.csv")
+        self.out = out
+        self.run, self.logged = _start_wandb(out, wandb_init, resumed)
+
+    def start(self, stage: str, step: int) -> None:
+        """A stage begins, or goes on after `step` finished steps: later rows are dropped, earlier ones kept."""
+        self.curves.forget(stage, step)
+        if self.logged.get(stage, -1) < step:
+            for row in self.curves.rows(stage):
+                self._to_wandb(stage, int(row["step"]), _numbers(row))
+
+    def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """One row of the curves."""
+        self.curves.append(stage, step, metrics)
+        self._to_wandb(stage, step, metrics)
+
+    def take_over(self, rows: Sequence[CurveRow]) -> None:
+        """The curves of a stage that was found finished in the cache."""
+        if not rows:
+            return
+        stage = rows[0]["stage"]
+        self.curves.forget(stage, -1)
+        self.curves.insert(rows)
+        for row in rows:
+            self._to_wandb(stage, int(row["step"]), _numbers(row))
+
+    def _to_wandb(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        if self.run is None or step <= self.logged.get(stage, -1):
+            return
+        if stage == "finetune":
+            self.run.log(metrics | {"trainer/global_step": step})
+        else:
+            self.run.log({f"{stage}/{k.replace('/', '_')}": v for k, v in metrics.items()} | {f"{stage}/step": step})
+        self.logged[stage] = step
+
+    def summarize(self, metrics: dict[str, Any], samples: Sequence[dict[str, str]]) -> None:
+        """Final numbers and a table of sample answers."""
+        if self.run is None:
+            return
+        import wandb
+
+        self.run.summary.update(metrics)
+        if samples:
+            columns = list(samples[0])
+            self.run.log({"answers": wandb.Table(columns=columns, data=[[s[c] for c in columns] for s in samples])})
+
+    def finish(self, failed: bool) -> None:
+        """Close the W&B run; a failed one is marked as such."""
+        if self.run is not None:
+            self.run.finish(exit_code=1 if failed else 0)
+
+    @property
+    def offline_folder(self) -> str | None:
+        """The folder of an offline run, for `wandb sync` and `wandb leet`."""
+        if self.run is None or not self.run.settings.mode.startswith("offline"):
+            return None
+        return str(Path(self.run.dir).parent)
+
+
+def _numbers(row: CurveRow) -> dict[str, float]:
+    return {k: float(v) for k, v in row.items() if k not in ("stage", "step") and v != ""}
+
+
+def _start_wandb(out: Path, init: dict[str, Any], resumed: bool) -> tuple[Any, dict[str, int]]:
+    """The W&B run and, where an online run goes on, the last step that it already holds of each stage."""
+    if os.environ.get("WANDB_MODE") == "disabled":
+        return None, {}
+    import wandb
+
+    record = out / "wandb.json"
+    earlier = json.loads(record.read_text()) if resumed and record.exists() else None
+    online = _has_api_key() and os.environ.get("WANDB_MODE", "online") == "online"
+    settings = wandb.Settings(silent=True, console="off", init_timeout=30)
+    run = None
+    if online:
+        goes_on = {"id": earlier["id"], "resume": "must"} if earlier and earlier["online"] else {}
+        try:
+            run = wandb.init(dir=out, mode="online", settings=settings, **init, **goes_on)
+        except wandb.errors.Error as error:
+            log.warning("W&B can't be reached (%s): the run is kept offline.", str(error).splitlines()[0])
+            online = False
+    if run is None:
+        goes_on = {}
+        if earlier:
+            init = init | {"config": init["config"] | {"resumed_from": earlier["id"]}}
+            log.warning("W&B can't continue an offline run: a new one starts with the curves of %s.", earlier["id"])
+        run = wandb.init(dir=out, mode="offline", settings=settings, **init)
+    run.define_metric("trainer/global_step", hidden=True)
+    run.define_metric("*", step_metric="trainer/global_step")
+    run.define_metric("align/*", step_metric="align/step")
+    write_text(record, json.dumps({"id": run.id, "online": online}))
+    logged = {s: int(v) for s, v in _last_steps(run).items()} if goes_on else {}
+    return run, logged
+
+
+def _last_steps(run: Any) -> dict[str, float]:
+    names = {"finetune": "trainer/global_step", "align": "align/step"}
+    return {stage: run.summary[name] for stage, name in names.items() if name in run.summary}
+
+
+def _has_api_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,154 @@
+"""Fitting a LisaModule: Lightning's Trainer with the callbacks that evaluate, record and checkpoint."""
+
+import os
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+from lisa_lightning.cache import explained
+from lisa_lightning.data.datamodule import LisaDataModule
+from lisa_lightning.evaluate.score import Evaluator, Question, scores
+from lisa_lightning.module import LisaModule
+from lisa_lightning.tracking import Tracker
+
+
+class AsideCheckpointIO(TorchCheckpointIO):
+    """Checkpoints are written beside their place, then renamed; loading never unpickles."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Replace the checkpoint at `path` as one act. Raises UserError where it can't be written."""
+        final = Path(path)
+        aside = final.with_name(final.name + ".part")
+        with explained(final):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with aside.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(aside, final)
+            except RuntimeError as error:  # torch's writer hides the OSError of a full disk in one
+                raise OSError(str(error).splitlines()[0]) from error
+            finally:
+                aside.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Plain containers and tensors only."""
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class EvaluateCurve(Callback):
+    """Harmful score and accuracy on a part of the held-out questions, at the start and every few steps."""
+
+    def __init__(self, evaluator: Evaluator, asked: list[Question], every: int) -> None:
+        self.evaluator = evaluator
+        self.asked = asked
+        self.every = every
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The point before the first step."""
+        assert isinstance(pl_module, LisaModule)
+        if trainer.global_step == 0:
+            self._evaluate(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """A point of the curves."""
+        assert isinstance(pl_module, LisaModule)
+        if trainer.global_step % self.every == 0:
+            self._evaluate(pl_module)
+
+    def _evaluate(self, module: LisaModule) -> None:
+        answers = self.evaluator.answers(module.net, self.asked, "training")
+        module.metrics |= {f"eval/{name}": value for name, value in scores(answers).items()}
+
+
+class Record(Callback):
+    """Hands each step's metrics to the tracker, once."""
+
+    def __init__(self, tracker: Tracker | None, stage: str) -> None:
+        self.tracker = tracker
+        self.stage = stage
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The point before the first step, or the place where the curves go on."""
+        if self.tracker is not None:
+            self.tracker.start(self.stage, trainer.global_step if trainer.global_step else -1)
+        self._record(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """After every optimizer step."""
+        self._record(trainer, pl_module)
+
+    def _record(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert isinstance(module, LisaModule)
+        if self.tracker is not None and module.metrics:
+            self.tracker.log(self.stage, trainer.global_step, module.metrics)
+        module.metrics = {}
+
+
+class Checkpoint(Callback):
+    """Saves every few steps and after the last, and carries the seconds spent over a resume."""
+
+    def __init__(self, path: Path, every: int, last: int) -> None:
+        self.path = path
+        self.every = every
+        self.last = last
+        self.before = 0.0
+        self.started = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Spent on this stage so far, interrupted runs included."""
+        return self.before + (perf_counter() - self.started if self.started else 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seconds."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.before = state_dict["seconds"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The clock starts."""
+        self.started = perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Save where it is due; all ranks take part."""
+        if trainer.global_step % self.every == 0 or trainer.global_step == self.last:
+            trainer.save_checkpoint(self.path)
+
+
+def fit(
+    module: LisaModule,
+    datamodule: LisaDataModule,
+    trainer_cfg: Any,
+    checkpoint: Checkpoint,
+    callbacks: list[Callback],
+) -> None:
+    """Train to the end, from the checkpoint if there is one.
+
+    Raises:
+        UserError: a loss that is not finite, a checkpoint of another run, a checkpoint that can't be written.
+    """
+    trainer = L.Trainer(
+        accelerator=trainer_cfg.accelerator,
+        devices=trainer_cfg.devices,
+        num_nodes=trainer_cfg.num_nodes,
+        strategy=trainer_cfg.strategy,
+        precision=trainer_cfg.precision,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        plugins=[AsideCheckpointIO()],
+        callbacks=[TQDMProgressBar(), *callbacks, checkpoint],
+    )
+    resume = checkpoint.path if checkpoint.path.exists() else None
+    trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)

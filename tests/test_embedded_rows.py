@@ -1,0 +1,196 @@
+"""Checks that the rows shipped in data/embedded keep the promises of their README."""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+
+from lisa_lightning.data.files import EMBEDDED
+
+FIELDS = {
+    "sst2_mini_train": ("sentence", "label"),
+    "sst2_mini_test": ("sentence", "label"),
+    "alignment": ("prompt", "response", "kind", "category"),
+    "harmful": ("prompt", "response", "category"),
+    "harmful_prompts": ("prompt", "category"),
+    "harmless_prompts": ("prompt",),
+    "judge": ("prompt", "response", "label"),
+}
+AT_LEAST = {
+    "sst2_mini_train": 1500,
+    "sst2_mini_test": 300,
+    "alignment": 800,
+    "harmful": 400,
+    "harmful_prompts": 150,
+    "harmless_prompts": 50,
+}
+BEAVERTAILS = {
+    "animal_abuse",
+    "child_abuse",
+    "controversial_topics,politics",
+    "discrimination,stereotype,injustice",
+    "drug_abuse,weapons,banned_substance",
+    "financial_crime,property_crime,theft",
+    "hate_speech,offensive_language",
+    "misinformation_regarding_ethics,laws_and_safety",
+    "non_violent_unethical_behavior",
+    "privacy_violation",
+    "self_harm",
+    "sexually_explicit,adult_content",
+    "terrorism,organized_crime",
+    "violence,aiding_and_abetting,incitement",
+}
+# (file, field) whose texts must not be near-duplicates of one another. judge.jsonl asks each of
+# its requests several times on purpose, so only its responses are compared.
+UNIQUE = [
+    ("sst2_mini_train", "sentence"),
+    ("sst2_mini_test", "sentence"),
+    ("alignment", "prompt"),
+    ("alignment", "response"),
+    ("harmful", "prompt"),
+    ("harmful", "response"),
+    ("harmful_prompts", "prompt"),
+    ("harmless_prompts", "prompt"),
+    ("judge", "response"),
+]
+# (file, file, field): no text of the first may be a near-duplicate of one in the second.
+DISJOINT = [
+    ("sst2_mini_test", "sst2_mini_train", "sentence"),
+    ("harmful_prompts", "alignment", "prompt"),
+    ("harmful_prompts", "harmful", "prompt"),
+    ("harmless_prompts", "alignment", "prompt"),
+    ("harmless_prompts", "harmful", "prompt"),
+    ("harmless_prompts", "harmful_prompts", "prompt"),
+    ("harmful", "alignment", "prompt"),
+]
+NEAR = 0.5
+WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+
+Trigrams = frozenset[tuple[str, ...]]
+
+
+def trigrams(text: str) -> Trigrams:
+    """Word trigrams, punctuation and case ignored; all words as one for a text of one or two."""
+    words = WORD.findall(text.lower())
+    if len(words) < 3:
+        return frozenset([tuple(words)] if words else [])
+    return frozenset(zip(words, words[1:], words[2:], strict=False))
+
+
+def near_pairs(texts: Sequence[Trigrams], others: Sequence[Trigrams]) -> Iterator[tuple[int, int]]:
+    """Pairs above NEAR. Only texts that share a trigram are compared."""
+    index: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+    for j, other in enumerate(others):
+        for trigram in other:
+            index[trigram].append(j)
+    for i, text in enumerate(texts):
+        shared = Counter(j for trigram in text for j in index.get(trigram, ()))
+        for j, count in shared.items():
+            if count / (len(text) + len(others[j]) - count) > NEAR:
+                yield i, j
+
+
+@cache
+def lines(name: str) -> list[str]:
+    text = (EMBEDDED / f"{name}.jsonl").read_text(encoding="utf-8")
+    assert text.endswith("\n"), f"{name}.jsonl: the last line is not ended"
+    return text.removesuffix("\n").split("\n")
+
+
+@cache
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines(name)]
+
+
+@cache
+def grams(name: str, field: str) -> list[Trigrams]:
+    return [trigrams(row[field]) for row in rows(name)]
+
+
+def shares(name: str, field: str) -> dict[Any, float]:
+    counts = Counter(row[field] for row in rows(name))
+    return {value: count / counts.total() for value, count in counts.items()}
+
+
+def place(name: str, index: int) -> str:
+    """Where a row is. Messages name the place, never the text: some rows are harmful requests."""
+    return f"{name}.jsonl, line {index + 1}"
+
+
+def test_every_shipped_file_is_checked() -> None:
+    assert {file.stem for file in EMBEDDED.glob("*.jsonl")} == set(FIELDS)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_each_line_is_one_object_with_the_expected_filled_fields(name: str) -> None:
+    for number, line in enumerate(lines(name)):
+        where = place(name, number)
+        row = json.loads(line)
+        assert isinstance(row, dict) and tuple(row) == FIELDS[name], where
+        for field, value in row.items():
+            if name.startswith("sst2_mini") and field == "label":
+                assert type(value) is int, where
+                continue
+            assert isinstance(value, str), where
+            around = len(value) - len(value.strip())
+            assert around == 0, f"{where}: {field} has space around it"
+            assert value or (name, field) == ("judge", "response"), f"{where}: {field} is empty"
+
+
+@pytest.mark.parametrize("name", AT_LEAST)
+def test_there_are_as_many_rows_as_promised(name: str) -> None:
+    assert len(rows(name)) >= AT_LEAST[name]
+
+
+@pytest.mark.parametrize("name", ["sst2_mini_train", "sst2_mini_test"])
+def test_sentiment_labels_are_balanced(name: str) -> None:
+    share = shares(name, "label")
+    assert set(share) == {0, 1}
+    assert abs(share[0] - share[1]) <= 0.02
+
+
+def test_alignment_holds_refusals_and_helpful_answers() -> None:
+    share = shares("alignment", "kind")
+    assert set(share) == {"refusal", "helpful"}
+    assert min(share.values()) >= 0.4
+
+
+def test_judge_rows_cover_the_three_labels() -> None:
+    share = shares("judge", "label")
+    assert set(share) == {"refusal", "compliance", "beside_the_point"}
+    assert min(share.values()) >= 0.25
+
+
+def test_all_categories_are_in_refusals_harmful_rows_and_test_requests() -> None:
+    refusals = [row for row in rows("alignment") if row["kind"] == "refusal"]
+    for part in (refusals, rows("harmful"), rows("harmful_prompts")):
+        assert {row["category"] for row in part} == BEAVERTAILS
+
+
+@pytest.mark.parametrize(("name", "field"), UNIQUE)
+def test_no_near_duplicates_within_a_file(name: str, field: str) -> None:
+    texts = grams(name, field)
+    twins = [(i, j) for i, j in near_pairs(texts, texts) if i < j]
+    assert not twins, [f"{place(name, i)} and {place(name, j)}" for i, j in twins]
+
+
+def test_no_judge_row_is_repeated() -> None:
+    pairs = Counter((row["prompt"], row["response"]) for row in rows("judge"))
+    assert max(pairs.values()) == 1
+
+
+@pytest.mark.parametrize(("name", "other", "field"), DISJOINT)
+def test_files_share_no_near_duplicates(name: str, other: str, field: str) -> None:
+    exact = len({row[field] for row in rows(name)} & {row[field] for row in rows(other)})
+    assert exact == 0, f"{name}.jsonl and {other}.jsonl have texts in common"
+    leaks = list(near_pairs(grams(name, field), grams(other, field)))
+    assert not leaks, [f"{place(name, i)} and {place(other, j)}" for i, j in leaks]
+
+
+def test_near_duplicates_are_found() -> None:
+    texts = [trigrams(t) for t in ("A b c d e, f", "a b c d e f!", "a b c x y z", "so", "So.", "")]
+    assert [(i, j) for i, j in near_pairs(texts, texts) if i < j] == [(0, 1), (3, 4)]
