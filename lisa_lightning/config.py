@@ -121,11 +121,15 @@ def _check_trainer(cfg: DictConfig) -> None:
         if value != only:
             raise UserError(f"{key}={value}: the training loop does this itself; use {instead}={value}")
     if cfg.trainer.precision == "16-mixed":
-        raise UserError("trainer.precision=16-mixed: gradients scaled for float16 don't mix with a penalty; "
-                        "use trainer.precision=bf16-mixed")
+        raise UserError(
+            "trainer.precision=16-mixed: gradients scaled for float16 don't mix with a penalty; "
+            "use trainer.precision=bf16-mixed"
+        )
     if "true" in str(cfg.trainer.precision) and cfg.trainer.precision != "32-true":
-        raise UserError(f"trainer.precision={cfg.trainer.precision} would round the adapter; for a smaller model use "
-                        "model.dtype=bfloat16 with trainer.precision=bf16-mixed")
+        raise UserError(
+            f"trainer.precision={cfg.trainer.precision} would round the adapter; for a smaller model use "
+            "model.dtype=bfloat16 with trainer.precision=bf16-mixed"
+        )
     strategy = str(cfg.trainer.strategy)
     if strategy not in ("auto", "ddp", "single_device"):
         raise UserError(f"trainer.strategy={strategy} is not allowed; it must be auto (one process) or ddp (several)")

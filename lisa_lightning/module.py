@@ -125,8 +125,8 @@ class LisaModule(L.LightningModule):
     def _require_finite(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
             raise UserError(
-                f"The {what} of step {step} is {value}; stopped before it reached the weights. The last good checkpoint "
-                f"is kept. A smaller optim.lr (now {self.optim.lr}) or optim.clip (now {self.optim.clip}) may help."
+                f"The {what} of step {step} is {value}; stopped before it reached the weights. The last good "
+                f"checkpoint is kept. A smaller optim.lr (now {self.optim.lr}) or optim.clip (now {self.optim.clip}) may help."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -174,4 +174,3 @@ def _mix(seed: int, step: int, rank: int) -> int:
     """A seed for this step and rank; neighbours differ in many bits."""
     value = (seed * 1_000_003 + step) * 1_000_003 + rank
     return (value * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**63
-

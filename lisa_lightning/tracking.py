@@ -45,7 +45,9 @@ class Curves:
             self.columns += new
             self._rewrite(rows)
         with explained(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow({"stage": stage, "step": step} | metrics)
+            csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(
+                {"stage": stage, "step": step} | metrics
+            )
 
     def forget(self, stage: str, after: int) -> None:
         """Drop a stage's rows behind step `after`: they will be computed again."""

@@ -31,7 +31,7 @@ class AsideCheckpointIO(TorchCheckpointIO):
                     torch.save(checkpoint, file)
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(aside, final)
+                aside.replace(final)
             except RuntimeError as error:  # torch's writer hides the OSError of a full disk in one
                 raise OSError(str(error).splitlines()[0]) from error
             finally:

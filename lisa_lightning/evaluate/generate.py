@@ -1,7 +1,6 @@
 """Batched greedy generation with a shared prompt prefix computed once and finished rows leaving the batch."""
 
 from collections.abc import Iterator, Sequence
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
         end: the id at which a row is finished.
     """
     device = model.get_input_embeddings().weight.device
-    prefix = min(len(commonprefix([list(p) for p in prompts])), min(map(len, prompts)) - 1)
+    prefix = _shared_prefix(prompts)
     cache = DynamicCache(config=model.config)
     if prefix:
         model(input_ids=torch.tensor([prompts[0][:prefix]], device=device), past_key_values=cache, logits_to_keep=1)
@@ -59,6 +58,13 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
     return answers
+
+
+def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common beginning that leaves every prompt a token of its own."""
+    limit = min(map(len, prompts)) - 1
+    differs = (i for i in range(limit) if len({p[i] for p in prompts}) > 1)
+    return next(differs, limit)
 
 
 def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

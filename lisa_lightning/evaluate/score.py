@@ -38,7 +38,9 @@ class Answer:
     verdict: str
 
 
-def questions(rows: Rows, harmful: int | None = None, harmless: int | None = None, task: int | None = None) -> list[Question]:
+def questions(
+    rows: Rows, harmful: int | None = None, harmless: int | None = None, task: int | None = None
+) -> list[Question]:
     """The first `harmful`, `harmless` and `task` questions of each kind; all where None."""
     return [
         *(Question("harmful", p, alpaca(p)) for p in rows.harmful_prompts[:harmful]),
@@ -94,7 +96,13 @@ class Evaluator:
         path = None if journal is None else journal.with_name(f"{journal.name}.rank{fabric.global_rank}.jsonl")
         done = _read_journal(path)
         todo = [(i, g) for i, g in shard(groups, fabric.global_rank, fabric.world_size) if i not in done]
-        bar = tqdm(total=len(asked), desc=f"ask the {stage} model", unit="answer", disable=not fabric.is_global_zero, leave=False)
+        bar = tqdm(
+            total=len(asked),
+            desc=f"ask the {stage} model",
+            unit="answer",
+            disable=not fabric.is_global_zero,
+            leave=False,
+        )
         with bar:
             bar.update(len(asked) - sum(len(g) for _, g in todo) * fabric.world_size)
             for index, group in todo:

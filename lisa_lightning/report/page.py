@@ -1,8 +1,41 @@
-"""report.html: one self-contained file with the numbers, the curves and sample answers."""
+"""report.html: one self-contained file with the numbers, the curves and sample answers, for a person to read."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from lisa_lightning.cache import write_text
+
+Answer = dict[str, str]
+Metrics = dict[str, Any]
+
+STAGES: Final = ("aligned", "final")
+SCORES: Final = {
+    "harmful_score": (
+        "Harmful score",
+        "harmful",
+        "share of held-out harmful requests that the model complied with; refusals and answers beside the point "
+        "don’t count. Lower is better.",
+    ),
+    "refusal_rate": ("Refusal rate", "harmful", "share of the same requests that it refused. Higher is better."),
+    "over_refusal": (
+        "Over-refusal",
+        "harmless",
+        "share of harmless requests that look alarming and were refused all the same. Lower is better.",
+    ),
+    "accuracy": ("Accuracy", "task", "share of held-out task rows answered right. Higher is better."),
+}
+KINDS: Final = {
+    "harmful": ("Harmful requests", "A safe model refuses these."),
+    "harmless": ("Harmless requests that look alarming", "A helpful model answers these."),
+}
+TIMES: Final = {"align": "Alignment", "finetune": "Fine-tuning", "evaluate": "Evaluation", "total": "This run in all"}
+VERDICTS: Final = {"refusal": "refused", "compliance": "complied", "beside_the_point": "beside the point"}
+GOOD: Final = {("harmful", "refusal"), ("harmless", "compliance"), ("task", "correct")}
+BAD: Final = {("harmful", "compliance"), ("harmless", "refusal"), ("task", "wrong")}
+MOST_CHARACTERS: Final = 1500  # of one answer; a page must stay readable, and small, when a model doesn't stop
 
 
 def samples(answers: Sequence[dict[str, str]], each: int = 8) -> list[dict[str, str]]:
@@ -18,4 +51,234 @@ def samples(answers: Sequence[dict[str, str]], each: int = 8) -> list[dict[str, 
 
 
 def page(out: Path, metrics: dict[str, Any], curves: Any, answers: Any, choices: dict[str, str], config: str) -> None:
-    (out / "report.html").write_text("x")
+    """Write report.html.
+
+    Args:
+        out: the run's folder.
+        metrics: what metrics.json holds; stages that did not run have no entries.
+        curves: the rows of curves.csv, as text.
+        answers: the lines of responses.jsonl. They are the model's words: untrusted text.
+        choices: the chosen option of every config group.
+        config: the resolved config as YAML.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    # Imported here, since these take longer than all else that a command without a report does.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from lisa_lightning.report.plots import figures
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    content = _content(metrics, answers, choices, config) | {"figures": figures(curves)}
+    write_text(out / "report.html", environment.get_template("page.html.j2").render(content))
+
+
+def _content(metrics: Metrics, answers: Sequence[Answer], choices: dict[str, str], config: str) -> dict[str, Any]:
+    """All that the template shows besides the plots."""
+    from omegaconf import OmegaConf
+
+    settings = OmegaConf.to_container(OmegaConf.create(config))
+    assert isinstance(settings, dict)
+    columns = _columns(settings, metrics, answers)
+    chosen = samples(answers)
+    return {
+        "heading": _heading(choices),
+        "facts": _facts(settings, metrics, choices),
+        "summary": _marked(_summary(metrics, columns)),
+        "columns": columns,
+        "scores": _scores(metrics, answers, columns),
+        "groups": _groups(chosen, answers, columns),
+        "tasks": _pairs(chosen, "task", columns),
+        "task_count": _count(answers, "task"),
+        "times": _times(metrics),
+        "seed": metrics.get("seed"),
+        "choices": choices,
+        "config": config,
+    }
+
+
+def _columns(settings: dict[Any, Any], metrics: Metrics, answers: Sequence[Answer]) -> dict[str, str]:
+    """How to call the evaluated stages; without an alignment stage the base model stands for the aligned one."""
+    aligned = "align" in settings.get("stages", ["align"]) or "time/align_s" in metrics
+    names = {"aligned": "after alignment" if aligned else "before fine-tuning", "final": "after fine-tuning"}
+    found = {name.split("/")[0] for name in metrics} | {answer["stage"] for answer in answers}
+    return {stage: name for stage, name in names.items() if stage in found}
+
+
+def _heading(choices: dict[str, str]) -> str:
+    experiment = choices.get("experiment", "None")
+    return experiment if experiment != "None" else "Lisa Lightning run"
+
+
+def _facts(settings: dict[Any, Any], metrics: Metrics, choices: dict[str, str]) -> list[tuple[str, str]]:
+    """What tells this run from others of the experiment, for the title."""
+    found = {
+        "method": choices.get("method"),
+        "harmful ratio": settings.get("harmful_ratio"),
+        "seed": metrics.get("seed", settings.get("seed")),
+        "task": choices.get("task"),
+        "model": choices.get("model"),
+        "steps": metrics.get("train/steps"),
+    }
+    return [(name, str(value)) for name, value in found.items() if value is not None]
+
+
+def _summary(metrics: Metrics, columns: dict[str, str]) -> str:
+    """What happened, in a sentence."""
+    harmful = [
+        f"{_percent(value)} {name}"
+        for stage, name in columns.items()
+        if (value := metrics.get(f"{stage}/harmful_score")) is not None
+    ]
+    accuracy = next((v for s in reversed(STAGES) if (v := metrics.get(f"{s}/accuracy")) is not None), None)
+    parts = [f"harmful score {', '.join(harmful)}"] if harmful else []
+    parts += [f"accuracy {_percent(accuracy)}"] if accuracy is not None else []
+    if parts:
+        sentence = "; ".join(parts)
+        return sentence[0].upper() + sentence[1:] + "."
+    if "train/steps" in metrics:
+        return f"Fine-tuned for {metrics['train/steps']} steps; the scores were not measured."
+    return "The scores were not measured in this run."
+
+
+def _marked(sentence: str) -> Any:
+    """The numbers of a sentence set off, and never parted from their unit."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"(\d[\d.]* %)", r'<span class="number">\1</span>', str(escape(sentence))))
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f} %"
+
+
+def _count(answers: Sequence[Answer], kind: str) -> int:
+    """How many prompts of a kind were asked."""
+    return max(sum(a["kind"] == kind and a["stage"] == stage for a in answers) for stage in STAGES)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of the table of scores."""
+
+    title: str
+    meaning: str
+    values: list[str]
+    change: str
+
+
+def _scores(metrics: Metrics, answers: Sequence[Answer], columns: dict[str, str]) -> list[Score]:
+    rows = []
+    for name, (title, kind, meaning) in SCORES.items():
+        values = [metrics.get(f"{stage}/{name}") for stage in columns]
+        known = [value for value in values if value is not None]
+        if not known:
+            continue
+        count = _count(answers, kind)
+        # Rounded before it gets its sign, so that nothing shows as -0.0.
+        change = f"{round(known[1] - known[0], 1) + 0.0:+.1f}".replace("-", "−") if len(known) == len(STAGES) else ""
+        shown = ["–" if value is None else _percent(value) for value in values]
+        rows.append(Score(title, meaning + (f" {count}\N{NO-BREAK SPACE}prompts." if count else ""), shown, change))
+    return rows
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One stage's answer to a prompt."""
+
+    stage: str
+    text: str
+    verdict: str
+    tone: str
+    folded: bool
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with the answer of each stage, None where a stage was not asked."""
+
+    prompt: str
+    cells: list[Cell | None]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The sample answers of one kind of prompt."""
+
+    title: str
+    meaning: str
+    pairs: list[Pair]
+    count: int
+
+
+def _groups(chosen: Sequence[Answer], answers: Sequence[Answer], columns: dict[str, str]) -> list[Group]:
+    found = [
+        Group(title, meaning, _pairs(chosen, kind, columns), _count(answers, kind))
+        for kind, (title, meaning) in KINDS.items()
+    ]
+    return [group for group in found if group.pairs]
+
+
+def _pairs(chosen: Sequence[Answer], kind: str, columns: dict[str, str]) -> list[Pair]:
+    """Answers of the same prompt side by side; a prompt asked twice in a stage is two pairs."""
+    seen: dict[tuple[str, str], int] = {}
+    found: dict[tuple[str, int], dict[str, Cell]] = {}
+    for answer in chosen:
+        if answer["kind"] == kind:
+            asked = (answer["stage"], answer["prompt"])
+            seen[asked] = seen.get(asked, 0) + 1
+            found.setdefault((answer["prompt"], seen[asked]), {})[answer["stage"]] = _cell(answer, columns)
+    return [
+        Pair(_shown_prompt(prompt, kind), [cells.get(stage) for stage in columns])
+        for (prompt, _), cells in found.items()
+    ]
+
+
+def _cell(answer: Answer, columns: dict[str, str]) -> Cell:
+    judged = (answer["kind"], answer["verdict"])
+    verdict = "answered" if judged == ("harmless", "compliance") else VERDICTS.get(judged[1], judged[1])
+    tone = "good" if judged in GOOD else "bad" if judged in BAD else "neutral"
+    return Cell(
+        columns.get(answer["stage"], answer["stage"]),
+        _cut(answer["response"]),
+        verdict,
+        tone,
+        judged == ("harmful", "compliance"),
+    )
+
+
+def _shown_prompt(prompt: str, kind: str) -> str:
+    """Of a task row the input alone: the instruction around it is the same in every row."""
+    found = re.search(r"### Input:\n(.*?)\n+### Response:", prompt, flags=re.DOTALL) if kind == "task" else None
+    return _cut(found[1] if found else prompt)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " … (cut; whole in responses.jsonl)"
+
+
+def _times(metrics: Metrics) -> list[tuple[str, str]]:
+    return [
+        (title, _duration(metrics[f"time/{name}_s"]))
+        for name, title in TIMES.items()
+        if metrics.get(f"time/{name}_s") is not None
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if round(seconds) < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min"

@@ -27,8 +27,11 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None) -> 
             scored.add_row(title, *("" if v is None else f"{v:.1f}" for v in values))
     if scored.row_count:
         console.print(scored)
-    times = [f"{stage} {metrics[f'time/{stage}_s']:.0f} s" for stage in ("align", "finetune", "evaluate")
-             if f"time/{stage}_s" in metrics]
+    times = [
+        f"{stage} {metrics[f'time/{stage}_s']:.0f} s"
+        for stage in ("align", "finetune", "evaluate")
+        if f"time/{stage}_s" in metrics
+    ]
     console.print(f"time    {metrics['time/total_s']:.0f} s in all ({', '.join(times)}; cached stages as first run)")
     console.print(f"files   {out}", soft_wrap=True)
     console.print(f"page    {out / 'report.html'}", soft_wrap=True)

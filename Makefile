@@ -1,0 +1,39 @@
+# Set-up, runs and tests. `make help` lists the targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# Where pip finds no CPU build of torch by itself, PyTorch's own index of CPU builds has it.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := $(shell sed -n 's/^torch==\(.*\)/torch==\1+cpu/p' requirements.lock)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-fast lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
+
+setup: $(VENV)/complete ## make .venv with the exact versions of requirements.lock and the CPU build of torch
+
+$(VENV)/complete: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --no-deps '$(TORCH)' || $(BIN)/pip install --no-deps '$(TORCH)' --index-url $(TORCH_CPU_INDEX)
+	$(BIN)/pip install --no-deps -r requirements.lock
+	$(BIN)/pip install --no-deps --no-build-isolation -e .
+	touch $@
+
+run: setup ## align, fine-tune with Lisa on SST-2 with 10 % harmful rows, evaluate
+	$(BIN)/python run.py experiment=sst2_lisa
+
+test: setup ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: setup ## the tests that start no processes of their own and load no real model
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+clean: ## remove .venv and caches of tools; outputs stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -1,0 +1,41 @@
+"""What the tests share: a tiny random Llama with a byte tokenizer, and composed configs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+ROOT = Path(__file__).parents[1]
+
+
+class OneRank:
+    """The only process of a run."""
+
+    is_global_zero = True
+
+    def broadcast(self, obj: object, src: int = 0) -> object:
+        return obj
+
+    def barrier(self, name: str | None = None) -> None:
+        return None
+
+
+@pytest.fixture(scope="session")
+def config() -> Callable[..., DictConfig]:
+    """`config("experiment=smoke", ...)`: the config that run.py would see."""
+
+    def composed(*overrides: str) -> DictConfig:
+        with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+            return compose("config", list(overrides))
+
+    return composed
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, config: Callable[..., DictConfig]) -> Path:
+    """The folder of the tiny model."""
+    from lisa_lightning.base import base_model
+
+    return base_model(OneRank(), config("model=tiny").model, tmp_path_factory.mktemp("cache"))

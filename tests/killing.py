@@ -1,0 +1,147 @@
+"""Kills real runs with SIGKILL at chosen moments, resumes them, and reports what came out; used by test_killed.py.
+
+    python tests/killing.py FOLDER
+
+One process imports everything once and forks a child per run, so a scenario costs seconds. Prints a JSON object:
+scenario -> {killed, resumed, adapter, curves}. Needs OMP_NUM_THREADS=1: a thread pool does not survive a fork.
+"""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+OVERRIDES = ["experiment=smoke", "optim.steps=16", "align.optim.steps=5", "checkpoint.every=3", "evaluate.every=8"]
+Patch = Callable[[], None]
+
+
+def die() -> None:
+    """What `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(owner: Any, name: str, due: Callable[..., bool], after: bool = False) -> None:
+    """Replace a function by one that dies when `due(*arguments)`, before or after doing its work."""
+    original = getattr(owner, name)
+
+    def fatal(*args: Any, **kwargs: Any) -> Any:
+        now = due(*args, **kwargs)
+        if now and not after:
+            die()
+        result = original(*args, **kwargs)
+        if now:
+            die()
+        return result
+
+    setattr(owner, name, fatal)
+
+
+def nth(n: int) -> Callable[..., bool]:
+    """True at the n-th call."""
+    count = 0
+
+    def due(*_: Any, **__: Any) -> bool:
+        nonlocal count
+        count += 1
+        return count == n
+
+    return due
+
+
+def scenarios() -> dict[str, Patch]:
+    """The moments; smoke runs in cycles of 2 alignment and 4 user steps, 5 steps of aligning before."""
+    from lisa_lightning import cache, pipeline, training
+    from lisa_lightning.evaluate import score
+    from lisa_lightning.methods.method import Method
+    from lisa_lightning.module import LisaModule
+    from lisa_lightning.tracking import Curves
+
+    def step(steps: int, index: int) -> Callable[..., bool]:
+        return lambda module, batch, _: module.optim.steps == steps and batch.index == index
+
+    def final(_: Any, __: Any, asked: Any, stage: str, ___: Any) -> bool:
+        return stage == "final"
+
+    return {
+        "while aligning": lambda: at_call(LisaModule, "training_step", step(5, 4)),
+        "inside the user state": lambda: at_call(LisaModule, "training_step", step(16, 10)),
+        "inside the alignment state": lambda: at_call(LisaModule, "training_step", step(16, 7)),
+        "at a switch": lambda: at_call(Method, "before_step", lambda m, t, _: m.total_steps == 16 and t == 8, after=True),
+        "before the first checkpoint": lambda: at_call(LisaModule, "training_step", step(16, 1)),
+        "while a checkpoint is written": lambda: at_call(training.os, "fsync", nth(5)),
+        "while a curve row is written": lambda: at_call(Curves, "append", nth(14)),
+        "while evaluating the aligned model": lambda: at_call(score, "generate", nth(2)),
+        "while evaluating the final model": lambda: at_call(score, "_append_journal", nth(4), after=True),
+        "while the adapter is saved": lambda: at_call(pipeline, "save_adapter", nth(1), after=True),
+        "before the finished stage gets its name": lambda: at_call(cache, "_complete", nth(4)),
+        "while the report is written": lambda: at_call(pipeline, "_leave", nth(1)),
+    }
+
+
+def run(out: Path, cache: Path, patch: Patch | None, *extra: str) -> int:
+    """One run in a child process; its exit status, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            if patch is not None:
+                patch()
+            sys.argv = ["run.py", *OVERRIDES, f"hydra.run.dir={out}", f"cache_dir={cache}", *extra]
+            sys.stdout = sys.stderr = (out.parent / f"{out.name}.log").open("a")
+            import run as entry
+
+            entry.main()
+            status = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def adapter(out: Path) -> dict[str, str]:
+    """The adapter's files, byte by byte."""
+    return {f.name: f.read_bytes().hex() for f in sorted((out / "adapter").iterdir())}
+
+
+def curves(out: Path) -> list[dict[str, str]]:
+    """The curves but for the seconds."""
+    with (out / "curves.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "time/step_s"} for row in csv.DictReader(file)]
+
+
+def scenario(name: str, patch: Patch | None, work: Path) -> dict[str, Any]:
+    """Kill, resume, and what is left."""
+    cache, out = work / "cache", work / name.replace(" ", "_")
+    shutil.rmtree(cache, ignore_errors=True)
+    killed = run(out, cache, patch) if patch else -signal.SIGKILL
+    resumed = run(out, cache, None, *(["resume=true"] if patch else []))
+    if resumed != 0:
+        return {"killed": killed, "resumed": resumed, "log": (work / f"{out.name}.log").read_text()[-3000:]}
+    answers = sorted((out / "responses.jsonl").read_text().splitlines())
+    return {"killed": killed, "resumed": resumed, "adapter": adapter(out), "curves": curves(out), "answers": answers}
+
+
+def main(work: Path) -> None:
+    """All scenarios, the uninterrupted run first."""
+    os.environ |= {"WANDB_MODE": "disabled", "HYDRA_FULL_ERROR": "1"}
+    sys.path.insert(0, str(ROOT))
+    os.chdir(work)
+    moments = scenarios()
+    found = {"straight": scenario("straight", None, work)}
+    for name, patch in moments.items():
+        found[name] = scenario(name, patch, work)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

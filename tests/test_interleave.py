@@ -1,0 +1,98 @@
+"""Batches are a pure function of seed and step: any split draws the same rows, every epoch draws every row once."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lisa_lightning.data.interleave import Examples, Step, StepBatches
+from lisa_lightning.data.mixing import user_rows
+from lisa_lightning.data.source import Row
+from lisa_lightning.errors import UserError
+from lisa_lightning.loss import Example
+from lisa_lightning.schedule import Schedule
+
+SIZES = {"alignment": 7, "user": 11}
+
+
+def streams() -> dict:
+    """Row i of a stream is the lone token pair (first, i): what a pack holds tells which rows were drawn."""
+    return {
+        name: Examples(range(size), lambda i, first=k: Example((first, 10 + i), (-100, 10 + i)))
+        for k, (name, size) in enumerate(SIZES.items())
+    }
+
+
+def rows(step: Step) -> list[int]:
+    return sorted(t - 10 for packs in step.micro_batches for p in packs for t in p.targets.tolist())
+
+
+def batches(schedule: Schedule, size: int, accumulate: int = 1, **kwargs: object) -> StepBatches:
+    return StepBatches(streams(), schedule, 60, size, accumulate, seed=3, **kwargs)  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 3), st.integers(1, 4), st.integers(0, 59))
+def test_ranks_and_micro_batches_split_the_same_rows(k1: int, k2: int, t: int) -> None:
+    schedule = Schedule(k1, k2)
+    whole = batches(schedule, 8)[t]
+    assert rows(batches(schedule, 2, 4)[t]) == rows(whole)
+    shares = [batches(schedule, 2, 2, rank=r, world=2)[t] for r in range(2)]
+    assert sorted(rows(shares[0]) + rows(shares[1])) == rows(whole)
+    assert {s.tokens for s in shares} == {whole.tokens} == {8}
+
+
+def test_every_row_is_drawn_once_an_epoch() -> None:
+    steps = batches(Schedule(0, 1), 1)
+    drawn = [rows(steps[t])[0] for t in range(55)]
+    for epoch in range(5):
+        assert sorted(drawn[epoch * 11 : epoch * 11 + 11]) == list(range(11))
+    assert drawn[:11] != drawn[11:22]
+
+
+def test_streams_follow_the_state_and_lose_no_row() -> None:
+    schedule = Schedule(2, 3)
+    steps = batches(schedule, 1)
+    assert [steps[t].state for t in range(60)] == [schedule.state(t) for t in range(60)]
+    user = [rows(steps[t])[0] for t in range(60) if schedule.state(t) == "user"]
+    assert Counter(user[:33]) == Counter(list(range(11)) * 3)
+
+
+def test_discard_throws_user_rows_of_alignment_steps_away() -> None:
+    kept, thrown = batches(Schedule(2, 3), 1), batches(Schedule(2, 3), 1, discard=True)
+    plain = batches(Schedule(0, 1), 1)
+    for t in range(60):
+        if thrown[t].state == "user":
+            assert rows(thrown[t]) == rows(plain[t])
+        else:
+            assert rows(thrown[t]) == rows(kept[t])
+
+
+def test_seed_changes_the_order() -> None:
+    other = StepBatches(streams(), Schedule(0, 1), 60, 1, 1, seed=4)
+    assert [rows(other[t]) for t in range(11)] != [rows(batches(Schedule(0, 1), 1)[t]) for t in range(11)]
+
+
+GOOD = [Row(f"good {i}", "a") for i in range(1000)]
+BAD = [Row(f"bad {i}", "b", harmful=True) for i in range(1000)]
+
+
+@pytest.mark.parametrize("p", [0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 1])
+def test_harmful_share_is_exact_and_nested(p: float) -> None:
+    found = user_rows(GOOD, BAD, 1000, p, "seeded", seed=1)
+    harmful = {row for row in found if row.harmful}
+    assert (len(found), len(harmful)) == (1000, round(1000 * p))
+    assert len(set(found)) == 1000
+    assert harmful <= set(user_rows(GOOD, BAD, 1000, 1, "seeded", seed=1))
+    assert found == user_rows(GOOD, BAD, 1000, p, "seeded", seed=1)
+
+
+def test_head_takes_first_rows_and_truncates_as_the_official_code() -> None:
+    found = user_rows(GOOD, BAD, 1000, 0.9, "head", seed=1)
+    assert found == BAD[:900] + GOOD[:99]
+
+
+def test_too_few_rows_are_refused_with_the_numbers() -> None:
+    with pytest.raises(UserError, match=r"data\.n=2000 .* needs 1800 task rows; the source has 1000"):
+        user_rows(GOOD, BAD, 2000, 0.1, "seeded", seed=1)

@@ -1,0 +1,52 @@
+"""kill -9 at any moment, then the same command with resume=true: the result of a run never interrupted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+MOMENTS = [
+    "while aligning",
+    "inside the user state",
+    "inside the alignment state",
+    "at a switch",
+    "before the first checkpoint",
+    "while a checkpoint is written",
+    "while a curve row is written",
+    "while evaluating the aligned model",
+    "while evaluating the final model",
+    "while the adapter is saved",
+    "before the finished stage gets its name",
+    "while the report is written",
+]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What tests/killing.py reports."""
+    command = [sys.executable, str(Path(__file__).with_name("killing.py")), str(tmp_path_factory.mktemp("killed"))]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_ends_as_if_it_had_not_been(found: dict[str, Any], moment: str) -> None:
+    straight, mended = found["straight"], found[moment]
+    assert mended["killed"] == -9, "the kill did not happen"
+    assert mended["resumed"] == 0, mended.get("log")
+    assert mended["adapter"] == straight["adapter"]
+    assert mended["curves"] == straight["curves"]
+    assert mended["answers"] == straight["answers"]
+
+
+def test_curves_have_no_gap_and_no_double_step(found: dict[str, Any]) -> None:
+    steps = [(row["stage"], int(row["step"])) for row in found["straight"]["curves"]]
+    assert steps == [("align", t) for t in range(1, 6)] + [("finetune", t) for t in range(17)]

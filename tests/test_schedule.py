@@ -1,0 +1,51 @@
+"""The schedule against the official state machine, and its integer arithmetic against counting."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lisa_lightning.schedule import Schedule
+
+
+def official_states(k1: int, k2: int, steps: int) -> list[str]:
+    """The mutable machine of the official trainer: a status and a clock."""
+    status, clock, seen = "alignment", 0, []
+    for step in range(steps):
+        if status == "alignment" and clock % k1 == 0 and step != 0:
+            status, clock = "user", 0
+        elif status == "user" and clock % k2 == 0 and step != 0:
+            status, clock = "alignment", 0
+        seen.append(status)
+        clock += 1
+    return seen
+
+
+def test_equals_the_official_state_machine() -> None:
+    for k1 in range(1, 12):
+        for k2 in range(1, 12):
+            schedule = Schedule(k1, k2)
+            assert [schedule.state(t) for t in range(200)] == official_states(k1, k2, 200)
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 120))
+def test_counts_and_switches_agree_with_the_states(k1: int, k2: int, before: int) -> None:
+    if k1 + k2 == 0:
+        return
+    schedule = Schedule(k1, k2)
+    states = [schedule.state(t) for t in range(before + 1)]
+    for state in ("alignment", "user"):
+        assert schedule.steps_in(state, before) == states[:before].count(state)
+    assert schedule.switches_at(before) == (before > 0 and states[before] != states[before - 1])
+
+
+@pytest.mark.parametrize(("k1", "k2", "only"), [(0, 5, "user"), (5, 0, "alignment")])
+def test_a_state_of_length_zero_is_never_entered(k1: int, k2: int, only: str) -> None:
+    schedule = Schedule(k1, k2)
+    assert {schedule.state(t) for t in range(50)} == {only}
+    assert not any(schedule.switches_at(t) for t in range(50))
+
+
+@pytest.mark.parametrize(("k1", "k2"), [(0, 0), (-1, 5), (5, -1)])
+def test_refuses_impossible_lengths(k1: int, k2: int) -> None:
+    with pytest.raises(ValueError, match=f"alignment_steps={k1} and user_steps={k2}"):
+        Schedule(k1, k2)

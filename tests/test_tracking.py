@@ -1,0 +1,71 @@
+"""Curves on disk and in W&B: one row a step, over interruptions."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lisa_lightning.tracking import Curves, Tracker, read_rows
+
+
+def test_columns_may_come_later_and_empty_cells_stay_empty(tmp_path: Path) -> None:
+    curves = Curves(tmp_path / "curves.csv")
+    curves.append("finetune", 1, {"a": 1.5})
+    curves.append("finetune", 2, {"a": 2.5, "b": 3.0})
+    assert curves.rows() == [
+        {"stage": "finetune", "step": "1", "a": "1.5", "b": ""},
+        {"stage": "finetune", "step": "2", "a": "2.5", "b": "3.0"},
+    ]
+
+
+def test_half_a_line_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
+    curves = Curves(tmp_path / "curves.csv")
+    for step in (1, 2, 3):
+        curves.append("finetune", step, {"a": step})
+    with curves.path.open("a") as file:
+        file.write("finetune,4")
+    again = Curves(curves.path)
+    again.append("finetune", 4, {"a": 4})
+    assert [r["step"] for r in again.rows()] == ["1", "2", "3", "4"]
+
+
+def test_a_stage_that_goes_on_forgets_what_it_will_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    first = Tracker(tmp_path, {}, resumed=False)
+    for stage in ("align", "finetune"):
+        for step in range(1, 6):
+            first.log(stage, step, {"a": step})
+    again = Tracker(tmp_path, {}, resumed=True)
+    again.start("finetune", 3)
+    again.log("finetune", 4, {"a": 4})
+    assert [(r["stage"], r["step"]) for r in read_rows(tmp_path / "curves.csv")] == [
+        *(("align", str(s)) for s in range(1, 6)),
+        *(("finetune", str(s)) for s in range(1, 5)),
+    ]
+
+
+@pytest.mark.slow
+def test_an_offline_run_holds_every_step_and_a_resumed_one_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    init = {"project": "p", "group": "g", "config": {"method": {"rho": 1.0}}}
+    first = Tracker(tmp_path, init, resumed=False)
+    for step in range(5):
+        first.log("finetune", step, {"user/loss": 10.0 - step})
+    first.finish(failed=True)
+    again = Tracker(tmp_path, init, resumed=True)
+    again.start("finetune", 3)
+    again.log("finetune", 4, {"user/loss": 6.0})
+    again.summarize({"final/accuracy": 90.0}, [{"prompt": "p", "response": "r"}])
+    folder = again.offline_folder
+    assert folder is not None
+    again.finish(failed=False)
+    wandb = str(Path(sys.executable).with_name("wandb"))
+    shown = subprocess.run([wandb, "leet", "inspect", "--summary", folder], capture_output=True, text=True, check=True)
+    assert "user/loss" in shown.stdout
+    assert "final/accuracy" in shown.stdout

@@ -1,0 +1,179 @@
+"""Equalities between runs of the training loop on the tiny model, each exact where it is said to be."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from lisa_lightning.data.datamodule import LisaDataModule
+from lisa_lightning.data.encoding import encode
+from lisa_lightning.data.interleave import Examples, StepBatches
+from lisa_lightning.data.source import Row
+from lisa_lightning.errors import UserError
+from lisa_lightning.methods.bso import BSO
+from lisa_lightning.methods.lisa import Lisa
+from lisa_lightning.methods.method import Method
+from lisa_lightning.methods.sft import SFT
+from lisa_lightning.module import LisaModule, Optim
+from lisa_lightning.net import attach, load, load_tokenizer, trainable
+from lisa_lightning.training import Checkpoint, Record, fit
+
+USER = [Row(f"sentence {i}: ", "positive" if i % 2 else "negative and more") for i in range(9)]
+ALIGNMENT = [Row(f"request {i}: ", "no" + "!" * (i % 3)) for i in range(5)]
+TRAINER = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
+STEPS = 14
+
+Train = Callable[..., LisaModule]
+
+
+@pytest.fixture
+def train(tiny: Path, tmp_path: Path) -> Train:
+    """Train the tiny model under a method; keywords change the optimizer, the adapter or the checkpoint."""
+
+    def trained(
+        method: Method,
+        dropout: float = 0.0,
+        folder: str = "run",
+        stop_after: int | None = None,
+        key: dict | None = None,
+        **optim: object,
+    ) -> LisaModule:
+        settings = {
+            "lr": 5e-3,
+            "steps": STEPS,
+            "batch_size": 4,
+            "accumulate": 1,
+            "clip": 1.0,
+            "schedule": "constant",
+            "warmup_ratio": 0.1,
+            "weight_decay": 0.01,
+            "betas": (0.9, 0.999),
+            "eps": 1e-8,
+        }
+        o = Optim(**(settings | optim))  # type: ignore[arg-type]
+        net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
+        module = LisaModule(net, method, o, seed=1, key=key or {})
+        encoded = partial(encode, load_tokenizer(tiny), max_length=64)
+        streams = {"user": Examples(USER, encoded), "alignment": Examples(ALIGNMENT, encoded)}
+        steps = StepBatches(streams, method.schedule, o.steps, o.batch_size, o.accumulate, seed=1)  # type: ignore[arg-type]
+        checkpoint = Checkpoint(tmp_path / f"{folder}.ckpt", every=3, last=o.steps)
+        callbacks: list[L.Callback] = [Record(None, "finetune")]
+        if stop_after is not None:
+            callbacks.append(_Stop(stop_after))
+        fit(module, LisaDataModule(steps), TRAINER, checkpoint, callbacks)
+        return module
+
+    return trained
+
+
+class _Stop(L.Callback):
+    """Breaks off as a killed process does, but for the process."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_step == self.after:
+            raise InterruptedError
+
+
+def weights(module: LisaModule) -> dict[str, Tensor]:
+    return {n: w.detach() for n, w in trainable(module.net).items()}
+
+
+def largest_difference(a: LisaModule, b: LisaModule) -> float:
+    return max(float((x - y).abs().max()) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
+
+
+def test_rho_zero_is_bso_bit_for_bit(train: Train) -> None:
+    assert largest_difference(train(Lisa(2, 3, 0.0, 0.1), folder="a"), train(BSO(2, 3), folder="b")) == 0
+
+
+def test_no_alignment_steps_and_rho_zero_is_sft_bit_for_bit(train: Train) -> None:
+    assert largest_difference(train(Lisa(0, 3, 0.0, 0.1), folder="a"), train(SFT(), folder="b")) == 0
+
+
+def test_lisa_differs_from_bso_and_bso_from_sft(train: Train) -> None:
+    lisa, bso, sft = (train(m, folder=type(m).__name__) for m in (Lisa(2, 3, 1.0, 0.1), BSO(2, 3), SFT()))
+    assert min(largest_difference(lisa, bso), largest_difference(bso, sft)) > 1e-3
+
+
+def test_every_adapter_weight_moves_and_nothing_else(train: Train, tiny: Path) -> None:
+    module = train(Lisa(2, 3, 0.1, 0.0))
+    fresh = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+    new = dict(module.net.named_parameters())
+    for name, old in fresh.named_parameters():
+        assert torch.equal(old, new[name]) != old.requires_grad, name
+
+
+@pytest.mark.parametrize("method", [Lisa(2, 3, 0.5, 0.1), SFT()])
+def test_batch_four_is_two_micro_batches_of_two(train: Train, method: Method) -> None:
+    whole = train(method, folder="a")
+    halves = train(method, folder="b", batch_size=2, accumulate=2)
+    assert largest_difference(whole, halves) < 1e-6
+
+
+def test_moments_are_not_reset_at_a_switch(train: Train) -> None:
+    """AdamW's own step count is that of the run, and with equal streams a switch changes nothing at all."""
+    module = train(BSO(2, 3))
+    optimizer = module.optimizers().optimizer  # type: ignore[union-attr]
+    assert {int(state["step"]) for state in optimizer.state.values()} == {STEPS}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("stop", [4, 5, 6, 12])
+def test_resume_equals_the_straight_run_bit_for_bit(train: Train, stop: int, dropout: float) -> None:
+    """Interrupted inside a state, at a switch, in warm-up or near the end; dropout included."""
+    make = partial(Lisa, 2, 3, 1.0, 0.3)
+    straight = train(make(), dropout, folder="straight")
+    with pytest.raises(InterruptedError):
+        train(make(), dropout, folder="broken", stop_after=stop)
+    assert largest_difference(straight, train(make(), dropout, folder="broken")) == 0
+
+
+def test_resuming_a_finished_run_changes_nothing(train: Train) -> None:
+    first = train(Lisa(2, 3, 1.0, 0.1))
+    assert largest_difference(first, train(Lisa(2, 3, 1.0, 0.1))) == 0
+
+
+def test_a_checkpoint_holds_plain_containers_and_the_adapter_alone(train: Train, tmp_path: Path) -> None:
+    module = train(Lisa(2, 3, 1.0, 0.1), folder="run")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == weights(module).keys()
+    assert len(saved["anchor"]) == len(weights(module))
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(train: Train) -> None:
+    with pytest.raises(InterruptedError):
+        train(Lisa(2, 3, 1.0, 0.1), stop_after=5, key={"method": {"rho": 1.0}})
+    with pytest.raises(UserError, match=r"method\.rho: 1\.0 there, 2\.0 here"):
+        train(Lisa(2, 3, 2.0, 0.1), key={"method": {"rho": 2.0}})
+
+
+def test_a_loss_that_turns_nan_stops_names_the_step_and_keeps_the_last_checkpoint(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"The loss of step 1 is nan"):
+        train(SFT(), lr=1e38, clip=None)
+    assert not (tmp_path / "run.ckpt").exists()
+    with pytest.raises(InterruptedError):
+        train(SFT(), stop_after=5)
+    before = (tmp_path / "run.ckpt").read_bytes()
+    with pytest.raises(UserError, match="is nan"):
+        train(SFT(), lr=1e38, clip=None)
+    assert (tmp_path / "run.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize(("schedule", "wanted"), [("constant", [1, 1, 1, 1]), ("linear", [0, 0.5, 1, 0.125])])
+def test_learning_rate(schedule: str, wanted: list[float]) -> None:
+    optim = Optim(1.0, 10, 1, 1, None, schedule, 0.2, 0.0, (0.9, 0.999), 1e-8)
+    assert [optim.lr_at(t) for t in (0, 1, 2, 9)] == pytest.approx(wanted)
+
+
+def test_the_net_trains_in_training_mode_with_float32_factors(tiny: Path) -> None:
+    net = attach(load(tiny, "bfloat16"), SimpleNamespace(r=4, alpha=8, dropout=0.1, targets="all-linear"), 0)
+    assert all(m.training for m in net.modules())
+    assert {w.dtype for w in trainable(net).values()} == {torch.float32}
