@@ -7,6 +7,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from lisa_lightning.cache import Ranks, build
 from lisa_lightning.errors import UserError
 
@@ -57,14 +59,18 @@ def _convert_gguf(file: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    config = type(loaded.config).from_dict(
-        {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
-    )
-    model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
-    model.to(torch.float32).save_pretrained(out)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(out)
+    with tqdm(total=4, desc="convert the embedded model, once", unit="part") as bar:
+        AutoTokenizer.from_pretrained(**where).save_pretrained(out)
+        bar.update()
+        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        bar.update()
+        config = loaded.config.to_dict()
+        config.pop("quantization_config", None)
+        model = type(loaded)(type(loaded.config).from_dict(config)).to(torch.float32)
+        model.load_state_dict(loaded.state_dict())
+        bar.update()
+        model.save_pretrained(out)
+        bar.update()
 
 
 def _download(cfg: Any, out: Path) -> None:

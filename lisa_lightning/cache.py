@@ -1,9 +1,11 @@
 """Folders that are named by a hash of all that determines them, built aside, renamed when complete."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lisa_lightning.errors import UserError
+
+NO_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO}
 
 
 class Ranks(Protocol):
@@ -56,7 +60,8 @@ def build(ranks: Ranks, parent: Path, key: Any, make: Callable[[Path], None]) ->
         if ranks.broadcast(not final.exists()):
             aside = Path(ranks.broadcast(_fresh(final) if ranks.is_global_zero else None))
             try:
-                make(aside)
+                with explained(aside.parent):
+                    make(aside)
                 ranks.barrier()
                 if ranks.is_global_zero:
                     _complete(aside, final, key)
@@ -101,8 +106,26 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn a failing write (full disk, no permission) into a sentence that names the path."""
+    """Turn a failing write (full disk, no permission) into a sentence that names the path.
+
+    Libraries that write for us hide the system's error in one of their own and keep its text.
+    """
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
+        raise UserError(f"{path} can't be written: {reason}") from error
+
+
+def write_failure(error: BaseException) -> str | None:
+    """The system's words if `error`, or what it came from, is a write that the system refused."""
+    if isinstance(error, OSError) and error.errno in NO_WRITE:
+        return os.strerror(error.errno)
+    hidden = re.search(r"\(os error (\d+)\)", str(error))
+    if hidden and int(hidden[1]) in NO_WRITE:
+        return os.strerror(int(hidden[1]))
+    return write_failure(error.__context__) if error.__context__ is not None else None

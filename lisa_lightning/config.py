@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from lisa_lightning.cache import write_failure
 from lisa_lightning.errors import UserError
 
 Check = tuple[Callable[[Any], bool], str]
@@ -143,6 +144,9 @@ def explain(error: Exception) -> str | None:
     """The sentence for a person's mistake; None where it is ours and the traceback is wanted."""
     if isinstance(error, UserError):
         return str(error)
+    reason = write_failure(error)
+    if reason is not None:
+        return f"{getattr(error, 'filename', None) or 'A file'} can't be written: {reason}"
     from hydra.errors import HydraException, MissingConfigException
 
     if isinstance(error, MissingConfigException):

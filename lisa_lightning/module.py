@@ -126,7 +126,8 @@ class LisaModule(L.LightningModule):
         if not math.isfinite(value):
             raise UserError(
                 f"The {what} of step {step} is {value}; stopped before it reached the weights. The last good "
-                f"checkpoint is kept. A smaller optim.lr (now {self.optim.lr}) or optim.clip (now {self.optim.clip}) may help."
+                f"checkpoint is kept. A smaller optim.lr (now {self.optim.lr}) or optim.clip (now {self.optim.clip}) "
+                "may help."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -204,7 +205,7 @@ class Stages:
         )
         checkpoint = Checkpoint(self.out / "checkpoints" / f"{stage}.ckpt", self.cfg.checkpoint.every, optim.steps)
         record = Record(self.tracker, stage)
-        fit(module, LisaDataModule(steps), self.cfg.trainer, checkpoint, [*callbacks, record])
+        fit(module, LisaDataModule(steps), self.cfg.trainer, checkpoint, [*callbacks, record], stage)
         return module, checkpoint
 
     def _evaluate(self, stage: str, model: Path, adapter: Path | None) -> tuple[list[Answer], float]:
@@ -318,5 +319,7 @@ def _hush() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    for known in ("`is_gradient_checkpointing` is deprecated", ".*treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", message=known)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -112,8 +112,9 @@ class Tracker:
         if not rows:
             return
         stage = rows[0]["stage"]
-        self.curves.forget(stage, -1)
-        self.curves.insert(rows)
+        if [_numbers(r) for r in self.curves.rows(stage)] != [_numbers(r) for r in rows]:
+            self.curves.forget(stage, -1)
+            self.curves.insert(rows)
         for row in rows:
             self._to_wandb(stage, int(row["step"]), _numbers(row))
 

@@ -1,6 +1,7 @@
 """Fitting a LisaModule: Lightning's Trainer with the callbacks that evaluate, record and checkpoint."""
 
 import os
+import warnings
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,14 +33,25 @@ class AsideCheckpointIO(TorchCheckpointIO):
                     file.flush()
                     os.fsync(file.fileno())
                 aside.replace(final)
-            except RuntimeError as error:  # torch's writer hides the OSError of a full disk in one
-                raise OSError(str(error).splitlines()[0]) from error
             finally:
                 aside.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Plain containers and tensors only."""
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class StageBar(TQDMProgressBar):
+    """Lightning's bar, named after the stage: the run is one epoch, so its number says nothing."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Rate and time left of the whole stage."""
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description(self.stage)
 
 
 class EvaluateCurve(Callback):
@@ -130,6 +142,7 @@ def fit(
     trainer_cfg: Any,
     checkpoint: Checkpoint,
     callbacks: list[Callback],
+    stage: str,
 ) -> None:
     """Train to the end, from the checkpoint if there is one.
 
@@ -148,7 +161,11 @@ def fit(
         enable_model_summary=False,
         use_distributed_sampler=False,
         plugins=[AsideCheckpointIO()],
-        callbacks=[TQDMProgressBar(), *callbacks, checkpoint],
+        callbacks=[StageBar(stage), *callbacks, checkpoint],
     )
     resume = checkpoint.path if checkpoint.path.exists() else None
-    trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+    with warnings.catch_warnings():
+        # Step batches are built in a millisecond, and the data module resumes them itself.
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)

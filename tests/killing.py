@@ -72,7 +72,9 @@ def scenarios() -> dict[str, Patch]:
         "while aligning": lambda: at_call(LisaModule, "training_step", step(5, 4)),
         "inside the user state": lambda: at_call(LisaModule, "training_step", step(16, 10)),
         "inside the alignment state": lambda: at_call(LisaModule, "training_step", step(16, 7)),
-        "at a switch": lambda: at_call(Method, "before_step", lambda m, t, _: m.total_steps == 16 and t == 8, after=True),
+        "at a switch": lambda: at_call(
+            Method, "before_step", lambda m, t, _: m.total_steps == 16 and t == 8, after=True
+        ),
         "before the first checkpoint": lambda: at_call(LisaModule, "training_step", step(16, 1)),
         "while a checkpoint is written": lambda: at_call(training.os, "fsync", nth(5)),
         "while a curve row is written": lambda: at_call(Curves, "append", nth(14)),

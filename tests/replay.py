@@ -75,7 +75,7 @@ def replay(case: Path) -> Errors:
     recorder = _Recorder()
     _fit(module, steps, recorder)
 
-    final = trainable(net)
+    final = {name: weight.detach() for name, weight in trainable(net).items()}
     weights = max(
         float((final[name.removeprefix("final.")] - value).abs().max())
         for name, value in tensors.items()

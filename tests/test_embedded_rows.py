@@ -130,7 +130,8 @@ def test_each_line_is_one_object_with_the_expected_filled_fields(name: str) -> N
     for number, line in enumerate(lines(name)):
         where = place(name, number)
         row = json.loads(line)
-        assert isinstance(row, dict) and tuple(row) == FIELDS[name], where
+        assert isinstance(row, dict), where
+        assert tuple(row) == FIELDS[name], where
         for field, value in row.items():
             if name.startswith("sst2_mini") and field == "label":
                 assert type(value) is int, where

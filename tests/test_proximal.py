@@ -23,7 +23,9 @@ def run(method: Lisa, w: Tensor, lr: float, steps: int, clip: float, adam: bool)
     method.begin([w], steps)
     path, drifts = [], {}
     for t in range(steps):
-        drifts |= {t: m["switch/drift"] for m in [method.before_step(t, [w])] if m}
+        measured = method.before_step(t, [w])
+        if measured:
+            drifts[t] = measured["switch/drift"]
         optimizer.zero_grad()
         (0.5 * (w - targets[method.schedule.state(t)]).square().sum()).backward()
         method.penalize(t, [w])

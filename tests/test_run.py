@@ -1,0 +1,136 @@
+"""The command itself: what a run leaves, what a second one finds, and what two processes agree on."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lisa_lightning.tracking import read_rows
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """`run(name, overrides...)`: experiment=smoke in a process of its own; the output folder."""
+    work = tmp_path_factory.mktemp("run")
+
+    def command(name: str, *overrides: str, cache: str = "cache") -> Path:
+        arguments = ["experiment=smoke", f"hydra.run.dir={name}", *overrides]
+        env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+        env |= {"LISA_CACHE": str(work / cache), "OMP_NUM_THREADS": "1", "HOME": str(work)}
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *arguments],
+            cwd=work,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        (work / name / "terminal.txt").write_text(done.stdout)
+        return work / name
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def out(run: Run) -> Path:
+    return run("first")
+
+
+def test_a_run_leaves_everything_that_is_promised(out: Path) -> None:
+    metrics = json.loads((out / "metrics.json").read_text())
+    scores = [f"{s}/{n}" for s in ("aligned", "final") for n in ("harmful_score", "accuracy", "over_refusal")]
+    assert set(scores) <= metrics.keys()
+    assert all(0 <= metrics[name] <= 100 for name in scores)
+    assert {"time/align_s", "time/finetune_s", "time/evaluate_s"} <= metrics.keys()
+    assert (metrics["train/steps"], metrics["seed"]) == (24, 42)
+    for name in ("config.yaml", "report.html", "checkpoints/finetune.ckpt", "wandb"):
+        assert (out / name).exists(), name
+    answers = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert {(a["stage"], a["kind"]) for a in answers} == {
+        (s, k) for s in ("aligned", "final") for k in ("harmful", "harmless", "task")
+    }
+    assert len(answers) == 2 * (8 + 4 + 8)
+    shown = (out / "terminal.txt").read_text()
+    assert "harmful score" in shown
+    assert "wandb leet" in shown
+
+
+def test_curves_follow_the_schedule(out: Path) -> None:
+    rows = [r for r in read_rows(out / "curves.csv") if r["stage"] == "finetune"]
+    assert [int(r["step"]) for r in rows] == list(range(25))
+    assert [r["train/state"] for r in rows[1:]] == (["1.0"] * 2 + ["0.0"] * 4) * 4
+    assert [int(r["step"]) - 1 for r in rows if r["switch/drift"]] == [2, 6, 8, 12, 14, 18, 20]
+    assert [int(r["step"]) for r in rows if r["eval/harmful_score"]] == [0, 12, 24]
+    for row in rows[1:]:
+        state = "alignment" if row["train/state"] == "1.0" else "user"
+        assert row["train/loss"] == row[f"{state}/loss"]
+        active = int(row["step"]) - 1 > 0.1 * 24
+        assert (float(row["proximal/penalty"]) > 0) == (active and float(row["proximal/drift"]) > 0)
+
+
+def test_plain_peft_loads_the_adapter_on_the_model_it_names(out: Path) -> None:
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
+    net = PeftModel.from_pretrained(base, str(out / "adapter"))
+    saved = torch.load(out / "checkpoints" / "finetune.ckpt", weights_only=True)["state_dict"]
+    for name, value in saved.items():
+        assert torch.equal(net.get_parameter(name), value)
+
+
+def test_offline_wandb_holds_config_and_curves(out: Path) -> None:
+    folder = next((out / "wandb").glob("offline-run-*"))
+    wandb = str(Path(sys.executable).with_name("wandb"))
+    command = [wandb, "leet", "inspect", "--summary", "--json", str(folder)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in ("train/loss", "proximal/penalty", "switch/drift", "eval/harmful_score", "final/accuracy"):
+        assert name in shown, name
+    assert '"rho"' in shown
+
+
+def test_a_second_run_finds_every_stage_and_another_method_the_aligned_model(run: Run, out: Path) -> None:
+    first = json.loads((out / "metrics.json").read_text())
+    again = run("again")
+    found = json.loads((again / "metrics.json").read_text())
+    assert {k: v for k, v in found.items() if k != "time/total_s"} == {
+        k: v for k, v in first.items() if k != "time/total_s"
+    }
+    assert (again / "curves.csv").read_text() == (out / "curves.csv").read_text()
+    assert not (again / "checkpoints").exists()
+    other = run("sft", "method=sft")
+    assert not (other / "checkpoints" / "align.ckpt").exists()
+    assert (other / "checkpoints" / "finetune.ckpt").exists()
+
+
+def test_two_processes_equal_one_at_twice_the_batch(run: Run) -> None:
+    small = ["optim.steps=8", "align.optim.steps=3", "evaluate.every=4"]
+    one = run("one", *small, "optim.batch_size=4", "align.optim.batch_size=4", cache="one-cache")
+    two = run("two", *small, "trainer=ddp", "optim.batch_size=2", "align.optim.batch_size=2", cache="two-cache")
+    a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-6
+    assert (one / "responses.jsonl").read_text() == (two / "responses.jsonl").read_text()
+    with (one / "curves.csv").open() as x, (two / "curves.csv").open() as y:
+        for p, q in zip(csv.DictReader(x), csv.DictReader(y), strict=True):
+            assert (p["step"], p["eval/harmful_score"]) == (q["step"], q["eval/harmful_score"])
+            if p["train/loss"]:
+                assert float(p["train/loss"]) == pytest.approx(float(q["train/loss"]), abs=1e-5)
+
+
+def test_stages_can_be_left_out(run: Run) -> None:
+    metrics = json.loads((run("part", "stages=[align,evaluate]") / "metrics.json").read_text())
+    assert "aligned/harmful_score" in metrics
+    assert not any(name.startswith(("final/", "train/")) for name in metrics)

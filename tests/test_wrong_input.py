@@ -1,0 +1,130 @@
+"""Wrong input: a sentence that names the key, the value and what is allowed; exit status 2; nothing half-written."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from lisa_lightning.config import RULES, check
+from lisa_lightning.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+Config = Callable[..., DictConfig]
+
+REFUSED = {
+    "harmful_ratio=1.5": "harmful_ratio=1.5 is not allowed; it must be a number from 0 to 1",
+    "harmful_ratio=-0.1": "a number from 0 to 1",
+    "harmful_ratio=much": "harmful_ratio=much is not allowed",
+    "harmful_ratio=.nan": "a number from 0 to 1",
+    "method.rho=-1": "method.rho=-1 is not allowed; it must be a number of at least 0",
+    "method.alignment_steps=-5": "a whole number of at least 0",
+    "method.user_steps=2.5": "a whole number of at least 0",
+    "method.warmup_ratio=2": "method.warmup_ratio=2",
+    "optim.batch_size=0": "optim.batch_size=0 is not allowed; it must be a whole number above 0",
+    "optim.accumulate=0": "optim.accumulate=0",
+    "optim.lr=0": "optim.lr=0 is not allowed; it must be a number above 0",
+    "optim.clip=-1": "a number above 0, or null",
+    "optim.schedule=step": "it must be constant or linear or cosine",
+    "align.optim.steps=0": "align.optim.steps=0",
+    "data.n=0": "data.n=0",
+    "data.order=random": "it must be seeded or head",
+    "lora.dropout=1": "lora.dropout=1",
+    "seed=-1": "seed=-1",
+    "seed=true": "seed=True",
+    "resume=yes_please": "it must be true or false",
+    "stages=[]": "it must be a list of align, finetune, evaluate",
+    "stages=[train]": "['train'] is not allowed",
+    "stages=align": "stages=align is not allowed",
+    "trainer.accumulate_grad_batches=4": "use optim.accumulate=4",
+    "trainer.gradient_clip_val=0.5": "use optim.clip=0.5",
+    "trainer.precision=16-mixed": "use trainer.precision=bf16-mixed",
+    "trainer.precision=bf16-true": "model.dtype=bfloat16 with trainer.precision=bf16-mixed",
+    "trainer.strategy=ddp_spawn": "it must be auto (one process) or ddp (several)",
+    "source.train.skip=-1": "source.train.skip=-1",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_wrong_values_are_refused(config: Config, override: str) -> None:
+    with pytest.raises(UserError) as error:
+        check(config("experiment=sst2_lisa", override))
+    assert REFUSED[override] in str(error.value)
+
+
+def test_two_states_of_length_zero_are_refused(config: Config) -> None:
+    with pytest.raises(UserError, match="one of them must be above 0"):
+        check(config("method.alignment_steps=0", "method.user_steps=0"))
+
+
+@pytest.mark.parametrize("experiment", [f.stem for f in (ROOT / "conf" / "experiment").glob("*.yaml")])
+def test_every_experiment_is_accepted(config: Config, experiment: str) -> None:
+    check(config(f"experiment={experiment}"))
+
+
+def test_every_rule_is_about_a_key_that_exists(config: Config) -> None:
+    from omegaconf import OmegaConf
+
+    cfg = config("experiment=sst2_lisa")
+    absent = {k for k in RULES if OmegaConf.select(cfg, k, default="absent") == "absent"}
+    assert all(k.startswith("align.method.") for k in absent), absent  # sft has none of the method's keys
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    env = os.environ | {"WANDB_MODE": "disabled", "LISA_CACHE": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["experiment=sst2_lissa"], "experiment=sst2_lissa is not known; did you mean sst2_lisa"),
+        (["method=lise"], "method=lise is not known; did you mean lisa"),
+        (["method.roh=1"], "method.roh is not a key of the config; did you mean method.rho"),
+        (["method=sft", "method.rho=1"], "method.rho is not a key of the config"),
+        (["optim.lr"], "optim.lr"),
+        (["harmful_ratio=2"], "harmful_ratio=2 is not allowed"),
+        (["experiment=smoke", "data.n=100000"], "data.n=100000 with harmful_ratio=0.1 needs 10000 harmful rows"),
+        (["experiment=smoke", "source.train.path=none.jsonl"], "none.jsonl: can't be read (No such file"),
+        (["experiment=smoke", "hydra.run.dir=/dev/null/out"], "/dev/null/out can't be written: Not a directory"),
+        (["experiment=smoke", "model=smollm2_135m", "model.wheel=null", "model.id=no/such"], "Ways out"),
+    ],
+)
+def test_the_command_says_a_sentence_and_exits_with_2(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("metrics.json")) + list(tmp_path.rglob("*.part*"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: writing beyond it fails as a full disk does."""
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", limited, str(ROOT / "run.py"), "experiment=smoke", "hydra.run.dir=out"]
+    env = os.environ | {"WANDB_MODE": "disabled", "LISA_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "can't be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.part*"))
+
+
+@pytest.mark.slow
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.json").write_text("{}")
+    done = run("experiment=smoke", "hydra.run.dir=out", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "holds a run; add resume=true" in done.stderr
+    assert (tmp_path / "out" / "metrics.json").read_text() == "{}"
