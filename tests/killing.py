@@ -9,6 +9,7 @@ scenario -> {killed, resumed, adapter, curves}. Needs OMP_NUM_THREADS=1: a threa
 import csv
 import json
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -96,9 +97,7 @@ def run(out: Path, cache: Path, patch: Patch | None, *extra: str) -> int:
                 patch()
             sys.argv = ["run.py", *OVERRIDES, f"hydra.run.dir={out}", f"cache_dir={cache}", *extra]
             sys.stdout = sys.stderr = (out.parent / f"{out.name}.log").open("a")
-            import run as entry
-
-            entry.main()
+            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
             status = 0
         except BaseException:
             import traceback
