@@ -66,7 +66,7 @@ def _convert_gguf(file: Path, out: Path) -> None:
         bar.update()
         config = loaded.config.to_dict()
         config.pop("quantization_config", None)
-        model = type(loaded)(type(loaded.config).from_dict(config)).to(torch.float32)
+        model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(config), dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
         bar.update()
         model.save_pretrained(out)

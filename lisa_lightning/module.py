@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from peft import PeftModel
 
 from lisa_lightning.data.interleave import Step
@@ -87,7 +88,7 @@ class LisaModule(L.LightningModule):
             raise RuntimeError(f"the loader is at step {step}, the trainer at step {self.global_step}")
         torch.manual_seed(_mix(self.seed, step, self.global_rank))
         optimizer = self.optimizers()
-        assert isinstance(optimizer, L.pytorch.core.optimizer.LightningOptimizer)
+        assert isinstance(optimizer, LightningOptimizer)
         lr = self.optim.lr_at(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -114,10 +115,10 @@ class LisaModule(L.LightningModule):
         scale = self.trainer.world_size / max(1, batch.tokens)
         total = torch.zeros((), device=self.device)
         for packs in batch.micro_batches:
-            if not packs:
-                loss = sum(w.sum() for w in self.weights) * 0.0  # nothing to learn, but ranks must stay in step
-            else:
+            if packs:
                 loss = completion_loss(self.net.get_base_model(), packs) * scale
+            else:  # nothing to learn, but ranks must stay in step
+                loss = torch.stack([w.sum() for w in self.weights]).sum() * 0.0
             self.manual_backward(loss)
             total += loss.detach()
         return self.trainer.strategy.reduce(total, reduce_op="mean").item()

@@ -56,7 +56,7 @@ def save_merged(net: PeftModel, tokenizer: PreTrainedTokenizerBase, out: Path) -
 def save_adapter(net: PeftModel, base: str, out: Path) -> None:
     """Save the adapter as plain `peft` loads it, its config naming `base`; equal adapters give equal bytes."""
     net.peft_config["default"].base_model_name_or_path = base
-    net.save_pretrained(out)
+    net.save_pretrained(str(out))
     (out / "README.md").unlink(missing_ok=True)  # an empty model card
     config = out / "adapter_config.json"
     settings = json.loads(config.read_text())

@@ -50,7 +50,7 @@ def run(cfg: DictConfig) -> Metrics:
     task = instantiate(cfg.task)
     rows = load_rows(cfg.source, task)
     user = user_rows(rows.task, rows.harmful, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed)
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:  # before the other ranks are there to wait
         _claim(out, cfg)
     _hush()
 
@@ -224,7 +224,7 @@ class Stages:
 
         def make(folder: Path) -> None:
             started = perf_counter()
-            net = load(model, self.cfg.model.dtype)
+            net: Any = load(model, self.cfg.model.dtype)
             if adapter is not None:
                 from peft import PeftModel
 

@@ -17,8 +17,7 @@ def squared_distance(weights: Sequence[Tensor], anchor: Sequence[Tensor]) -> Ten
 
     Summed as squares, since the square of a norm overflows in half precision from norm 256 on.
     """
-    difference = torch._foreach_sub([w.detach().float() for w in weights], list(anchor))
-    return torch.stack([d.square().sum() for d in difference]).sum()
+    return torch.stack([d.square().sum() for d in _differences(weights, anchor)]).sum()
 
 
 @torch.no_grad()
@@ -28,9 +27,14 @@ def add_gradient(weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float
     The same gradient as that of the penalty as a term of the loss, at the cost of one pass over the weights; it belongs
     after the last backward pass and before clipping. Every weight must have a gradient.
     """
-    difference = torch._foreach_sub([w.detach().float() for w in weights], list(anchor))
+    difference = _differences(weights, anchor)
     gradients = [w.grad for w in weights if w.grad is not None]
     if len(gradients) != len(weights):
         raise ValueError(f"{len(weights) - len(gradients)} of {len(weights)} weights have no gradient")
-    torch._foreach_add_(gradients, difference, alpha=rho)
+    for gradient, d in zip(gradients, difference, strict=True):
+        gradient.add_(d, alpha=rho)
     return torch.stack([d.square().sum() for d in difference]).sum() * (rho / 2)
+
+
+def _differences(weights: Sequence[Tensor], anchor: Sequence[Tensor]) -> list[Tensor]:
+    return [w.detach().float() - a for w, a in zip(weights, anchor, strict=True)]

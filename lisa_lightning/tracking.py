@@ -136,7 +136,7 @@ class Tracker:
         self.run.summary.update(metrics)
         if samples:
             columns = list(samples[0])
-            self.run.log({"answers": wandb.Table(columns=columns, data=[[s[c] for c in columns] for s in samples])})
+            self.run.log({"answers": wandb.Table(columns=[*columns], data=[[s[c] for c in columns] for s in samples])})
 
     def finish(self, failed: bool) -> None:
         """Close the W&B run; a failed one is marked as such."""
@@ -165,12 +165,12 @@ def _start_wandb(out: Path, init: dict[str, Any], resumed: bool) -> tuple[Any, d
     earlier = json.loads(record.read_text()) if resumed and record.exists() else None
     online = _has_api_key() and os.environ.get("WANDB_MODE", "online") == "online"
     settings = wandb.Settings(silent=True, console="off", init_timeout=30)
-    run = None
+    run, goes_on = None, {}
     if online:
         goes_on = {"id": earlier["id"], "resume": "must"} if earlier and earlier["online"] else {}
         try:
             run = wandb.init(dir=out, mode="online", settings=settings, **init, **goes_on)
-        except wandb.errors.Error as error:
+        except wandb.Error as error:
             log.warning("W&B can't be reached (%s): the run is kept offline.", str(error).splitlines()[0])
             online = False
     if run is None:

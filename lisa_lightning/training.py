@@ -68,7 +68,7 @@ class EvaluateCurve(Callback):
         if trainer.global_step == 0:
             self._evaluate(pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         """A point of the curves."""
         assert isinstance(pl_module, LisaModule)
         if trainer.global_step % self.every == 0:
@@ -92,7 +92,7 @@ class Record(Callback):
             self.tracker.start(self.stage, trainer.global_step if trainer.global_step else -1)
         self._record(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         """After every optimizer step."""
         self._record(trainer, pl_module)
 
@@ -130,7 +130,7 @@ class Checkpoint(Callback):
         """The clock starts."""
         self.started = perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         """Save where it is due; all ranks take part."""
         if trainer.global_step % self.every == 0 or trainer.global_step == self.last:
             trainer.save_checkpoint(self.path)

@@ -146,7 +146,7 @@ class _Recorder(Callback):
     def __init__(self) -> None:
         self.seen: list[dict[str, float]] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         assert isinstance(pl_module, LisaModule)
         self.seen.append(pl_module.metrics)
 

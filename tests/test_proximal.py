@@ -61,7 +61,8 @@ def test_added_gradient_is_that_of_the_loss_term(rho: float) -> None:
     torch.manual_seed(0)
     weights = [torch.randn(3, 4, requires_grad=True), torch.randn(5, requires_grad=True)]
     anchor = [torch.randn(3, 4), torch.randn(5)]
-    penalty = sum(rho / 2 * torch.norm(w - a) ** 2 for w, a in zip(weights, anchor, strict=True))
+    terms = [rho / 2 * torch.norm(w - a) ** 2 for w, a in zip(weights, anchor, strict=True)]
+    penalty = torch.stack(terms).sum()
     wanted = torch.autograd.grad(penalty, weights)
     for w in weights:
         w.grad = torch.zeros_like(w)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
@@ -77,7 +78,7 @@ class _Stop(L.Callback):
     def __init__(self, after: int) -> None:
         self.after = after
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: object) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         if trainer.global_step == self.after:
             raise InterruptedError
 

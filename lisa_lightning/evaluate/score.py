@@ -64,6 +64,7 @@ class Evaluator:
         self.task = task
         self.cfg = cfg
         self.judge = EmbeddedJudge()
+        self.end: Any = tokenizer.eos_token_id
 
     def answers(self, model: Any, asked: Sequence[Question], stage: str, journal: Path | None = None) -> list[Answer]:
         """Every question with the model's answer and its verdict, the same on all ranks.
@@ -107,7 +108,7 @@ class Evaluator:
             bar.update(len(asked) - sum(len(g) for _, g in todo) * fabric.world_size)
             for index, group in todo:
                 limit = self._limit(asked[group[0]])
-                ids = generate(model, [prompts[i] for i in group], limit, self.tokenizer.eos_token_id)
+                ids = generate(model, [prompts[i] for i in group], limit, self.end)
                 done[index] = [self._text(a) for a in ids]
                 _append_journal(path, index, done[index])
                 bar.update(len(group) * fabric.world_size)
