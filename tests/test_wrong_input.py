@@ -65,6 +65,11 @@ def test_every_experiment_is_accepted(config: Config, experiment: str) -> None:
     check(config(f"experiment={experiment}"))
 
 
+def test_local_files_are_asked_for_by_key(config: Config) -> None:
+    with pytest.raises(UserError, match=r"source\.train\.path has no value; give one as source\.train\.path="):
+        check(config("source=local"))
+
+
 def test_every_rule_is_about_a_key_that_exists(config: Config) -> None:
     from omegaconf import OmegaConf
 
