@@ -29,5 +29,7 @@ if __name__ == "__main__":
         sentence = explain(error)
         if sentence is None:
             raise
+        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+            sys.exit(0)  # the first rank says it; a failing child would take that one down in mid-sentence
         print(sentence, file=sys.stderr)
         sys.exit(2)

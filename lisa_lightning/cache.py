@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from lisa_lightning.errors import UserError
 
-NO_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO}
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class Ranks(Protocol):
@@ -60,16 +60,31 @@ def build(ranks: Ranks, parent: Path, key: Any, make: Callable[[Path], None]) ->
         if ranks.broadcast(not final.exists()):
             aside = Path(ranks.broadcast(_fresh(final) if ranks.is_global_zero else None))
             try:
-                with explained(aside.parent):
-                    make(aside)
+                trouble = _made(make, aside)
                 ranks.barrier()
-                if ranks.is_global_zero:
+                if ranks.is_global_zero and trouble is None:
                     _complete(aside, final, key)
             finally:
                 if ranks.is_global_zero:
                     shutil.rmtree(aside, ignore_errors=True)
+            trouble = ranks.broadcast(trouble)  # what only the first rank met must end the others too
+            if trouble is not None:
+                raise UserError(trouble)
     ranks.barrier()
     return final
+
+
+def _made(make: Callable[[Path], None], aside: Path) -> str | None:
+    """Fill the folder; the sentence if the user must put something right first."""
+    try:
+        make(aside)
+    except UserError as error:
+        return str(error)
+    except Exception as error:
+        if (reason := disk_trouble(error)) is None:
+            raise
+        return f"{aside.parent} can't be written: {reason}"
+    return None
 
 
 @contextmanager
@@ -106,26 +121,27 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn a failing write (full disk, no permission) into a sentence that names the path.
-
-    Libraries that write for us hide the system's error in one of their own and keep its text.
-    """
+    """Turn a failing write (full disk, no permission) into a sentence that names the path."""
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = write_failure(error)
-        if reason is None:
+    except shutil.Error as error:
+        raise UserError(f"{path} can't be written: {error.args[0][0][-1]}") from error
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if (reason := disk_trouble(error)) is None:
             raise
         raise UserError(f"{path} can't be written: {reason}") from error
 
 
-def write_failure(error: BaseException) -> str | None:
-    """The system's words if `error`, or what it came from, is a write that the system refused."""
-    if isinstance(error, OSError) and error.errno in NO_WRITE:
+def disk_trouble(error: BaseException) -> str | None:
+    """The system's words if `error`, or what it came from, is a disk that takes no more.
+
+    Libraries that write for us hide the system's error in one of their own, as its context or in its text.
+    """
+    if isinstance(error, OSError) and error.errno in DISK:
         return os.strerror(error.errno)
     hidden = re.search(r"\(os error (\d+)\)", str(error))
-    if hidden and int(hidden[1]) in NO_WRITE:
+    if hidden and int(hidden[1]) in DISK:
         return os.strerror(int(hidden[1]))
-    return write_failure(error.__context__) if error.__context__ is not None else None
+    return disk_trouble(error.__context__) if error.__context__ is not None else None

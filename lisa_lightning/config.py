@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lisa_lightning.cache import write_failure
+from lisa_lightning.cache import disk_trouble
 from lisa_lightning.errors import UserError
 
 Check = tuple[Callable[[Any], bool], str]
@@ -22,6 +22,14 @@ def _number(value: Any) -> bool:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _two_shares(value: Any) -> bool:
+    return isinstance(value, ListConfig) and len(value) == 2 and all(_number(b) and 0 <= b < 1 for b in value)
+
+
+def _targets(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, ListConfig) and len(value) > 0)
 
 
 POSITIVE: Check = (lambda v: _number(v) and 0 < v < float("inf"), "a number above 0")
@@ -50,11 +58,20 @@ OPTIM: dict[str, Check] = {
     "schedule": _one_of("constant", "linear", "cosine"),
     "warmup_ratio": SHARE,
     "weight_decay": NOT_NEGATIVE,
-    "betas": (lambda v: len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v), "two numbers from 0 to below 1"),
+    "betas": (_two_shares, "a list of two numbers from 0 to below 1"),
     "eps": POSITIVE,
 }
-LORA: dict[str, Check] = {"r": COUNT, "alpha": POSITIVE, "dropout": DROPOUT}
-FILE: dict[str, Check] = {"skip": COUNT_OR_0, "take": _optional(COUNT)}
+TARGETS: Check = (_targets, "all-linear or a list of module names")
+LORA: dict[str, Check] = {"r": COUNT, "alpha": POSITIVE, "dropout": DROPOUT, "targets": TARGETS}
+MAPPING: Check = (lambda v: isinstance(v, DictConfig), "a mapping such as {field: column}")
+FILE: dict[str, Check] = {
+    "path": (lambda v: isinstance(v, str), "the path of a file"),
+    "columns": _optional(MAPPING),
+    "where": _optional(MAPPING),
+    "skip": COUNT_OR_0,
+    "take": _optional(COUNT),
+}
+FILES = ("train", "test", "alignment", "harmful", "harmful_prompts", "harmless_prompts")
 METHOD: dict[str, Check] = {
     "rho": NOT_NEGATIVE,
     "alignment_steps": COUNT_OR_0,
@@ -79,16 +96,24 @@ RULES: dict[str, Check] = {
     **{f"{where}.{key}": rule for where in ("optim", "align.optim") for key, rule in OPTIM.items()},
     **{f"{where}.{key}": rule for where in ("lora", "align.lora") for key, rule in LORA.items()},
     **{f"{where}.{key}": rule for where in ("method", "align.method") for key, rule in METHOD.items()},
-    **{
-        f"source.{name}.{key}": rule
-        for name in ("train", "test", "alignment", "harmful", "harmful_prompts", "harmless_prompts")
-        for key, rule in FILE.items()
-    },
+    "model.dtype": _one_of("float32", "bfloat16", "float16"),
+    "trainer.strategy": _one_of("auto", "ddp"),
+    "trainer.precision": _one_of("32-true", "bf16-mixed"),
+    **{f"source.{name}": (lambda v: isinstance(v, DictConfig), "a mapping with path and more") for name in FILES},
+    **{f"source.{name}.{key}": rule for name in FILES for key, rule in FILE.items()},
 }
-REFUSED_BY_MANUAL_OPTIMIZATION = {
-    "trainer.accumulate_grad_batches": (1, "optim.accumulate"),
-    "trainer.gradient_clip_val": (None, "optim.clip"),
+INSTEAD = {
+    "accumulate_grad_batches": "optim.accumulate",
+    "gradient_clip_val": "optim.clip",
+    "gradient_clip_algorithm": "optim.clip",
+    "max_steps": "optim.steps",
+    "max_epochs": "optim.steps",
+    "val_check_interval": "evaluate.every",
+    "enable_checkpointing": "checkpoint.every",
+    "logger": "wandb",
 }
+"""What the training loop does itself, by manual optimization -> the key that says how."""
+TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 
 
 def check(cfg: DictConfig) -> None:
@@ -104,7 +129,7 @@ def check(cfg: DictConfig) -> None:
         if value != "absent" and not right(value):
             raise UserError(f"{key}={_shown(value)} is not allowed; it must be {allowed}")
     _check_stages(cfg.stages)
-    _check_trainer(cfg)
+    _check_trainer(cfg.trainer)
     for where in ("method", "align.method"):
         steps = [OmegaConf.select(cfg, f"{where}.{k}") for k in ("alignment_steps", "user_steps")]
         if steps == [0, 0]:
@@ -116,24 +141,11 @@ def _check_stages(stages: Any) -> None:
         raise UserError(f"stages={_shown(stages)} is not allowed; it must be a list of {', '.join(STAGES)}")
 
 
-def _check_trainer(cfg: DictConfig) -> None:
-    for key, (only, instead) in REFUSED_BY_MANUAL_OPTIMIZATION.items():
-        value = OmegaConf.select(cfg, key)
-        if value != only:
-            raise UserError(f"{key}={value}: the training loop does this itself; use {instead}={value}")
-    if cfg.trainer.precision == "16-mixed":
-        raise UserError(
-            "trainer.precision=16-mixed: gradients scaled for float16 don't mix with a penalty; "
-            "use trainer.precision=bf16-mixed"
-        )
-    if "true" in str(cfg.trainer.precision) and cfg.trainer.precision != "32-true":
-        raise UserError(
-            f"trainer.precision={cfg.trainer.precision} would round the adapter; for a smaller model use "
-            "model.dtype=bfloat16 with trainer.precision=bf16-mixed"
-        )
-    strategy = str(cfg.trainer.strategy)
-    if strategy not in ("auto", "ddp", "single_device"):
-        raise UserError(f"trainer.strategy={strategy} is not allowed; it must be auto (one process) or ddp (several)")
+def _check_trainer(trainer: Any) -> None:
+    for name, value in trainer.items():
+        if name not in TRAINER and value is not None:
+            instead = f"use {INSTEAD[name]}" if name in INSTEAD else f"there are: {', '.join(TRAINER)}"
+            raise UserError(f"trainer.{name}={value}: Lightning can't honour this under manual optimization; {instead}")
 
 
 def _shown(value: Any) -> str:
@@ -144,7 +156,9 @@ def explain(error: Exception) -> str | None:
     """The sentence for a person's mistake; None where it is ours and the traceback is wanted."""
     if isinstance(error, UserError):
         return str(error)
-    reason = write_failure(error)
+    reason = disk_trouble(error)
+    if reason is None and isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+        reason = error.strerror
     if reason is not None:
         return f"{getattr(error, 'filename', None) or 'A file'} can't be written: {reason}"
     from hydra.errors import HydraException, MissingConfigException

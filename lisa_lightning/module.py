@@ -80,6 +80,10 @@ class LisaModule(L.LightningModule):
         """Start the method's anchor, before a checkpoint can replace it."""
         self.method.begin(self.weights, self.optim.steps)
 
+    def on_fit_start(self) -> None:
+        """The weights have moved to their device by now; the anchor follows."""
+        self.method.anchor = [a.to(w.device) for a, w in zip(self.method.anchor, self.weights, strict=True)]
+
     def training_step(self, batch: Step, batch_idx: int) -> None:
         """Optimizer step `batch.index`."""
         started = perf_counter()
@@ -152,7 +156,7 @@ class LisaModule(L.LightningModule):
             for name, weight in own.items():
                 weight.copy_(saved[name])
         checkpoint["state_dict"] = {}
-        self.method.anchor = [a.to(w.device) for a, w in zip(checkpoint["anchor"], self.weights, strict=True)]
+        self.method.anchor = list(checkpoint["anchor"])
 
 
 def refuse_other_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lisa_lightning.errors import UserError
+
 
 def load(folder: Path, dtype: str) -> PreTrainedModel:
     """The causal language model in `folder`, on the CPU (Lightning moves it)."""
@@ -36,7 +38,10 @@ def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    net = get_peft_model(model, config)
+    try:
+        net = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"lora.targets={targets}: the model has no such modules ({error})") from error
     # Models arrive in evaluation mode, where dropout and gradient checkpointing are silently off.
     net.train()
     return net

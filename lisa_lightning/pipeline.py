@@ -29,12 +29,13 @@ from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import Row, Rows, load_rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.score import Answer, Evaluator, Question, questions, scores, to_jsonl
-from lisa_lightning.module import LisaModule, Optim
+from lisa_lightning.module import LisaModule, Optim, refuse_other_run
 from lisa_lightning.net import attach, load, load_tokenizer, save_adapter, save_merged
 from lisa_lightning.schedule import State
 from lisa_lightning.tracking import Tracker, read_rows
 from lisa_lightning.training import Checkpoint, EvaluateCurve, Record, fit
 
+log = logging.getLogger(__name__)
 Metrics = dict[str, Any]
 
 
@@ -46,27 +47,22 @@ def run(cfg: DictConfig) -> Metrics:
     """
     started = perf_counter()
     hydra = HydraConfig.get()
-    out = Path(hydra.runtime.output_dir)
     task = instantiate(cfg.task)
     rows = load_rows(cfg.source, task)
     user = user_rows(rows.task, rows.harmful, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed)
-    if getattr(rank_zero_only, "rank", 0) == 0:  # before the other ranks are there to wait
-        _claim(out, cfg)
     _hush()
-
-    fabric = Fabric(
-        accelerator=cfg.trainer.accelerator,
-        devices=cfg.trainer.devices,
-        num_nodes=cfg.trainer.num_nodes,
-        strategy=cfg.trainer.strategy,
-        precision=cfg.trainer.precision,
-    )
+    fabric = _ranks(cfg.trainer)
+    if getattr(rank_zero_only, "rank", 0) == 0:  # before the other ranks are there to wait
+        _claim(Path(hydra.runtime.output_dir), cfg)
     fabric.launch()  # every rank runs all stages from here on, so that evaluation is shared out too
+    out = Path(fabric.broadcast(hydra.runtime.output_dir))
+    base, base_key = base_model(fabric, cfg.model, cache_folder(cfg.cache_dir))
+
     choices = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
     tracker = Tracker(out, _wandb_init(cfg, choices), cfg.resume) if fabric.is_global_zero else None
     failed = True
     try:
-        metrics = Stages(cfg, out, fabric, tracker, task, rows, user).run()
+        metrics = Stages(cfg, out, fabric, tracker, task, rows, user, base, base_key).run()
         metrics["time/total_s"] = perf_counter() - started
         if tracker is not None:
             _leave(cfg, out, tracker, metrics, choices)
@@ -75,6 +71,21 @@ def run(cfg: DictConfig) -> Metrics:
         if tracker is not None:
             tracker.finish(failed)
     return metrics
+
+
+def _ranks(cfg: Any) -> Fabric:
+    """The processes of this run, not yet launched."""
+    try:
+        return Fabric(
+            accelerator=cfg.accelerator,
+            devices=cfg.devices,
+            num_nodes=cfg.num_nodes,
+            strategy=cfg.strategy,
+            precision=cfg.precision,
+        )
+    except (ValueError, RuntimeError, TypeError, ImportError) as error:
+        asked = f"trainer.accelerator={cfg.accelerator}, trainer.devices={cfg.devices}"
+        raise UserError(f"{asked} can't be had on this machine: {str(error).splitlines()[0]}") from error
 
 
 class Stages:
@@ -89,6 +100,8 @@ class Stages:
         task: Any,
         rows: Rows,
         user: list[Row],
+        base: Path,
+        base_key: str,
     ) -> None:
         self.cfg = cfg
         self.out = out
@@ -97,10 +110,18 @@ class Stages:
         self.rows = rows
         self.user = user
         self.cache = cache_folder(cfg.cache_dir)
-        self.base = base_model(fabric, cfg.model, self.cache)
-        self.tokenizer = load_tokenizer(self.base)
+        self.base = base
+        self.base_key = base_key
+        self.tokenizer = load_tokenizer(base)
         self.evaluator = Evaluator(fabric, self.tokenizer, task, cfg.evaluate)
-        self.origin = {"code": _code_digest(), "precision": cfg.trainer.precision, "ranks": fabric.world_size}
+        self.origin = {
+            "code": _code_digest(),
+            "device": fabric.device.type,
+            "precision": cfg.trainer.precision,
+            "ranks": fabric.world_size,
+            "dtype": cfg.model.dtype,
+            "base": base_key,
+        }
         self.origin |= {package: version(package) for package in ("torch", "transformers", "peft", "lightning")}
 
     def run(self) -> Metrics:
@@ -131,8 +152,6 @@ class Stages:
         """The aligned model: LoRA on the alignment rows, merged into the base."""
         cfg = self.cfg.align
         key = self.origin | {
-            "base": self.base.name,
-            "dtype": self.cfg.model.dtype,
             "align": _plain(cfg),
             "rows": _rows_digest(self.rows.alignment),
             "max_length": self.cfg.data.max_length,
@@ -152,7 +171,6 @@ class Stages:
         cfg = self.cfg
         key = self.origin | {
             "aligned": aligned.name,
-            "dtype": cfg.model.dtype,
             "method": _plain(cfg.method),
             "lora": _plain(cfg.lora),
             "optim": _plain(cfg.optim),
@@ -161,7 +179,9 @@ class Stages:
             "max_length": cfg.data.max_length,
             "user_rows": _rows_digest(self.user),
             "alignment_rows": _rows_digest(self.rows.alignment),
-            "curve": _plain(cfg.evaluate) | {"questions": digest([asdict(q) for q in self._curve_questions()])},
+            "curve": self._asking(self._curve_questions()) | {"every": cfg.evaluate.every}
+            if cfg.evaluate.every
+            else None,
         }
 
         def make(folder: Path) -> None:
@@ -176,7 +196,8 @@ class Stages:
 
         folder, seconds = self._stage("finetune", key, make)
         if self.fabric.is_global_zero:
-            shutil.copytree(folder / "adapter", self.out / "adapter", dirs_exist_ok=True)
+            with explained(self.out):
+                shutil.copytree(folder / "adapter", self.out / "adapter", dirs_exist_ok=True)
         return folder, seconds
 
     def _fit(
@@ -211,16 +232,15 @@ class Stages:
     def _evaluate(self, stage: str, model: Path, adapter: Path | None) -> tuple[list[Answer], float]:
         """All held-out questions, answered and judged."""
         asked = questions(self.rows)
-        key = self.origin | {
-            "model": model.name,
-            "adapter": adapter and adapter.parent.name,
-            "stage": stage,
-            "dtype": self.cfg.model.dtype,
-            "questions": digest([asdict(q) for q in asked]),
-            "max_new_tokens": self.cfg.evaluate.max_new_tokens,
-            "batch_size": self.cfg.evaluate.batch_size,
-            "judge": self.evaluator.judge.version,
-        }
+        key = (
+            self.origin
+            | {
+                "model": model.name,
+                "adapter": adapter and adapter.parent.name,
+                "stage": stage,
+            }
+            | self._asking(asked)
+        )
 
         def make(folder: Path) -> None:
             started = perf_counter()
@@ -238,8 +258,8 @@ class Stages:
                 write_text(folder / "stage.json", json.dumps({"seconds": perf_counter() - started}))
 
         folder, seconds = self._stage("evaluate", key, make)
-        lines = (folder / "responses.jsonl").read_text(encoding="utf-8").splitlines()
-        return [Answer(**json.loads(line)) for line in lines], seconds
+        lines = (folder / "responses.jsonl").read_text(encoding="utf-8").split("\n")
+        return [Answer(**json.loads(line)) for line in lines if line], seconds
 
     def _stage(self, name: str, key: Metrics, make: Any) -> tuple[Path, float]:
         """The finished folder of a stage, and the seconds that it took when it ran."""
@@ -261,6 +281,16 @@ class Stages:
         self.tracker.curves.export(stage, folder / "curves.csv")
         write_text(folder / "stage.json", json.dumps({"seconds": checkpoint.seconds}))
 
+    def _asking(self, asked: list[Question]) -> Metrics:
+        """All that determines the verdicts on a model's answers."""
+        return {
+            "questions": digest([asdict(q) for q in asked]),
+            "task": _plain(self.cfg.task),
+            "max_new_tokens": self.cfg.evaluate.max_new_tokens,
+            "batch_size": self.cfg.evaluate.batch_size,
+            "judge": self.evaluator.judge.version,
+        }
+
     def _curve_questions(self) -> list[Question]:
         cfg = self.cfg.evaluate
         return questions(self.rows, harmful=cfg.curve_prompts, harmless=0, task=cfg.curve_rows)
@@ -268,8 +298,15 @@ class Stages:
 
 def _claim(out: Path, cfg: DictConfig) -> None:
     """Make the output folder ours: refuse one that holds another run, write down the config."""
-    if not cfg.resume and any((out / name).exists() for name in ("checkpoints", "curves.csv", "metrics.json")):
+    used = any((out / name).exists() for name in ("checkpoints", "curves.csv", "metrics.json"))
+    if used and not cfg.resume:
         raise UserError(f"{out} holds a run; add resume=true to go on with it, or give another hydra.run.dir")
+    if cfg.resume and not used:
+        log.warning("Nothing to resume in %s: the run starts anew.", out)
+    if used and (out / "config.yaml").exists():
+        saved, wanted = OmegaConf.to_container(OmegaConf.load(out / "config.yaml")), _plain(cfg)
+        assert isinstance(saved, dict)
+        refuse_other_run(*({k: v for k, v in c.items() if k not in ("resume", "cache_dir")} for c in (saved, wanted)))
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
@@ -278,11 +315,12 @@ def _claim(out: Path, cfg: DictConfig) -> None:
 def _leave(cfg: DictConfig, out: Path, tracker: Tracker, metrics: Metrics, choices: dict[str, str]) -> None:
     """Everything that a person looks at: metrics.json, report.html, the W&B summary, the table in the terminal."""
     path = out / "responses.jsonl"
-    answers = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    answers = [json.loads(line) for line in lines if line]
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2))
     report.page(out, metrics, tracker.curves.rows(), answers, choices, OmegaConf.to_yaml(cfg, resolve=True))
     tracker.summarize(metrics, report.samples(answers))
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2))
-    report.terminal(out, metrics, tracker.offline_folder)
+    report.terminal(out, metrics, tracker.offline_folder, tracker.url)
 
 
 def _wandb_init(cfg: DictConfig, choices: dict[str, str]) -> dict[str, Any]:

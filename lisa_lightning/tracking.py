@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from lisa_lightning.cache import explained, write_text
 
@@ -124,7 +125,7 @@ class Tracker:
         if stage == "finetune":
             self.run.log(metrics | {"trainer/global_step": step})
         else:
-            self.run.log({f"{stage}/{k.replace('/', '_')}": v for k, v in metrics.items()} | {f"{stage}/step": step})
+            self.run.log({f"{stage}/{_last(name)}": value for name, value in metrics.items()} | {f"{stage}/step": step})
         self.logged[stage] = step
 
     def summarize(self, metrics: dict[str, Any], samples: Sequence[dict[str, str]]) -> None:
@@ -144,11 +145,20 @@ class Tracker:
             self.run.finish(exit_code=1 if failed else 0)
 
     @property
+    def url(self) -> str | None:
+        """Where an online run is shown."""
+        return None if self.run is None or self.offline_folder is not None else self.run.url
+
+    @property
     def offline_folder(self) -> str | None:
         """The folder of an offline run, for `wandb sync` and `wandb leet`."""
         if self.run is None or not self.run.settings.mode.startswith("offline"):
             return None
         return str(Path(self.run.dir).parent)
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _numbers(row: CurveRow) -> dict[str, float]:
@@ -195,7 +205,8 @@ def _last_steps(run: Any) -> dict[str, float]:
 def _has_api_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False

@@ -17,6 +17,8 @@ from lisa_lightning.evaluate.score import Evaluator, Question, scores
 from lisa_lightning.module import LisaModule
 from lisa_lightning.tracking import Tracker
 
+ALIGN_METRICS = ("train/loss", "train/lr", "time/step_s")
+
 
 class AsideCheckpointIO(TorchCheckpointIO):
     """Checkpoints are written beside their place, then renamed; loading never unpickles."""
@@ -98,8 +100,11 @@ class Record(Callback):
 
     def _record(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, LisaModule)
-        if self.tracker is not None and module.metrics:
-            self.tracker.log(self.stage, trainer.global_step, module.metrics)
+        metrics = module.metrics
+        if self.stage == "align":  # one stream and no penalty: states and drifts would say nothing
+            metrics = {name: value for name, value in metrics.items() if name in ALIGN_METRICS}
+        if self.tracker is not None and metrics:
+            self.tracker.log(self.stage, trainer.global_step, metrics)
         module.metrics = {}
 
 

@@ -38,4 +38,4 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, config: Callable[..., DictCon
     """The folder of the tiny model."""
     from lisa_lightning.base import base_model
 
-    return base_model(OneRank(), config("model=tiny").model, tmp_path_factory.mktemp("cache"))
+    return base_model(OneRank(), config("model=tiny").model, tmp_path_factory.mktemp("cache"))[0]

@@ -29,19 +29,19 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
     ],
 )
 def test_reads_every_form(tmp_path: Path, name: str, content: str | bytes) -> None:
-    found = read_records(write(tmp_path, name, content), BOTH, {})
+    found = read_records(write(tmp_path, name, content), BOTH, {}, dict)
     assert found == [{"prompt": "p", "response": "r\n2"}, {"prompt": "q", "response": "s"}]
 
 
 def test_tab_separated_files_are_not_quoted(tmp_path: Path) -> None:
     path = write(tmp_path, "a.tsv", 'sentence\tlabel\nso "quoted\t1\n"odd one\t0\n')
-    found = read_records(path, {"sentence": "sentence", "label": "label"}, {})
+    found = read_records(path, {"sentence": "sentence", "label": "label"}, {}, dict)
     assert [r["sentence"] for r in found] == ['so "quoted', '"odd one']
 
 
 def test_columns_are_mapped_and_rows_chosen(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", '{"q": "1", "safe": true}\n{"q": "2", "safe": false}\n')
-    assert read_records(path, {"prompt": "q"}, {"safe": False}) == [{"prompt": "2"}]
+    assert read_records(path, {"prompt": "q"}, {"safe": False}, dict) == [{"prompt": "2"}]
 
 
 @pytest.mark.parametrize(
@@ -59,20 +59,37 @@ def test_columns_are_mapped_and_rows_chosen(tmp_path: Path) -> None:
         ("a.csv", "prompt,response\np,r\nq\n", "line 3: 1 cells where the header has 2"),
         ("a.csv", 'prompt,response\np,"r\n', "line 2: unexpected end of data"),
         ("a.csv", "prompt,response\n", "no rows"),
+        ("a.jsonl", '{"prompt": "p", "response": null}\n', "line 1: column 'response' is null"),
         ("a.xlsx", "x", "files of kind '.xlsx' can't be read; allowed: .jsonl, .json, .csv, .tsv"),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str, content: str | bytes, sentence: str) -> None:
     path = write(tmp_path, name, content)
     with pytest.raises(UserError) as error:
-        read_records(path, BOTH, {})
+        read_records(path, BOTH, {}, dict)
     assert sentence in str(error.value)
     assert path in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.jsonl: can't be read \(No such file"):
-        read_records(str(tmp_path / "none.jsonl"), BOTH, {})
+        read_records(str(tmp_path / "none.jsonl"), BOTH, {}, dict)
+
+
+def test_a_line_separator_in_a_text_ends_no_line(tmp_path: Path) -> None:
+    for name, content in (
+        ("a.csv", "prompt,response\np,one\u2028two\n"),
+        ("a.tsv", "prompt\tresponse\np\tone\u2028two\n"),
+    ):
+        assert read_records(write(tmp_path, name, content), BOTH, {}, dict)[0]["response"] == "one\u2028two"
+
+
+def test_a_wrong_label_is_named_with_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.tsv", "sentence\tlabel\ngood\t1\nbad\t2\n")
+    with pytest.raises(
+        UserError, match=r"a\.tsv, line 3: label '2' of an SST-2 row; allowed: 0, 1, negative, positive"
+    ):
+        read_records(path, {"sentence": "sentence", "label": "label"}, {}, SST2().row)
 
 
 def test_rows_whose_prompt_is_tested_are_not_trained_on(tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lisa_lightning.errors import UserError
 
@@ -14,16 +15,20 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
 Record = dict[str, Any]
 
 
-def read_records(path: str, columns: dict[str, str], where: dict[str, Any]) -> list[Record]:
-    """Records of a json, jsonl, csv or tsv file.
+T = TypeVar("T")
+
+
+def read_records(path: str, columns: dict[str, str], where: dict[str, Any], make: Callable[[Record], T]) -> list[T]:
+    """What `make` makes of the records of a json, jsonl, csv or tsv file.
 
     Args:
         path: a file; `embedded:NAME` is one that ships with the package.
-        columns: field -> column to read it from. Every record gets exactly these fields.
+        columns: field -> column to read it from. `make` gets a record with exactly these fields.
         where: column -> value; records with another value are left out (compared as text, case ignored).
 
     Raises:
-        UserError: the file is missing, empty, of an unknown kind or not UTF-8, a line is broken, a column is missing.
+        UserError: the file is missing, empty, of an unknown kind or not UTF-8, a line is broken, a column is missing
+            or null, `make` refuses a value.
     """
     file = EMBEDDED / path.removeprefix("embedded:") if path.startswith("embedded:") else Path(path).expanduser()
     if file.suffix not in SUFFIXES:
@@ -35,7 +40,14 @@ def read_records(path: str, columns: dict[str, str], where: dict[str, Any]) -> l
             has = ", ".join(map(str, raw))
             raise UserError(f"{file}, line {line}: column '{missing[0]}' is missing; there are: {has}")
         if all(str(raw[c]).strip().lower() == str(v).strip().lower() for c, v in where.items()):
-            records.append({field: raw[column] for field, column in columns.items()})
+            record = {field: raw[column] for field, column in columns.items()}
+            empty = [columns[field] for field, value in record.items() if value is None]
+            if empty:
+                raise UserError(f"{file}, line {line}: column '{empty[0]}' is null")
+            try:
+                records.append(make(record))
+            except UserError as error:
+                raise UserError(f"{file}, line {line}: {error}") from error
     if not records:
         raise UserError(f"{file}: no rows" + (f" with {where}" if where else "") + " in it")
     return records
@@ -61,7 +73,7 @@ def _table(text: str, file: Path) -> Iterator[tuple[int, Record]]:
     # Tab-separated sets (GLUE) are not quoted, and a lone quotation mark in them must not swallow lines.
     tabs = file.suffix == ".tsv"
     reader = csv.reader(
-        text.splitlines(keepends=True),
+        StringIO(text, newline=""),
         delimiter="\t" if tabs else ",",
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
         strict=not tabs,

@@ -1,11 +1,15 @@
 """A source's files as rows: the user's task, alignment, harmful, and the held-out sets."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from lisa_lightning.data.files import Record, read_records
 from lisa_lightning.data.templates import alpaca
 from lisa_lightning.errors import UserError
+
+PAIR = ("prompt", "response")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +44,9 @@ def load_rows(source: Any, task: Any) -> Rows:
     Raises:
         UserError: see `read_records`; or a label that the task doesn't know.
     """
-    test = [task.row(r) for r in _read(source, "test", task.fields)]
-    harmful_prompts = _unique(r["prompt"] for r in _read(source, "harmful_prompts", ("prompt",)))
-    harmless_prompts = _unique(r["prompt"] for r in _read(source, "harmless_prompts", ("prompt",)))
+    test = _read(source, "test", task.fields, task.row)
+    harmful_prompts = _unique(_read(source, "harmful_prompts", ("prompt",), _prompt))
+    harmless_prompts = _unique(_read(source, "harmless_prompts", ("prompt",), _prompt))
     held_out = {row.prompt for row in test} | {alpaca(p) for p in (*harmful_prompts, *harmless_prompts)}
 
     def trained(rows: list[Row], what: str) -> list[Row]:
@@ -52,32 +56,36 @@ def load_rows(source: Any, task: Any) -> Rows:
         return kept
 
     return Rows(
-        task=trained([task.row(r) for r in _read(source, "train", task.fields)], "train"),
-        alignment=trained(_pairs(_read(source, "alignment", ("prompt", "response"))), "alignment"),
-        harmful=trained(_pairs(_read(source, "harmful", ("prompt", "response")), harmful=True), "harmful"),
+        task=trained(_read(source, "train", task.fields, task.row), "train"),
+        alignment=trained(_read(source, "alignment", PAIR, _pair), "alignment"),
+        harmful=trained([replace(r, harmful=True) for r in _read(source, "harmful", PAIR, _pair)], "harmful"),
         test=test,
         harmful_prompts=harmful_prompts,
         harmless_prompts=harmless_prompts,
     )
 
 
-def _read(source: Any, name: str, fields: tuple[str, ...]) -> list[Record]:
+def _read(source: Any, name: str, fields: tuple[str, ...], make: Callable[[Record], T]) -> list[T]:
     file = source[name]
     columns = {field: field for field in fields} | dict(file.columns or {})
     unknown = set(columns) - set(fields)
     if unknown:
         raise UserError(f"source.{name}.columns names '{min(unknown)}'; allowed: {', '.join(fields)}")
-    records = read_records(file.path, columns, dict(file.where or {}))
+    found = read_records(file.path, columns, dict(file.where or {}), make)
     end = None if file.take is None else file.skip + file.take
-    chosen = records[file.skip : end]
+    chosen = found[file.skip : end]
     if not chosen:
-        raise UserError(f"source.{name}.skip={file.skip}: {file.path} has only {len(records)} such rows")
+        raise UserError(f"source.{name}.skip={file.skip}: {file.path} has only {len(found)} such rows")
     return chosen
 
 
-def _pairs(records: list[Record], harmful: bool = False) -> list[Row]:
-    return [Row(alpaca(str(r["prompt"])), str(r["response"]).strip(), harmful) for r in records]
+def _pair(record: Record) -> Row:
+    return Row(alpaca(str(record["prompt"])), str(record["response"]).strip())
 
 
-def _unique(prompts: Any) -> list[str]:
-    return list(dict.fromkeys(str(p) for p in prompts))
+def _prompt(record: Record) -> str:
+    return str(record["prompt"])
+
+
+def _unique(prompts: list[str]) -> list[str]:
+    return list(dict.fromkeys(prompts))

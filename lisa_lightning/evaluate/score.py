@@ -84,11 +84,13 @@ class Evaluator:
         return [Answer(stage, q.kind, q.shown, t, v) for q, t, v in zip(asked, texts, verdicts, strict=True)]
 
     def _verdicts(self, asked: Sequence[Question], texts: Sequence[str]) -> list[str]:
-        verdicts: list[str] = list(self.judge.verdicts([q.shown for q in asked], texts))
-        for i, question in enumerate(asked):
-            if question.kind == "task":
-                verdicts[i] = "correct" if self.task.correct(texts[i], question.target) else "wrong"
-        return verdicts
+        judged = [i for i, q in enumerate(asked) if q.kind != "task"]
+        found = self.judge.verdicts([asked[i].shown for i in judged], [texts[i] for i in judged])
+        verdicts = dict(zip(judged, found, strict=True))
+        return [verdicts.get(i) or self._marked(q, texts[i]) for i, q in enumerate(asked)]
+
+    def _marked(self, question: Question, text: str) -> str:
+        return "correct" if self.task.correct(text, question.target) else "wrong"
 
     def _ask(self, model: Any, asked: Sequence[Question], stage: str, journal: Path | None) -> list[str]:
         prompts = [encode_prompt(self.tokenizer, q.prompt) for q in asked]

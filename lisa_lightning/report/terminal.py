@@ -14,7 +14,7 @@ SHOWN = {
 }
 
 
-def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None) -> None:
+def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url: str | None) -> None:
     """Print scores before and after, time, where the files are, and how to look at the curves."""
     console = Console()
     scored = Table(title="percent of held-out prompts")
@@ -37,5 +37,5 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None) -> 
     console.print(f"page    {out / 'report.html'}", soft_wrap=True)
     if offline_folder is not None:
         console.print(f"curves  wandb leet {offline_folder}   (upload: wandb sync {offline_folder})", soft_wrap=True)
-    elif "wandb/url" in metrics:
-        console.print(f"curves  {metrics['wandb/url']}", soft_wrap=True)
+    elif url is not None:
+        console.print(f"curves  {url}", soft_wrap=True)
