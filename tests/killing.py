@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-OVERRIDES = ["experiment=smoke", "optim.steps=16", "align.optim.steps=5", "checkpoint.every=3", "evaluate.every=8"]
+OVERRIDES = [
+    "experiment=smoke",
+    "method.alignment_steps=2",
+    "method.user_steps=4",
+    "optim.steps=16",
+    "align.optim.steps=5",
+    "checkpoint.every=3",
+    "evaluate.every=8",
+]
 Patch = Callable[[], None]
 
 

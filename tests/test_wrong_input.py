@@ -74,7 +74,7 @@ def test_every_experiment_is_accepted(config: Config, experiment: str) -> None:
 
 
 def test_local_files_are_asked_for_by_key(config: Config) -> None:
-    with pytest.raises(UserError, match=r"source\.train\.path has no value; give one as source\.train\.path="):
+    with pytest.raises(UserError, match=r"source\.[a-z_]+\.path has no value; give one as source\.[a-z_]+\.path="):
         check(config("source=local"))
 
 
