@@ -16,6 +16,11 @@ from lisa_lightning.cache import explained, write_text
 log = logging.getLogger(__name__)
 
 CurveRow = dict[str, str]
+AXES = {
+    "trainer/global_step": ("train", "alignment", "user", "proximal", "switch", "eval", "time"),
+    "stage/align_step": ("align",),
+}
+"""W&B's x axes, both counting optimizer steps, and the curves that are drawn over them."""
 
 
 class Curves:
@@ -125,7 +130,7 @@ class Tracker:
         if stage == "finetune":
             self.run.log(metrics | {"trainer/global_step": step})
         else:
-            self.run.log({f"{stage}/{_last(name)}": value for name, value in metrics.items()} | {f"{stage}/step": step})
+            self.run.log({f"{stage}/{_last(name)}": value for name, value in metrics.items()} | {"stage/align_step": step})
         self.logged[stage] = step
 
     def summarize(self, metrics: dict[str, Any], samples: Sequence[dict[str, str]]) -> None:
@@ -189,16 +194,17 @@ def _start_wandb(out: Path, init: dict[str, Any], resumed: bool) -> tuple[Any, d
             init = init | {"config": init["config"] | {"resumed_from": earlier["id"]}}
             log.warning("W&B can't continue an offline run: a new one starts with the curves of %s.", earlier["id"])
         run = wandb.init(dir=out, mode="offline", settings=settings, **init)
-    run.define_metric("trainer/global_step", hidden=True)
-    run.define_metric("*", step_metric="trainer/global_step")
-    run.define_metric("align/*", step_metric="align/step")
+    for axis, prefixes in AXES.items():
+        run.define_metric(axis, hidden=True)
+        for prefix in prefixes:
+            run.define_metric(f"{prefix}/*", step_metric=axis)
     write_text(record, json.dumps({"id": run.id, "online": online}))
     logged = {s: int(v) for s, v in _last_steps(run).items()} if goes_on else {}
     return run, logged
 
 
 def _last_steps(run: Any) -> dict[str, float]:
-    names = {"finetune": "trainer/global_step", "align": "align/step"}
+    names = dict(zip(("finetune", "align"), AXES, strict=True))
     return {stage: run.summary[name] for stage, name in names.items() if name in run.summary}
 
 
