@@ -25,10 +25,10 @@ run: setup ## align, fine-tune with Lisa on SST-2 with 10 % harmful rows, evalua
 	$(BIN)/python run.py experiment=sst2_lisa
 
 test: setup ## all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup ## the tests that start no processes of their own and load no real model
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: setup ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -130,7 +130,9 @@ class Tracker:
         if stage == "finetune":
             self.run.log(metrics | {"trainer/global_step": step})
         else:
-            self.run.log({f"{stage}/{_last(name)}": value for name, value in metrics.items()} | {"stage/align_step": step})
+            self.run.log(
+                {f"{stage}/{_last(name)}": value for name, value in metrics.items()} | {"stage/align_step": step}
+            )
         self.logged[stage] = step
 
     def summarize(self, metrics: dict[str, Any], samples: Sequence[dict[str, str]]) -> None:

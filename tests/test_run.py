@@ -24,11 +24,11 @@ CYCLE = ["method.alignment_steps=2", "method.user_steps=4", "optim.steps=24"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """`run(name, overrides...)`: experiment=smoke in a process of its own; the output folder."""
+    """`run(name, overrides...)`: an experiment in a process of its own; the output folder."""
     work = tmp_path_factory.mktemp("run")
 
-    def command(name: str, *overrides: str, cache: str = "cache") -> Path:
-        arguments = ["experiment=smoke", f"hydra.run.dir={name}", *overrides]
+    def command(name: str, *overrides: str, cache: str = "cache", experiment: str = "smoke") -> Path:
+        arguments = [f"experiment={experiment}", f"hydra.run.dir={name}", *overrides]
         env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
         env |= {"LISA_CACHE": str(work / cache), "OMP_NUM_THREADS": "1", "HOME": str(work)}
         done = subprocess.run(
@@ -137,3 +137,17 @@ def test_stages_can_be_left_out(run: Run) -> None:
     metrics = json.loads((run("part", "stages=[align,evaluate]") / "metrics.json").read_text())
     assert "aligned/harmful_score" in metrics
     assert not any(name.startswith(("final/", "train/")) for name in metrics)
+
+
+def test_the_embedded_model_runs_end_to_end(run: Run) -> None:
+    """The real model, converted out of its wheel: a few steps, a few answers, and a loss that falls from the first."""
+    small = ["source.test.take=4", "source.harmful_prompts.take=4", "source.harmless_prompts.take=2"]
+    steps = ["align.optim.steps=2", "optim.steps=6", "optim.batch_size=2", "align.optim.batch_size=2", "data.n=40"]
+    short = ["evaluate.every=0", "evaluate.max_new_tokens=4", "method.alignment_steps=1", "method.user_steps=2"]
+    out = run("real", *small, *steps, *short, cache="real-cache", experiment="sst2_lisa")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert 0 <= metrics["final/accuracy"] <= 100
+    user = [float(r["user/loss"]) for r in read_rows(out / "curves.csv") if r.get("user/loss")]
+    assert user[-1] < user[0] - 1
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], sorted(config["target_modules"])) == (8, ["q_proj", "v_proj"])
