@@ -83,7 +83,7 @@ def test_curves_follow_the_schedule(out: Path) -> None:
         # The penalty is that of the weights before the step, which at a switch are the anchor itself.
         active = int(row["step"]) - 1 > 0.1 * 24 and not row["switch/drift"]
         assert (float(row["proximal/penalty"]) > 0) == active
-        assert float(row["proximal/drift"]) > 0
+        assert float(row["proximal/drift"]) > 0 or row["step"] == "1"  # the warm-up starts from a learning rate of 0
 
 
 def test_plain_peft_loads_the_adapter_on_the_model_it_names(out: Path) -> None:
