@@ -1,6 +1,7 @@
 """The LightningModule around a LoRA net: the one training loop, by manual optimization."""
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -159,7 +160,7 @@ class LisaModule(L.LightningModule):
         self.method.anchor = list(checkpoint["anchor"])
 
 
-def refuse_other_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+def refuse_other_run(saved: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> None:
     """Raise UserError naming the first few settings in which a checkpoint's run differs from this one."""
     old, new = dict(_flat(saved)), dict(_flat(wanted))
     other = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
@@ -168,7 +169,7 @@ def refuse_other_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
         raise UserError(f"The checkpoint is of another run ({shown}). Start anew in another hydra.run.dir.")
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> Any:
+def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}.")

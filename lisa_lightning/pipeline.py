@@ -37,6 +37,7 @@ from lisa_lightning.training import Checkpoint, EvaluateCurve, Record, fit
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, Any]
+MAY_CHANGE = ("resume", "cache_dir", "stages", "wandb", "checkpoint")  # between a run and its resumption
 
 
 def run(cfg: DictConfig) -> Metrics:
@@ -306,7 +307,7 @@ def _claim(out: Path, cfg: DictConfig) -> None:
     if used and (out / "config.yaml").exists():
         saved, wanted = OmegaConf.to_container(OmegaConf.load(out / "config.yaml")), _plain(cfg)
         assert isinstance(saved, dict)
-        refuse_other_run(*({k: v for k, v in c.items() if k not in ("resume", "cache_dir")} for c in (saved, wanted)))
+        refuse_other_run(*({k: v for k, v in c.items() if k not in MAY_CHANGE} for c in (saved, wanted)))
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
