@@ -1,5 +1,6 @@
 """The LightningModule around a LoRA net: the one training loop, by manual optimization."""
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from lisa_lightning.errors import UserError
 from lisa_lightning.loss import completion_loss
 from lisa_lightning.methods.method import Method
 from lisa_lightning.net import trainable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class LisaModule(L.LightningModule):
         self.seed = seed
         self.key = key
         self.weights = list(trainable(net).values())
+        self.told_unlabelled = False
         self.metrics: dict[str, float] = {}
         """What the last step measured, for the callbacks."""
 
@@ -99,6 +103,9 @@ class LisaModule(L.LightningModule):
             group["lr"] = lr
         metrics = self.method.before_step(step, self.weights)
         metrics["train/state"] = float(batch.state == "alignment")
+        if batch.unlabelled:
+            metrics["train/rows_without_label"] = float(batch.unlabelled)
+            self._say_unlabelled(step, batch)
 
         optimizer.zero_grad()
         loss = self._descend(batch)
@@ -113,6 +120,15 @@ class LisaModule(L.LightningModule):
         metrics["time/step_s"] = perf_counter() - started
         self.metrics = metrics
         self.log("loss", loss, prog_bar=True, logger=False)
+
+    def _say_unlabelled(self, step: int, batch: Step) -> None:
+        if not self.told_unlabelled and self.global_rank == 0:
+            log.warning(
+                "Step %d has %d %s row(s) whose answer is cut off wholly by data.max_length: such rows count for "
+                "nothing. They are counted as train/rows_without_label.",
+                *(step, batch.unlabelled, batch.state),
+            )
+            self.told_unlabelled = True
 
     def _descend(self, batch: Step) -> float:
         """Leave the gradient of the step's mean token loss in the weights; return that loss."""

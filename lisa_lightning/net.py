@@ -9,12 +9,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lisa_lightning.cpu import multiply_by_onednn
 from lisa_lightning.errors import UserError
 
 
 def load(folder: Path, dtype: str) -> PreTrainedModel:
-    """The causal language model in `folder`, on the CPU (Lightning moves it)."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    """The causal language model in `folder`, frozen, on the CPU (Lightning moves it)."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).requires_grad_(False)
+    multiply_by_onednn(model)
+    return model
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

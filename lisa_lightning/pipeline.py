@@ -5,7 +5,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
@@ -20,19 +20,21 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning import report
-from lisa_lightning.base import base_model
+from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import build, cache_folder, digest, explained, write_text
+from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import Row, Rows, load_rows
 from lisa_lightning.errors import UserError
-from lisa_lightning.evaluate.score import Answer, Evaluator, Question, questions, scores, to_jsonl
+from lisa_lightning.evaluate.evaluator import Answer, Evaluator, Question, questions, scores, to_jsonl
+from lisa_lightning.loss import packing
 from lisa_lightning.module import LisaModule, Optim, refuse_other_run
 from lisa_lightning.net import attach, load, load_tokenizer, save_adapter, save_merged
 from lisa_lightning.schedule import State
-from lisa_lightning.tracking import Tracker, read_rows
+from lisa_lightning.tracking import Tracker, read_rows, wandb_init
 from lisa_lightning.training import Checkpoint, EvaluateCurve, Record, fit
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ def run(cfg: DictConfig) -> Metrics:
     rows = load_rows(cfg.source, task)
     user = user_rows(rows.task, rows.harmful, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed)
     _hush()
+    keep_freed_memory()
     fabric = _ranks(cfg.trainer)
     if getattr(rank_zero_only, "rank", 0) == 0:  # before the other ranks are there to wait
         _claim(Path(hydra.runtime.output_dir), cfg)
@@ -60,7 +63,7 @@ def run(cfg: DictConfig) -> Metrics:
     base, base_key = base_model(fabric, cfg.model, cache_folder(cfg.cache_dir))
 
     choices = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
-    tracker = Tracker(out, _wandb_init(cfg, choices), cfg.resume) if fabric.is_global_zero else None
+    tracker = Tracker(out, wandb_init(_plain(cfg), choices), cfg.resume) if fabric.is_global_zero else None
     failed = True
     try:
         metrics = Stages(cfg, out, fabric, tracker, task, rows, user, base, base_key).run()
@@ -222,8 +225,9 @@ class Stages:
             "user": Examples(rows, encoded),
             "alignment": Examples(self.rows.alignment, encoded),
         }
+        together = packing(net.get_base_model(), self.cfg.data.max_length)
         steps = StepBatches(
-            streams, method.schedule, optim.steps, optim.batch_size, optim.accumulate, seed, discard=discard
+            streams, together, method.schedule, optim.steps, optim.batch_size, optim.accumulate, seed, discard=discard
         )
         checkpoint = Checkpoint(self.out / "checkpoints" / f"{stage}.ckpt", self.cfg.checkpoint.every, optim.steps)
         record = Record(self.tracker, stage)
@@ -324,18 +328,6 @@ def _leave(cfg: DictConfig, out: Path, tracker: Tracker, metrics: Metrics, choic
     report.terminal(out, metrics, tracker.offline_folder, tracker.url)
 
 
-def _wandb_init(cfg: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
-    experiment = choices.get("experiment", "None")
-    return {
-        "project": cfg.wandb.project,
-        "group": cfg.wandb.group or (experiment if experiment != "None" else "run"),
-        "job_type": choices["method"],
-        "name": f"{choices['method']}-p{cfg.harmful_ratio}-seed{cfg.seed}",
-        "tags": [choices["method"], choices["task"], choices["model"], *cfg.wandb.tags],
-        "config": _plain(cfg) | {"choices": choices},
-    }
-
-
 def _plain(cfg: Any) -> dict[str, Any]:
     found = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(found, dict)
@@ -343,7 +335,10 @@ def _plain(cfg: Any) -> dict[str, Any]:
 
 
 def _rows_digest(rows: Sequence[Row]) -> str:
-    return digest([asdict(row) for row in rows])
+    found = sha256()
+    for row in rows:  # one at a time: there may be millions
+        found.update(json.dumps(astuple(row)).encode() + b"\n")
+    return found.hexdigest()[:16]
 
 
 def _code_digest() -> str:

@@ -164,6 +164,24 @@ class Tracker:
         return str(Path(self.run.dir).parent)
 
 
+def wandb_init(cfg: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:
+    """What `wandb.init` is told of a run: config as nested columns, and a group, name and tags to find it by.
+
+    Args:
+        cfg: the resolved config.
+        choices: config group -> the chosen file.
+    """
+    experiment = choices.get("experiment", "None")
+    return {
+        "project": cfg["wandb"]["project"],
+        "group": cfg["wandb"]["group"] or (experiment if experiment != "None" else "run"),
+        "job_type": choices["method"],
+        "name": f"{choices['method']}-p{cfg['harmful_ratio']}-seed{cfg['seed']}",
+        "tags": [choices["method"], choices["task"], choices["model"], *cfg["wandb"]["tags"]],
+        "config": cfg | {"choices": choices},
+    }
+
+
 def _last(name: str) -> str:
     return name.rpartition("/")[2]
 

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from lisa_lightning.cache import explained
 from lisa_lightning.data.datamodule import LisaDataModule
-from lisa_lightning.evaluate.score import Evaluator, Question, scores
+from lisa_lightning.evaluate.evaluator import Evaluator, Question, scores
 from lisa_lightning.module import LisaModule
 from lisa_lightning.tracking import Tracker
 

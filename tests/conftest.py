@@ -36,6 +36,6 @@ def config() -> Callable[..., DictConfig]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, config: Callable[..., DictConfig]) -> Path:
     """The folder of the tiny model."""
-    from lisa_lightning.base import base_model
+    from lisa_lightning.base_model import base_model
 
     return base_model(OneRank(), config("model=tiny").model, tmp_path_factory.mktemp("cache"))[0]

@@ -66,7 +66,7 @@ def nth(n: int) -> Callable[..., bool]:
 def scenarios() -> dict[str, Patch]:
     """The moments; smoke runs in cycles of 2 alignment and 4 user steps, 5 steps of aligning before."""
     from lisa_lightning import cache, pipeline, training
-    from lisa_lightning.evaluate import score
+    from lisa_lightning.evaluate import evaluator
     from lisa_lightning.methods.method import Method
     from lisa_lightning.module import LisaModule
     from lisa_lightning.tracking import Curves
@@ -87,8 +87,8 @@ def scenarios() -> dict[str, Patch]:
         "before the first checkpoint": lambda: at_call(LisaModule, "training_step", step(16, 1)),
         "while a checkpoint is written": lambda: at_call(training.os, "fsync", nth(5)),
         "while a curve row is written": lambda: at_call(Curves, "append", nth(14)),
-        "while evaluating the aligned model": lambda: at_call(score, "generate", nth(2)),
-        "while evaluating the final model": lambda: at_call(score, "_append_journal", nth(4), after=True),
+        "while evaluating the aligned model": lambda: at_call(evaluator, "generate", nth(2)),
+        "while evaluating the final model": lambda: at_call(evaluator, "_append_journal", nth(4), after=True),
         "while the adapter is saved": lambda: at_call(pipeline, "save_adapter", nth(1), after=True),
         "before the finished stage gets its name": lambda: at_call(cache, "_complete", nth(4)),
         "while the report is written": lambda: at_call(pipeline, "_leave", nth(1)),
@@ -142,10 +142,10 @@ def scenario(name: str, patch: Patch | None, work: Path) -> dict[str, Any]:
 
 def _load_once() -> None:
     """What every run would spend seconds on: the judge is fitted here and comes along with the fork."""
-    from lisa_lightning.evaluate import score
+    from lisa_lightning.evaluate import evaluator
 
-    judge = score.EmbeddedJudge()
-    score.EmbeddedJudge = lambda: judge  # type: ignore[assignment,misc]
+    judge = evaluator.EmbeddedJudge()
+    evaluator.EmbeddedJudge = lambda: judge  # type: ignore[assignment,misc]
 
 
 def main(work: Path) -> None:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.loss import Example, pack
+from lisa_lightning.data.packing import Example, pack
 from lisa_lightning.methods.method import Method
 from lisa_lightning.module import LisaModule, Optim
 from lisa_lightning.net import attach, trainable

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from lisa_lightning.data.interleave import Examples, Step, StepBatches
 from lisa_lightning.data.mixing import user_rows
+from lisa_lightning.data.packing import Example, pack
 from lisa_lightning.data.source import Row
 from lisa_lightning.errors import UserError
-from lisa_lightning.loss import Example
 from lisa_lightning.schedule import Schedule
 
 SIZES = {"alignment": 7, "user": 11}
@@ -29,7 +29,7 @@ def rows(step: Step) -> list[int]:
 
 
 def batches(schedule: Schedule, size: int, accumulate: int = 1, **kwargs: object) -> StepBatches:
-    return StepBatches(streams(), schedule, 60, size, accumulate, seed=3, **kwargs)  # type: ignore[arg-type]
+    return StepBatches(streams(), pack, schedule, 60, size, accumulate, seed=3, **kwargs)  # type: ignore[arg-type]
 
 
 @settings(deadline=None, max_examples=30)
@@ -70,7 +70,7 @@ def test_discard_throws_user_rows_of_alignment_steps_away() -> None:
 
 
 def test_seed_changes_the_order() -> None:
-    other = StepBatches(streams(), Schedule(0, 1), 60, 1, 1, seed=4)
+    other = StepBatches(streams(), pack, Schedule(0, 1), 60, 1, 1, seed=4)
     assert [rows(other[t]) for t in range(11)] != [rows(batches(Schedule(0, 1), 1)[t]) for t in range(11)]
 
 

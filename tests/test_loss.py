@@ -1,22 +1,73 @@
-"""The packed loss against the model's own `labels=` loss on the padded batch."""
+"""The completion loss against the model's own `labels=` loss on the padded batch, on every family of models."""
 
+import logging
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from lisa_lightning.loss import IGNORED, Example, completion_loss, pack
+from lisa_lightning.data.packing import IGNORED, Example, pack, pad
+from lisa_lightning.loss import completion_loss, packing
 from lisa_lightning.net import attach, load, trainable
 
-LORA = SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear")
+SIZES = {
+    "vocab_size": 259,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+GROUPED = {"num_key_value_heads": 2}
+SOFT_CAPS = {"head_dim": 8, "final_logit_softcapping": 5.0}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "mistral": GROUPED | {"sliding_window": None},
+    "qwen2": GROUPED,
+    "qwen3": GROUPED | {"head_dim": 8},
+    "gemma2": GROUPED | SOFT_CAPS | {"attn_implementation": "eager"},
+    "gemma3_text": GROUPED | {"head_dim": 8},
+    "opt": {"dropout": 0.0, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt_neox": {},
+    "phi": {},
+    "phi3": GROUPED,
+}
 
 
-def example(prompt: str, answer: str) -> Example:
+def lora(dropout: float = 0.0) -> SimpleNamespace:
+    return SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear")
+
+
+def family(name: str, **changed: object) -> Any:
+    """A tiny random model of a family, with an adapter that is not zero."""
+    torch.manual_seed(0)
+    settings = SIZES | FAMILIES[name] | changed
+    attention = settings.pop("attn_implementation", "sdpa")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings), attn_implementation=attention)
+    return stirred(attach(model, lora(), seed=0))
+
+
+def stirred(net: Any) -> Any:
+    with torch.no_grad():
+        for weight in trainable(net).values():
+            weight.normal_(std=0.1)
+    return net
+
+
+def example(prompt: str, answer: str, max_length: int = 256) -> Example:
     prefix, target = [3 + b for b in prompt.encode()], [3 + b for b in answer.encode()] + [0]
-    return Example(tuple(prefix + target), tuple([IGNORED] * len(prefix) + target))
+    labels = [IGNORED] * len(prefix) + target
+    return Example(tuple((prefix + target)[:max_length]), tuple(labels[:max_length]))
 
 
 BATCHES = {
@@ -27,6 +78,7 @@ BATCHES = {
     "equal rows": [example("twice", "told")] * 2,
     "answer within another's prompt": [example("abcdef", "g"), example("abc", "defgh")],
     "no label left": [Example((5, 6, 7), (IGNORED,) * 3), example("a", "b")],
+    "cut at the maximum length": [example("abcd", "efghij", 7), example("abcdefg", "h", 7), example("ab", "c", 7)],
 }
 
 
@@ -38,21 +90,14 @@ def reference(net: torch.nn.Module, rows: list[Example]) -> tuple[Tensor, int]:
     return net(input_ids=ids, attention_mask=mask, labels=labels).loss, int((labels[:, 1:] != IGNORED).sum())
 
 
-@pytest.mark.parametrize("limit", [1, 24, 768])
-@pytest.mark.parametrize("name", BATCHES)
-def test_equals_the_models_own_loss(tiny: Path, name: str, limit: int) -> None:
-    rows = BATCHES[name]
-    net = attach(load(tiny, "float32"), LORA, seed=0)
-    with torch.no_grad():
-        for weight in trainable(net).values():
-            weight.normal_(std=0.3)
+def assert_equal_to_the_models_own(net: Any, rows: list[Example], together: Any) -> None:
     wanted, tokens = reference(net, rows)
     wanted.backward()
     gradients = {n: w.grad.clone() for n, w in trainable(net).items() if w.grad is not None}
     net.zero_grad()
 
     assert tokens == sum(r.supervised for r in rows)
-    found = completion_loss(net.get_base_model(), pack(rows, limit)) / tokens
+    found = completion_loss(net.get_base_model(), together(rows)) / tokens
     found.backward()
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     for n, w in trainable(net).items():
@@ -60,19 +105,105 @@ def test_equals_the_models_own_loss(tiny: Path, name: str, limit: int) -> None:
         assert (w.grad - gradients[n]).norm() <= 1e-4 * gradients[n].norm() + 1e-8
 
 
-def test_shared_prefixes_stand_once() -> None:
-    rows = BATCHES["shared prefix"]
+@pytest.mark.parametrize("together", [pack, pad])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_equals_the_models_own_loss(tiny: Path, batch: str, together: Any) -> None:
+    net = stirred(attach(load(tiny, "float32"), lora(), seed=0))
+    assert_equal_to_the_models_own(net, BATCHES[batch], together)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_shares_prefixes(name: str) -> None:
+    net = family(name)
+    together = packing(net.get_base_model(), max_length=64)
+    assert together is pack
+    assert net.training
+    assert_equal_to_the_models_own(net, [e for rows in BATCHES.values() for e in rows], together)
+
+
+def test_equal_dropout_masks_give_equal_losses(tiny: Path) -> None:
+    """A mask is drawn a token; where it depends on the position alone, both forms can be given the same."""
+    net = stirred(attach(load(tiny, "float32"), lora(dropout=0.5), seed=0))
+    masks = PositionMasks(net)
+    rows = [e for rows in BATCHES.values() for e in rows]
+    masks.positions = torch.arange(max(len(r.ids) for r in rows))
+    wanted, tokens = reference(net, rows)
+    found = torch.zeros(())
+    for packed in pack(rows):
+        assert packed.positions is not None
+        masks.positions = packed.positions[0]
+        found = found + completion_loss(net.get_base_model(), [packed]) / tokens
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    net.eval()
+    assert (completion_loss(net.get_base_model(), pack(rows)) / tokens - wanted).abs() > 1e-3
+
+
+class PositionMasks:
+    """Dropout layers whose masks are a function of the layer and the token's position."""
+
+    def __init__(self, net: Any) -> None:
+        self.positions = torch.arange(0)
+        for i, layer in enumerate(m for m in net.modules() if isinstance(m, torch.nn.Dropout)):
+            layer.forward = partial(self._drop, net, i)  # type: ignore[method-assign]
+
+    def _drop(self, net: Any, layer: int, x: Tensor) -> Tensor:
+        drawn = torch.rand(64, x.shape[-1], generator=torch.Generator().manual_seed(layer)) < 0.5
+        return x * drawn[self.positions] * 2 if net.training else x
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.WARNING):
+        yield caplog
+
+
+def test_a_short_sliding_window_takes_padded_rows(said: pytest.LogCaptureFixture) -> None:
+    net = family("mistral", sliding_window=8)
+    together = packing(net.get_base_model(), max_length=64)
+    assert together is pad
+    assert said.text.count("sliding window of 8 tokens") == 1
+    assert_equal_to_the_models_own(net, [e for rows in BATCHES.values() for e in rows], together)
+    assert packing(net.get_base_model(), max_length=8) is pack
+
+
+def test_a_model_that_shares_no_prefixes_is_found_out(tiny: Path, said: pytest.LogCaptureFixture) -> None:
+    """Positions that a model counts itself are those of a lone row, wrong on a trie."""
+    model = load(tiny, "float32")
+    inner = model.model
+    forward = inner.forward
+    inner.forward = lambda position_ids=None, **given: forward(**given)
+    assert packing(model, max_length=64) is pad
+    assert "% off" in said.text
+
+
+def test_hooks_see_every_layer(tiny: Path) -> None:
+    """A defense that works on hidden states hangs them on the modules; no second forward is needed."""
+    model: Any = load(tiny, "float32")
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, __, out: seen.append(out))
+    packs = pack(BATCHES["shared prefix"])
+    completion_loss(model, packs)
+    assert [hidden.shape for hidden in seen] == [(1, packs[0].ids.shape[1], 32)] * 2
+
+
+def test_shared_prefixes_stand_once_and_what_predicts_nothing_not_at_all() -> None:
+    rows = [Example((1, 2, 3, 4, 0), (IGNORED, IGNORED, IGNORED, 4, 0)), Example((1, 2, 5, 0), (IGNORED,) * 3 + (0,))]
     (packed,) = pack(rows)
-    assert packed.ids.shape[1] < max(len(r.ids) for r in rows) + sum(len(r.ids) - 18 for r in rows)
-    assert packed.mask.diagonal(dim1=-2, dim2=-1).all()
+    assert packed.ids.tolist() == [[1, 2, 3, 4, 5]]
+    assert packed.positions is not None
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 2]]
+    assert packed.mask[0, 0, 4].tolist() == [True, True, False, False, True]
+    assert packed.predictors.tolist() == [2, 3, 4]
 
 
-def test_packs_respect_the_limit_and_keep_every_row() -> None:
-    rows = [example(f"{i} row", "answer") for i in range(20)]
-    packs = pack(rows, limit=40)
-    assert all(p.ids.shape[1] <= 40 for p in packs)
+def test_packs_stay_short_where_little_is_shared() -> None:
+    rows = [example(f"{i}" * 120, "answer") for i in range(9)]
+    packs = pack(rows)
+    assert all(p.ids.shape[1] <= 400 for p in packs)
     assert sum(len(p.targets) for p in packs) == sum(r.supervised for r in rows)
 
 
-def test_nothing_to_learn_gives_no_pack() -> None:
-    assert pack([Example((5, 6), (IGNORED, IGNORED)), Example((5,), (5,))]) == []
+@pytest.mark.parametrize("together", [pack, pad])
+def test_nothing_to_learn_gives_no_pack(together: Any) -> None:
+    assert together([Example((5, 6), (IGNORED, IGNORED)), Example((5,), (5,))]) == []

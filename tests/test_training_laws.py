@@ -14,6 +14,7 @@ from torch import Tensor
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
+from lisa_lightning.data.packing import pack
 from lisa_lightning.data.source import Row
 from lisa_lightning.errors import UserError
 from lisa_lightning.methods.bso import BSO
@@ -61,7 +62,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         module = LisaModule(net, method, o, seed=1, key=key or {})
         encoded = partial(encode, load_tokenizer(tiny), max_length=64)
         streams = {"user": Examples(USER, encoded), "alignment": Examples(ALIGNMENT, encoded)}
-        steps = StepBatches(streams, method.schedule, o.steps, o.batch_size, o.accumulate, seed=1)  # type: ignore[arg-type]
+        steps = StepBatches(streams, pack, method.schedule, o.steps, o.batch_size, o.accumulate, seed=1)  # type: ignore[arg-type]
         checkpoint = Checkpoint(tmp_path / f"{folder}.ckpt", every=3, last=o.steps)
         callbacks: list[L.Callback] = [Record(None, "finetune")]
         if stop_after is not None:

@@ -2,8 +2,8 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from lisa_lightning.data.packing import IGNORED, Example
 from lisa_lightning.data.source import Row
-from lisa_lightning.loss import IGNORED, Example
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Example:

@@ -1,7 +1,7 @@
 """Batch t as a pure function of (seed, t): position arithmetic into per-epoch permutations of each stream."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lisa_lightning.loss import Example, Pack, pack
+from lisa_lightning.data.packing import Example, Pack, Packing
 from lisa_lightning.schedule import Schedule, State
 
 STREAMS: tuple[State, ...] = ("alignment", "user")
@@ -25,11 +25,13 @@ class Step:
     """This rank's share; each micro-batch as the packs that hold it."""
     tokens: int
     """Supervised tokens of the whole step, over micro-batches and ranks: what the step's loss is the mean over."""
+    unlabelled: int = 0
+    """Rows of the whole step without a supervised token: they count for nothing."""
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "Step":
         """The same step on another device (called by Lightning's batch transfer)."""
         moved = [[p.to(device, **kwargs) for p in micro] for micro in self.micro_batches]
-        return Step(self.index, self.state, moved, self.tokens)
+        return replace(self, micro_batches=moved)
 
 
 class StepBatches(Dataset[Step]):
@@ -42,12 +44,14 @@ class StepBatches(Dataset[Step]):
     Args:
         streams: the examples of each stream, by index (called lazily: nothing here grows with their number but the
             permutation).
+        packing: how a micro-batch becomes packs.
         discard: draw user rows during alignment steps too and throw them away, as the official code does.
     """
 
     def __init__(
         self,
         streams: Mapping[State, "Examples"],
+        packing: Packing,
         schedule: Schedule,
         total_steps: int,
         batch_size: int,
@@ -58,6 +62,7 @@ class StepBatches(Dataset[Step]):
         world: int = 1,
     ) -> None:
         self.streams = streams
+        self.packing = packing
         self.schedule = schedule
         self.total_steps = total_steps
         self.batch_size = batch_size
@@ -79,7 +84,8 @@ class StepBatches(Dataset[Step]):
         first = self.rank * self.batch_size * self.accumulate
         own = chosen[first : first + self.batch_size * self.accumulate]
         micro = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
-        return Step(t, state, [pack(m) for m in micro], sum(e.supervised for e in chosen))
+        supervised = [e.supervised for e in chosen]
+        return Step(t, state, [self.packing(m) for m in micro], sum(supervised), supervised.count(0))
 
     def _row(self, state: State, position: int) -> int:
         epoch, offset = divmod(position, len(self.streams[state]))

@@ -1,0 +1,46 @@
+"""The faster products on a CPU are the same products."""
+
+import pytest
+import torch
+from torch import nn
+
+from lisa_lightning.cpu import multiply_by_onednn
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
+def test_a_frozen_layer_computes_what_it_did(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(7, 5, bias=bias).requires_grad_(False)
+    fast = nn.Linear(7, 5, bias=bias).requires_grad_(False)
+    fast.load_state_dict(plain.state_dict())
+    multiply_by_onednn(fast)
+    assert type(fast) is not nn.Linear
+    x = torch.randn(shape)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    fast(ours).square().sum().backward()
+    plain(theirs).square().sum().backward()
+    torch.testing.assert_close(fast(x), plain(x))
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_layers_that_are_trained_or_of_another_precision_are_left_alone() -> None:
+    layers = nn.ModuleList([nn.Linear(7, 5), nn.Linear(7, 5, dtype=torch.bfloat16).requires_grad_(False)])
+    multiply_by_onednn(layers)
+    assert [type(layer) for layer in layers] == [nn.Linear, nn.Linear]
+
+
+def test_a_layer_that_is_thawed_learns_again() -> None:
+    layer = nn.Linear(7, 5).requires_grad_(False)
+    multiply_by_onednn(layer)
+    layer.requires_grad_(True)
+    layer(torch.randn(3, 7)).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.abs().sum() > 0
+
+
+def test_autocast_decides_the_precision_as_ever() -> None:
+    layer = nn.Linear(7, 5).requires_grad_(False)
+    multiply_by_onednn(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(3, 7)).dtype == torch.bfloat16
