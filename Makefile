@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==\(.*\)/torch==\1+cpu/p' requirements.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast lint clean
+.PHONY: help setup run test test-fast bench lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -29,6 +29,9 @@ test: setup ## all tests
 
 test-fast: setup ## the tests that start no processes of their own and load no real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+bench: setup ## measure against the published implementations, into benchmarks/results (a quarter of an hour)
+	$(BIN)/python -m benchmarks
 
 lint: setup ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -43,6 +43,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         folder: str = "run",
         stop_after: int | None = None,
         key: dict | None = None,
+        max_length: int = 64,
         **optim: object,
     ) -> LisaModule:
         settings = {
@@ -60,7 +61,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         o = Optim(**(settings | optim))  # type: ignore[arg-type]
         net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
         module = LisaModule(net, method, o, seed=1, key=key or {})
-        encoded = partial(encode, load_tokenizer(tiny), max_length=64)
+        encoded = partial(encode, load_tokenizer(tiny), max_length=max_length)
         streams = {"user": Examples(USER, encoded), "alignment": Examples(ALIGNMENT, encoded)}
         steps = StepBatches(streams, pack, method.schedule, o.steps, o.batch_size, o.accumulate, seed=1)  # type: ignore[arg-type]
         checkpoint = Checkpoint(tmp_path / f"{folder}.ckpt", every=3, last=o.steps)
@@ -168,6 +169,16 @@ def test_a_loss_that_turns_nan_stops_names_the_step_and_keeps_the_last_checkpoin
     with pytest.raises(UserError, match=r"The loss of step 4 is nan; .* The last good checkpoint is kept"):
         train(SFT(), lr=1e30, clip=clip)
     assert (tmp_path / "run.ckpt").read_bytes() == before
+
+
+def test_rows_without_a_label_are_told_once_and_teach_nothing(
+    train: Train, tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first twelve bytes of every user row are its prompt."""
+    cut = train(SFT(), max_length=12, weight_decay=0.0)
+    assert caplog.text.count("cut off wholly by data.max_length") == 1
+    fresh = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+    assert all(torch.equal(old, weights(cut)[name]) for name, old in trainable(fresh).items())
 
 
 @pytest.mark.parametrize(("schedule", "wanted"), [("constant", [1, 1, 1, 1]), ("linear", [0, 0.5, 1, 0.125])])

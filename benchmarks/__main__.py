@@ -1,0 +1,94 @@
+"""`make bench`: all benchmarks, one training at a time, into benchmarks/results/ as a table and as JSON."""
+
+import json
+import logging
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks import generation, memory, starting, training
+from benchmarks.setting import Result, Rows, embedded_model, machine
+from lisa_lightning.cache import write_text
+from lisa_lightning.cpu import keep_freed_memory
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    """Run and write; 1 where a target is missed."""
+    _hush()
+    started = perf_counter()
+    folder = embedded_model()
+    rows = Rows(folder)
+    results: list[Result] = []
+
+    def add(*found: Result) -> None:
+        for result in found:
+            results.append(result)
+            print(f"[{perf_counter() - started:4.0f} s] {_line(result)}", flush=True)
+
+    add(*starting.command_line(), starting.model(folder), memory.measure())
+    keep_freed_memory()  # as every run does; the reference profits from it too
+    ours, theirs = training.Ours(folder, training.lisa()), training.Theirs(folder)
+    add(*training.steps(ours, theirs, rows))
+    del theirs
+    add(*training.rate(ours, rows), training.lisa_against_sft(ours, rows))
+    overhead, profile = training.fit_against_bare(ours, folder, rows)
+    add(overhead)
+    del ours
+    add(*generation.measure(folder, rows), *starting.million_rows(rows))
+
+    taken = perf_counter() - started
+    write_text(RESULTS / "results.md", _table(results, profile, taken))
+    found = {"machine": machine(), "seconds": taken, "profile": profile, "results": [asdict(r) for r in results]}
+    write_text(RESULTS / "results.json", json.dumps(found, indent=2) + "\n")
+    print(f"{taken:.0f} s; {RESULTS / 'results.md'}")
+    return int(not all(r.met for r in results))
+
+
+def _line(result: Result) -> str:
+    sign = "≥" if result.better == "higher" else "≤"
+    met = "yes" if result.met else "**no**"
+    return f"| {result.what} | {result.measured:.3g} {result.unit} | {sign} {result.target:g} | {met} | {result.note} |"
+
+
+def _table(results: list[Result], profile: dict[str, float], taken: float) -> str:
+    found = machine()
+    about = (
+        f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB, {found['instructions']}; "
+        f"Python {found['python']}, torch {found['torch']} with {found['threads']} threads"
+    )
+    step = profile["step"]
+    parts = [f"| {name} | {1000 * s:.1f} | {100 * s / step:.1f} |" for name, s in profile.items() if name != "step"]
+    return "\n".join(
+        [
+            f"Measured by `make bench` in {taken / 60:.0f} minutes on: {about}. Medians; the reference is what the "
+            "published implementations do ([reference.py](../reference.py)), run in turn with ours in one process.",
+            "",
+            "| what | measured | target | met | how |",
+            "|---|---|---|---|---|",
+            *map(_line, results),
+            "",
+            f"Where a training step's time goes (batch 5, inside Trainer.fit, {1000 * step:.0f} ms):",
+            "",
+            "| part | ms | % |",
+            "|---|---|---|",
+            *parts,
+            "",
+        ]
+    )
+
+
+def _hush() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore")
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""What the published implementations do, written plainly: the measure for everything in this folder.
+
+Batches padded to their longest row, full logits through the model's own `labels=` loss, the penalty as a term of the
+loss through autograd with one norm per tensor, generation one prompt at a time.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
+
+from lisa_lightning.data.packing import IGNORED, Example
+
+
+def model(folder: Path) -> Any:
+    """The model as `transformers` loads it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def adapted(folder: Path, lora: Any) -> Any:
+    """The same with a fresh adapter."""
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=lora.targets, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model(folder), config).train()
+
+
+def loss(net: Any, rows: Sequence[Example]) -> Tensor:
+    """The mean over supervised tokens."""
+    ids = pad_sequence([torch.tensor(r.ids) for r in rows], batch_first=True, padding_value=0)
+    labels = pad_sequence([torch.tensor(r.labels) for r in rows], batch_first=True, padding_value=IGNORED)
+    mask = pad_sequence([torch.ones(len(r.ids), dtype=torch.long) for r in rows], batch_first=True)
+    return net(input_ids=ids, attention_mask=mask, labels=labels).loss
+
+
+def penalty(weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float) -> Tensor:
+    """rho/2 * ||w - anchor||^2."""
+    total = torch.zeros(())
+    for w, a in zip(weights, anchor, strict=True):
+        total = total + rho / 2 * torch.norm(w - a) ** 2
+    return total
+
+
+def step(
+    net: Any, optimizer: Any, weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float, rows: Sequence[Example]
+) -> float:
+    """One step of Lisa."""
+    optimizer.zero_grad()
+    total = loss(net, rows) + penalty(weights, anchor, rho)
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    return total.item()
+
+
+@torch.no_grad()
+def answer(plain: Any, prompt: Sequence[int], max_new_tokens: int, end: int | None) -> list[int]:
+    """The greedy continuation of one prompt, without the end token."""
+    ids = torch.tensor([list(prompt)])
+    out = plain.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=-1 if end is None else end,
+        pad_token_id=0,
+    )
+    found = out[0, len(prompt) :].tolist()
+    return found[:-1] if end is not None and found[-1] == end else found

@@ -1,0 +1,135 @@
+"""What all benchmarks share: the embedded model, rows, the adapter, and how two things are timed against each other."""
+
+import os
+import platform
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from lisa_lightning.base_model import base_model
+from lisa_lightning.cache import cache_folder
+from lisa_lightning.data.encoding import encode
+from lisa_lightning.data.files import read_records
+from lisa_lightning.data.packing import Example
+from lisa_lightning.data.source import Row
+from lisa_lightning.data.templates import alpaca
+from lisa_lightning.net import load_tokenizer
+from lisa_lightning.tasks.sst2 import SST2
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # public data sets, where a copy of them lies beside the project
+LORA = SimpleNamespace(r=8, alpha=16, dropout=0.0, targets=["q_proj", "v_proj"])
+RHO = 0.1
+REPETITIONS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A line of the table."""
+
+    what: str
+    measured: float
+    target: float
+    better: str
+    """`higher` or `lower`."""
+    unit: str
+    note: str
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is reached."""
+        return self.measured >= self.target if self.better == "higher" else self.measured <= self.target
+
+
+class _OneRank:
+    is_global_zero = True
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+    def barrier(self, name: str | None = None) -> None:
+        return None
+
+
+def embedded_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct in the cache."""
+    cfg = OmegaConf.load(ROOT / "conf" / "model" / "smollm2_135m.yaml")
+    return base_model(_OneRank(), cfg, cache_folder(os.environ.get("LISA_CACHE", "~/.cache/lisa_lightning")))[0]
+
+
+class Rows:
+    """Encoded rows of SST-2 and of alignment with long answers: the public sets where they lie, else embedded ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = load_tokenizer(folder)
+        task = SST2()
+        columns = {"sentence": "sentence", "label": "label"}
+        public = (SHARED / "sst2" / "train.tsv").exists()
+        where = (
+            [str(SHARED / "sst2" / f) for f in ("train.tsv", "dev.tsv")]
+            if public
+            else ["embedded:sst2_mini_train.jsonl", "embedded:sst2_mini_test.jsonl"]
+        )
+        self.source = "SST-2" if public else "embedded rows"
+        train, self.test = (read_records(path, columns, {}, task.row) for path in where)
+        self.sst2 = [self._encoded(row) for row in random.Random(0).sample(train, 1000)]
+        safe = SHARED / "safety_tuned_llamas" / "safety_only_data_Instructions.json"
+        path, answer = (str(safe), "output") if safe.exists() else ("embedded:alignment.jsonl", "response")
+        asked = "instruction" if safe.exists() else "prompt"
+        alignment = read_records(path, {"p": asked, "r": answer}, {}, lambda r: Row(alpaca(r["p"]), r["r"]))
+        self.alignment = [self._encoded(row) for row in random.Random(0).sample(alignment, 1000)]
+        self.harmful = read_records("embedded:harmful_prompts.jsonl", {"prompt": "prompt"}, {}, lambda r: r["prompt"])
+
+    def _encoded(self, row: Row) -> Example:
+        return encode(self.tokenizer, row, max_length=256)
+
+
+def alternate(first: Callable[[int], Any], second: Callable[[int], Any], repetitions: int = REPETITIONS) -> list[float]:
+    """Seconds of `first(i)` over seconds of `second(i)`, i = 1, 2, ..., in turn; both are warmed up with i = 0."""
+    first(0)
+    second(0)
+    return [seconds(first, i) / seconds(second, i) for i in range(1, repetitions + 1)]
+
+
+def seconds(call: Callable[[int], Any], i: int) -> float:
+    """How long `call(i)` takes."""
+    started = perf_counter()
+    call(i)
+    return perf_counter() - started
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """The range of repeated measurements."""
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f} in {len(values)} repetitions"
+
+
+def ratio(what: str, values: Sequence[float], target: float, note: str = "") -> Result:
+    """How many times as fast as the reference, the median over repetitions."""
+    return Result(what, median(values), target, "higher", "times", "; ".join(filter(None, [spread(values), note])))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpu = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    memory = [line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
+    return {
+        "cpu": cpu[0] if cpu else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(int(memory[0]) / 2**20, 1) if memory else None,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

@@ -1,0 +1,143 @@
+"""How long until something happens: the command line, the model, the first step over a million rows."""
+
+import csv
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter, sleep
+
+from benchmarks.setting import REPETITIONS, ROOT, Result, Rows, embedded_model, spread
+from lisa_lightning.net import load, load_tokenizer
+
+STEPS = 8
+
+
+def command_line() -> list[Result]:
+    """Whole processes."""
+    results = []
+    for what, arguments, status in (
+        ("python run.py --help", ["--help"], 0),
+        ("a refused config (optim.lr=-1)", ["optim.lr=-1"], 2),
+    ):
+        command = [sys.executable, "run.py", *arguments]
+        taken = [_seconds(lambda c=command, s=status: _exits(c, s)) for _ in range(REPETITIONS)]
+        results.append(Result(what, median(taken), 2.5, "lower", "s", spread(taken)))
+    return results
+
+
+def model(folder: Path) -> Result:
+    """The embedded model and its tokenizer, from the cache folder to ready."""
+    taken = [_seconds(lambda: (load(folder, "float32"), load_tokenizer(folder))) for _ in range(REPETITIONS)]
+    return Result("the embedded model from its cache to ready", median(taken), 3.0, "lower", "s", spread(taken))
+
+
+def million_rows(rows: Rows) -> list[Result]:
+    """A run over a file of 1,000,000 user rows beside one over 1,000; each once, since it takes a minute."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        few = _Run(folder / "few", _write(folder / "few.tsv", rows, 1_000), 1_000)
+        many = _Run(folder / "many", _write(folder / "many.tsv", rows, 1_000_000), 1_000_000)
+    step = 100 * (many.step / few.step - 1)
+    return [
+        Result(
+            "1,000,000 user rows on disk: first step after",
+            many.first_step,
+            60.0,
+            "lower",
+            "s",
+            f"from the command on; {few.first_step:.0f} s with 1,000 rows",
+        ),
+        Result(
+            "1,000,000 user rows: memory beyond that of 1,000",
+            many.memory - few.memory,
+            2.0,
+            "lower",
+            "GiB",
+            f"peaks {many.memory:.2f} and {few.memory:.2f} GiB",
+        ),
+        Result(
+            "1,000,000 user rows: a step, dearer than with 1,000",
+            step,
+            10.0,
+            "lower",
+            "%",
+            f"medians {many.step:.2f} and {few.step:.2f} s; within the noise of single runs",
+        ),
+    ]
+
+
+def _write(file: Path, rows: Rows, count: int) -> Path:
+    """Rows of SST-2's kind, each with a number of its own."""
+    random_ = random.Random(0)
+    sentences = [row.prompt.partition("### Input:\n")[2].partition("\n\n### Response:")[0] for row in rows.test]
+    with file.open("w", encoding="utf-8") as out:
+        out.write("sentence\tlabel\n")
+        out.writelines(f"{random_.choice(sentences)} {i}\t{i % 2}\n" for i in range(count))
+    return file
+
+
+class _Run:
+    """`stages=[finetune]` with SFT over the rows of a file, in a process of its own."""
+
+    def __init__(self, out: Path, rows: Path, count: int) -> None:
+        embedded = ("alignment", "harmful", "harmful_prompts")
+        command = [
+            *(sys.executable, "run.py", "experiment=sst2_sft", "source=local", "stages=[finetune]", "harmful_ratio=0"),
+            *(f"data.n={count}", f"optim.steps={STEPS}", "evaluate.every=0", f"hydra.run.dir={out}"),
+            *(f"source.train.path={rows}", "source.test.path=embedded:sst2_mini_test.jsonl"),
+            *(f"source.{name}.path=embedded:{name}.jsonl" for name in embedded),
+        ]
+        started = perf_counter()
+        with (out.parent / f"{out.name}.log").open("w") as log:
+            environment = os.environ | {"WANDB_MODE": "offline", "LISA_CACHE": str(_cache_beside(out))}
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+            curves = out / "curves.csv"
+            self.first_step = _until(lambda: bool(_rows(curves)), process, started)
+            _, status, used = os.wait4(process.pid, 0)
+        if status != 0:
+            raise SystemExit((out.parent / f"{out.name}.log").read_text()[-2000:])
+        self.memory = used.ru_maxrss / 2**20
+        self.step = median(float(r["time/step_s"]) for r in _rows(curves)[2:])
+
+
+def _cache_beside(out: Path) -> Path:
+    """A cache of its own, so that the stage runs, with the converted model in it."""
+    cache = out.parent / "cache"
+    (cache / "models").mkdir(parents=True, exist_ok=True)
+    link = cache / "models" / embedded_model().name
+    if not link.exists():
+        link.symlink_to(embedded_model(), target_is_directory=True)
+    return cache
+
+
+def _until(done: Callable[[], bool], process: subprocess.Popen[bytes], started: float) -> float:
+    while not done():
+        status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if status is not None:
+            break
+        sleep(0.1)
+    return perf_counter() - started
+
+
+def _rows(curves: Path) -> list[dict[str, str]]:
+    if not curves.exists():
+        return []
+    with curves.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("time/step_s")]
+
+
+def _exits(command: list[str], status: int) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != status:
+        raise SystemExit(f"{command}: exit status {done.returncode}\n{done.stderr[-1000:]}")
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = perf_counter()
+    call()
+    return perf_counter() - started

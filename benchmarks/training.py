@@ -1,0 +1,322 @@
+"""How fast a training step is, how near to what the machine can do, and where its time goes."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import reference
+from benchmarks.setting import LORA, REPETITIONS, RHO, Result, Rows, alternate, ratio, spread
+from lisa_lightning.data.datamodule import LisaDataModule
+from lisa_lightning.data.interleave import Examples, StepBatches
+from lisa_lightning.data.packing import Example, Pack, pack
+from lisa_lightning.loss import completion_loss
+from lisa_lightning.methods.lisa import Lisa
+from lisa_lightning.methods.method import Method
+from lisa_lightning.methods.sft import SFT
+from lisa_lightning.module import LisaModule, Optim
+from lisa_lightning.net import attach, load, trainable
+from lisa_lightning.tracking import Tracker
+from lisa_lightning.training import Checkpoint, Record, fit
+
+FIT_STEPS = 9
+TRAINER = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
+
+
+def lisa() -> Lisa:
+    """The penalty on from the second step on, user rows only (the batches are given)."""
+    return Lisa(alignment_steps=0, user_steps=1, rho=RHO, warmup_ratio=0.0)
+
+
+class Ours:
+    """The training step of `LisaModule`, without Lightning around it."""
+
+    def __init__(self, folder: Path, method: Method) -> None:
+        self.net = attach(load(folder, "float32"), LORA, seed=0)
+        self.weights = list(trainable(self.net).values())
+        stir(self.weights)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4, weight_decay=0.0, foreach=True)
+        self.use(method)
+
+    def use(self, method: Method) -> None:
+        """Train under this method from here on."""
+        self.method = method
+        method.begin(self.weights, total_steps=1)
+
+    def step(self, rows: Sequence[Example]) -> float:
+        """One step, the packing of its rows included."""
+        started = perf_counter()
+        packs, tokens = pack(rows), sum(r.supervised for r in rows)
+        self.seconds = {"data": perf_counter() - started}
+        self._timed("penalty", lambda: self.method.before_step(1, self.weights))
+        self._timed("optimizer", self.optimizer.zero_grad)
+        loss = self._timed("forward", lambda: completion_loss(self.net.get_base_model(), packs) / tokens)
+        self._timed("backward", loss.backward)
+        self._timed("penalty", lambda: self.method.penalize(1, self.weights))
+        self._timed("optimizer", lambda: torch.nn.utils.clip_grad_norm_(self.weights, 1.0))
+        self._timed("optimizer", self.optimizer.step)
+        self._timed("penalty", lambda: self.method.drift(self.weights))
+        return loss.item()
+
+    def _timed(self, part: str, call: Any) -> Any:
+        started = perf_counter()
+        result = call()
+        self.seconds[part] = self.seconds.get(part, 0.0) + perf_counter() - started
+        return result
+
+
+class Theirs:
+    """The same in the published form."""
+
+    def __init__(self, folder: Path) -> None:
+        self.net = reference.adapted(folder, LORA)
+        self.weights = list(trainable(self.net).values())
+        stir(self.weights)
+        self.anchor = [w.detach().clone() for w in self.weights]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4, weight_decay=0.0)
+
+    def step(self, rows: Sequence[Example]) -> float:
+        """One step, the padding of its rows included."""
+        return reference.step(self.net, self.optimizer, self.weights, self.anchor, RHO, rows)
+
+
+def stir(weights: Sequence[Tensor]) -> None:
+    """Make a fresh adapter's zero factors count."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for w in weights:
+            w.copy_(torch.randn(w.shape, generator=generator) * 0.02)
+
+
+def require_equal(ours: Ours, theirs: Theirs, rows: Sequence[Example]) -> str:
+    """Stop unless loss and gradients are those of the reference; how far they are apart."""
+    tokens = sum(r.supervised for r in rows)
+    ours.optimizer.zero_grad()
+    theirs.optimizer.zero_grad()
+    found = completion_loss(ours.net.get_base_model(), pack(rows)) / tokens
+    wanted = reference.loss(theirs.net, rows)
+    found.backward()
+    wanted.backward()
+    loss = abs(found.item() - wanted.item())
+    pairs = [(w.grad, v.grad) for w, v in zip(ours.weights, theirs.weights, strict=True)]
+    gradient = max(float((a - b).norm() / b.norm()) for a, b in pairs if a is not None and b is not None)
+    if loss > 1e-5 or gradient > 1e-4:
+        raise SystemExit(f"not the reference's loss (off by {loss:.1e}) or gradients (off by {gradient:.1e}, relative)")
+    return f"loss off by {loss:.0e}, gradients by {gradient:.0e}"
+
+
+def batch(rows: Sequence[Example], size: int, i: int) -> Sequence[Example]:
+    """The i-th batch."""
+    return rows[i * size : (i + 1) * size]
+
+
+def steps(ours: Ours, theirs: Theirs, rows: Rows) -> list[Result]:
+    """Steps of both forms on the same batches, in turn."""
+    results = []
+    for name, examples, size, target in (
+        (f"training step, {rows.source}, batch 5", rows.sst2, 5, 2.4),
+        (f"training step, {rows.source}, batch 16", rows.sst2, 16, 4.0),
+        ("training step, alignment rows of up to 256 tokens, batch 5", rows.alignment, 5, 1.4),
+    ):
+        apart = require_equal(ours, theirs, batch(examples, size, 0))
+        found = alternate(
+            lambda i, e=examples, n=size: theirs.step(batch(e, n, i)),
+            lambda i, e=examples, n=size: ours.step(batch(e, n, i)),
+        )
+        results.append(ratio(name, found, target, apart))
+    return results
+
+
+def lisa_against_sft(ours: Ours, rows: Rows, repetitions: int = 15) -> Result:
+    """What the penalty, the anchor and the drift cost; every batch under both methods, in changing order."""
+    methods = {"lisa": lisa(), "sft": SFT()}
+    found = []
+    for i in range(repetitions + 1):
+        taken = {}
+        for name in ("lisa", "sft") if i % 2 else ("sft", "lisa"):
+            ours.use(methods[name])
+            started = perf_counter()
+            ours.step(batch(rows.sst2, 5, i))
+            taken[name] = perf_counter() - started
+        found.append(100 * (taken["lisa"] / taken["sft"] - 1))
+    cost = median(found[1:])
+    return Result("Lisa's step, dearer than SFT's", cost, 1.0, "lower", "%", spread(found[1:], 1))
+
+
+def fit_against_bare(ours: Ours, folder: Path, rows: Rows) -> tuple[Result, dict[str, float]]:
+    """Lightning, curves and W&B around the same steps; also the seconds of a step by part."""
+    overhead, parts, logging = [], [], []
+    for _ in range(REPETITIONS):
+        bare, found = _bare_seconds(ours, rows)
+        inside, wrote = _fit_seconds(folder, rows)
+        overhead.append(100 * (inside / bare - 1))
+        parts.append(found | {"step": inside})
+        logging.append(wrote)
+    profile = {name: median(p[name] for p in parts) for name in parts[0]}
+    profile["logging"] = median(logging)
+    profile["the rest"] = profile["step"] - sum(v for k, v in profile.items() if k != "step")
+    result = Result(
+        "Trainer.fit, dearer than a bare loop",
+        median(overhead),
+        3.0,
+        "lower",
+        "%",
+        spread(overhead, 1) + "; W&B offline",
+    )
+    return result, profile
+
+
+def _bare_seconds(ours: Ours, rows: Rows) -> tuple[float, dict[str, float]]:
+    ours.use(lisa())
+    ours.step(batch(rows.sst2, 5, 0))
+    started, parts = perf_counter(), []
+    for t in range(1, FIT_STEPS):
+        ours.step(batch(rows.sst2, 5, t))
+        parts.append(ours.seconds)
+    taken = (perf_counter() - started) / (FIT_STEPS - 1)
+    return taken, {name: sum(p[name] for p in parts) / len(parts) for name in parts[0]}
+
+
+class _InOrder(StepBatches):
+    """The rows as they stand, so that both loops see the same batches."""
+
+    def _row(self, state: Any, position: int) -> int:
+        return position
+
+
+class _Clock(L.Callback):
+    """Seconds a step from the end of the first to the end of the last, the loader's included."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        self.ends.append(perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
+
+
+class _TimedTracker(Tracker):
+    """Notes what writing the curves takes."""
+
+    spent = 0.0
+
+    def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        started = perf_counter()
+        super().log(stage, step, metrics)
+        self.spent += perf_counter() - started
+
+
+def _fit_seconds(folder: Path, rows: Rows) -> tuple[float, float]:
+    method = lisa()
+    optim = Optim(1e-4, FIT_STEPS, 5, 1, 1.0, "constant", 0.0, 0.0, (0.9, 0.999), 1e-8)
+    net = attach(load(folder, "float32"), LORA, seed=0)
+    stir(list(trainable(net).values()))
+    module = LisaModule(net, method, optim, seed=0, key={})
+    streams: Any = {name: Examples(rows.sst2, lambda e: e) for name in ("user", "alignment")}
+    data = LisaDataModule(_InOrder(streams, pack, method.schedule, FIT_STEPS, 5, 1, seed=0))
+    with tempfile.TemporaryDirectory() as out:
+        os.environ.setdefault("WANDB_MODE", "offline")
+        tracker = _TimedTracker(Path(out), {"project": "benchmark"}, resumed=False)
+        clock = _Clock()
+        checkpoint = Checkpoint(Path(out) / "bench.ckpt", every=20, last=FIT_STEPS)
+        fit(module, data, TRAINER, checkpoint, [Record(tracker, "finetune"), clock], "bench")
+        tracker.finish(failed=False)
+    return clock.seconds, tracker.spent / FIT_STEPS
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """Floating-point operations that a step can't do without."""
+
+    products: float
+    """With the frozen weights."""
+    other: float
+    """Attention to ancestors and the adapter."""
+
+
+def arithmetic(net: nn.Module, config: Any, packs: Sequence[Pack]) -> Arithmetic:
+    """Forward, and backward towards the inputs, none below the first adapter; weights: the adapter alone."""
+    tokens = sum(p.ids.numel() for p in packs)
+    supervised = sum(p.targets.numel() for p in packs)
+    pairs = sum(int(p.mask.sum()) for p in packs)
+    products = other = 0.0
+    for name, module in net.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        size = module.weight.numel()
+        if module.weight.requires_grad:
+            other += 3 * 2 * tokens * size
+        elif module.out_features == config.vocab_size:
+            products += 2 * 2 * supervised * size
+        else:
+            below = ".layers.0.self_attn." in name and "o_proj" not in name  # its input is the frozen embedding
+            products += (1 if below else 2) * 2 * tokens * size
+    width = config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
+    other += config.num_hidden_layers * (4 + 8) * pairs * width
+    return Arithmetic(products, other)
+
+
+@torch.no_grad()
+def product_peak(net: nn.Module, config: Any, packs: Sequence[Pack]) -> float:
+    """Operations a second of the step's own products alone: every frozen weight once forward, once backward.
+
+    Each by the faster of the two routines that torch has.
+    """
+    tokens, supervised = sum(p.ids.numel() for p in packs), sum(p.targets.numel() for p in packs)
+    inputs: dict[tuple[int, int], Tensor] = {}
+    spent = done = 0.0
+    for module in net.modules():
+        if not isinstance(module, nn.Linear) or module.weight.requires_grad:
+            continue
+        rows = supervised if module.out_features == config.vocab_size else tokens
+        for weight in (module.weight, module.weight.t()):
+            x = inputs.setdefault((rows, weight.shape[1]), torch.randn(rows, weight.shape[1]))
+            spent += min(_once(F.linear, x, weight), _once(_onednn, x, weight))
+            done += 2 * rows * weight.numel()
+    return done / spent
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _once(product: Any, x: Tensor, weight: Tensor) -> float:
+    started = perf_counter()
+    product(x, weight)
+    return perf_counter() - started
+
+
+def rate(ours: Ours, rows: Rows) -> list[Result]:
+    """The step's needed operations a second, as a share of the machine's own products at the same shapes."""
+    config = ours.net.get_base_model().config
+    results = []
+    for size in (5, 16):
+        shares, rates, peaks = [], [], []
+        for i in range(REPETITIONS + 1):
+            rows_ = batch(rows.sst2, size, i % 2)  # the same shapes again, so that nothing is compiled while timed
+            needed = arithmetic(ours.net, config, pack(rows_))
+            peak = product_peak(ours.net, config, pack(rows_))
+            started = perf_counter()
+            ours.step(rows_)
+            found = (needed.products + needed.other) / (perf_counter() - started)
+            if i > 1:
+                shares.append(100 * found / peak)
+                rates.append(found / 1e9)
+                peaks.append(peak / 1e9)
+        note = f"{median(rates):.0f} of {median(peaks):.0f} GFLOP/s; {spread(shares, 0)}"
+        what = f"needed arithmetic of the training step, share of the product peak, batch {size}"
+        results.append(Result(what, median(shares), 60.0, "higher", "%", note))
+    return results
