@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks import generation, memory, starting, training
+from benchmarks import generation, starting, training, workers
 from benchmarks.setting import Result, Rows, embedded_model, machine
 from lisa_lightning.cache import write_text
 from lisa_lightning.cpu import keep_freed_memory
@@ -29,11 +29,10 @@ def main() -> int:
             results.append(result)
             print(f"[{perf_counter() - started:4.0f} s] {_line(result)}", flush=True)
 
-    add(*starting.command_line(), starting.model(folder), memory.measure())
-    keep_freed_memory()  # as every run does; the reference profits from it too
-    ours, theirs = training.Ours(folder, training.lisa()), training.Theirs(folder)
-    add(*training.steps(ours, theirs, rows))
-    del theirs
+    add(*starting.command_line(), starting.model(folder))
+    add(*workers.measure(folder, rows))
+    keep_freed_memory()  # as every run does
+    ours = training.Ours(folder, training.lisa())
     add(*training.rate(ours, rows), training.lisa_against_sft(ours, rows))
     overhead, profile = training.fit_against_bare(ours, folder, rows)
     add(overhead)
@@ -65,7 +64,7 @@ def _table(results: list[Result], profile: dict[str, float], taken: float) -> st
     return "\n".join(
         [
             f"Measured by `make bench` in {taken / 60:.0f} minutes on: {about}. Medians; the reference is what the "
-            "published implementations do ([reference.py](../reference.py)), run in turn with ours in one process.",
+            "published implementations do ([reference.py](../reference.py)), run in turn with ours.",
             "",
             "| what | measured | target | met | how |",
             "|---|---|---|---|---|",

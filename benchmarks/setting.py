@@ -1,13 +1,12 @@
-"""What all benchmarks share: the embedded model, rows, the adapter, and how two things are timed against each other."""
+"""What all benchmarks share: the embedded model, rows, the adapter."""
 
 import os
 import platform
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # public data sets, where a copy of them lies beside the project
 LORA = SimpleNamespace(r=8, alpha=16, dropout=0.0, targets=["q_proj", "v_proj"])
 RHO = 0.1
-REPETITIONS = 5
+LONG = 128  # tokens of an alignment row whose answer counts as long
+REPETITIONS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,25 +85,12 @@ class Rows:
         path, answer = (str(safe), "output") if safe.exists() else ("embedded:alignment.jsonl", "response")
         asked = "instruction" if safe.exists() else "prompt"
         alignment = read_records(path, {"p": asked, "r": answer}, {}, lambda r: Row(alpaca(r["p"]), r["r"]))
-        self.alignment = [self._encoded(row) for row in random.Random(0).sample(alignment, 1000)]
+        encoded = [self._encoded(row) for row in random.Random(0).sample(alignment, 1000)]
+        self.alignment = [row for row in encoded if row.length >= LONG]
         self.harmful = read_records("embedded:harmful_prompts.jsonl", {"prompt": "prompt"}, {}, lambda r: r["prompt"])
 
     def _encoded(self, row: Row) -> Example:
         return encode(self.tokenizer, row, max_length=256)
-
-
-def alternate(first: Callable[[int], Any], second: Callable[[int], Any], repetitions: int = REPETITIONS) -> list[float]:
-    """Seconds of `first(i)` over seconds of `second(i)`, i = 1, 2, ..., in turn; both are warmed up with i = 0."""
-    first(0)
-    second(0)
-    return [seconds(first, i) / seconds(second, i) for i in range(1, repetitions + 1)]
-
-
-def seconds(call: Callable[[int], Any], i: int) -> float:
-    """How long `call(i)` takes."""
-    started = perf_counter()
-    call(i)
-    return perf_counter() - started
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

@@ -1,4 +1,4 @@
-"""How fast a training step is, how near to what the machine can do, and where its time goes."""
+"""How near a training step is to what the machine can do, what surrounds it, and where its time goes."""
 
 import os
 import tempfile
@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import reference
-from benchmarks.setting import LORA, REPETITIONS, RHO, Result, Rows, alternate, ratio, spread
+from benchmarks.setting import LORA, REPETITIONS, RHO, Result, Rows, spread
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.packing import Example, Pack, pack
@@ -75,21 +74,6 @@ class Ours:
         return result
 
 
-class Theirs:
-    """The same in the published form."""
-
-    def __init__(self, folder: Path) -> None:
-        self.net = reference.adapted(folder, LORA)
-        self.weights = list(trainable(self.net).values())
-        stir(self.weights)
-        self.anchor = [w.detach().clone() for w in self.weights]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4, weight_decay=0.0)
-
-    def step(self, rows: Sequence[Example]) -> float:
-        """One step, the padding of its rows included."""
-        return reference.step(self.net, self.optimizer, self.weights, self.anchor, RHO, rows)
-
-
 def stir(weights: Sequence[Tensor]) -> None:
     """Make a fresh adapter's zero factors count."""
     generator = torch.Generator().manual_seed(1)
@@ -98,43 +82,9 @@ def stir(weights: Sequence[Tensor]) -> None:
             w.copy_(torch.randn(w.shape, generator=generator) * 0.02)
 
 
-def require_equal(ours: Ours, theirs: Theirs, rows: Sequence[Example]) -> str:
-    """Stop unless loss and gradients are those of the reference; how far they are apart."""
-    tokens = sum(r.supervised for r in rows)
-    ours.optimizer.zero_grad()
-    theirs.optimizer.zero_grad()
-    found = completion_loss(ours.net.get_base_model(), pack(rows)) / tokens
-    wanted = reference.loss(theirs.net, rows)
-    found.backward()
-    wanted.backward()
-    loss = abs(found.item() - wanted.item())
-    pairs = [(w.grad, v.grad) for w, v in zip(ours.weights, theirs.weights, strict=True)]
-    gradient = max(float((a - b).norm() / b.norm()) for a, b in pairs if a is not None and b is not None)
-    if loss > 1e-5 or gradient > 1e-4:
-        raise SystemExit(f"not the reference's loss (off by {loss:.1e}) or gradients (off by {gradient:.1e}, relative)")
-    return f"loss off by {loss:.0e}, gradients by {gradient:.0e}"
-
-
 def batch(rows: Sequence[Example], size: int, i: int) -> Sequence[Example]:
     """The i-th batch."""
     return rows[i * size : (i + 1) * size]
-
-
-def steps(ours: Ours, theirs: Theirs, rows: Rows) -> list[Result]:
-    """Steps of both forms on the same batches, in turn."""
-    results = []
-    for name, examples, size, target in (
-        (f"training step, {rows.source}, batch 5", rows.sst2, 5, 2.4),
-        (f"training step, {rows.source}, batch 16", rows.sst2, 16, 4.0),
-        ("training step, alignment rows of up to 256 tokens, batch 5", rows.alignment, 5, 1.4),
-    ):
-        apart = require_equal(ours, theirs, batch(examples, size, 0))
-        found = alternate(
-            lambda i, e=examples, n=size: theirs.step(batch(e, n, i)),
-            lambda i, e=examples, n=size: ours.step(batch(e, n, i)),
-        )
-        results.append(ratio(name, found, target, apart))
-    return results
 
 
 def lisa_against_sft(ours: Ours, rows: Rows, repetitions: int = 15) -> Result:

@@ -29,7 +29,7 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
     if prefix:
         model(input_ids=torch.tensor([prompts[0][:prefix]], device=device), past_key_values=cache, logits_to_keep=1)
         cache.batch_repeat_interleave(len(prompts))
-    inputs, mask = _left_padded([list(p[prefix:]) for p in prompts], end, device)
+    inputs, mask = _left_padded([list(p[prefix:]) for p in prompts], device)
     mask = torch.cat([mask.new_ones(len(prompts), prefix), mask], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, prefix:]
 
@@ -67,9 +67,9 @@ def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return next(differs, limit)
 
 
-def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(r)) + r for r in rows], device=device)
+    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
     return ids, mask
 
