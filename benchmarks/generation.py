@@ -1,6 +1,7 @@
 """How fast held-out prompts are answered, against one prompt at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -36,57 +37,58 @@ def measure(folder: Path, rows: Rows) -> list[Result]:
     end: Any = rows.tokenizer.eos_token_id
     own_limit = SST2.max_new_tokens
 
-    long = _ratios(
+    long = _compare(
         harmful,
-        1,
         lambda ps: answers(ours, ps, 64, 128, NEVER),
-        lambda p: reference.answer(theirs, p, 128, None),
+        [_Reference(5.0, 1, lambda p: reference.answer(theirs, p, 128, None))],
     )
-    short = _ratios(
-        sst2, 6, lambda ps: answers(ours, ps, 48, own_limit, end), lambda p: reference.answer(theirs, p, own_limit, end)
-    )
-    published = _ratios(
+    short = _compare(
         sst2,
-        1,
         lambda ps: answers(ours, ps, 48, own_limit, end),
-        lambda p: reference.answer(theirs, p, PUBLISHED_LIMIT, end)[:own_limit],
+        [
+            _Reference(12.0, 2, lambda p: reference.answer(theirs, p, PUBLISHED_LIMIT, end)[:own_limit]),
+            _Reference(12.0, 6, lambda p: reference.answer(theirs, p, own_limit, end)),
+        ],
     )
+    what = "SST-2 accuracy on 300 rows"
+    decisive = f"ours the {own_limit} that decide the strict rule"
     return [
-        ratio("harmful score: 64 prompts, 128 new tokens", long.ratios, 5.0, long.note),
-        ratio(
-            f"SST-2 accuracy on 300 rows, the reference generating up to {PUBLISHED_LIMIT} tokens as published, "
-            f"ours the {own_limit} that decide the strict rule",
-            published.ratios,
-            12.0,
-            published.note,
-        ),
-        ratio(f"SST-2 accuracy on 300 rows, both generating up to {own_limit} tokens", short.ratios, 12.0, short.note),
+        ratio("harmful score: 64 prompts, 128 new tokens", *long[0]),
+        ratio(f"{what}, the reference generating up to {PUBLISHED_LIMIT} tokens as published, {decisive}", *short[0]),
+        ratio(f"{what}, both generating up to {own_limit} tokens", *short[1]),
     ]
 
 
-class _ratios:
-    """Seconds a prompt of `theirs` over those of `ours`, in turn; and whether the answers are the same."""
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """A form of one prompt at a time: how many times as fast we mean to be, prompts a repetition, and how."""
 
-    def __init__(self, prompts: Sequence[list[int]], sample: int, ours: Any, theirs: Any) -> None:
-        ours(prompts[:8])
-        theirs(prompts[0])
-        self.ratios: list[float] = []
-        same = total = 0
-        milliseconds = []
-        for i in range(REPETITIONS):
-            chosen = list(range(i * sample, (i + 1) * sample))
+    target: float
+    sample: int
+    answer: Callable[[list[int]], list[int]]
+
+
+def _compare(
+    prompts: Sequence[list[int]], ours: Callable[[Sequence[list[int]]], list[list[int]]], theirs: Sequence[_Reference]
+) -> list[tuple[list[float], float, str]]:
+    """Each of `theirs`: its seconds a prompt over those of `ours`, in turn; and how many answers are the same."""
+    ours(prompts[:8])
+    theirs[0].answer(prompts[0])
+    speeds: list[list[tuple[float, float]]] = [[] for _ in theirs]
+    same = [0] * len(theirs)
+    for i in range(REPETITIONS):
+        started = perf_counter()
+        found = ours(prompts)
+        fast = (perf_counter() - started) / len(prompts)
+        for k, form in enumerate(theirs):
+            chosen = range(i * form.sample, (i + 1) * form.sample)
             started = perf_counter()
-            wanted = [theirs(prompts[c]) for c in chosen]
-            slow = (perf_counter() - started) / sample
-            started = perf_counter()
-            found = ours(prompts)
-            fast = (perf_counter() - started) / len(prompts)
-            self.ratios.append(slow / fast)
-            milliseconds.append((1000 * fast, 1000 * slow))
-            same += sum(found[c] == w for c, w in zip(chosen, wanted, strict=True))
-            total += sample
-        ours_ms, theirs_ms = (median(m) for m in zip(*milliseconds, strict=True))
-        self.note = (
-            f"{ours_ms:.0f} ms a prompt against {theirs_ms:.0f}; "
-            f"{same} of the {total} answers that the reference gave are the same"
-        )
+            wanted = [form.answer(prompts[c]) for c in chosen]
+            speeds[k].append((fast, (perf_counter() - started) / form.sample))
+            same[k] += sum(found[c] == w for c, w in zip(chosen, wanted, strict=True))
+    results = []
+    for form, pairs, equal in zip(theirs, speeds, same, strict=True):
+        fast, slow = (1000 * median(s) for s in zip(*pairs, strict=True))
+        note = f"{fast:.0f} ms a prompt against {slow:.0f}; {equal} of {REPETITIONS * form.sample} answers the same"
+        results.append(([slow / fast for fast, slow in pairs], form.target, note))
+    return results

@@ -27,7 +27,6 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # public data sets, where a copy of them lies beside the project
 LORA = SimpleNamespace(r=8, alpha=16, dropout=0.0, targets=["q_proj", "v_proj"])
 RHO = 0.1
-LONG = 128  # tokens of an alignment row whose answer counts as long
 REPETITIONS = 7
 
 
@@ -86,7 +85,9 @@ class Rows:
         asked = "instruction" if safe.exists() else "prompt"
         alignment = read_records(path, {"p": asked, "r": answer}, {}, lambda r: Row(alpaca(r["p"]), r["r"]))
         encoded = [self._encoded(row) for row in random.Random(0).sample(alignment, 1000)]
-        self.alignment = [row for row in encoded if row.length >= LONG]
+        long = sorted(row.length for row in encoded)[-len(encoded) // 5]
+        self.alignment = [row for row in encoded if row.length >= long]
+        """The longest fifth."""
         self.harmful = read_records("embedded:harmful_prompts.jsonl", {"prompt": "prompt"}, {}, lambda r: r["prompt"])
 
     def _encoded(self, row: Row) -> Example:

@@ -93,16 +93,28 @@ class _Run:
             *(f"source.{name}.path=embedded:{name}.jsonl" for name in embedded),
         ]
         started = perf_counter()
-        with (out.parent / f"{out.name}.log").open("w") as log:
-            environment = os.environ | {"WANDB_MODE": "offline", "LISA_CACHE": str(_cache_beside(out))}
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
-            curves = out / "curves.csv"
-            self.first_step = _until(lambda: bool(_rows(curves)), process, started)
-            _, status, used = os.wait4(process.pid, 0)
-        if status != 0:
-            raise SystemExit((out.parent / f"{out.name}.log").read_text()[-2000:])
-        self.memory = used.ru_maxrss / 2**20
-        self.step = median(float(r["time/step_s"]) for r in _rows(curves)[2:])
+        log = out.parent / f"{out.name}.log"
+        environment = os.environ | {"WANDB_MODE": "offline", "LISA_CACHE": str(_cache_beside(out))}
+        with log.open("w") as text:
+            process = subprocess.Popen(command, cwd=ROOT, stdout=text, stderr=text, env=environment)
+        self.first_step = self.memory = 0.0
+        while process.poll() is None:
+            sleep(0.1)
+            self.memory = max(self.memory, _peak_gib(process.pid))
+            if not self.first_step and _rows(out / "curves.csv"):
+                self.first_step = perf_counter() - started
+        if process.returncode != 0:
+            raise SystemExit(log.read_text()[-2000:])
+        self.step = median(float(r["time/step_s"]) for r in _rows(out / "curves.csv")[2:])
+
+
+def _peak_gib(pid: int) -> float:
+    """Peak resident memory so far; 0 where the process has just ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 def _cache_beside(out: Path) -> Path:
@@ -113,15 +125,6 @@ def _cache_beside(out: Path) -> Path:
     if not link.exists():
         link.symlink_to(embedded_model(), target_is_directory=True)
     return cache
-
-
-def _until(done: Callable[[], bool], process: subprocess.Popen[bytes], started: float) -> float:
-    while not done():
-        status = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if status is not None:
-            break
-        sleep(0.1)
-    return perf_counter() - started
 
 
 def _rows(curves: Path) -> list[dict[str, str]]:
