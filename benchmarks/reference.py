@@ -35,7 +35,7 @@ def loss(net: Any, rows: Sequence[Example]) -> Tensor:
     ids = pad_sequence([torch.tensor(r.ids) for r in rows], batch_first=True, padding_value=0)
     labels = pad_sequence([torch.tensor(r.labels) for r in rows], batch_first=True, padding_value=IGNORED)
     mask = pad_sequence([torch.ones(len(r.ids), dtype=torch.long) for r in rows], batch_first=True)
-    return net(input_ids=ids, attention_mask=mask, labels=labels).loss
+    return net(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
 
 
 def penalty(weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lisa_lightning.base_model import base_model
-from lisa_lightning.cache import cache_folder
+from lisa_lightning.cache import OneRank, cache_folder
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.files import read_records
 from lisa_lightning.data.packing import Example
@@ -48,20 +48,10 @@ class Result:
         return self.measured >= self.target if self.better == "higher" else self.measured <= self.target
 
 
-class _OneRank:
-    is_global_zero = True
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj
-
-    def barrier(self, name: str | None = None) -> None:
-        return None
-
-
 def embedded_model() -> Path:
     """The folder of SmolLM2-135M-Instruct in the cache."""
     cfg = OmegaConf.load(ROOT / "conf" / "model" / "smollm2_135m.yaml")
-    return base_model(_OneRank(), cfg, cache_folder(os.environ.get("LISA_CACHE", "~/.cache/lisa_lightning")))[0]
+    return base_model(OneRank(), cfg, cache_folder(os.environ.get("LISA_CACHE", "~/.cache/lisa_lightning")))[0]
 
 
 class Rows:

@@ -131,6 +131,6 @@ def _require_equal(ours: Worker, theirs: Worker, rows: Sequence[Example]) -> str
     (found, own), (wanted, others) = ours.gradient(rows), theirs.gradient(rows)
     loss = abs(found - wanted)
     gradient = max(float(((a - b) ** 2).sum() ** 0.5 / (b**2).sum() ** 0.5) for a, b in zip(own, others, strict=True))
-    if loss > 1e-5 or gradient > 1e-4:
+    if not (loss <= 1e-5 and gradient <= 1e-4):
         raise SystemExit(f"not the reference's loss (off by {loss:.1e}) or gradients (off by {gradient:.1e}, relative)")
     return f"loss off by {loss:.0e}, gradients by {gradient:.0e}"

@@ -35,6 +35,19 @@ class Ranks(Protocol):
         ...
 
 
+class OneRank:
+    """The only process there is."""
+
+    is_global_zero = True
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """It is here already."""
+        return obj
+
+    def barrier(self, name: str | None = None) -> None:
+        """Nobody to wait for."""
+
+
 def cache_folder(configured: str) -> Path:
     """The cache folder of the config, `~` and variables expanded."""
     return Path(os.path.expandvars(configured)).expanduser().absolute()

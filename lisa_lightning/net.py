@@ -14,7 +14,7 @@ from lisa_lightning.errors import UserError
 
 
 def load(folder: Path, dtype: str) -> PreTrainedModel:
-    """The causal language model in `folder`, frozen, on the CPU (Lightning moves it)."""
+    """The causal language model in `folder`, frozen, its products made fast, on the CPU (Lightning moves it)."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).requires_grad_(False)
     multiply_by_onednn(model)
     return model
@@ -48,6 +48,14 @@ def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
     # Models arrive in evaluation mode, where dropout and gradient checkpointing are silently off.
     net.train()
     return net
+
+
+def attention_window(model: Any) -> int | None:
+    """Tokens that the model's narrowest layer looks back at most, None where all see everything."""
+    config = model.config.get_text_config()
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    found = [getattr(config, name, None) for name in names]
+    return min((w for w in found if isinstance(w, int)), default=None)
 
 
 def trainable(net: torch.nn.Module) -> dict[str, Tensor]:

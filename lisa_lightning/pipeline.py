@@ -30,7 +30,7 @@ from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import Row, Rows, load_rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer, Evaluator, Question, questions, scores, to_jsonl
-from lisa_lightning.loss import packing
+from lisa_lightning.loss import choose_packing
 from lisa_lightning.module import LisaModule, Optim, refuse_other_run
 from lisa_lightning.net import attach, load, load_tokenizer, save_adapter, save_merged
 from lisa_lightning.schedule import State
@@ -225,9 +225,9 @@ class Stages:
             "user": Examples(rows, encoded),
             "alignment": Examples(self.rows.alignment, encoded),
         }
-        together = packing(net.get_base_model(), self.cfg.data.max_length)
+        packing = choose_packing(net.get_base_model(), self.cfg.data.max_length)
         steps = StepBatches(
-            streams, together, method.schedule, optim.steps, optim.batch_size, optim.accumulate, seed, discard=discard
+            streams, packing, method.schedule, optim.steps, optim.batch_size, optim.accumulate, seed, discard=discard
         )
         checkpoint = Checkpoint(self.out / "checkpoints" / f"{stage}.ckpt", self.cfg.checkpoint.every, optim.steps)
         record = Record(self.tracker, stage)

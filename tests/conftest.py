@@ -10,18 +10,6 @@ from omegaconf import DictConfig
 ROOT = Path(__file__).parents[1]
 
 
-class OneRank:
-    """The only process of a run."""
-
-    is_global_zero = True
-
-    def broadcast(self, obj: object, src: int = 0) -> object:
-        return obj
-
-    def barrier(self, name: str | None = None) -> None:
-        return None
-
-
 @pytest.fixture(scope="session")
 def config() -> Callable[..., DictConfig]:
     """`config("experiment=smoke", ...)`: the config that run.py would see."""
@@ -37,5 +25,6 @@ def config() -> Callable[..., DictConfig]:
 def tiny(tmp_path_factory: pytest.TempPathFactory, config: Callable[..., DictConfig]) -> Path:
     """The folder of the tiny model."""
     from lisa_lightning.base_model import base_model
+    from lisa_lightning.cache import OneRank
 
     return base_model(OneRank(), config("model=tiny").model, tmp_path_factory.mktemp("cache"))[0]

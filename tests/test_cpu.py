@@ -30,13 +30,14 @@ def test_layers_that_are_trained_or_of_another_precision_are_left_alone() -> Non
     assert [type(layer) for layer in layers] == [nn.Linear, nn.Linear]
 
 
-def test_a_layer_that_is_thawed_learns_again() -> None:
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_what_is_thawed_learns_again(name: str) -> None:
     layer = nn.Linear(7, 5).requires_grad_(False)
     multiply_by_onednn(layer)
-    layer.requires_grad_(True)
+    thawed = layer.get_parameter(name).requires_grad_(True)
     layer(torch.randn(3, 7)).sum().backward()
-    assert layer.weight.grad is not None
-    assert layer.weight.grad.abs().sum() > 0
+    assert thawed.grad is not None
+    assert thawed.grad.abs().sum() > 0
 
 
 def test_autocast_decides_the_precision_as_ever() -> None:

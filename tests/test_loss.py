@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_lightning.data.packing import IGNORED, Example, pack, pad
-from lisa_lightning.loss import completion_loss, packing
+from lisa_lightning.loss import choose_packing, completion_loss
 from lisa_lightning.net import attach, load, trainable
 
 SIZES = {
@@ -115,7 +115,7 @@ def test_equals_the_models_own_loss(tiny: Path, batch: str, together: Any) -> No
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_shares_prefixes(name: str) -> None:
     net = family(name)
-    together = packing(net.get_base_model(), max_length=64)
+    together = choose_packing(net.get_base_model(), max_length=64)
     assert together is pack
     assert net.training
     assert_equal_to_the_models_own(net, [e for rows in BATCHES.values() for e in rows], together)
@@ -159,11 +159,11 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
 
 def test_a_short_sliding_window_takes_padded_rows(said: pytest.LogCaptureFixture) -> None:
     net = family("mistral", sliding_window=8)
-    together = packing(net.get_base_model(), max_length=64)
+    together = choose_packing(net.get_base_model(), max_length=64)
     assert together is pad
-    assert said.text.count("sliding window of 8 tokens") == 1
+    assert said.text.count("attention window of 8 tokens") == 1
     assert_equal_to_the_models_own(net, [e for rows in BATCHES.values() for e in rows], together)
-    assert packing(net.get_base_model(), max_length=8) is pack
+    assert choose_packing(net.get_base_model(), max_length=8) is pack
 
 
 def test_a_model_that_shares_no_prefixes_is_found_out(tiny: Path, said: pytest.LogCaptureFixture) -> None:
@@ -172,8 +172,23 @@ def test_a_model_that_shares_no_prefixes_is_found_out(tiny: Path, said: pytest.L
     inner = model.model
     forward = inner.forward
     inner.forward = lambda position_ids=None, **given: forward(**given)
-    assert packing(model, max_length=64) is pad
+    assert choose_packing(model, max_length=64) is pad
     assert "% off" in said.text
+
+
+def test_logits_that_are_no_numbers_are_not_equal(tiny: Path, said: pytest.LogCaptureFixture) -> None:
+    inner: Any = load(tiny, "float32")
+    forward = inner.model.forward
+
+    def spoilt(position_ids: Tensor | None = None, **given: Any) -> Any:
+        output = forward(position_ids=position_ids, **given)
+        if position_ids is not None:
+            output.last_hidden_state = output.last_hidden_state * float("nan")
+        return output
+
+    inner.model.forward = spoilt
+    assert choose_packing(inner, max_length=64) is pad
+    assert "nan % off" in said.text
 
 
 def test_hooks_see_every_layer(tiny: Path) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-MEMORY_LIMIT = 1024  # tokens a pack; its mask takes the square of that
+MEMORY_LIMIT = 1024  # tokens up to which rows are joined; the mask takes the square of that
 ATTENTION_COST = 1 / 2000
-"""Cost of a token's attention to one other, relative to that of its matrix products: measured on SmolLM2-135M."""
+"""Cost of a token's attention to one other, relative to that of its matrix products: SmolLM2-135M on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from lisa_lightning.net import attention_window
+
 
 def batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     """Indices of prompts in batches of at most `size`, prompts of similar length together."""
@@ -24,7 +26,8 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
         end: the id at which a row is finished.
     """
     device = model.get_input_embeddings().weight.device
-    prefix = _shared_prefix(prompts)
+    # A window slides by place in the batch, which padding behind a shared prefix would put off.
+    prefix = _shared_prefix(prompts) if attention_window(model) is None else 0
     cache = DynamicCache(config=model.config)
     if prefix:
         model(input_ids=torch.tensor([prompts[0][:prefix]], device=device), past_key_values=cache, logits_to_keep=1)
@@ -44,9 +47,10 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
             logits_to_keep=1,
         ).logits[:, -1]
         chosen = logits.argmax(dim=-1)
-        going = [i for i, token in enumerate(chosen.tolist()) if token != end]
+        tokens = chosen.tolist()
+        going = [i for i, token in enumerate(tokens) if token != end]
         for i in going:
-            answers[alive[i]].append(int(chosen[i]))
+            answers[alive[i]].append(tokens[i])
         if not going:
             break
         if len(going) < len(alive):
