@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
 
-from benchmarks.setting import REPETITIONS, ROOT, Result, Rows, embedded_model, spread
+from benchmarks.setting import REPETITIONS, ROOT, Result, Rows, embedded_model, peak_mib, spread
 from lisa_lightning.net import load, load_tokenizer
 
 STEPS = 12
@@ -101,21 +101,12 @@ class _Run:
         ends: list[float] = []  # of the steps, to a tenth of a second
         while process.poll() is None:
             sleep(0.1)
-            self.memory = max(self.memory, _peak_gib(process.pid))
+            self.memory = max(self.memory, peak_mib(process.pid) / 1024)
             ends += [perf_counter() - started] * (len(_rows(out / "curves.csv")) - len(ends))
         if process.returncode != 0:
             raise SystemExit(log.read_text()[-2000:])
         self.first_step = ends[0]
         self.step = (ends[-1] - ends[1]) / (STEPS - 2)
-
-
-def _peak_gib(pid: int) -> float:
-    """Peak resident memory so far; 0 where the process has just ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 def _cache_beside(out: Path) -> Path:

@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -191,38 +190,31 @@ def _fit_seconds(folder: Path, rows: Rows) -> tuple[float, float]:
     return clock.seconds, tracker.spent / FIT_STEPS
 
 
-@dataclass(frozen=True, slots=True)
-class Arithmetic:
-    """Floating-point operations that a step can't do without."""
+def arithmetic(net: nn.Module, config: Any, packs: Sequence[Pack]) -> float:
+    """Floating-point operations that a step can't do without: products with the weights, attention to ancestors.
 
-    products: float
-    """With the frozen weights."""
-    other: float
-    """Attention to ancestors and the adapter."""
-
-
-def arithmetic(net: nn.Module, config: Any, packs: Sequence[Pack]) -> Arithmetic:
-    """Forward, and backward towards the inputs, none below the first adapter; weights: the adapter alone."""
+    Forward, and backward towards the inputs, none below the first adapter; weights: the adapter alone.
+    """
     tokens = sum(p.ids.numel() for p in packs)
     supervised = sum(p.targets.numel() for p in packs)
     pairs = sum(int(p.mask.sum()) for p in packs)
     predicting = sum(p.predictors.unique().numel() for p in packs)
-    products = other = 0.0
+    total = 0.0
     for name, module in net.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         size = module.weight.numel()
         if module.weight.requires_grad:
-            other += 3 * 2 * tokens * size
+            total += 3 * 2 * tokens * size
         elif module.out_features == config.vocab_size:
-            products += 2 * 2 * supervised * size
+            total += 2 * 2 * supervised * size
         else:
             below = ".layers.0.self_attn." in name and "o_proj" not in name  # its input is the frozen embedding
             last = f".layers.{config.num_hidden_layers - 1}." in name and not name.endswith(("k_proj", "v_proj"))
-            products += (1 if below else 2) * 2 * (predicting if last else tokens) * size
+            total += (1 if below else 2) * 2 * (predicting if last else tokens) * size
     width = config.num_attention_heads * config.head_dim
-    other += config.num_hidden_layers * (4 + 8) * pairs * width
-    return Arithmetic(products, other)
+    total += config.num_hidden_layers * (4 + 8) * pairs * width
+    return total
 
 
 @torch.no_grad()
@@ -259,11 +251,11 @@ def rate(ours: Ours, rows: Rows) -> list[Result]:
         shares, rates, peaks = [], [], []
         for i in range(REPETITIONS + 1):
             rows_ = batch(rows.sst2, size, i % 2)  # the same shapes again, so that nothing is compiled while timed
-            needed = arithmetic(ours.net, config, pack(rows_))
-            peak = product_peak(ours.net, config, pack(rows_))
+            packs = pack(rows_)
+            needed, peak = arithmetic(ours.net, config, packs), product_peak(ours.net, config, packs)
             started = perf_counter()
             ours.step(rows_)
-            found = (needed.products + needed.other) / (perf_counter() - started)
+            found = needed / (perf_counter() - started)
             if i > 1:
                 shares.append(100 * found / peak)
                 rates.append(found / 1e9)
