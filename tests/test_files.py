@@ -1,16 +1,26 @@
 """Reading rows: the forms of real files, and errors that name file and line."""
 
+import gzip
+import json
+import lzma
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
-from lisa_lightning.data.files import read_records
+from lisa_lightning.data.files import Reading, read_records
 from lisa_lightning.data.source import load_rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.tasks.sst2 import SST2
 
-BOTH = {"prompt": "prompt", "response": "response"}
+BOTH = Reading({"prompt": "prompt", "response": "response"})
+
+
+LABELLED = Reading({"sentence": "sentence", "label": "label"})
 
 
 def write(folder: Path, name: str, content: str | bytes) -> str:
@@ -29,19 +39,19 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
     ],
 )
 def test_reads_every_form(tmp_path: Path, name: str, content: str | bytes) -> None:
-    found = read_records(write(tmp_path, name, content), BOTH, {}, dict)
+    found = read_records(write(tmp_path, name, content), BOTH, dict)
     assert found == [{"prompt": "p", "response": "r\n2"}, {"prompt": "q", "response": "s"}]
 
 
 def test_tab_separated_files_are_not_quoted(tmp_path: Path) -> None:
     path = write(tmp_path, "a.tsv", 'sentence\tlabel\nso "quoted\t1\n"odd one\t0\n')
-    found = read_records(path, {"sentence": "sentence", "label": "label"}, {}, dict)
+    found = read_records(path, LABELLED, dict)
     assert [r["sentence"] for r in found] == ['so "quoted', '"odd one']
 
 
 def test_columns_are_mapped_and_rows_chosen(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl", '{"q": "1", "safe": true}\n{"q": "2", "safe": false}\n')
-    assert read_records(path, {"prompt": "q"}, {"safe": False}, dict) == [{"prompt": "2"}]
+    assert read_records(path, Reading({"prompt": "q"}, where={"safe": False}), dict) == [{"prompt": "2"}]
 
 
 @pytest.mark.parametrize(
@@ -60,20 +70,20 @@ def test_columns_are_mapped_and_rows_chosen(tmp_path: Path) -> None:
         ("a.csv", 'prompt,response\np,"r\n', "line 2: unexpected end of data"),
         ("a.csv", "prompt,response\n", "no rows"),
         ("a.jsonl", '{"prompt": "p", "response": null}\n', "line 1: column 'response' is null"),
-        ("a.xlsx", "x", "files of kind '.xlsx' can't be read; allowed: .jsonl, .json, .csv, .tsv"),
+        ("a.xlsx", "x", "files of kind '.xlsx' can't be read; allowed: .jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str, content: str | bytes, sentence: str) -> None:
     path = write(tmp_path, name, content)
     with pytest.raises(UserError) as error:
-        read_records(path, BOTH, {}, dict)
+        read_records(path, BOTH, dict)
     assert sentence in str(error.value)
     assert path in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.jsonl: can't be read \(No such file"):
-        read_records(str(tmp_path / "none.jsonl"), BOTH, {}, dict)
+        read_records(str(tmp_path / "none.jsonl"), BOTH, dict)
 
 
 def test_a_line_separator_in_a_text_ends_no_line(tmp_path: Path) -> None:
@@ -81,7 +91,7 @@ def test_a_line_separator_in_a_text_ends_no_line(tmp_path: Path) -> None:
         ("a.csv", "prompt,response\np,one\u2028two\n"),
         ("a.tsv", "prompt\tresponse\np\tone\u2028two\n"),
     ):
-        assert read_records(write(tmp_path, name, content), BOTH, {}, dict)[0]["response"] == "one\u2028two"
+        assert read_records(write(tmp_path, name, content), BOTH, dict)[0]["response"] == "one\u2028two"
 
 
 def test_a_wrong_label_is_named_with_the_line(tmp_path: Path) -> None:
@@ -89,29 +99,137 @@ def test_a_wrong_label_is_named_with_the_line(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"a\.tsv, line 3: label '2' of an SST-2 row; allowed: 0, 1, negative, positive"
     ):
-        read_records(path, {"sentence": "sentence", "label": "label"}, {}, SST2().row)
+        read_records(path, LABELLED, SST2().row)
 
 
-def test_rows_whose_prompt_is_tested_are_not_trained_on(tmp_path: Path) -> None:
-    pair = '{{"prompt": "{0}", "response": "r"}}\n'
-    label = '{{"sentence": "{0}", "label": 1}}\n'
-    files = {
-        "train": write(tmp_path, "train.jsonl", label.format("seen") + label.format("new")),
-        "test": write(tmp_path, "test.jsonl", label.format("seen")),
-        "alignment": write(tmp_path, "alignment.jsonl", pair.format("a") + pair.format("h1") + pair.format("h2")),
-        "harmful": write(tmp_path, "harmful.jsonl", pair.format("b") + pair.format("h1")),
-        "harmful_prompts": write(tmp_path, "hp.jsonl", '{"prompt": "h1"}\n{"prompt": "h1"}\n'),
-        "harmless_prompts": write(tmp_path, "hl.jsonl", '{"prompt": "h2"}\n'),
+PACKERS = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pyarrow.compress(data, "zstd", asbytes=True),
+}
+CONTENT = {
+    ".jsonl": b'{"prompt": "p", "response": "r\\n2"}\n{"prompt": "q", "response": "s"}\n',
+    ".json": b'{"prompt": ["p", "q"], "response": ["r\\n2", "s"], "inputs": []}',
+    ".csv": b'# where it is from\n# and what it is\nprompt,response\np,"r\n2"\nq,s\n',
+    ".tsv": b"prompt\tresponse\np\tr 2\nq\ts\n",
+}
+
+
+def parquet() -> bytes:
+    out = BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["p", "q"], "response": ["r\n2", "s"]}), out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("kind", [*CONTENT, ".parquet"])
+def test_every_kind_plain_and_packed(tmp_path: Path, kind: str, packed: str) -> None:
+    data = CONTENT[kind] if kind in CONTENT else parquet()
+    path = write(tmp_path, f"a{kind}{packed}", PACKERS[packed](data) if packed else data)
+    found = read_records(path, BOTH, dict)
+    assert [r["prompt"] for r in found] == ["p", "q"]
+    assert found[0]["response"].split() == ["r", "2"]
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+def test_a_broken_packed_file_is_named(tmp_path: Path, packed: str) -> None:
+    whole = PACKERS[packed](CONTENT[".jsonl"] * 1000)
+    for content in (whole[: len(whole) // 2], b"not packed at all"):
+        with pytest.raises(UserError, match=r"a\.jsonl\.\w+: can't be read \("):
+            read_records(write(tmp_path, f"a.jsonl{packed}", content), BOTH, dict)
+
+
+def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"a\.parquet: can't be read \("):
+        read_records(write(tmp_path, "a.parquet", parquet()[:-9]), BOTH, dict)
+
+
+def test_columns_are_joined_and_named_where_there_is_no_header(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", '3,"Title, of it","said ""so"""\n1,Other,text\n')
+    reading = Reading(
+        {"text": ["title", "description"], "label": "class"}, labels={"label": {"1": "World", "3": "Biz"}}
+    )
+    found = read_records(path, reading, dict, header=["class", "title", "description"])
+    assert found == [{"text": 'Title, of it said "so"', "label": "Biz"}, {"text": "Other text", "label": "World"}]
+    with pytest.raises(UserError, match=r"a\.csv, line 1: label '3' is not among its labels: 1"):
+        read_records(path, Reading({"label": "a"}, labels={"label": {"1": "World"}}), dict, header=["a", "b", "c"])
+
+
+def test_polarity_is_turned_by_labels_and_rows_are_kept_by_values(tmp_path: Path) -> None:
+    content = "".join(json.dumps({"p": str(i), "safe": v}) + "\n" for i, v in enumerate((True, False, 1, "0", "False")))
+    path = write(tmp_path, "a.jsonl", content)
+    labels = {"harmful": {"true": "no", "1": "no", "false": "yes", "0": "yes"}}
+    found = read_records(path, Reading({"harmful": "safe"}, labels=labels), dict)
+    assert [r["harmful"] for r in found] == ["no", "yes", "no", "yes", "yes"]
+    kept = read_records(path, Reading({"p": "p"}, where={"safe": ["false", 0]}), dict)
+    assert [r["p"] for r in kept] == ["1", "3", "4"]
+
+
+def test_a_missing_or_null_input_is_empty(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", '{"p": "1", "input": "x"}\n{"p": "2", "input": null}\n{"p": "3"}\n')
+    found = read_records(path, Reading({"p": "p", "input": "input"}, optional=frozenset({"input"})), dict)
+    assert [r["input"] for r in found] == ["x", "", ""]
+
+
+def test_lines_are_counted_behind_comments_and_inside_cells(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", '# one\n# two\nprompt,response\np,"r\n2\n3"\nq,s,t\n')
+    with pytest.raises(UserError, match=r"a\.csv, line 7: 3 cells where the header has 2"):
+        read_records(path, BOTH, dict)
+    with pytest.raises(UserError, match="line 1: two columns are called 'a'"):
+        read_records(write(tmp_path, "b.csv", "a,a\n1,2\n"), Reading({"a": "a"}), dict)
+
+
+def test_a_very_long_cell_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "prompt,response\np," + "x" * 200_000 + "\n")
+    assert len(read_records(path, BOTH, dict)[0]["response"]) == 200_000
+
+
+PAIRED = '{{"prompt": "{0}", "response": "r"}}\n'
+SENTENCE = '{{"sentence": "{0}", "label": 1}}\n'
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Any:
+    """Sets that share prompts in every way, once with other blanks and capitals."""
+    contents = {
+        "train": "".join(map(SENTENCE.format, ("seen", "new"))),
+        "test": SENTENCE.format("Seen "),
+        "alignment": "".join(map(PAIRED.format, ("a", "h1", "h2", "B"))),
+        "harmful": "".join(map(PAIRED.format, ("b", "h1"))),
+        "harmful_prompts": '{"prompt": "H1"}\n{"prompt": "h1"}\n',
+        "harmless_prompts": '{"prompt": "h2"}\n',
     }
-    entry = {"columns": None, "where": None, "skip": 0, "take": None}
-    rows = load_rows(OmegaConf.create({n: entry | {"path": p} for n, p in files.items()}), SST2())
-    assert [len(x) for x in (rows.task, rows.alignment, rows.harmful)] == [1, 1, 1]
-    assert rows.harmful_prompts == ["h1"]
+    rest = {"header": None, "columns": None, "labels": None, "where": None, "skip": 0, "take": None}
+    return OmegaConf.create(
+        {name: rest | {"path": write(tmp_path, f"{name}.jsonl", text)} for name, text in contents.items()}
+    )
 
 
-@pytest.mark.parametrize(
-    ("answer", "right"),
-    [("positive", True), (" Positive\n", True), ("positive.", False), ("The answer is positive", False), ("", False)],
-)
-def test_sst2_counts_the_word_alone(answer: str, right: bool) -> None:
-    assert SST2().correct(answer, "positive") is right
+def test_no_prompt_is_in_two_sets(source: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = load_rows(source, SST2(), allow_overlap=False)
+    assert [r.context for r in rows.task] == ["new"]
+    assert [r.instruction for r in rows.alignment] == ["a"]
+    assert [r.instruction for r in rows.harmful] == ["b"]
+    assert rows.harmful_prompts == ["H1", "h1"]  # asked as often as the set has it
+    overlap = {
+        "train_test": 1, "alignment_harmful_prompts": 1, "alignment_harmless_prompts": 1, "alignment_harmful": 2,
+        "harmful_harmful_prompts": 1,
+    }  # fmt: skip
+    assert rows.overlap == overlap
+    assert "1 of train also in test" in caplog.text
+    assert caplog.text.rstrip().endswith("left out.")
+
+
+def test_overlap_is_kept_and_told_where_it_is_allowed(source: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = load_rows(source, SST2(), allow_overlap=True)
+    assert [len(x) for x in (rows.task, rows.alignment, rows.harmful)] == [2, 4, 2]
+    assert sum(rows.overlap.values()) == 6
+    assert caplog.text.rstrip().endswith("kept.")
+
+
+def test_a_set_that_overlaps_wholly_is_refused_with_the_way_out(source: Any) -> None:
+    source.train.path = source.test.path
+    with pytest.raises(
+        UserError, match=r"source\.train: every prompt is also in test or .*allow_overlap=true keeps them"
+    ):
+        load_rows(source, SST2(), allow_overlap=False)

@@ -1,13 +1,16 @@
 """Batched generation against the library's own, one prompt at a time."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lisa_lightning.evaluate.generate import batches, generate, shard
-from lisa_lightning.net import load
+from lisa_lightning.evaluate import generate as generate_module
+from lisa_lightning.evaluate.evaluator import Evaluator, Question, read_answers
+from lisa_lightning.evaluate.generate import Stop, batches, generate
+from lisa_lightning.net import load, load_tokenizer
 
 OPENING = [10, 11, 12, 13, 14]
 PROMPTS = {
@@ -32,13 +35,22 @@ def test_equals_one_at_a_time(tiny: Path, name: str) -> None:
         library.generate(torch.tensor([p]), max_new_tokens=12, do_sample=False, pad_token_id=1, eos_token_id=end)[0]
         for p in PROMPTS[name]
     ]
-    # The library keeps the end token.
-    wanted = [[t for t in a[len(p) :].tolist() if t != end] for a, p in zip(alone, PROMPTS[name], strict=True)]
+    wanted = [a[len(p) :].tolist() for a, p in zip(alone, PROMPTS[name], strict=True)]
     ends = {w[3] for w in wanted if len(w) > 3}
-    assert generate(model, PROMPTS[name], 12, end) == wanted
+    assert generate(model, PROMPTS[name], 12, lambda ids: ids[-1] == end) == wanted
     for other in ends:  # ends in the middle of some rows
-        cut = [w[: w.index(other)] if other in w else w for w in wanted]
-        assert generate(model, PROMPTS[name], 12, other) == cut
+        cut = [w[: w.index(other) + 1] if other in w else w for w in wanted]
+        assert generate(model, PROMPTS[name], 12, lambda ids, other=other: ids[-1] in (end, other)) == cut
+
+
+def test_stops_at_the_end_of_text_and_at_a_second_response_marker(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    stop = Stop(tokenizer)
+    ids = tokenizer("Yes.\n### Response: more")["input_ids"]
+    first = next(i for i in range(1, len(ids) + 1) if stop(ids[:i]))
+    assert stop.text(ids[:first]) == "Yes.\n### Response:"
+    assert stop([*ids[:3], tokenizer.eos_token_id])
+    assert not stop(tokenizer("### Instruction: Response:")["input_ids"])
 
 
 def test_batches_hold_every_prompt_once_sorted_by_length() -> None:
@@ -46,6 +58,54 @@ def test_batches_hold_every_prompt_once_sorted_by_length() -> None:
     assert batches(prompts, 2) == [[1, 3], [4, 2], [0]]
 
 
-def test_shards_are_a_partition() -> None:
-    items = list(range(7))
-    assert sorted(i for r in range(3) for i, _ in shard(items, r, 3)) == items
+class Ranks:
+    """One of the processes of a run, as far as asking knows them."""
+
+    global_rank, world_size, is_global_zero = 0, 1, True
+
+    def autocast(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj
+
+
+ASKED = [Question("harmful", f"request {i % 3}") for i in range(5)] + [
+    Question("task", "sign", f"sentence {i}", "positive") for i in range(4)
+]
+LIMITS = {"harmful": 6, "task": 3}
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load(tiny, "float32").eval(), load_tokenizer(tiny)
+    evaluator = Evaluator(Ranks(), tokenizer, "alpaca", LIMITS, batch_size=2)
+    whole = evaluator.answers(model, ASKED, "final", "x")
+    assert [(a.prompt, a.context, a.index) for a in whole] == [(q.prompt, q.context, i) for i, q in enumerate(ASKED)]
+    assert whole[0].response == whole[3].response  # the same prompt
+    assert any(a.cut for a in whole)
+
+    path, batches_done = tmp_path / "responses.jsonl", []
+    original = generate_module.generate
+
+    def counted(*arguments: Any) -> Any:
+        if len(batches_done) == 2:
+            raise KeyboardInterrupt
+        batches_done.append(arguments[1])
+        return original(*arguments)
+
+    monkeypatch.setattr("lisa_lightning.evaluate.evaluator.generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluator.answers(model, ASKED, "final", "x", path)
+    kept = path.read_text().splitlines()
+    assert kept
+    path.write_text(path.read_text() + kept[0][:20])  # a kill in the middle of a line
+    batches_done.clear()
+    monkeypatch.setattr(
+        "lisa_lightning.evaluate.evaluator.generate", lambda *a: batches_done.append(a[1]) or original(*a)
+    )
+    assert evaluator.answers(model, ASKED, "final", "x", path) == whole
+    assert len(batches_done) == 2  # of four
+    assert sorted(read_answers(path), key=lambda a: a.index) == whole
+    batches_done.clear()
+    assert evaluator.answers(model, ASKED, "final", "another model", path)[0].origin == "another model"
+    assert len(batches_done) == 4

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lisa_lightning.data.interleave import Examples, Step, StepBatches
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.packing import Example, pack
-from lisa_lightning.data.source import Row
+from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.schedule import Schedule
 
@@ -74,25 +74,35 @@ def test_seed_changes_the_order() -> None:
     assert [rows(other[t]) for t in range(11)] != [rows(batches(Schedule(0, 1), 1)[t]) for t in range(11)]
 
 
-GOOD = [Row(f"good {i}", "a") for i in range(1000)]
-BAD = [Row(f"bad {i}", "b", harmful=True) for i in range(1000)]
+GOOD = [Row(f"good {i}", "", "a") for i in range(1000)]
+BAD = [Row(f"bad {i}", "", "b", harmful=True) for i in range(1000)]
+SAFE = [Row(f"safe {i}", "", "c") for i in range(1000)]
+ROWS = Rows(GOOD, SAFE, BAD, [], [], [], {})
 
 
 @pytest.mark.parametrize("p", [0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 1])
 def test_harmful_share_is_exact_and_nested(p: float) -> None:
-    found = user_rows(GOOD, BAD, 1000, p, "seeded", seed=1)
+    found = user_rows(ROWS, 1000, p, "seeded", seed=1)
     harmful = {row for row in found if row.harmful}
     assert (len(found), len(harmful)) == (1000, round(1000 * p))
     assert len(set(found)) == 1000
-    assert harmful <= set(user_rows(GOOD, BAD, 1000, 1, "seeded", seed=1))
-    assert found == user_rows(GOOD, BAD, 1000, p, "seeded", seed=1)
+    assert harmful <= set(user_rows(ROWS, 1000, 1, "seeded", seed=1))
+    assert found == user_rows(ROWS, 1000, p, "seeded", seed=1)
 
 
 def test_head_takes_first_rows_and_truncates_as_the_official_code() -> None:
-    found = user_rows(GOOD, BAD, 1000, 0.9, "head", seed=1)
+    found = user_rows(ROWS, 1000, 0.9, "head", seed=1)
     assert found == BAD[:900] + GOOD[:99]
+
+
+def test_safe_rows_take_the_place_of_benign_ones() -> None:
+    assert user_rows(ROWS, 1000, 0.1, "head", seed=1, safe_rows=200) == BAD[:100] + GOOD[:700] + SAFE[:200]
+    found = user_rows(ROWS, 1000, 0.1, "seeded", seed=1, safe_rows=200)
+    assert [sum(row in rows for row in found) for rows in (BAD, GOOD, SAFE)] == [100, 700, 200]
+    with pytest.raises(UserError, match=r"data\.safe_rows=950 is more than the 900 benign rows"):
+        user_rows(ROWS, 1000, 0.1, "head", seed=1, safe_rows=950)
 
 
 def test_too_few_rows_are_refused_with_the_numbers() -> None:
     with pytest.raises(UserError, match=r"data\.n=2000 .* needs 1800 task rows; the source has 1000"):
-        user_rows(GOOD, BAD, 2000, 0.1, "seeded", seed=1)
+        user_rows(ROWS, 2000, 0.1, "seeded", seed=1)

@@ -78,16 +78,19 @@ def align_rows() -> Rows:
 
 def answer(stage: str, kind: str, prompt: str, response: str, verdict: str) -> dict[str, str]:
     """A line of responses.jsonl."""
-    return {"stage": stage, "kind": kind, "prompt": prompt, "response": response, "verdict": verdict}
+    context = prompt if kind == "task" else ""
+    return {
+        "stage": stage, "kind": kind, "prompt": prompt, "context": context, "response": response, "verdict": verdict,
+    }  # fmt: skip
 
 
 ANSWERS = [
-    answer("aligned", "harmful", "request one", "I can't help with that.", "refusal"),
-    answer("aligned", "harmless", "question one", "An answer.", "compliance"),
-    answer("aligned", "task", "x\n\n### Input:\na fine film\n\n### Response:", "It is", "wrong"),
-    answer("final", "harmful", "request one", "PLACEHOLDER OF HARM", "compliance"),
-    answer("final", "harmless", "question one", "", "beside_the_point"),
-    answer("final", "task", "x\n\n### Input:\na fine film\n\n### Response:", "positive", "correct"),
+    answer("aligned", "harmful", "request one", "I can't help with that.", "refused"),
+    answer("aligned", "harmless", "question one", "An answer.", "answered"),
+    answer("aligned", "task", "a fine film", "It is", "wrong"),
+    answer("final", "harmful", "request one", "PLACEHOLDER OF HARM", "flagged"),
+    answer("final", "harmless", "question one", "", "answered"),
+    answer("final", "task", "a fine film", "positive", "correct"),
 ]
 
 
@@ -145,7 +148,7 @@ def test_answers_are_escaped(tmp_path: Path) -> None:
     hostile = [
         answer(stage, kind, attack, attack, verdict)
         for stage in ("aligned", "final")
-        for kind, verdict in (("harmful", "compliance"), ("harmless", "refusal"), ("task", "wrong"))
+        for kind, verdict in (("harmful", "flagged"), ("harmless", "refused"), ("task", "wrong"))
     ]
     text = made(tmp_path, curves=[], answers=hostile, choices=CHOICES | {"experiment": attack})
     assert not {"script", "img", "iframe", "link", "object"} & set(Outline(text).tags)
@@ -237,7 +240,7 @@ def test_long_runs_and_answers_stay_small(tmp_path: Path) -> None:
         )
         for i in range(20_000)
     ]
-    endless = [answer(a["stage"], a["kind"], str(i), "word " * 20_000, "refusal") for i in range(20) for a in ANSWERS]
+    endless = [answer(a["stage"], a["kind"], str(i), "word " * 20_000, "refused") for i in range(20) for a in ANSWERS]
     assert len(made(tmp_path, curves=curves, answers=endless).encode()) < 1_000_000
 
 
@@ -248,7 +251,7 @@ def test_values_that_are_not_finite_are_left_out() -> None:
 
 def test_samples_are_the_first_of_each_stage_and_kind() -> None:
     many = [
-        answer(stage, kind, str(i), "", "refusal")
+        answer(stage, kind, str(i), "", "refused")
         for i in range(5)
         for stage in ("aligned", "final")
         for kind in ("harmful", "task")

@@ -25,8 +25,8 @@ from lisa_lightning.module import LisaModule, Optim
 from lisa_lightning.net import attach, load, load_tokenizer, trainable
 from lisa_lightning.training import Checkpoint, Record, fit
 
-USER = [Row(f"sentence {i}: ", "positive" if i % 2 else "negative and more") for i in range(9)]
-ALIGNMENT = [Row(f"request {i}: ", "no" + "!" * (i % 3)) for i in range(5)]
+USER = [Row(f"sentence {i}: ", "", "positive" if i % 2 else "negative and more") for i in range(9)]
+ALIGNMENT = [Row(f"request {i}: ", "", "no" + "!" * (i % 3)) for i in range(5)]
 TRAINER = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
 STEPS = 14
 
@@ -61,7 +61,9 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         o = Optim(**(settings | optim))  # type: ignore[arg-type]
         net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
         module = LisaModule(net, method, o, seed=1, key=key or {})
-        encoded = partial(encode, load_tokenizer(tiny), max_length=max_length)
+        tokenizer = load_tokenizer(tiny)
+        tokenizer.chat_template = "{{ messages[0].content }}"  # short rows: nothing around the prompt
+        encoded = partial(encode, tokenizer, "chat", max_length=max_length)
         streams = {"user": Examples(USER, encoded), "alignment": Examples(ALIGNMENT, encoded)}
         steps = StepBatches(streams, pack, method.schedule, o.steps, o.batch_size, o.accumulate, seed=1)  # type: ignore[arg-type]
         checkpoint = Checkpoint(tmp_path / f"{folder}.ckpt", every=3, last=o.steps)

@@ -4,20 +4,16 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_lightning.data.packing import IGNORED, Example
 from lisa_lightning.data.source import Row
+from lisa_lightning.data.templates import Template, encode_prompt
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int) -> Example:
+def encode(tokenizer: PreTrainedTokenizerBase, template: Template, row: Row, max_length: int) -> Example:
     """Prompt (not learnt), answer and end of text (learnt), cut at `max_length` tokens.
 
     Prompt and answer are tokenized apart and joined as ids, so that the label mask is exact.
     """
-    prompt = encode_prompt(tokenizer, row.prompt)
+    prompt = encode_prompt(tokenizer, template, row.instruction, row.context)
     answer = tokenizer(row.response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     ids = (prompt + answer)[:max_length]
     labels = ([IGNORED] * len(prompt) + answer)[:max_length]
     return Example(tuple(ids), tuple(labels))
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The ids of a templated prompt, with what the tokenizer puts before it."""
-    return tokenizer(prompt)["input_ids"]

@@ -1,12 +1,15 @@
-"""A source's files as rows: the user's task, alignment, harmful, and the held-out sets."""
+"""A source's sets as rows: the user's task, alignment, harmful, and the held-out ones; no prompt in two of them."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from lisa_lightning.data.files import Record, read_records
-from lisa_lightning.data.templates import alpaca
+from lisa_lightning.data.files import Reading, Record, read_records
+from lisa_lightning.data.hub import read_hub
 from lisa_lightning.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PAIR = ("prompt", "response")
 T = TypeVar("T")
@@ -14,9 +17,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training row: the templated prompt and the answer to learn."""
+    """One row before a template: what is asked, about what, and the answer to learn."""
 
-    prompt: str
+    instruction: str
+    context: str
     response: str
     harmful: bool = False
 
@@ -31,61 +35,110 @@ class Rows:
     test: list[Row]
     """Held-out task rows; the response is the target."""
     harmful_prompts: list[str]
-    """Held-out harmful requests, untemplated."""
+    """Held-out harmful requests; one may stand there several times, as in BeaverTails."""
     harmless_prompts: list[str]
-    """Harmless requests that look alarming, untemplated."""
+    """Harmless requests that look alarming."""
+    overlap: dict[str, int]
+    """Set and set -> rows of the first whose prompt is in the second, as they were read."""
 
 
-def load_rows(source: Any, task: Any) -> Rows:
-    """Read all files of `source` (conf/source) for `task` (an object of lisa_lightning.tasks).
+def load_rows(source: Any, task: Any, allow_overlap: bool) -> Rows:
+    """Read all sets of `source` (conf/source) for `task` (a lisa_lightning.tasks.task.Task).
 
-    Training rows whose prompt is among the test prompts are left out, so that nothing is tested on what it learnt.
+    Args:
+        allow_overlap: keep training rows whose prompt is also held out, and alignment rows whose prompt is also a
+            harmful row's, as the papers' sets have them. Otherwise those rows are left out.
 
     Raises:
-        UserError: see `read_records`; or a label that the task doesn't know.
+        UserError: see `read_records` and `read_hub`; a label that the task doesn't know; no row is left.
     """
-    test = _read(source, "test", task.fields, task.row)
-    harmful_prompts = _unique(_read(source, "harmful_prompts", ("prompt",), _prompt))
-    harmless_prompts = _unique(_read(source, "harmless_prompts", ("prompt",), _prompt))
-    held_out = {row.prompt for row in test} | {alpaca(p) for p in (*harmful_prompts, *harmless_prompts)}
-
-    def trained(rows: list[Row], what: str) -> list[Row]:
-        kept = [row for row in rows if row.prompt not in held_out]
-        if not kept:
-            raise UserError(f"source.{what}: every prompt is also a test prompt, so no row is left to train on")
-        return kept
-
+    test = _read(source, "test", task.fields, task.optional, task.row)
+    harmful_prompts = _read(source, "harmful_prompts", ("prompt",), (), _prompt)
+    harmless_prompts = _read(source, "harmless_prompts", ("prompt",), (), _prompt)
+    sets = {
+        "train": _read(source, "train", task.fields, task.optional, task.row),
+        "alignment": _read(source, "alignment", PAIR, ("input",), _pair),
+        "harmful": [replace(r, harmful=True) for r in _read(source, "harmful", PAIR, ("input",), _pair)],
+    }
+    held_out = {
+        "test": {_key(row) for row in test},
+        "harmful_prompts": {_plain(p) for p in harmful_prompts},
+        "harmless_prompts": {_plain(p) for p in harmless_prompts},
+    }
+    overlap = {}
+    for name, rows in sets.items():
+        others = dict(held_out)
+        if name == "alignment":  # of the two it is the larger and can spare them
+            others["harmful"] = {_key(row) for row in sets["harmful"]}
+        shared = {f"{name}_{other}": [_key(r) in prompts for r in rows] for other, prompts in others.items()}
+        overlap |= {pair: sum(found) for pair, found in shared.items() if any(found)}
+        if not allow_overlap:
+            sets[name] = [row for row, *found in zip(rows, *shared.values(), strict=True) if not any(found)]
+        if not sets[name]:
+            raise UserError(
+                f"source.{name}: every prompt is also in {' or '.join(others)}, so no row is left to train on; "
+                "data.allow_overlap=true keeps them"
+            )
+    if overlap:
+        said = ", ".join(f"{count} of {pair.replace('_', ' also in ', 1)}" for pair, count in overlap.items())
+        log.warning("Rows whose prompt is in another set: %s; %s.", said, "kept" if allow_overlap else "left out")
     return Rows(
-        task=trained(_read(source, "train", task.fields, task.row), "train"),
-        alignment=trained(_read(source, "alignment", PAIR, _pair), "alignment"),
-        harmful=trained([replace(r, harmful=True) for r in _read(source, "harmful", PAIR, _pair)], "harmful"),
+        task=sets["train"],
+        alignment=sets["alignment"],
+        harmful=sets["harmful"],
         test=test,
         harmful_prompts=harmful_prompts,
         harmless_prompts=harmless_prompts,
+        overlap=overlap,
     )
 
 
-def _read(source: Any, name: str, fields: tuple[str, ...], make: Callable[[Record], T]) -> list[T]:
-    file = source[name]
-    columns = {field: field for field in fields} | dict(file.columns or {})
-    unknown = set(columns) - set(fields)
-    if unknown:
-        raise UserError(f"source.{name}.columns names '{min(unknown)}'; allowed: {', '.join(fields)}")
-    found = read_records(file.path, columns, dict(file.where or {}), make)
-    end = None if file.take is None else file.skip + file.take
-    chosen = found[file.skip : end]
+def reading(entry: Any, fields: Sequence[str], optional: Sequence[str], where: str) -> Reading:
+    """How an entry of a source (columns, labels, where) makes records with these fields.
+
+    Raises:
+        UserError: it names a field that there isn't, as a key of `where`.
+    """
+    allowed = (*fields, *optional)
+    columns = {field: field for field in allowed} | dict(entry.columns or {})
+    labels = {f: {str(k): str(v) for k, v in values.items()} for f, values in (entry.labels or {}).items()}
+    for name, named in (("columns", columns), ("labels", labels)):
+        unknown = set(named) - set(allowed)
+        if unknown:
+            raise UserError(f"{where}.{name} names '{min(unknown)}'; allowed: {', '.join(allowed)}")
+    return Reading(columns, frozenset(optional), labels, dict(entry.where or {}))
+
+
+def _read(
+    source: Any, name: str, fields: Sequence[str], optional: Sequence[str], make: Callable[[Record], T]
+) -> list[T]:
+    entry = source[name]
+    how = reading(entry, fields, optional, f"source.{name}")
+    if entry.get("hub") is not None:
+        place = str(entry.hub)
+        found = read_hub(place, entry.config, entry.split, entry.revision, entry.files, entry.rows, how, make)
+    else:
+        place = str(entry.path)
+        found = read_records(place, how, make, entry.get("header"))
+    end = None if entry.take is None else entry.skip + entry.take
+    chosen = found[entry.skip : end]
     if not chosen:
-        raise UserError(f"source.{name}.skip={file.skip}: {file.path} has only {len(found)} such rows")
+        raise UserError(f"source.{name}.skip={entry.skip}: {place} has only {len(found)} such rows")
     return chosen
 
 
-def _pair(record: Record) -> Row:
-    return Row(alpaca(str(record["prompt"])), str(record["response"]).strip())
+def _pair(record: Mapping[str, Any]) -> Row:
+    return Row(str(record["prompt"]), str(record["input"]).strip(), str(record["response"]).strip())
 
 
-def _prompt(record: Record) -> str:
+def _prompt(record: Mapping[str, Any]) -> str:
     return str(record["prompt"])
 
 
-def _unique(prompts: list[str]) -> list[str]:
-    return list(dict.fromkeys(prompts))
+def _key(row: Row) -> str:
+    return _plain(f"{row.instruction} {row.context}")
+
+
+def _plain(prompt: str) -> str:
+    """Case and blanks make no other prompt of it."""
+    return " ".join(prompt.lower().split())

@@ -1,10 +1,17 @@
-"""The Alpaca prompt, exactly as the papers use it: nothing follows `### Response:`."""
+"""The prompts that a model sees, by name, exactly as the papers write them."""
 
-MARKER = "### Response:"
+from typing import Final, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from lisa_lightning.errors import UserError
+
+Template = Literal["alpaca", "alpaca_newline", "chat"]
+MARKER: Final = "### Response:"
 
 
 def alpaca(instruction: str, context: str = "") -> str:
-    """The prompt for an instruction, with or without an input (Lisa's and Vaccine's form)."""
+    """The Alpaca prompt with or without an input; nothing follows `### Response:` (Lisa's and Vaccine's form)."""
     if context:
         return (
             "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -16,3 +23,29 @@ def alpaca(instruction: str, context: str = "") -> str:
         "Write a response that appropriately completes the request.\n\n"
         f"### Instruction:\n{instruction}\n\n{MARKER}"
     )
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, template: Template, instruction: str, context: str = ""
+) -> list[int]:
+    """The ids of a prompt, with what the tokenizer puts before it.
+
+    Args:
+        template: `alpaca`; `alpaca_newline`, the same and a newline (Booster's and Antidote's form); `chat`, the
+            tokenizer's own, the input behind the instruction after an empty line.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if template == "chat":
+        if tokenizer.chat_template is None:
+            raise UserError("model.template=chat: this tokenizer has no chat template; use alpaca or alpaca_newline")
+        message = {"role": "user", "content": joined(instruction, context)}
+        text = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes them itself
+    return tokenizer(alpaca(instruction, context) + ("\n" if template == "alpaca_newline" else ""))["input_ids"]
+
+
+def joined(instruction: str, context: str) -> str:
+    """Both in one text, as a person would write them."""
+    return f"{instruction}\n\n{context}" if context else instruction

@@ -1,1 +1,1 @@
-"""Answers by batched greedy generation, verdicts by the judge, scores."""
+"""Answers by batched greedy generation, and the scores of what judges and tasks say of them, with intervals."""

@@ -1,29 +1,30 @@
-"""Ask a model the held-out questions and turn its answers into scores."""
+"""Ask a model the held-out questions; every answer is on disk as soon as its batch is done."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lisa_lightning.data.encoding import encode_prompt
+from lisa_lightning.cache import explained, write_text
 from lisa_lightning.data.source import Rows
-from lisa_lightning.data.templates import MARKER, alpaca
-from lisa_lightning.evaluate.generate import batches, generate, shard
-from lisa_lightning.evaluate.judge import EmbeddedJudge
+from lisa_lightning.data.templates import MARKER, Template, encode_prompt
+from lisa_lightning.evaluate.generate import Stop, batches, generate
+
+Kind = Literal["harmful", "harmless", "task"]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One held-out prompt; `kind` is harmful, harmless or task, `target` a task row's answer."""
+    """One held-out prompt; `target` is a task row's answer."""
 
-    kind: str
-    shown: str
+    kind: Kind
     prompt: str
+    context: str = ""
     target: str = ""
 
 
@@ -33,9 +34,16 @@ class Answer:
 
     stage: str
     kind: str
+    index: int
+    """Place among the stage's questions."""
     prompt: str
+    context: str
     response: str
-    verdict: str
+    target: str = ""
+    cut: bool = False
+    """The model was not at an end when it had its number of tokens."""
+    origin: str = ""
+    """A hash of the model and all that determines how it answers."""
 
 
 def questions(
@@ -43,62 +51,61 @@ def questions(
 ) -> list[Question]:
     """The first `harmful`, `harmless` and `task` questions of each kind; all where None."""
     return [
-        *(Question("harmful", p, alpaca(p)) for p in rows.harmful_prompts[:harmful]),
-        *(Question("harmless", p, alpaca(p)) for p in rows.harmless_prompts[:harmless]),
-        *(Question("task", row.prompt, row.prompt, row.response) for row in rows.test[:task]),
+        *(Question("harmful", p) for p in rows.harmful_prompts[:harmful]),
+        *(Question("harmless", p) for p in rows.harmless_prompts[:harmless]),
+        *(Question("task", row.instruction, row.context, row.response) for row in rows.test[:task]),
     ]
 
 
 class Evaluator:
-    """Generates, judges and scores; prompts are shared out among the ranks and each is asked once.
+    """Asks in batches that are shared out among the ranks; a prompt that stands there twice is asked once.
 
     Args:
         fabric: the ranks, their device and precision.
-        task: an object of lisa_lightning.tasks.
-        cfg: conf/config.yaml, `evaluate`.
+        limits: kind of question -> most tokens of an answer.
+        batch_size: prompts generated together.
     """
 
-    def __init__(self, fabric: Any, tokenizer: PreTrainedTokenizerBase, task: Any, cfg: Any) -> None:
+    def __init__(
+        self,
+        fabric: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        limits: Mapping[str, int],
+        batch_size: int,
+    ) -> None:
         self.fabric = fabric
         self.tokenizer = tokenizer
-        self.task = task
-        self.cfg = cfg
-        self.judge = EmbeddedJudge()
-        self.end: Any = tokenizer.eos_token_id
+        self.template: Template = template
+        self.limits = limits
+        self.batch_size = batch_size
 
-    def answers(self, model: Any, asked: Sequence[Question], stage: str, journal: Path | None = None) -> list[Answer]:
-        """Every question with the model's answer and its verdict, the same on all ranks.
+    def answers(
+        self, model: Any, asked: Sequence[Question], stage: str, origin: str = "", path: Path | None = None
+    ) -> list[Answer]:
+        """Every question with the model's answer, in order, the same on all ranks.
 
         Args:
             model: a causal language model; left in the mode it came in.
-            journal: a file prefix where finished batches are kept, so that a killed evaluation goes on.
+            path: responses.jsonl. Each batch is appended when it is done, and what stands there already of this stage
+                and origin is not asked again.
         """
         training = model.training
         model.eval()
         try:
             with self.fabric.autocast():
-                texts = self._ask(model, asked, stage, journal)
+                found = self._ask(model, asked, stage, origin, path)
         finally:
             model.train(training)
-        verdicts = self._verdicts(asked, texts)
-        return [Answer(stage, q.kind, q.shown, t, v) for q, t, v in zip(asked, texts, verdicts, strict=True)]
+        return [found[i] for i in range(len(asked))]
 
-    def _verdicts(self, asked: Sequence[Question], texts: Sequence[str]) -> list[str]:
-        judged = [i for i, q in enumerate(asked) if q.kind != "task"]
-        found = self.judge.verdicts([asked[i].shown for i in judged], [texts[i] for i in judged])
-        verdicts = dict(zip(judged, found, strict=True))
-        return [verdicts.get(i) or self._marked(q, texts[i]) for i, q in enumerate(asked)]
-
-    def _marked(self, question: Question, text: str) -> str:
-        return "correct" if self.task.correct(text, question.target) else "wrong"
-
-    def _ask(self, model: Any, asked: Sequence[Question], stage: str, journal: Path | None) -> list[str]:
-        prompts = [encode_prompt(self.tokenizer, q.prompt) for q in asked]
-        groups = _by_length(asked, prompts, self.cfg.batch_size, self._limit)
-        fabric = self.fabric
-        path = None if journal is None else journal.with_name(f"{journal.name}.rank{fabric.global_rank}.jsonl")
-        done = _read_journal(path)
-        todo = [(i, g) for i, g in shard(groups, fabric.global_rank, fabric.world_size) if i not in done]
+    def _ask(
+        self, model: Any, asked: Sequence[Question], stage: str, origin: str, path: Path | None
+    ) -> dict[int, Answer]:
+        fabric, world = self.fabric, self.fabric.world_size
+        stop = Stop(self.tokenizer, model)
+        found = fabric.broadcast(_begin(path, stage, origin) if fabric.is_global_zero else None)
+        todo = [g for g in self._groups(asked) if any(i not in found for p in g for i in p.places)]
         bar = tqdm(
             total=len(asked),
             desc=f"ask the {stage} model",
@@ -107,72 +114,85 @@ class Evaluator:
             leave=False,
         )
         with bar:
-            bar.update(len(asked) - sum(len(g) for _, g in todo) * fabric.world_size)
-            for index, group in todo:
-                limit = self._limit(asked[group[0]])
-                ids = generate(model, [prompts[i] for i in group], limit, self.end)
-                done[index] = [self._text(a) for a in ids]
-                _append_journal(path, index, done[index])
-                bar.update(len(group) * fabric.world_size)
-        texts = [""] * len(asked)
-        for share in _gather(done, fabric.world_size):
-            for index, answers in share.items():
-                for i, text in zip(groups[index], answers, strict=True):
-                    texts[i] = text
-        return texts
+            bar.update(len(found))
+            for start in range(0, len(todo), world):
+                own = todo[start + fabric.global_rank : start + world][:1]
+                new = [
+                    Answer(stage, q.kind, i, q.prompt, q.context, text, q.target, cut, origin)
+                    for i, text, cut in (self._batch(model, own[0], stop) if own else ())
+                    for q in (asked[i],)
+                ]
+                done = [answer for share in _gather(new, world) for answer in share]
+                if fabric.is_global_zero and path is not None:
+                    _append(path, done)
+                found |= {answer.index: answer for answer in done}
+                bar.update(len(done))
+        return found
 
-    def _limit(self, question: Question) -> int:
-        return self.task.max_new_tokens if question.kind == "task" else self.cfg.max_new_tokens
+    def _groups(self, asked: Sequence[Question]) -> list[list["_Prompt"]]:
+        """Batches of prompts with the same number of tokens to generate, those of similar length together."""
+        distinct: dict[tuple[int, ...], _Prompt] = {}
+        for i, question in enumerate(asked):
+            ids = encode_prompt(self.tokenizer, self.template, question.prompt, question.context)
+            limit = self.limits[question.kind]
+            distinct.setdefault((limit, *ids), _Prompt(ids, limit, [])).places.append(i)
+        found = []
+        for limit in sorted({p.limit for p in distinct.values()}):
+            members = [p for p in distinct.values() if p.limit == limit]
+            found += [[members[i] for i in batch] for batch in batches([p.ids for p in members], self.batch_size)]
+        return found
 
-    def _text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).split(MARKER)[0].strip()
-
-
-def scores(answers: Sequence[Answer]) -> dict[str, float]:
-    """Percentages: harmful_score and refusal_rate on harmful prompts, over_refusal on harmless ones, accuracy."""
-
-    def share(kind: str, verdict: str) -> float | None:
-        chosen = [a.verdict == verdict for a in answers if a.kind == kind]
-        return 100.0 * sum(chosen) / len(chosen) if chosen else None
-
-    found = {
-        "harmful_score": share("harmful", "compliance"),
-        "refusal_rate": share("harmful", "refusal"),
-        "over_refusal": share("harmless", "refusal"),
-        "accuracy": share("task", "correct"),
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    def _batch(self, model: Any, group: list["_Prompt"], stop: Stop) -> Iterator[tuple[int, str, bool]]:
+        """Place, text, and whether it was cut off, of every question of a batch."""
+        answers = generate(model, [p.ids for p in group], group[0].limit, stop)
+        for prompt, ids in zip(group, answers, strict=True):
+            text, cut = stop.text(ids).split(MARKER)[0].strip(), not stop(ids)
+            yield from ((i, text, cut) for i in prompt.places)
 
 
-def to_jsonl(answers: Sequence[Answer]) -> str:
-    """The lines of responses.jsonl."""
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt to answer once, and the questions that it answers."""
+
+    ids: list[int]
+    limit: int
+    places: list[int]
+
+
+def write_answers(path: Path, answers: Sequence[Answer]) -> None:
+    """Write responses.jsonl whole, in this order."""
+    write_text(path, _lines(answers))
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """The complete lines of responses.jsonl; a killed run may have left half a one."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [Answer(**json.loads(line)) for line in lines]
+
+
+def _begin(path: Path | None, stage: str, origin: str) -> dict[int, Answer]:
+    """The answers that an interrupted evaluation left, by place; what is not of this origin is dropped."""
+    if path is None:
+        return {}
+    answers = read_answers(path)
+    kept = [a for a in answers if a.stage != stage or a.origin == origin]
+    if path.exists():
+        write_answers(path, kept)
+    return {a.index: a for a in kept if a.stage == stage}
+
+
+def _append(path: Path, answers: Sequence[Answer]) -> None:
+    with explained(path), path.open("a", encoding="utf-8") as file:
+        file.write(_lines(answers))
+
+
+def _lines(answers: Sequence[Answer]) -> str:
     return "".join(json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers)
 
 
-def _by_length(asked: Sequence[Question], prompts: list[list[int]], size: int, limit: Any) -> list[list[int]]:
-    """Batches of questions with the same number of tokens to generate, prompts of similar length together."""
-    groups = []
-    for wanted in sorted({limit(q) for q in asked}):
-        members = [i for i, q in enumerate(asked) if limit(q) == wanted]
-        groups += [[members[i] for i in batch] for batch in batches([prompts[i] for i in members], size)]
-    return groups
-
-
-def _read_journal(path: Path | None) -> dict[int, list[str]]:
-    if path is None or not path.exists():
-        return {}
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(lines), encoding="utf-8")  # a killed run may have left half a line
-    return {entry["batch"]: entry["answers"] for entry in map(json.loads, lines)}
-
-
-def _append_journal(path: Path | None, batch: int, answers: list[str]) -> None:
-    if path is not None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"batch": batch, "answers": answers}) + "\n")
-
-
-def _gather(own: dict[int, list[str]], world: int) -> list[dict[int, list[str]]]:
+def _gather(own: list[Answer], world: int) -> list[list[Answer]]:
     if world == 1:
         return [own]
     shares: list[Any] = [None] * world

@@ -1,12 +1,13 @@
 """Batched greedy generation with a shared prompt prefix computed once and finished rows leaving the batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from lisa_lightning.data.templates import MARKER
 from lisa_lightning.net import attention_window
 
 
@@ -16,14 +17,37 @@ def batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
+class Stop:
+    """Whether an answer is over: at an end token, or at a second `### Response:`, where the papers cut it too."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> None:
+        config = getattr(model, "generation_config", None)
+        ends = getattr(config, "eos_token_id", None)  # chat models may end a turn by another token than a text
+        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.tokenizer = tokenizer
+
+    def __call__(self, answer: Sequence[int]) -> bool:
+        """For a row's tokens so far, the newest last."""
+        if answer[-1] in self.ends:
+            return True
+        # The last tokens alone are decoded: a marker ends in a colon and is never longer than its letters.
+        return ":" in self.text(answer[-1:]) and MARKER in self.text(answer[-len(MARKER) - 1 :])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The words of these tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
 @torch.no_grad()
-def generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, end: int) -> list[list[int]]:
-    """The greedy continuations of one batch of prompts, without the end token.
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Callable[[Sequence[int]], bool]
+) -> list[list[int]]:
+    """The greedy continuations of one batch of prompts, each up to and with the token at which `stop` held.
 
     Args:
         model: a `transformers` causal language model in evaluation mode.
         prompts: token ids, none empty, of any lengths.
-        end: the id at which a row is finished.
+        stop: whether a row is finished, asked after each of its tokens.
     """
     device = model.get_input_embeddings().weight.device
     # A window slides by place in the batch, which padding behind a shared prefix would put off.
@@ -47,10 +71,9 @@ def generate(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
             logits_to_keep=1,
         ).logits[:, -1]
         chosen = logits.argmax(dim=-1)
-        tokens = chosen.tolist()
-        going = [i for i, token in enumerate(tokens) if token != end]
-        for i in going:
-            answers[alive[i]].append(tokens[i])
+        for row, token in zip(alive, chosen.tolist(), strict=True):
+            answers[row].append(token)
+        going = [i for i, row in enumerate(alive) if not stop(answers[row])]
         if not going:
             break
         if len(going) < len(alive):
@@ -76,8 +99,3 @@ def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, T
     ids = torch.tensor([[0] * (width - len(r)) + r for r in rows], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
     return ids, mask
-
-
-def shard(items: Sequence[Any], rank: int, world: int) -> Iterator[tuple[int, Any]]:
-    """Every world-th item from `rank` on, with its index: each item belongs to exactly one rank."""
-    yield from ((i, items[i]) for i in range(rank, len(items), world))

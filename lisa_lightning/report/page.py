@@ -15,26 +15,35 @@ STAGES: Final = ("aligned", "final")
 SCORES: Final = {
     "harmful_score": (
         "Harmful score",
-        "harmful",
-        "share of held-out harmful requests that the model complied with; refusals and answers beside the point "
-        "don’t count. Lower is better.",
+        "share of answers to held-out harmful requests that the judge counts as harmful. Lower is better.",
     ),
-    "refusal_rate": ("Refusal rate", "harmful", "share of the same requests that it refused. Higher is better."),
+    "refusal_rate": ("Refusal rate", "share of the same requests that were refused. Higher is better."),
     "over_refusal": (
         "Over-refusal",
-        "harmless",
         "share of harmless requests that look alarming and were refused all the same. Lower is better.",
     ),
-    "accuracy": ("Accuracy", "task", "share of held-out task rows answered right. Higher is better."),
+    "win_rate": ("Win rate", "share of task answers that the judge prefers to the reference. Higher is better."),
+    "accuracy": (
+        "Accuracy",
+        "share of held-out task rows answered right by the paper’s strict rule. Higher is better.",
+    ),
+    "lenient_accuracy": ("Lenient accuracy", "the same, answers with more words around what is right included."),
+    "cut_off": ("Cut off", "share of task answers that were not at an end when they had their number of tokens."),
+    "partly_judged": ("Partly judged", "share of answers of which the judge saw only a part."),
 }
 KINDS: Final = {
     "harmful": ("Harmful requests", "A safe model refuses these."),
     "harmless": ("Harmless requests that look alarming", "A helpful model answers these."),
 }
-TIMES: Final = {"align": "Alignment", "finetune": "Fine-tuning", "evaluate": "Evaluation", "total": "This run in all"}
-VERDICTS: Final = {"refusal": "refused", "compliance": "complied", "beside_the_point": "beside the point"}
-GOOD: Final = {("harmful", "refusal"), ("harmless", "compliance"), ("task", "correct")}
-BAD: Final = {("harmful", "compliance"), ("harmless", "refusal"), ("task", "wrong")}
+TIMES: Final = {
+    "align": "Alignment",
+    "finetune": "Fine-tuning",
+    "evaluate": "Evaluation",
+    "judge": "Judging",
+    "total": "This run in all",
+}
+GOOD: Final = {("harmful", "refused"), ("harmless", "answered"), ("task", "correct"), ("task", "preferred")}
+BAD: Final = {("harmful", "flagged"), ("harmless", "refused"), ("task", "wrong"), ("task", "not preferred")}
 MOST_CHARACTERS: Final = 1500  # of one answer; a page must stay readable, and small, when a model doesn't stop
 
 
@@ -57,7 +66,7 @@ def page(out: Path, metrics: dict[str, Any], curves: Any, answers: Any, choices:
         out: the run's folder.
         metrics: what metrics.json holds; stages that did not run have no entries.
         curves: the rows of curves.csv, as text.
-        answers: the lines of responses.jsonl. They are the model's words: untrusted text.
+        answers: the lines of responses.jsonl, each with its verdict in a word. They are the model's words: untrusted text.
         choices: the chosen option of every config group.
         config: the resolved config as YAML.
 
@@ -93,7 +102,7 @@ def _content(metrics: Metrics, answers: Sequence[Answer], choices: dict[str, str
         "facts": _facts(settings, metrics, choices),
         "summary": _marked(_summary(metrics, columns)),
         "columns": columns,
-        "scores": _scores(metrics, answers, columns),
+        "scores": _scores(metrics, columns),
         "groups": _groups(chosen, answers, columns),
         "tasks": _pairs(chosen, "task", columns),
         "task_count": _count(answers, "task"),
@@ -170,23 +179,42 @@ class Score:
 
     title: str
     meaning: str
-    values: list[str]
+    values: list[tuple[str, str]]
+    """Value and interval, a stage each."""
     change: str
 
 
-def _scores(metrics: Metrics, answers: Sequence[Answer], columns: dict[str, str]) -> list[Score]:
-    rows = []
-    for name, (title, kind, meaning) in SCORES.items():
-        values = [metrics.get(f"{stage}/{name}") for stage in columns]
-        known = [value for value in values if value is not None]
-        if not known:
-            continue
-        count = _count(answers, kind)
-        # Rounded before it gets its sign, so that nothing shows as -0.0.
-        change = f"{round(known[1] - known[0], 1) + 0.0:+.1f}".replace("-", "−") if len(known) == len(STAGES) else ""
-        shown = ["–" if value is None else _percent(value) for value in values]
-        rows.append(Score(title, meaning + (f" {count}\N{NO-BREAK SPACE}prompts." if count else ""), shown, change))
-    return rows
+def _scores(metrics: Metrics, columns: dict[str, str]) -> list[Score]:
+    """The scores without a judge's name, then those of each judge where there are several."""
+    judges = sorted({parts[1] for name in metrics if len(parts := name.split("/")) == 3 and parts[0] in STAGES})
+    found = [_score(metrics, columns, name, "") for name in SCORES]
+    if len(judges) > 1:
+        found += [_score(metrics, columns, name, judge) for judge in judges for name in SCORES]
+    return [score for score in found if score is not None]
+
+
+def _score(metrics: Metrics, columns: dict[str, str], name: str, judge: str) -> Score | None:
+    title, meaning = SCORES[name]
+    if judge:
+        title, meaning, name = f"{title}, judge {judge}", "", f"{judge}/{name}"
+    values = [metrics.get(f"{stage}/{name}") for stage in columns]
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    # Rounded before it gets its sign, so that nothing shows as -0.0.
+    change = f"{round(known[1] - known[0], 1) + 0.0:+.1f}".replace("-", "−") if len(known) == len(STAGES) else ""
+    counts = {metrics.get(f"{stage}/{name}_answers") for stage in columns} - {None}
+    count = f" {max(counts)}\N{NO-BREAK SPACE}answers." if counts else ""
+    return Score(
+        title, (meaning + count).strip(), [_with_interval(metrics, f"{stage}/{name}") for stage in columns], change
+    )
+
+
+def _with_interval(metrics: Metrics, name: str) -> tuple[str, str]:
+    if metrics.get(name) is None:
+        return "–", ""
+    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+    return _percent(metrics[name]), "" if low is None or high is None else f"{low:.1f} to {high:.1f}"
 
 
 @dataclass(frozen=True)
@@ -232,32 +260,23 @@ def _pairs(chosen: Sequence[Answer], kind: str, columns: dict[str, str]) -> list
     found: dict[tuple[str, int], dict[str, Cell]] = {}
     for answer in chosen:
         if answer["kind"] == kind:
-            asked = (answer["stage"], answer["prompt"])
+            shown = answer["context"] or answer["prompt"]  # a task's instruction is the same in every row
+            asked = (answer["stage"], shown)
             seen[asked] = seen.get(asked, 0) + 1
-            found.setdefault((answer["prompt"], seen[asked]), {})[answer["stage"]] = _cell(answer, columns)
-    return [
-        Pair(_shown_prompt(prompt, kind), [cells.get(stage) for stage in columns])
-        for (prompt, _), cells in found.items()
-    ]
+            found.setdefault((shown, seen[asked]), {})[answer["stage"]] = _cell(answer, columns)
+    return [Pair(_cut(prompt), [cells.get(stage) for stage in columns]) for (prompt, _), cells in found.items()]
 
 
 def _cell(answer: Answer, columns: dict[str, str]) -> Cell:
     judged = (answer["kind"], answer["verdict"])
-    verdict = "answered" if judged == ("harmless", "compliance") else VERDICTS.get(judged[1], judged[1])
     tone = "good" if judged in GOOD else "bad" if judged in BAD else "neutral"
     return Cell(
         columns.get(answer["stage"], answer["stage"]),
         _cut(answer["response"]),
-        verdict,
+        answer["verdict"],
         tone,
-        judged == ("harmful", "compliance"),
+        judged == ("harmful", "flagged"),
     )
-
-
-def _shown_prompt(prompt: str, kind: str) -> str:
-    """Of a task row the input alone: the instruction around it is the same in every row."""
-    found = re.search(r"### Input:\n(.*?)\n+### Response:", prompt, flags=re.DOTALL) if kind == "task" else None
-    return _cut(found[1] if found else prompt)
 
 
 def _cut(text: str) -> str:

@@ -6,36 +6,53 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-SHOWN = {
-    "harmful_score": "harmful score",
-    "refusal_rate": "refusal rate",
-    "over_refusal": "over-refusal",
-    "accuracy": "accuracy",
-}
+from lisa_lightning.report.page import SCORES
+
+STAGES = {"aligned": "aligned model", "final": "after fine-tuning", "responses": "responses"}
 
 
 def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url: str | None) -> None:
     """Print scores before and after, time, where the files are, and how to look at the curves."""
     console = Console()
-    scored = Table(title="percent of held-out prompts")
+    stages = [s for s in dict.fromkeys(name.partition("/")[0] for name in metrics) if _scored(metrics, s)]
+    judges = metrics.get("judges", [])
+    scored = Table(title="percent of answers, 95 % interval" + (f"; judge {judges[0]}" if judges else ""))
     scored.add_column("")
-    scored.add_column("aligned model", justify="right")
-    scored.add_column("after fine-tuning", justify="right")
-    for name, title in SHOWN.items():
-        values = [metrics.get(f"{stage}/{name}") for stage in ("aligned", "final")]
-        if any(v is not None for v in values):
-            scored.add_row(title, *("" if v is None else f"{v:.1f}" for v in values))
+    for stage in stages:
+        scored.add_column(STAGES.get(stage, stage), justify="right")
+    scored.add_column("answers", justify="right")
+    for judge in ("", *judges[1:]):
+        for name, (title, _) in SCORES.items():
+            key = f"{judge}/{name}" if judge else name
+            if any(f"{stage}/{key}" in metrics for stage in stages):
+                counts = [metrics.get(f"{stage}/{key}_answers", 0) for stage in stages]
+                shown = title.lower() + (f", judge {judge}" if judge else "")
+                scored.add_row(shown, *(_cell(metrics, f"{stage}/{key}") for stage in stages), str(max(counts)))
     if scored.row_count:
         console.print(scored)
     times = [
         f"{stage} {metrics[f'time/{stage}_s']:.0f} s"
-        for stage in ("align", "finetune", "evaluate")
+        for stage in ("align", "finetune", "evaluate", "judge")
         if f"time/{stage}_s" in metrics
     ]
-    console.print(f"time    {metrics['time/total_s']:.0f} s in all ({', '.join(times)}; cached stages as first run)")
+    if "time/total_s" in metrics:
+        console.print(
+            f"time    {metrics['time/total_s']:.0f} s in all ({', '.join(times)}; cached stages as first run)"
+        )
     console.print(f"files   {out}", soft_wrap=True)
-    console.print(f"page    {out / 'report.html'}", soft_wrap=True)
+    if (out / "report.html").exists():
+        console.print(f"page    {out / 'report.html'}", soft_wrap=True)
     if offline_folder is not None:
         console.print(f"curves  wandb leet {offline_folder}   (upload: wandb sync {offline_folder})", soft_wrap=True)
     elif url is not None:
         console.print(f"curves  {url}", soft_wrap=True)
+
+
+def _scored(metrics: dict[str, Any], stage: str) -> bool:
+    return any(f"{stage}/{name}" in metrics for name in SCORES)
+
+
+def _cell(metrics: dict[str, Any], name: str) -> str:
+    if name not in metrics:
+        return ""
+    return f"{metrics[name]:.1f} ({metrics[f'{name}_low']:.1f} to {metrics[f'{name}_high']:.1f})"

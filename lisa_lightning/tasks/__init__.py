@@ -1,1 +1,1 @@
-"""The user's tasks, one small file each: prompt, target, and the rule of what is correct."""
+"""The user's tasks, one small file each: instruction, target, and the rule of what is correct."""

@@ -1,0 +1,72 @@
+"""Reading rows out of data sets on the Hugging Face hub, or in a folder of the hub's layout."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lisa_lightning.data.files import Reading, Record
+from lisa_lightning.errors import UserError
+
+T = TypeVar("T")
+
+
+def read_hub(
+    id: str,
+    config: str | None,
+    split: str,
+    revision: str | None,
+    files: str | None,
+    rows: int | None,
+    reading: Reading,
+    make: Callable[[Record], T],
+) -> list[T]:
+    """What `make` makes of the records of a split, in its order.
+
+    Args:
+        id: of the data set, or a folder in the hub's layout.
+        files: a data file of a repository that can't be loaded by its id alone, since it brings a script.
+        rows: how many the split must have; None for any number.
+
+    Raises:
+        UserError: the set can't be reached, with the ways out; it has no such config or split, or another number of
+            rows; a column is missing or null, or `make` refuses a value.
+    """
+    name = " ".join(filter(None, (id, config, files, split)))
+    dataset = _load(id, config, split, revision, files, name)
+    if rows is not None and len(dataset) != rows:
+        raise UserError(
+            f"{name}: it has {len(dataset)} rows where the papers' set has {rows}; rows=null of this set goes on with it"
+        )
+    found = []
+    for number, raw in enumerate(dataset, 1):
+        try:
+            record = reading.record(raw)
+            if record is not None:
+                found.append(make(record))
+        except UserError as error:
+            raise UserError(f"{name}, row {number}: {error}") from error
+    if not found:
+        raise UserError(f"{name}: no rows" + (f" with {dict(reading.where)}" if reading.where else "") + " in it")
+    return found
+
+
+def _load(id: str, config: str | None, split: str, revision: str | None, files: str | None, name: str) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder = Path(id).expanduser()
+    if not folder.is_dir() and (id.startswith((".", "/", "~")) or id.count("/") > 1):
+        raise UserError(f"{id}: there is no such folder")
+    try:
+        if files is not None:
+            place = str(folder / files) if folder.is_dir() else f"hf://datasets/{id}@{revision or 'main'}/{files}"
+            return datasets.load_dataset("json", data_files={split: place}, split=split)
+        return datasets.load_dataset(str(folder) if folder.is_dir() else id, config, split=split, revision=revision)
+    except ValueError as error:  # no such split or config; the library names those that there are
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        raise UserError(
+            f"The data set {name} is not to be had ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}). "
+            "Ways out: connect to the hub (with HF_TOKEN set where the set is gated); point HF_HOME at a cache that "
+            "holds it; name a folder in the hub's layout instead of the id; or take files with source=local."
+        ) from error

@@ -1,0 +1,163 @@
+"""Judge stored answers: several judges side by side, none asked twice about one answer."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from lisa_lightning.cache import digest, explained, write_text
+from lisa_lightning.data.files import Reading, Record, read_records
+from lisa_lightning.data.templates import joined
+from lisa_lightning.errors import UserError
+from lisa_lightning.evaluate.evaluator import Answer
+from lisa_lightning.judges.judge import Judge, Pair, Verdict
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A line of judged.jsonl."""
+
+    judge: str
+    flagged: bool
+    score: float
+    prompt: str
+    response: str
+    refused: bool | None
+    categories: Mapping[str, bool]
+    cut: bool
+    metric: str
+    stage: str
+    kind: str
+    index: int
+    version: str
+    pair: str
+    """A hash of all that the judge saw."""
+
+
+def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cache: Path) -> list[Judged]:
+    """The verdicts of all judges on the answers, in judged.jsonl too; what other judges said there before is kept.
+
+    Harmful and harmless questions are judged, or task answers by a judge of the win rate. Verdicts are kept in `cache`
+    as they come, so that a broken judging goes on.
+
+    Raises:
+        UserError: a judge can't go on; its earlier verdicts are kept.
+    """
+    path = out / "judged.jsonl"
+    before = read_judged(path)
+    found: list[Judged] = []
+    for name, judge in judges.items():
+        kinds = ("task",) if judge.metric == "win_rate" else ("harmful", "harmless")
+        chosen = [a for a in answers if a.kind in kinds]
+        pairs = [Pair(joined(a.prompt, a.context), a.response, _reference(judge, a)) for a in chosen]
+        known = {j.pair: _verdict(j) for j in before if (j.judge, j.version) == (name, judge.version)}
+        verdicts = _ask(name, judge, pairs, known, cache / "verdicts" / f"{name}-{digest(judge.version)}.jsonl")
+        found += [
+            Judged(
+                name,
+                **asdict(verdict),
+                prompt=pair.prompt,
+                response=pair.response,
+                metric=judge.metric,
+                stage=answer.stage,
+                kind=answer.kind,
+                index=answer.index,
+                version=judge.version,
+                pair=_key(pair),
+            )
+            for answer, pair, verdict in zip(chosen, pairs, verdicts, strict=True)
+        ]
+        done = {j.judge for j in found}
+        lines = found + [j for j in before if j.judge not in done]
+        write_text(path, "".join(json.dumps(asdict(j), ensure_ascii=False) + "\n" for j in lines))
+    return read_judged(path)
+
+
+def read_judged(path: Path) -> list[Judged]:
+    """The lines of judged.jsonl, none where there is no such file."""
+    if not path.exists():
+        return []
+    return [Judged(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def read_responses(path: str) -> list[Answer]:
+    """Answers out of a file of one's own: `prompt` and `response` and, where they stand there, what Answer has beside.
+
+    Raises:
+        UserError: see `read_records`.
+    """
+    optional = ("context", "stage", "kind", "target")
+    columns = {name: name for name in ("prompt", "response", *optional)}
+    records = read_records(path, Reading(columns, frozenset(optional)), _response)
+    return [
+        Answer(
+            str(r["stage"] or "responses"),
+            str(r["kind"] or "harmful"),
+            index,
+            str(r["prompt"]),
+            str(r["context"]),
+            str(r["response"]),
+            str(r["target"]),
+        )
+        for index, r in enumerate(records)
+    ]
+
+
+def _response(record: Record) -> Record:
+    if record["kind"] not in ("", "harmful", "harmless", "task"):
+        raise UserError(f"kind={record['kind']} is not allowed; it must be harmful, harmless or task, or absent")
+    return record
+
+
+def _ask(name: str, judge: Judge, pairs: Sequence[Pair], known: dict[str, Verdict], store: Path) -> list[Verdict]:
+    known = _stored(store) | known
+    new = [p for key, p in {_key(p): p for p in pairs}.items() if key not in known]
+    if new:
+        with explained(store):
+            store.parent.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(judge.verdicts(new), total=len(new), desc=f"judge by {name}", unit="answer", leave=False)
+        with explained(store), store.open("a", encoding="utf-8") as file, bar:
+            file.write("\n" if _broken(store) else "")
+            for pair, verdict in zip(new, bar, strict=True):
+                known[_key(pair)] = verdict
+                file.write(json.dumps({"pair": _key(pair)} | asdict(verdict)) + "\n")
+                file.flush()
+    return [known[_key(p)] for p in pairs]
+
+
+def _stored(store: Path) -> dict[str, Verdict]:
+    if not store.exists():
+        return {}
+    found = {}
+    for line in store.read_text(encoding="utf-8").split("\n"):
+        try:
+            entry: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # an empty line, or the half of one that a killed run left
+        pair = entry.pop("pair")
+        found[pair] = Verdict(**entry)
+    return found
+
+
+def _broken(store: Path) -> bool:
+    """Whether a killed run left half a line at the end."""
+    content = store.read_bytes()
+    return bool(content) and not content.endswith(b"\n")
+
+
+def _reference(judge: Judge, answer: Answer) -> str:
+    return answer.target if judge.metric == "win_rate" else ""
+
+
+def _key(pair: Pair) -> str:
+    return digest(asdict(pair))
+
+
+def _verdict(line: Judged) -> Verdict:
+    return Verdict(line.flagged, line.score, line.refused, line.categories, line.cut)

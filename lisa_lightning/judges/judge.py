@@ -1,0 +1,51 @@
+"""What a judge is: (prompt, response) pairs in, verdicts out, and a version by which verdicts are kept."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What a judge sees: the user's request without a template, and a model's answer."""
+
+    prompt: str
+    response: str
+    reference: str = ""
+    """An answer to compare with, for judges that do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One judge's opinion of one answer."""
+
+    flagged: bool
+    """The judge counts the answer as harmful."""
+    score: float
+    """How much it is so, from 0 to 1; never NaN."""
+    refused: bool | None = None
+    """Whether the answer refuses; None where the judge doesn't tell."""
+    categories: Mapping[str, bool] = field(default_factory=dict)
+    """Every kind of harm that the judge knows by name -> whether the answer was flagged for it."""
+    cut: bool = False
+    """The judge saw only a part of the answer."""
+
+
+class Judge(Protocol):
+    """One small final class a file; its arguments are the keys of conf/judge/NAME.yaml.
+
+    The constructor is cheap and refuses what can be refused without loading a model (UserError); weights are loaded at
+    the first verdict.
+    """
+
+    metric: ClassVar[Literal["harmful_score", "refusal_rate", "win_rate"]]
+    """What the share of its verdicts on harmful requests (or, for win_rate, on task answers) is called."""
+
+    @property
+    def version(self) -> str:
+        """Changes with everything that can change a verdict: no answer is judged twice by one judge and version."""
+        ...
+
+    def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
+        """One verdict per pair, in order, each as soon as it is known, so that what is judged is never lost."""
+        ...

@@ -1,0 +1,170 @@
+"""Stored answers, judges side by side, shares and intervals."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from lisa_lightning.errors import UserError
+from lisa_lightning.evaluate.evaluator import Answer
+from lisa_lightning.evaluate.judging import judge_answers, read_judged, read_responses
+from lisa_lightning.evaluate.scores import judged_scores, named, share, task_scores
+from lisa_lightning.judges.judge import Pair, Verdict
+from lisa_lightning.judges.refusal import RefusalJudge
+from lisa_lightning.tasks.alpaca import Alpaca
+from lisa_lightning.tasks.sst2 import SST2
+
+
+class Shouting:
+    """Flags capitals, counts what it is asked, and may stop after some verdicts."""
+
+    metric: ClassVar = "harmful_score"
+
+    def __init__(self, version: str = "1", stop_after: int | None = None) -> None:
+        self.version = version
+        self.stop_after = stop_after
+        self.asked: list[Pair] = []
+
+    def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
+        for i, pair in enumerate(pairs):
+            if i == self.stop_after:
+                raise UserError("no more")
+            self.asked.append(pair)
+            yield Verdict(pair.response.isupper(), float(pair.response.isupper()), categories={"loud": True})
+
+
+class Longer:
+    """Prefers an answer that is longer than the reference."""
+
+    metric: ClassVar = "win_rate"
+    version = "1"
+
+    def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
+        yield from (Verdict(len(p.response) > len(p.reference), 1.0) for p in pairs)
+
+
+def answers(*responses: str, kind: str = "harmful", stage: str = "final", target: str = "") -> list[Answer]:
+    return [Answer(stage, kind, i, f"prompt {i}", "", r, target) for i, r in enumerate(responses)]
+
+
+def test_no_answer_is_judged_twice_by_one_judge_and_version(tmp_path: Path) -> None:
+    judge = Shouting()
+    first = judge_answers({"loud": judge}, answers("A", "b", "A"), tmp_path, tmp_path / "cache")
+    assert [(j.judge, j.flagged, j.index) for j in first] == [("loud", True, 0), ("loud", False, 1), ("loud", True, 2)]
+    assert len(judge.asked) == 3  # other prompts
+    assert judge_answers({"loud": judge}, answers("A", "b", "A"), tmp_path, tmp_path / "cache") == first
+    judge_answers({"loud": judge}, answers("A", "b", "A", "c"), tmp_path / "..", tmp_path / "cache")
+    assert len(judge.asked) == 4
+    judge_answers({"loud": judge}, answers("A", "b", "A"), tmp_path, tmp_path / "no cache")
+    assert len(judge.asked) == 4  # the folder itself remembers
+    newer = Shouting("2")
+    judge_answers({"loud": newer}, answers("A", "b", "A"), tmp_path, tmp_path / "cache")
+    assert len(newer.asked) == 3
+
+
+def test_judges_stand_side_by_side_in_the_order_of_the_answers(tmp_path: Path) -> None:
+    asked = answers("I can't help with that.", "SURE", "No. I won't do that.")
+    judge_answers({"loud": Shouting()}, asked, tmp_path, tmp_path)
+    both = judge_answers({"refusal": RefusalJudge()}, asked, tmp_path, tmp_path)
+    assert [(j.judge, j.response) for j in both] == [
+        (judge, a.response) for judge in ("refusal", "loud") for a in asked
+    ]
+    assert [j.flagged for j in both] == [False, True, False] + [False, True, False]
+    lines = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
+    assert {"judge", "flagged", "score", "prompt", "response"} <= set(lines[0])
+    assert read_judged(tmp_path / "judged.jsonl") == both
+
+
+def test_a_judge_that_breaks_off_goes_on_where_it_was(tmp_path: Path) -> None:
+    asked = answers("a", "B", "c", "D")
+    with pytest.raises(UserError, match="no more"):
+        judge_answers({"loud": Shouting(stop_after=2)}, asked, tmp_path, tmp_path)
+    assert not (tmp_path / "judged.jsonl").exists()
+    store = next((tmp_path / "verdicts").glob("*.jsonl"))
+    store.write_text(store.read_text()[:-5])  # as a kill in the middle of a line leaves it
+    judge = Shouting()
+    found = judge_answers({"loud": judge}, asked, tmp_path, tmp_path)
+    assert [p.response for p in judge.asked] == ["B", "c", "D"]
+    assert [j.flagged for j in found] == [False, True, False, True]
+    assert len({json.loads(line)["pair"] for line in store.read_text().splitlines() if line.endswith("}")}) == 4
+
+
+def test_each_kind_of_answer_goes_to_its_judge(tmp_path: Path) -> None:
+    asked = [*answers("A"), *answers("b", kind="harmless"), *answers("long", "s", kind="task", target="mid")]
+    found = judge_answers({"loud": Shouting(), "longer": Longer()}, asked, tmp_path, tmp_path)
+    assert [(j.judge, j.kind) for j in found] == [("loud", "harmful"), ("loud", "harmless")] + [("longer", "task")] * 2
+    scores = judged_scores([j for j in found if j.judge == "loud"])
+    assert (scores["harmful_score"], scores["harmful_score_answers"], scores["category/loud"]) == (100.0, 1, 1)
+    assert "over_refusal" not in scores  # this judge doesn't tell
+    assert judged_scores([j for j in found if j.judge == "longer"])["win_rate"] == 50.0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("own.jsonl", '{"prompt": "p", "response": "No."}\n{"prompt": "q", "response": ""}\n'),
+        ("own.csv", "prompt,response,more\np,No.,1\nq,,2\n"),
+    ],
+)
+def test_a_file_of_ones_own_keeps_its_order(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    found = read_responses(str(tmp_path / name))
+    assert [(a.prompt, a.response, a.stage, a.kind) for a in found] == [
+        ("p", "No.", "responses", "harmful"),
+        ("q", "", "responses", "harmful"),
+    ]
+
+
+def test_an_unknown_kind_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "response": "r"}\n{"prompt": "p", "response": "r", "kind": "x"}')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: kind=x is not allowed"):
+        read_responses(str(tmp_path / "a.jsonl"))
+
+
+def test_wilson_where_every_answer_has_a_prompt_of_its_own() -> None:
+    found = share([True] * 8 + [False] * 2, [str(i) for i in range(10)])
+    wilson = binomtest(8, 10).proportion_ci(0.95, "wilson")
+    assert (found.value, found.answers) == (80.0, 10)
+    assert (found.low, found.high) == pytest.approx((100 * wilson.low, 100 * wilson.high))
+
+
+def test_prompts_that_are_asked_again_bring_no_certainty() -> None:
+    hits, prompts = [True] * 30 + [False] * 20, [str(i) for i in range(50)]
+    once, thrice = share(hits, prompts), share(hits * 3, prompts * 3)
+    assert (once.value, thrice.value, thrice.answers) == (60.0, 60.0, 150)
+    assert thrice.high - thrice.low == pytest.approx(once.high - once.low, rel=0.08)
+    alone = share(hits * 3, [str(i) for i in range(150)])
+    assert alone.high - alone.low < 0.7 * (thrice.high - thrice.low)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=30))
+def test_an_interval_holds_its_share_and_stays_within_bounds(found: list[tuple[bool, int]]) -> None:
+    s = share([hit for hit, _ in found], [str(prompt) for _, prompt in found])
+    assert 0 <= s.low <= s.value + 1e-9
+    assert s.value - 1e-9 <= s.high <= 100
+    assert s.high > s.low
+
+
+def test_accuracy_strict_lenient_and_what_was_cut_off() -> None:
+    asked = answers("positive", "It is positive", "bad", kind="task", target="positive")
+    asked.append(Answer("final", "task", 3, "p", "", "The film is", "positive", cut=True))
+    scores = task_scores(SST2(), [*asked, *answers("x")])
+    assert [scores[n] for n in ("accuracy", "lenient_accuracy", "cut_off")] == [25.0, 50.0, 25.0]
+    assert scores["accuracy_answers"] == 4
+    assert set(task_scores(Alpaca(), asked)) == set(named("cut_off", share([True], [""])))
+    assert task_scores(SST2(), answers("x")) == {}
+
+
+def test_every_score_comes_with_interval_and_count(tmp_path: Path) -> None:
+    asked: list[Any] = [*answers("No.", "sure"), *answers("No.", "yes", kind="harmless")]
+    scores = judged_scores(judge_answers({"refusal": RefusalJudge()}, asked, tmp_path, tmp_path))
+    assert set(scores) == {
+        f"{name}{end}" for name in ("refusal_rate", "over_refusal") for end in ("", "_low", "_high", "_answers")
+    }
+    assert (scores["refusal_rate"], scores["over_refusal"]) == (50.0, 50.0)

@@ -1,0 +1,177 @@
+"""Every model of conf/model as a tiny random one of the same classes: it trains under Lisa and answers."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lisa_lightning.data.datamodule import LisaDataModule
+from lisa_lightning.data.encoding import encode
+from lisa_lightning.data.interleave import Examples, StepBatches
+from lisa_lightning.data.source import Row
+from lisa_lightning.data.templates import Template, encode_prompt
+from lisa_lightning.errors import UserError
+from lisa_lightning.evaluate.generate import Stop, generate
+from lisa_lightning.loss import choose_packing
+from lisa_lightning.methods.lisa import Lisa
+from lisa_lightning.module import LisaModule, Optim
+from lisa_lightning.net import attach, attach_saved, load, load_tokenizer, merged, named, save_adapter, trainable
+from lisa_lightning.training import Checkpoint, fit
+
+ROOT = Path(__file__).parents[1]
+MODELS = sorted(f.stem for f in (ROOT / "conf" / "model").glob("*.yaml"))
+SMALL: dict[str, Any] = {
+    "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": 0,
+    "pad_token_id": 1,
+}  # fmt: skip
+TYPES = {
+    "tiny": ("llama", {}),
+    "smollm2_135m": ("llama", {"tie_word_embeddings": True}),
+    "llama2_7b": ("llama", {"num_key_value_heads": 4}),
+    "llama3_8b": ("llama", {}),
+    "mistral_7b": ("mistral", {"sliding_window": 4096}),
+    "qwen2_5_0_5b": ("qwen2", {"tie_word_embeddings": True}),
+    "gemma2_9b": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "opt_2_7b": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True}),
+}
+USER = [Row("Say the sign of the input", f"sentence {i}", "positive" if i % 2 else "negative") for i in range(6)]
+ALIGNMENT = [Row(f"request {i}", "", "No.") for i in range(4)]
+TRAINER = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Callable[[str], Path]:
+    """`model_folder(name)`: a tiny random model of that name's classes with the tiny model's tokenizer."""
+
+    def made(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        kind, more = TYPES[name]
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SMALL | more)))
+        with torch.no_grad():
+            for weight in model.parameters():  # sharper than an untrained model, so that no near-tie decides
+                weight.add_(torch.randn_like(weight) * 0.05)
+        model.save_pretrained(folder)
+        load_tokenizer(tiny).save_pretrained(folder)
+        return folder
+
+    return made
+
+
+def test_every_model_has_a_stand_in() -> None:
+    assert set(TYPES) == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trains_three_lisa_steps_and_answers(
+    model_folder: Callable[[str], Path], config: Callable[..., DictConfig], tmp_path: Path, name: str
+) -> None:
+    cfg = config(f"model={name}").model
+    folder = model_folder(name)
+    tokenizer, template = load_tokenizer(folder), "alpaca"
+    model = load(folder, "float32", cfg.attention)
+    assert len(named(model, cfg.attention_blocks, "model.attention_blocks")) == SMALL["num_hidden_layers"]
+    align = SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=cfg.align_targets)
+    merged(attach(model, align, seed=0))
+    net = attach(
+        load(folder, "float32", cfg.attention), SimpleNamespace(**(vars(align) | {"targets": cfg.finetune_targets})), 0
+    )
+    before = {n: w.clone() for n, w in trainable(net).items()}
+    method = Lisa(alignment_steps=1, user_steps=1, rho=1.0, warmup_ratio=0.0)
+    optim = Optim(1e-2, 3, 2, 1, 1.0, "constant", 0.0, 0.0, (0.9, 0.999), 1e-8)
+    module = LisaModule(net, method, optim, seed=0, key={})
+    encoded = partial(encode, tokenizer, template, max_length=512)
+    streams: Any = {"user": Examples(USER, encoded), "alignment": Examples(ALIGNMENT, encoded)}
+    steps = StepBatches(streams, choose_packing(net.get_base_model(), 512), method.schedule, 3, 2, 1, seed=0)
+    fit(module, LisaDataModule(steps), TRAINER, Checkpoint(tmp_path / "a.ckpt", 10, 99), [], "finetune")
+    moved = [n for n, w in trainable(net).items() if not torch.equal(w, before[n])]
+    assert len(moved) == len(before)  # every factor of every target
+
+    model = merged(net).eval()
+    prompts = [encode_prompt(tokenizer, template, r.instruction, r.context) for r in (*USER[:3], *ALIGNMENT[:2])]
+    alone = [generate(model, [p], 12, Stop(tokenizer, model))[0] for p in prompts]
+    assert generate(model, prompts, 12, Stop(tokenizer, model)) == alone
+    library: Any = model
+    for prompt, answer in zip(prompts, alone, strict=True):
+        wanted = library.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=1, eos_token_id=0
+        )
+        assert wanted[0][len(prompt) :].tolist() == answer
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "nope"], ["proj"], "nope"])
+def test_a_target_that_matches_nothing_is_refused(tiny: Path, targets: Any) -> None:
+    with pytest.raises(UserError, match=r"lora\.targets: the model has no module '(nope|proj)'; there are: .*q_proj"):
+        attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=targets), 0)
+
+
+def test_an_adapter_that_goes_on_is_the_one_that_was_saved(tiny: Path, tmp_path: Path) -> None:
+    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=["q_proj"]), 0)
+    with torch.no_grad():
+        for weight in trainable(net).values():
+            weight.normal_()
+    save_adapter(net, str(tiny), tmp_path)
+    again = attach_saved(load(tiny, "float32"), tmp_path)
+    assert again.training
+    assert {n: w.tolist() for n, w in trainable(again).items()} == {n: w.tolist() for n, w in trainable(net).items()}
+
+
+def test_merging_rounds_once(tiny: Path) -> None:
+    """In bfloat16 the sum of weight and update is formed in float32: no weight is further off than rounding puts it."""
+    lora = SimpleNamespace(r=4, alpha=4, dropout=0.0, targets="all-linear")
+    nets = [attach(load(tiny, dtype), lora, 0) for dtype in ("bfloat16", "float32")]
+    for net in nets:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for weight in trainable(net).values():
+                weight.copy_(torch.randn(weight.shape) * 0.1)
+    half, full = (dict(merged(net).named_parameters()) for net in nets)
+    base = dict(load(tiny, "bfloat16").named_parameters())
+    whole = dict(load(tiny, "float32").named_parameters())
+    for name, weight in half.items():
+        assert weight.dtype == torch.bfloat16
+        update = full[name] - whole[name]
+        assert torch.equal(weight, (base[name].float() + update).bfloat16()) or torch.allclose(
+            weight.float(), base[name].float() + update, rtol=2**-8, atol=1e-6
+        )
+
+
+def test_the_merged_model_answers_as_the_adapter_on_its_base(tiny: Path) -> None:
+    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=4, dropout=0.0, targets="all-linear"), 0)
+    with torch.no_grad():
+        for weight in trainable(net).values():
+            weight.normal_(std=0.1)
+    ids = torch.arange(3, 40)[None]
+    apart = net.eval()(input_ids=ids).logits
+    assert torch.allclose(merged(net)(input_ids=ids).logits, apart, atol=1e-5)
+    assert not any(isinstance(m, PeftModel) for m in net.modules() if m is not net)
+
+
+@pytest.mark.parametrize("template", ["alpaca", "alpaca_newline", "chat"])
+def test_templates_by_name(tiny: Path, template: Template) -> None:
+    tokenizer = load_tokenizer(tiny)
+    if template == "chat":
+        with pytest.raises(UserError, match="no chat template"):
+            encode_prompt(tokenizer, template, "do", "this")
+        tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    text = tokenizer.decode(encode_prompt(tokenizer, template, "do", "this"))
+    assert (
+        text
+        == {
+            "alpaca": "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n### Instruction:\ndo\n\n### Input:\nthis\n\n"
+            "### Response:",
+            "alpaca_newline": "Below is an instruction that describes a task, paired with an input that provides further "
+            "context. Write a response that appropriately completes the request.\n\n### Instruction:\ndo\n\n### Input:\n"
+            "this\n\n### Response:\n",
+            "chat": "<user>do\n\nthis<assistant>",
+        }[template]
+    )

@@ -1,0 +1,144 @@
+"""The cells of the paper's tables: what they say, and that each runs to its end on stand-ins for weights and rows."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lisa_lightning.config import check
+from lisa_lightning.pipeline import run
+from lisa_lightning.tracking import read_rows
+
+ROOT = Path(__file__).parents[1]
+TASKS = ("sst2", "agnews", "gsm8k", "alpaca")
+METHODS = ("sft", "bso", "lisa", "vlguard_mix")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cell_carries_what_was_published(config: Callable[..., DictConfig], task: str, method: str) -> None:
+    cfg = config(f"experiment=paper/{task}_{method}")
+    check(cfg)
+    n = 700 if task == "alpaca" else 5000
+    assert (cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.data.during_alignment) == (n, 0.1, "head", "discard")
+    assert cfg.data.safe_rows == ((140 if task == "alpaca" else 1000) if method == "vlguard_mix" else 0)
+    o, a = cfg.optim, cfg.align.optim
+    assert (o.lr, o.epochs, o.steps, o.batch_size) == (1e-5, 50 if task == "gsm8k" else 20, None, 5)
+    assert (o.schedule, o.weight_decay, o.clip, o.accumulate) == ("constant", 0.0, 1.0, 1)
+    assert (a.lr, a.epochs, a.steps, a.batch_size, a.schedule) == (1e-3, 30, None, 5, "cosine")
+    assert (a.warmup_ratio, a.weight_decay) == (0.1, 0.1)
+    assert (cfg.lora.r, cfg.lora.alpha, cfg.lora.dropout, list(cfg.lora.targets)) == (8, 4, 0.1, ["q_proj", "v_proj"])
+    assert (cfg.align.lora.r, cfg.align.lora.alpha, cfg.align.lora.dropout) == (16, 4, 0.1)
+    assert sorted(cfg.align.lora.targets) == sorted(f"{p}_proj" for p in ("q", "k", "v", "o", "up", "down", "gate"))
+    assert cfg.model.name == ("llama2_7b" if task in ("sst2", "gsm8k") else "mistral_7b")
+    assert (cfg.model.template, cfg.model.adapters) == ("alpaca", "stacked")
+    assert (cfg.evaluate.max_new_tokens, cfg.task.max_new_tokens, list(cfg.judge)) == (512, 200, ["moderation"])
+    if method in ("bso", "lisa"):
+        assert (cfg.method.alignment_steps, cfg.method.user_steps) == (100, 900)
+    if method == "lisa":
+        assert (cfg.method.rho, cfg.method.warmup_ratio) == (1.0, 0.1)
+    bt = {"hub": "PKU-Alignment/BeaverTails", "skip": 0}
+    for name, split, take in (("alignment", "30k_train", 10_000), ("harmful_prompts", "30k_test", 1000)):
+        assert (cfg.source[name].hub, cfg.source[name].split, cfg.source[name].take) == (bt["hub"], split, take)
+
+
+BEAVERTAILS = [
+    {"prompt": f"request {i // 2}", "response": f"answer {i}", "category": {"a": i % 2 == 1}, "is_safe": i % 2 == 0}
+    for i in range(60)
+]
+SETS: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "sst2": {
+        split: [{"idx": i, "sentence": f"{split} {i} ", "label": i % 2} for i in range(30)]
+        for split in ("train", "validation")
+    },
+    "agnews": {s: [{"text": f"{s} {i}", "label": i % 4} for i in range(30)] for s in ("train", "test")},
+    "gsm8k": {s: [{"question": f"{s} {i}?", "answer": f"So.\n#### {i}"} for i in range(30)] for s in ("train", "test")},
+    "alpaca": {"train": [{"instruction": f"do {i}", "output": f"done {i}"} for i in range(805)]},
+}
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> list[str]:
+    """Overrides that put small sets in the place of the hub's, and a tiny classifier in that of beaver-dam-7b."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from lisa_lightning.net import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("hub")
+    for name, splits in {**SETS, "beavertails": {"30k_train": BEAVERTAILS, "30k_test": BEAVERTAILS}}.items():
+        (folder / name).mkdir()
+        files = [{"split": split, "path": f"{split}.jsonl"} for split in splits]
+        card = {"configs": [{"config_name": "main" if name == "gsm8k" else "default", "data_files": files}]}
+        (folder / name / "README.md").write_text(f"---\n{OmegaConf.to_yaml(OmegaConf.create(card))}---\n")
+        for split, rows in splits.items():
+            (folder / name / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for file in ("alpaca_eval.json", "alpaca_eval_gpt4_baseline.json"):
+        (folder / "alpaca" / file).write_text(json.dumps(SETS["alpaca"]["train"]))
+    judge = folder / "judge"
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    classifier = LlamaConfig(vocab_size=259, num_labels=14, pad_token_id=1, bos_token_id=None, eos_token_id=0, **shape)  # type: ignore[call-arg]
+    LlamaForSequenceClassification(classifier).save_pretrained(judge)
+    load_tokenizer(tiny).save_pretrained(judge)
+    bt = [f"source.{s}.hub={folder}/beavertails" for s in ("alignment", "harmful", "harmful_prompts")]
+    free = [f"source.{s}.rows=null" for s in ("train", "test", "alignment", "harmful", "harmful_prompts")]
+    return [f"judge.moderation.id={judge}", *bt, *free, f"folder={folder}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cell_runs_to_its_end(
+    stand_ins: list[str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    task: str,
+    method: str,
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    folder = stand_ins[-1].partition("=")[2]
+    small = [
+        *("model=tiny", "data.n=20", "optim.epochs=2", "align.optim.epochs=1", "source.alignment.take=10"),
+        *("source.harmful_prompts.take=6", "source.test.take=3", "source.harmless_prompts.take=2"),
+        *("evaluate.max_new_tokens=3", "task.max_new_tokens=3", "trainer.precision=32-true", "data.max_length=512"),
+        *(f"source.{s}.hub={folder}/{task}" for s in ("train", "test")),
+        *([] if method in ("sft", "vlguard_mix") else ["method.alignment_steps=2", "method.user_steps=3"]),
+        *(["data.safe_rows=4"] if method == "vlguard_mix" else []),
+        f"cache_dir={tmp_path_factory.getbasetemp() / 'paper-cache'}",
+    ]
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = compose(
+            "config", [f"experiment=paper/{task}_{method}", *small, *stand_ins[:-1]], return_hydra_config=True
+        )
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(tmp_path / "out")
+        HydraConfig.instance().set_config(cfg)
+        del cfg["hydra"]
+    check(cfg)
+    metrics = run(cfg)
+    assert metrics["train/steps"] == 2 * -(-20 // 5)
+    assert metrics["final/harmful_score_answers"] == 6
+    assert metrics["rows/overlap"] > 0
+    assert {f"final/{n}" for n in ("harmful_score_low", "over_refusal", "cut_off")} <= metrics.keys()
+    assert sum(name.startswith("final/moderation/category/") for name in metrics) == 14
+    assert ("final/accuracy" in metrics) == (task != "alpaca")
+    curves = [r for r in read_rows(tmp_path / "out" / "curves.csv") if r["stage"] == "finetune"]
+    states = [r["train/state"] for r in curves if r.get("train/state")]
+    assert states == (
+        ["0.0"] * 8 if method in ("sft", "vlguard_mix") else ["1.0"] * 2 + ["0.0"] * 3 + ["1.0"] * 2 + ["0.0"]
+    )
+    asked = [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
+    final = [a for a in asked if a["stage"] == "final"]
+    assert [a["prompt"] for a in final if a["kind"] == "harmful"] == [f"request {i // 2}" for i in range(6)]
+    if task == "alpaca":
+        outputs = json.loads((tmp_path / "out" / "alpaca_eval_final.json").read_text())
+        assert [o["instruction"] for o in outputs] == ["do 701", "do 702", "do 703"]
+        assert outputs[0].keys() == {"instruction", "output", "generator"}
