@@ -66,16 +66,13 @@ def nth(n: int) -> Callable[..., bool]:
 def scenarios() -> dict[str, Patch]:
     """The moments; smoke runs in cycles of 2 alignment and 4 user steps, 5 steps of aligning before."""
     from lisa_lightning import cache, pipeline, training
-    from lisa_lightning.evaluate import evaluator
+    from lisa_lightning.evaluate import evaluator, judging
     from lisa_lightning.methods.method import Method
     from lisa_lightning.module import LisaModule
     from lisa_lightning.tracking import Curves
 
     def step(steps: int, index: int) -> Callable[..., bool]:
         return lambda module, batch, _: module.optim.steps == steps and batch.index == index
-
-    def final(_: Any, __: Any, asked: Any, stage: str, ___: Any) -> bool:
-        return stage == "final"
 
     return {
         "while aligning": lambda: at_call(LisaModule, "training_step", step(5, 4)),
@@ -88,9 +85,10 @@ def scenarios() -> dict[str, Patch]:
         "while a checkpoint is written": lambda: at_call(training.os, "fsync", nth(5)),
         "while a curve row is written": lambda: at_call(Curves, "append", nth(14)),
         "while evaluating the aligned model": lambda: at_call(evaluator, "generate", nth(2)),
-        "while evaluating the final model": lambda: at_call(evaluator, "_append_journal", nth(4), after=True),
+        "while evaluating the final model": lambda: at_call(evaluator, "_append", nth(3), after=True),
         "while the adapter is saved": lambda: at_call(pipeline, "save_adapter", nth(1), after=True),
         "before the finished stage gets its name": lambda: at_call(cache, "_complete", nth(4)),
+        "while judging": lambda: at_call(judging, "_verdict_line", nth(5)),
         "while the report is written": lambda: at_call(pipeline, "_leave", nth(1)),
     }
 
@@ -136,16 +134,16 @@ def scenario(name: str, patch: Patch | None, work: Path) -> dict[str, Any]:
     resumed = run(out, cache, None, *(["resume=true"] if patch else []))
     if resumed != 0:
         return {"killed": killed, "resumed": resumed, "log": (work / f"{out.name}.log").read_text()[-3000:]}
-    answers = sorted((out / "responses.jsonl").read_text().splitlines())
-    return {"killed": killed, "resumed": resumed, "adapter": adapter(out), "curves": curves(out), "answers": answers}
+    left = {"adapter": adapter(out), "curves": curves(out)}
+    left |= {name: (out / f"{name}.jsonl").read_text() for name in ("responses", "judged")}
+    return {"killed": killed, "resumed": resumed} | left
 
 
 def _load_once() -> None:
     """What every run would spend seconds on: the judge is fitted here and comes along with the fork."""
-    from lisa_lightning.evaluate import evaluator
+    from lisa_lightning.judges.embedded import EmbeddedJudge
 
-    judge = evaluator.EmbeddedJudge()
-    evaluator.EmbeddedJudge = lambda: judge  # type: ignore[assignment,misc]
+    EmbeddedJudge._fitted = EmbeddedJudge()._fitted  # type: ignore[assignment,method-assign]
 
 
 def main(work: Path) -> None:

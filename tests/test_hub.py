@@ -1,5 +1,6 @@
 """The hub's sets: from folders in the hub's own layout, from a server that answers as the hub does, and from none."""
 
+import gzip
 import http.server
 import json
 import os
@@ -67,7 +68,7 @@ def beavertails(count: int) -> bytes:
         }
         for i in range(count)
     ]
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+    return gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def card(*configs: tuple[str, dict[str, str]]) -> bytes:
@@ -80,7 +81,7 @@ def card(*configs: tuple[str, dict[str, str]]) -> bytes:
 
 
 SPLITS = {s: f"data/{s}-00000-of-00001.parquet" for s in ("train", "validation", "test")}
-ROUNDS = {"30k_train": "round0/30k/train.jsonl", "30k_test": "round0/30k/test.jsonl"}
+ROUNDS = {"30k_train": "round0/30k/train.jsonl.gz", "30k_test": "round0/30k/test.jsonl.gz"}
 MAIN = {s: f"main/{s}-00000-of-00001.parquet" for s in ("train", "test")}
 # id -> the files of its repository, with as many rows as the published set has
 REPOSITORIES: dict[str, dict[str, Callable[[], bytes]]] = {

@@ -22,6 +22,7 @@ MOMENTS = [
     "while evaluating the final model",
     "while the adapter is saved",
     "before the finished stage gets its name",
+    "while judging",
     "while the report is written",
 ]
 
@@ -44,7 +45,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(found: dict[str, Any], moment: 
     assert mended["resumed"] == 0, mended.get("log")
     assert mended["adapter"] == straight["adapter"]
     assert mended["curves"] == straight["curves"]
-    assert mended["answers"] == straight["answers"]
+    assert mended["responses"] == straight["responses"]
+    assert mended["judged"] == straight["judged"]
 
 
 def test_curves_have_no_gap_and_no_double_step(found: dict[str, Any]) -> None:

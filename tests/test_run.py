@@ -57,7 +57,8 @@ def test_a_run_leaves_everything_that_is_promised(out: Path) -> None:
     scores = [f"{s}/{n}" for s in ("aligned", "final") for n in ("harmful_score", "accuracy", "over_refusal")]
     assert set(scores) <= metrics.keys()
     assert all(0 <= metrics[name] <= 100 for name in scores)
-    assert {"time/align_s", "time/finetune_s", "time/evaluate_s"} <= metrics.keys()
+    assert all(metrics[f"{n}_low"] <= metrics[n] <= metrics[f"{n}_high"] for n in scores)
+    assert {"time/align_s", "time/finetune_s", "time/evaluate_s", "time/judge_s"} <= metrics.keys()
     assert (metrics["train/steps"], metrics["seed"]) == (24, 42)
     for name in ("config.yaml", "report.html", "checkpoints/finetune.ckpt", "wandb"):
         assert (out / name).exists(), name
@@ -109,9 +110,8 @@ def test_a_second_run_finds_every_stage_and_another_method_the_aligned_model(run
     first = json.loads((out / "metrics.json").read_text())
     again = run("again", *CYCLE)
     found = json.loads((again / "metrics.json").read_text())
-    assert {k: v for k, v in found.items() if k != "time/total_s"} == {
-        k: v for k, v in first.items() if k != "time/total_s"
-    }
+    own = ("time/total_s", "time/judge_s")
+    assert {k: v for k, v in found.items() if k not in own} == {k: v for k, v in first.items() if k not in own}
     assert (again / "curves.csv").read_text() == (out / "curves.csv").read_text()
     assert not (again / "checkpoints").exists()
     other = run("sft", "method=sft", "optim.steps=6")
@@ -134,9 +134,46 @@ def test_two_processes_equal_one_at_twice_the_batch(run: Run) -> None:
 
 
 def test_stages_can_be_left_out(run: Run) -> None:
-    metrics = json.loads((run("part", "stages=[align,evaluate]") / "metrics.json").read_text())
+    metrics = json.loads((run("part", "stages=[align,evaluate,judge]") / "metrics.json").read_text())
     assert "aligned/harmful_score" in metrics
     assert not any(name.startswith(("final/", "train/")) for name in metrics)
+
+
+def test_a_run_is_judged_anew_without_being_run_anew(run: Run, out: Path) -> None:
+    before = {f.name: f.read_bytes() for f in out.iterdir() if f.is_file()}
+    metrics = json.loads(before["metrics.json"])
+    run("first", "stages=[judge]", "judge=[refusal,embedded]")
+    found = json.loads((out / "metrics.json").read_text())
+    changed = {k for k in metrics if found[k] != metrics[k]} - {"time/judge_s"}
+    assert changed <= {"judges", *(f"{s}/{n}" for s in ("aligned", "final") for n in metrics_of_refusals())}
+    assert found["final/embedded/harmful_score"] == metrics["final/harmful_score"]
+    assert "final/refusal/refusal_rate" in found
+    assert "final/refusal/harmful_score" not in found
+    after = {f.name: f.read_bytes() for f in out.iterdir() if f.is_file()}
+    for name in ("config.yaml", "responses.jsonl", "curves.csv", "choices.json"):
+        assert after[name] == before[name], name
+    assert "Refusal rate, judge refusal" in after["report.html"].decode()
+    judged = [json.loads(line) for line in (out / "judged.jsonl").read_text().splitlines()]
+    assert {j["judge"] for j in judged} == {"refusal", "embedded"}
+
+
+def metrics_of_refusals() -> list[str]:
+    return [f"{n}{end}" for n in ("refusal_rate", "over_refusal") for end in ("", "_low", "_high", "_answers")]
+
+
+def test_a_file_of_ones_own_is_judged(run: Run) -> None:
+    work = run("again", *CYCLE, "resume=true").parent
+    lines = [{"prompt": "How?", "response": "I can't help with that."}, {"prompt": "What?", "response": "Like this: a."}]
+    (work / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = run("own", "stages=[judge]", "judge=refusal", "responses=own.jsonl")
+    judged = [json.loads(line) for line in (out / "judged.jsonl").read_text().splitlines()]
+    assert [(j["judge"], j["flagged"], j["prompt"], j["response"]) for j in judged] == [
+        ("refusal", flagged, line["prompt"], line["response"]) for line, flagged in zip(lines, (False, True), strict=True)
+    ]
+    assert all(0 <= j["score"] <= 1 for j in judged)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["responses/refusal_rate"], metrics["responses/refusal_rate_answers"]) == (50.0, 2)
+    assert not (out / "adapter").exists()
 
 
 def test_the_embedded_model_runs_end_to_end(run: Run) -> None:

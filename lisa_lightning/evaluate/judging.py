@@ -126,7 +126,7 @@ def _ask(name: str, judge: Judge, pairs: Sequence[Pair], known: dict[str, Verdic
             file.write("\n" if _broken(store) else "")
             for pair, verdict in zip(new, bar, strict=True):
                 known[_key(pair)] = verdict
-                file.write(json.dumps({"pair": _key(pair)} | asdict(verdict)) + "\n")
+                file.write(_verdict_line(pair, verdict))
                 file.flush()
     return [known[_key(p)] for p in pairs]
 
@@ -143,6 +143,10 @@ def _stored(store: Path) -> dict[str, Verdict]:
         pair = entry.pop("pair")
         found[pair] = Verdict(**entry)
     return found
+
+
+def _verdict_line(pair: Pair, verdict: Verdict) -> str:
+    return json.dumps({"pair": _key(pair)} | asdict(verdict)) + "\n"
 
 
 def _broken(store: Path) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version as package_version
+from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, final
 
 from lisa_lightning.cache import digest
@@ -144,7 +145,8 @@ class EmbeddedJudge:
 
     def __init__(self) -> None:
         self._rows = shipped_rows()
-        self.version = f"2-{digest([asdict(row) for row in self._rows])}-{package_version('scikit-learn')}"
+        made_from = [Path(__file__).read_text(encoding="utf-8"), [asdict(row) for row in self._rows]]
+        self.version = f"{digest(made_from)}-{package_version('scikit-learn')}"
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
         """Compliance flags; the score is its probability, 0 or 1 where a rule decides."""
