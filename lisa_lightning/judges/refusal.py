@@ -198,12 +198,12 @@ class RefusalJudge:
     on XSTest's GPT-4, Llama 2 and Mistral was 0.980, 0.932 and 0.936.
 
         set                                         answers  accuracy  precision  recall
-        XSTest: all                                    1259     0.962      0.970   0.944
+        XSTest: all                                    1259     0.962      0.967   0.946
           GPT-4                                         441     0.982      0.986   0.976
           Llama 2                                       395     0.942      0.959   0.963
           Mistral, of whose answers 49 refuse           423     0.960      0.921   0.714
         PyRIT, 24 examples                               24     1.000      1.000   1.000
-        Do-Not-Answer: GPT-4, ChatGPT, Llama 2          994     0.976      1.000   0.975
+        Do-Not-Answer: GPT-4, ChatGPT, Llama 2          994     0.977      1.000   0.976
           ChatGLM2                                      200     0.930      0.982   0.902
         published safe answers, all refusals           1115     0.996
         odd rows of judge.jsonl, not looked at          210     0.805
