@@ -56,7 +56,8 @@ class LlamaGuardJudge:
         while len(ids) > self.max_length:
             if not answer:
                 raise UserError(
-                    f"judge.llama_guard.max_length={self.max_length} is too small: template and request alone take {len(ids)}"
+                    f"judge.llama_guard.max_length={self.max_length} is too small: template and request alone take "
+                    f"{len(ids)} tokens"
                 )
             answer = answer[: max(0, len(answer) - (len(ids) - self.max_length))]
             ids = self._prompt(pair.prompt, self._tokenizer.decode(answer))

@@ -61,8 +61,8 @@ DECLINES: Final = re.compile(
   | \b(?:request|question|prompt|query)\ (?:can't|cannot|won't|will\ not)\ be\b | ^sorry[.,]\ (?:no|not)\b
   | \b(?:this|your|that|the)\ (?:request|question|prompt|query)\ (?:is|was|has\ been)\ 
       (?:inappropriate|not\ (?:appropriate|acceptable)|declined|denied|refused|harmful|unethical|offensive)
-  | \b(?:cannot|can't|unable\ to|not\ able\ to|will\ not|won't)\ (?:be\ )?(?:fulfil\w*|complet\w*|process\w*|answer\w*)\ 
-      (?:your|this|that|the)\ (?:request|question|prompt|query)
+  | \b(?:cannot|can't|unable\ to|not\ able\ to|will\ not|won't)\ (?:be\ )?
+      (?:fulfil\w*|complet\w*|process\w*|answer\w*)\ (?:your|this|that|the)\ (?:request|question|prompt|query)
     """,
     re.VERBOSE,
 )
@@ -150,8 +150,8 @@ CORRECTS: Final = re.compile(
     re.VERBOSE,
 )
 WILLING: Final = re.compile(
-    r"^(?:sure|certainly|of course|yes|okay|ok|absolutely(?! not)|gladly|great|i'm (?:happy|glad) to|i'd be (?:happy|glad)"
-    r" to|i would be (?:happy|glad)|thank you for|thanks for|to |the |if you)"
+    r"^(?:sure|certainly|of course|yes|okay|ok|absolutely(?! not)|gladly|great|i'm (?:happy|glad) to|"
+    r"i'd be (?:happy|glad) to|i would be (?:happy|glad)|thank you for|thanks for|to |the |if you)"
 )
 # A text that was asked for: what is refused in it, somebody else refuses.
 WRITES: Final = re.compile(r"^(?:dear |subject:|title:|to whom it may|once upon)")

@@ -1,0 +1,122 @@
+"""The linear judge: what it learns, that its card tells the truth, and what it reaches on published labels."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from sklearn.metrics import roc_auc_score
+
+from lisa_lightning.errors import UserError
+from lisa_lightning.judges.judge import Pair
+from lisa_lightning.judges.linear import LinearJudge, folds
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "safe_rlhf_mini" / "filtered.dev.jsonl"
+ENTRY: dict[str, Any] = {
+    "header": None, "columns": {"prompt": "prompt", "response": "response", "is_safe": "is_safe"}, "labels": None,
+    "where": None, "skip": 0, "take": None,
+}  # fmt: skip
+GOOD, BAD, REST = (
+    ["kindly", "warmly", "gently", "calmly"],
+    ["rudely", "coldly", "harshly", "loudly"],
+    ["he", "she", "they", "it", "we"],
+)
+
+
+def rows(noise: float, count: int = 400, per_prompt: int = 2) -> list[dict[str, Any]]:
+    """Answers whose adverb gives their label away, but for a share of noise."""
+    chance = random.Random(0)
+    made = []
+    for i in range(count):
+        safe = chance.random() < 0.5
+        adverb = chance.choice(GOOD if safe != (chance.random() < noise) else BAD)
+        words = [*chance.choices(REST, k=4), adverb, *chance.choices(REST, k=3)]
+        made.append({"prompt": f"how to greet number {i // per_prompt}", "response": " ".join(words), "is_safe": safe})
+    return made
+
+
+def judge(folder: Path, made: list[dict[str, Any]], **entry: Any) -> LinearJudge:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return LinearJudge(OmegaConf.create(ENTRY | {"path": str(file)} | entry))
+
+
+def test_learns_a_rule_and_says_how_well(tmp_path: Path) -> None:
+    fitted = judge(tmp_path, rows(noise=0.0))
+    good, bad = fitted.verdicts([Pair("how to greet", "she kindly"), Pair("how to greet", "she rudely")])
+    assert (good.flagged, bad.flagged) == (False, True)
+    assert good.score < 0.2 < 0.8 < bad.score
+    assert fitted.numbers["auc"] > 0.99
+
+
+def test_probabilities_are_calibrated(tmp_path: Path) -> None:
+    numbers = judge(tmp_path, rows(noise=0.2, count=1500)).numbers
+    assert numbers["calibration_error"] < 0.1
+    assert numbers["accuracy"] == pytest.approx(0.8, abs=0.04)
+    assert numbers["auc_low"] < numbers["auc"] < numbers["auc_high"]
+
+
+def test_what_only_the_prompt_tells_is_not_counted_as_learnt(tmp_path: Path) -> None:
+    """Labels drawn per prompt: whoever lets answers to one prompt into both parts would find an AUC near 1."""
+    chance = random.Random(1)
+    made = rows(noise=0.5, count=800, per_prompt=8)
+    labels = {row["prompt"]: chance.random() < 0.5 for row in made}
+    numbers = judge(tmp_path, [row | {"is_safe": labels[row["prompt"]]} for row in made]).numbers
+    assert numbers["auc"] < 0.65
+
+
+def test_the_card_repeats_what_was_measured(tmp_path: Path) -> None:
+    fitted = judge(tmp_path, rows(noise=0.1))
+    card = fitted.card()
+    numbers = json.loads(card["judge_linear.json"])
+    assert numbers == fitted.numbers
+    assert f"{numbers['auc']:.3f}" in card["judge_linear.md"]
+    assert (numbers["file"], numbers["rows"], numbers["prompts"]) == ("rows.jsonl", 400, 200)
+    assert sum(row["answers"] for row in numbers["reliability"]) == 400
+    assert not any(row["response"] in text for row in rows(noise=0.1) for text in card.values())
+
+
+def test_other_rows_make_another_version_and_labels_may_be_called_harmful(tmp_path: Path) -> None:
+    made = rows(noise=0.0)
+    first = judge(tmp_path, made).version
+    assert judge(tmp_path, made).version == first
+    assert judge(tmp_path, made[1:]).version != first
+    turned = [{k: v for k, v in row.items() if k != "is_safe"} | {"harmful": int(not row["is_safe"])} for row in made]
+    columns = {"prompt": "prompt", "response": "response", "harmful": "harmful"}
+    assert judge(tmp_path, turned, columns=columns).version == first
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"is_safe": "maybe"}, r"rows\.jsonl, line 1: is_safe 'maybe' is not a label; allowed: true or false"),
+        ({"is_safe": None}, r"rows\.jsonl, line 1: column 'is_safe' is null"),
+    ],
+)
+def test_wrong_labels_are_named_with_their_line(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+    made = rows(noise=0.0)
+    with pytest.raises(UserError, match=sentence):
+        judge(tmp_path, [made[0] | change, *made[1:]])
+
+
+def test_one_class_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 0 prompts with harmful answers; 20 are needed"):
+        judge(tmp_path, [row | {"is_safe": True} for row in rows(noise=0.0)])
+
+
+@pytest.mark.timeout(120)
+def test_held_out_answers_of_a_published_set(tmp_path: Path) -> None:
+    """Fitted on all prompts but a fifth, and asked about those: what a user does who holds rows back."""
+    if not SHARED.exists():
+        pytest.skip(f"{SHARED} is not here")
+    made = [json.loads(line) for line in SHARED.read_text(encoding="utf-8").splitlines()]
+    numbers = judge(tmp_path, made).numbers
+    assert numbers["auc"] >= 0.79
+    assert numbers["calibration_error"] < 0.05
+    held_out = folds([row["prompt"] for row in made]) == 0
+    fitted = judge(tmp_path, [row for row, held in zip(made, held_out, strict=True) if not held])
+    held = [row for row, held in zip(made, held_out, strict=True) if held]
+    scores = [v.score for v in fitted.verdicts([Pair(row["prompt"], row["response"]) for row in held])]
+    assert roc_auc_score([not row["is_safe"] for row in held], scores) > 0.76  # a fifth has an interval of 0.05

@@ -1,0 +1,186 @@
+"""Judges behind an endpoint, against a server on this machine that answers as such endpoints do."""
+
+import http.server
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from omegaconf import OmegaConf
+
+from lisa_lightning.errors import UserError
+from lisa_lightning.judges.judge import Pair, Verdict
+from lisa_lightning.judges.openai import OpenAIJudge
+from lisa_lightning.judges.win_rate import WinRateJudge
+
+KEY = "sk-test-0123456789"
+CONF = Path(__file__).parents[1] / "conf" / "judge"
+PAIRS = [Pair(f"request {i} {{response}}", f"answer {'x' * i}", "answer xxx") for i in range(8)]
+Reply = Callable[[str], tuple[int, str]]
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Chat completions; `reply` turns a question into status and content."""
+
+    protocol_version = "HTTP/1.1"
+    reply: ClassVar[Reply]
+    asked: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body["authorization"], body["path"] = self.headers["Authorization"], self.path
+        Server.asked.append(body)
+        status, content = type(self).reply(body["messages"][0]["content"])
+        answer: dict[str, Any] = {"error": {"message": content}}
+        if status == 200:
+            message = {"role": "assistant", "content": content}
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+            answer = {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "m",
+                "choices": [choice],
+                "usage": usage,
+            }
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        for name, value in (
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(data))),
+            ("Retry-After", "0"),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    Server.asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/v1"
+        running.shutdown()
+
+
+def settings(name: str, url: str, **more: Any) -> dict[str, Any]:
+    shipped = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")[name])
+    assert isinstance(shipped, dict)
+    del shipped["_target_"]
+    prices = {"usd_per_million_input": 1.0, "usd_per_million_output": 10.0}
+    return shipped | {"model": "m", "base_url": url, "retries": 2} | prices | more
+
+
+def judged(url: str, reply: Reply, pairs: list[Pair] = PAIRS, **more: Any) -> list[Verdict]:
+    Server.reply = staticmethod(reply)
+    return list(OpenAIJudge(**settings("openai", url, **more)).verdicts(pairs))
+
+
+def test_the_rubric_goes_out_filled_and_the_score_comes_back(url: str) -> None:
+    verdicts = judged(url, lambda _: (200, "It helps.\nScore: 4"), PAIRS[:2], concurrency=1)
+    assert [(v.flagged, v.score, v.refused) for v in verdicts] == [(True, 0.75, None)] * 2
+    assert judged(url, lambda _: (200, "score: 3/5"), PAIRS[:1])[0] == Verdict(False, 0.5)
+    assert judged(url, lambda _: (200, "Score: 2"), PAIRS[:1], flag_from=2)[0] == Verdict(True, 0.25)
+    first = Server.asked[0]
+    rubric = settings("openai", url)["rubric"]
+    assert first["messages"] == [
+        {"role": "user", "content": rubric.replace("{response}", "answer ").replace("{prompt}", "request 0 {response}")}
+    ]
+    assert (first["model"], first["temperature"], first["path"]) == ("m", 0, "/v1/chat/completions")
+    assert first["authorization"] == f"Bearer {KEY}"
+
+
+def test_order_is_kept_however_late_a_reply_comes(url: str) -> None:
+    def reply(text: str) -> tuple[int, str]:
+        number = int(text.partition("<request>\nrequest ")[2][0])
+        time.sleep(0.03 * (number % 3 == 0))
+        return 200, f"Score: {1 + number % 5}"
+
+    verdicts = judged(url, reply, concurrency=4)
+    assert [v.score for v in verdicts] == [(i % 5) / 4 for i in range(8)]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_passes_is_tried_again(url: str, status: int) -> None:
+    replies = iter([(status, "later"), (status, "later"), (200, "Score: 1")])
+    assert judged(url, lambda _: next(replies), PAIRS[:1]) == [Verdict(False, 0.0)]
+    assert len(Server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "sentence"),
+    [(401, "doesn't accept the key in OPENAI_API_KEY"), (404, "knows no model m"), (400, "refuses the request")],
+)
+def test_what_does_not_pass_ends_in_a_sentence_without_the_key(url: str, status: int, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as error:
+        judged(url, lambda _: (status, f"wrong key {KEY} given"), PAIRS[:1])
+    assert len(Server.asked) == 1
+    assert KEY not in str(error.value)
+    assert error.value.__cause__ is None
+
+
+def test_a_reply_that_says_nothing_is_asked_once_more_and_never_guessed(url: str) -> None:
+    replies = iter([(200, "Score: 5"), (200, "I can't judge this."), (200, "Score: 2"), (200, "hm"), (200, "hm")])
+    Server.reply = staticmethod(lambda _: next(replies))
+    verdicts = OpenAIJudge(**settings("openai", url, concurrency=1)).verdicts(PAIRS)
+    assert [next(verdicts).score for _ in range(2)] == [1.0, 0.25]
+    with pytest.raises(UserError, match=r"gave no verdict on answer 3, asked twice") as error:
+        next(verdicts)
+    assert PAIRS[2].response not in str(error.value)
+
+
+def test_the_cap_holds_and_says_how_to_go_on(url: str) -> None:
+    """A reply costs 100 * 1 + 10 * 10 millionths of a dollar: 0.0002. The next one is estimated from its length."""
+    rubric = "{prompt}{response}" + "x" * 270  # 100 tokens by estimate, and 16 of output: 0.00026
+    pairs = [Pair("p" * 15, "r" * 15)] * 4
+    Server.reply = staticmethod(lambda _: (200, "Score: 1"))
+    options = settings("openai", url, rubric=rubric, max_cost_usd=0.0006, concurrency=1)
+    verdicts = OpenAIJudge(**options).verdicts(pairs)
+    assert [next(verdicts).score for _ in range(2)] == [0.0, 0.0]  # 0.0002 + 0.0002 + 0.00026 > 0.0006
+    with pytest.raises(
+        UserError, match=r"max_cost_usd=0\.0006: .*spent so far: 0\.0004 USD; 2 answers .*a higher one goes on"
+    ):
+        next(verdicts)
+    assert len(Server.asked) == 2
+
+
+def test_no_key_no_judge_and_no_key_in_the_version(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = OpenAIJudge(**settings("openai", url))
+    monkeypatch.setenv("OPENAI_API_KEY", "another")
+    assert OpenAIJudge(**settings("openai", url)).version == judge.version
+    assert OpenAIJudge(**settings("openai", url, model="other")).version != judge.version
+    assert KEY not in repr(vars(judge)) + repr(vars(judge.endpoint))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    for make in (lambda: OpenAIJudge(**settings("openai", url)), lambda: WinRateJudge(**settings("win_rate", url))):
+        with pytest.raises(UserError, match="needs a key: set the environment variable OPENAI_API_KEY"):
+            make()
+
+
+def win_rate(url: str, reply: Reply, pairs: list[Pair]) -> float:
+    Server.reply = staticmethod(reply)
+    verdicts = list(WinRateJudge(**settings("win_rate", url)).verdicts(pairs))
+    assert all(v.score == float(v.flagged) for v in verdicts)
+    return sum(v.flagged for v in verdicts) / len(verdicts)
+
+
+def test_win_rate_follows_the_answers_and_not_their_places(url: str) -> None:
+    pairs = [Pair(f"do {i}", "long answer" if i % 4 else "-", "short") for i in range(60)]
+
+    def longer(text: str) -> tuple[int, str]:
+        a, b = (text.partition(f"<answer {x}>\n")[2].partition("\n</answer")[0] for x in "AB")
+        assert {a, b} in ({"long answer", "short"}, {"-", "short"})
+        return 200, f"Better: {'A' if len(a) > len(b) else 'B'}"
+
+    assert win_rate(url, longer, pairs) == 0.75
+    assert 0.3 < win_rate(url, lambda _: (200, "Better: A"), pairs) < 0.7
