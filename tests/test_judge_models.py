@@ -158,7 +158,7 @@ def test_a_softmax_classifier_of_another_architecture(tmp_path: Path, tiny: Path
             id2label=names,
             label2id={v: k for k, v in names.items()},
             problem_type="single_label_classification",
-        )  # fmt: skip
+        )
     ).eval()
     model.save_pretrained(tmp_path)
     load_tokenizer(tiny).save_pretrained(tmp_path)

@@ -74,7 +74,7 @@ def test_judges_stand_side_by_side_in_the_order_of_the_answers(tmp_path: Path) -
     assert [(j.judge, j.response) for j in both] == [
         (judge, a.response) for judge in ("refusal", "loud") for a in asked
     ]
-    assert [j.flagged for j in both] == [False, True, False] + [False, True, False]
+    assert [j.flagged for j in both] == [False, True, False] * 2
     lines = [json.loads(line) for line in (tmp_path / "judged.jsonl").read_text().splitlines()]
     assert {"judge", "flagged", "score", "prompt", "response"} <= set(lines[0])
     assert read_judged(tmp_path / "judged.jsonl") == both

@@ -16,7 +16,7 @@ from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.source import Row
-from lisa_lightning.data.templates import Template, encode_prompt
+from lisa_lightning.data.templates import Template, alpaca, encode_prompt
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.generate import Stop, generate
 from lisa_lightning.loss import choose_packing
@@ -163,15 +163,15 @@ def test_templates_by_name(tiny: Path, template: Template) -> None:
             encode_prompt(tokenizer, template, "do", "this")
         tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     text = tokenizer.decode(encode_prompt(tokenizer, template, "do", "this"))
-    assert (
-        text
-        == {
-            "alpaca": "Below is an instruction that describes a task, paired with an input that provides further context. "
-            "Write a response that appropriately completes the request.\n\n### Instruction:\ndo\n\n### Input:\nthis\n\n"
-            "### Response:",
-            "alpaca_newline": "Below is an instruction that describes a task, paired with an input that provides further "
-            "context. Write a response that appropriately completes the request.\n\n### Instruction:\ndo\n\n### Input:\n"
-            "this\n\n### Response:\n",
-            "chat": "<user>do\n\nthis<assistant>",
-        }[template]
+    whole = alpaca("do", "this")
+    assert text == {"alpaca": whole, "alpaca_newline": whole + "\n", "chat": "<user>do\n\nthis<assistant>"}[template]
+
+
+def test_the_alpaca_prompt_to_the_letter() -> None:
+    opening = "Below is an instruction that describes a task"
+    request = "Write a response that appropriately completes the request."
+    context = ", paired with an input that provides further context. "
+    assert alpaca("do", "this") == (
+        f"{opening}{context}{request}\n\n### Instruction:\ndo\n\n### Input:\nthis\n\n### Response:"
     )
+    assert alpaca("do") == f"{opening}. {request}\n\n### Instruction:\ndo\n\n### Response:"

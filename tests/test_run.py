@@ -161,19 +161,21 @@ def metrics_of_refusals() -> list[str]:
     return [f"{n}{end}" for n in ("refusal_rate", "over_refusal") for end in ("", "_low", "_high", "_answers")]
 
 
-def test_a_file_of_ones_own_is_judged(run: Run) -> None:
-    work = run("again", *CYCLE, "resume=true").parent
-    lines = [{"prompt": "How?", "response": "I can't help with that."}, {"prompt": "What?", "response": "Like this: a."}]
+def test_a_file_of_ones_own_is_judged(run: Run, out: Path) -> None:
+    work = out.parent
+    said = {"How?": "I can't help with that.", "What?": "Like this: a."}
+    lines = [{"prompt": prompt, "response": response} for prompt, response in said.items()]
     (work / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out = run("own", "stages=[judge]", "judge=refusal", "responses=own.jsonl")
-    judged = [json.loads(line) for line in (out / "judged.jsonl").read_text().splitlines()]
+    own = run("own", "stages=[judge]", "judge=refusal", "responses=own.jsonl")
+    judged = [json.loads(line) for line in (own / "judged.jsonl").read_text().splitlines()]
     assert [(j["judge"], j["flagged"], j["prompt"], j["response"]) for j in judged] == [
-        ("refusal", flagged, line["prompt"], line["response"]) for line, flagged in zip(lines, (False, True), strict=True)
+        ("refusal", False, "How?", said["How?"]),
+        ("refusal", True, "What?", said["What?"]),
     ]
     assert all(0 <= j["score"] <= 1 for j in judged)
-    metrics = json.loads((out / "metrics.json").read_text())
+    metrics = json.loads((own / "metrics.json").read_text())
     assert (metrics["responses/refusal_rate"], metrics["responses/refusal_rate_answers"]) == (50.0, 2)
-    assert not (out / "adapter").exists()
+    assert not (own / "adapter").exists()
 
 
 def test_the_embedded_model_runs_end_to_end(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""The papers' rules of what is correct, on answers whose verdict the official scripts give or the paper's protocol says."""
+"""The papers' rules of what is correct, and the lenient ones beside them."""
 
 from typing import Any
 

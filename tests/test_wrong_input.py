@@ -117,7 +117,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["method=sft", "method.rho=1"], "method.rho is not a key of the config"),
         (["optim.lr"], "optim.lr"),
         (["harmful_ratio=2"], "harmful_ratio=2 is not allowed"),
-        (["experiment=smoke", "data.n=100000"], "data.n=100000 with harmful_ratio=0.1 and data.safe_rows=0 needs 10000 harmful rows"),
+        (["experiment=smoke", "data.n=100000"], "data.safe_rows=0 needs 10000 harmful rows"),
         (["experiment=smoke", "source.train.path=none.jsonl"], "none.jsonl: can't be read (No such file"),
         (["experiment=smoke", "hydra.run.dir=/dev/null/out"], "/dev/null/out can't be written: Not a directory"),
         (["experiment=smoke", "model=smollm2_135m", "model.id=no/such"], "Ways out"),

@@ -35,7 +35,7 @@ def read_hub(
     dataset = _load(id, config, split, revision, files, name)
     if rows is not None and len(dataset) != rows:
         raise UserError(
-            f"{name}: it has {len(dataset)} rows where the papers' set has {rows}; rows=null of this set goes on with it"
+            f"{name}: it has {len(dataset)} rows where the papers' set has {rows}; rows=null of this set lets it pass"
         )
     found = []
     for number, raw in enumerate(dataset, 1):

@@ -66,7 +66,7 @@ def page(out: Path, metrics: dict[str, Any], curves: Any, answers: Any, choices:
         out: the run's folder.
         metrics: what metrics.json holds; stages that did not run have no entries.
         curves: the rows of curves.csv, as text.
-        answers: the lines of responses.jsonl, each with its verdict in a word. They are the model's words: untrusted text.
+        answers: the lines of responses.jsonl, each with its verdict. They are the model's words: untrusted text.
         choices: the chosen option of every config group.
         config: the resolved config as YAML.
 

@@ -7,7 +7,10 @@ from typing import Any, ClassVar, Final, final
 from lisa_lightning.data.source import Row
 from lisa_lightning.errors import UserError
 
-INSTRUCTION: Final = "Categorize the news article given in the input into one of the 4 categories:\n\nWorld\nSports\nBusiness\nSci/Tech\n"
+INSTRUCTION: Final = (
+    "Categorize the news article given in the input into one of the 4 categories:"
+    "\n\nWorld\nSports\nBusiness\nSci/Tech\n"
+)
 LABELS: Final = ("World", "Sports", "Business", "Sci/Tech")
 """In the order of the hub's labels 0 to 3."""
 ALSO: Final = {"Sci/Tech": "sci"}
