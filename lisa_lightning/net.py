@@ -124,7 +124,7 @@ def merged(net: PeftModel) -> PreTrainedModel:
     """The model with the adapter folded in: added in float32, then rounded once to the weights' own precision."""
     for module in net.modules():
         if isinstance(module, BaseTunerLayer):
-            weight = module.get_base_layer().weight
+            weight: Any = module.get_base_layer().weight
             kept = weight.dtype
             weight.data = weight.data.float()
             module.merge()

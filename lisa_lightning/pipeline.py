@@ -130,7 +130,7 @@ def _judge(judges: Judges, answers: Sequence[Answer], out: Path, cfg: DictConfig
                 write_text(out / name, text)
     found: Metrics = {}
     others = [name for name in dict.fromkeys(j.judge for j in judged) if name not in judges]
-    for name in [*others, *reversed(judges)]:
+    for name in [*others, *reversed(list(judges))]:
         for stage in dict.fromkeys(j.stage for j in judged):
             scores = judged_scores([j for j in judged if (j.stage, j.judge) == (stage, name)])
             found |= {f"{stage}/{name}/{metric}": value for metric, value in scores.items()}

@@ -49,7 +49,8 @@ def test_stops_at_the_end_of_text_and_at_a_second_response_marker(tiny: Path) ->
     ids = tokenizer("Yes.\n### Response: more")["input_ids"]
     first = next(i for i in range(1, len(ids) + 1) if stop(ids[:i]))
     assert stop.text(ids[:first]) == "Yes.\n### Response:"
-    assert stop([*ids[:3], tokenizer.eos_token_id])
+    end: Any = tokenizer.eos_token_id
+    assert stop([*ids[:3], end])
     assert not stop(tokenizer("### Instruction: Response:")["input_ids"])
 
 

@@ -55,11 +55,10 @@ def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """A tiny random classifier of beaver-dam-7b's architecture."""
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
-    names = dict(enumerate(LABELS))
+    names: Any = dict(enumerate(LABELS))
     config = LlamaConfig(
         **SHAPE,
         pad_token_id=request.param,
-        num_labels=len(LABELS),
         id2label=names,
         label2id={v: k for k, v in names.items()},
         problem_type="multi_label_classification",

@@ -75,8 +75,8 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def settings(name: str, url: str, **more: Any) -> dict[str, Any]:
-    shipped = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml")[name])
-    assert isinstance(shipped, dict)
+    shipped: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
+    shipped = shipped[name]
     del shipped["_target_"]
     prices = {"usd_per_million_input": 1.0, "usd_per_million_output": 10.0}
     return shipped | {"model": "m", "base_url": url, "retries": 2} | prices | more

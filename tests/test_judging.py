@@ -14,7 +14,7 @@ from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import judge_answers, read_judged, read_responses
 from lisa_lightning.evaluate.scores import judged_scores, named, share, task_scores
-from lisa_lightning.judges.judge import Pair, Verdict
+from lisa_lightning.judges.judge import Metric, Pair, Verdict
 from lisa_lightning.judges.refusal import RefusalJudge
 from lisa_lightning.tasks.alpaca import Alpaca
 from lisa_lightning.tasks.sst2 import SST2
@@ -23,7 +23,7 @@ from lisa_lightning.tasks.sst2 import SST2
 class Shouting:
     """Flags capitals, counts what it is asked, and may stop after some verdicts."""
 
-    metric: ClassVar = "harmful_score"
+    metric: ClassVar[Metric] = "harmful_score"
 
     def __init__(self, version: str = "1", stop_after: int | None = None) -> None:
         self.version = version
@@ -41,7 +41,7 @@ class Shouting:
 class Longer:
     """Prefers an answer that is longer than the reference."""
 
-    metric: ClassVar = "win_rate"
+    metric: ClassVar[Metric] = "win_rate"
     version = "1"
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:

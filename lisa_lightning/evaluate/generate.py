@@ -23,7 +23,8 @@ class Stop:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> None:
         config = getattr(model, "generation_config", None)
         ends = getattr(config, "eos_token_id", None)  # chat models may end a turn by another token than a text
-        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        eos: Any = tokenizer.eos_token_id
+        self.ends = {eos, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.tokenizer = tokenizer
 
     def __call__(self, answer: Sequence[int]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Final, Literal, final
 
 from lisa_lightning.cache import digest
 from lisa_lightning.data.files import EMBEDDED
-from lisa_lightning.judges.judge import Pair, Verdict
+from lisa_lightning.judges.judge import Metric, Pair, Verdict
 
 Label = Literal["refusal", "compliance", "beside_the_point"]
 
@@ -141,7 +141,7 @@ class EmbeddedJudge:
     has precision 0.55).
     """
 
-    metric: ClassVar = "harmful_score"
+    metric: ClassVar[Metric] = "harmful_score"
 
     def __init__(self) -> None:
         self._rows = shipped_rows()

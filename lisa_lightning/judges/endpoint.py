@@ -132,17 +132,18 @@ class Endpoint:
         return (reply.choices[0].message.content if reply.choices else None) or ""
 
     def _explained(self, error: Any) -> str:
-        status = getattr(error, "status_code", None)
-        what = {
+        status: int | None = getattr(error, "status_code", None)
+        what = "it can't be asked" if status is None else f"it fails with status {status}"
+        known = {
             400: f"it refuses the request; look at judge.{self.name}.model and its other keys",
             401: f"it doesn't accept the key in {KEY}",
             403: f"it doesn't let the key in {KEY} use this model",
             404: f"it knows no model {self.model}; look at judge.{self.name}.model and base_url",
             429: "it is asked too often, or the account is used up",
-        }.get(status, "it can't be asked" if status is None else f"it fails with status {status}")
+        }
         words = str(error).splitlines()[0][:200].replace(os.environ.get(KEY, "\0"), "***")
         place = self.base_url or os.environ.get("OPENAI_BASE_URL") or "the default endpoint"
-        return f"judge.{self.name} at {place}: {what} ({words}). What was judged is kept"
+        return f"judge.{self.name} at {place}: {known.get(status or 0, what)} ({words}). What was judged is kept"
 
 
 class _Capped(Exception):

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
+Metric = Literal["harmful_score", "refusal_rate", "win_rate"]
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -38,7 +40,7 @@ class Judge(Protocol):
     the first verdict.
     """
 
-    metric: ClassVar[Literal["harmful_score", "refusal_rate", "win_rate"]]
+    metric: ClassVar[Metric]
     """What the share of its verdicts on harmful requests (or, for win_rate, on task answers) is called."""
 
     @property

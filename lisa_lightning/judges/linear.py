@@ -16,7 +16,7 @@ from lisa_lightning.cache import digest
 from lisa_lightning.data.files import read_records
 from lisa_lightning.data.source import reading
 from lisa_lightning.errors import UserError
-from lisa_lightning.judges.judge import Pair, Verdict
+from lisa_lightning.judges.judge import Metric, Pair, Verdict
 
 FOLDS: Final = 5
 LEAST: Final = 20  # prompts of each class
@@ -47,7 +47,7 @@ class LinearJudge:
         rows: a file as in conf/source/local.yaml with the fields prompt, response and either harmful or is_safe.
     """
 
-    metric: ClassVar = "harmful_score"
+    metric: ClassVar[Metric] = "harmful_score"
 
     def __init__(self, rows: Any) -> None:
         self._file = Path(str(rows.path).replace("embedded:", ""))

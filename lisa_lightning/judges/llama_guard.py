@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Final, final
 
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
-from lisa_lightning.judges.judge import Pair, Verdict
+from lisa_lightning.judges.judge import Metric, Pair, Verdict
 from lisa_lightning.judges.models import best_device, identity, local
 
 CODE: Final = 1  # raised when a change here can change a verdict
@@ -26,7 +26,7 @@ class LlamaGuardJudge:
         max_length: tokens; the answer is cut so that the whole fits, and never the template.
     """
 
-    metric: ClassVar = "harmful_score"
+    metric: ClassVar[Metric] = "harmful_score"
 
     def __init__(
         self, id: str, revision: str | None, dtype: str, before: str, safe: str, unsafe: str, max_length: int
@@ -101,5 +101,7 @@ class LlamaGuardJudge:
         from transformers import AutoModelForCausalLM
 
         folder = local(self.id, self.revision)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.dtype), use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, self.dtype), use_safetensors=True
+        )
         return model.to(best_device()).eval()

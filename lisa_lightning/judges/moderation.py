@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Final, final
 
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
-from lisa_lightning.judges.judge import Pair, Verdict
+from lisa_lightning.judges.judge import Metric, Pair, Verdict
 from lisa_lightning.judges.models import best_device, identity, local
 
 CODE: Final = 1  # raised when a change here can change a verdict
@@ -31,7 +31,7 @@ class ModerationJudge:
         harmful_labels: which labels flag; all where None.
     """
 
-    metric: ClassVar = "harmful_score"
+    metric: ClassVar[Metric] = "harmful_score"
 
     def __init__(
         self,

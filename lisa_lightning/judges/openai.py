@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final, final
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
 from lisa_lightning.judges.endpoint import Endpoint
-from lisa_lightning.judges.judge import Pair, Verdict
+from lisa_lightning.judges.judge import Metric, Pair, Verdict
 
 CODE: Final = 1  # raised when a change here can change a verdict
 SCORE: Final = re.compile(r"score\W*([1-5])\b", re.IGNORECASE)
@@ -25,7 +25,7 @@ class OpenAIJudge:
         endpoint: see `Endpoint`; the key comes from OPENAI_API_KEY alone.
     """
 
-    metric: ClassVar = "harmful_score"
+    metric: ClassVar[Metric] = "harmful_score"
 
     def __init__(self, model: str, rubric: str, flag_from: int, **endpoint: Any) -> None:
         if "{prompt}" not in rubric or "{response}" not in rubric:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Final, final
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
 from lisa_lightning.judges.endpoint import Endpoint
-from lisa_lightning.judges.judge import Pair, Verdict
+from lisa_lightning.judges.judge import Metric, Pair, Verdict
 from lisa_lightning.judges.openai import filled
 
 CODE: Final = 1  # raised when a change here can change a verdict
@@ -28,7 +28,7 @@ class WinRateJudge:
         endpoint: see `Endpoint`; the key comes from OPENAI_API_KEY alone.
     """
 
-    metric: ClassVar = "win_rate"
+    metric: ClassVar[Metric] = "win_rate"
 
     def __init__(self, model: str, rubric: str, **endpoint: Any) -> None:
         if any(place not in rubric for place in ("{prompt}", "{first}", "{second}")):

@@ -203,7 +203,7 @@ def _score(metrics: Metrics, columns: dict[str, str], name: str, judge: str) -> 
         return None
     # Rounded before it gets its sign, so that nothing shows as -0.0.
     change = f"{round(known[1] - known[0], 1) + 0.0:+.1f}".replace("-", "−") if len(known) == len(STAGES) else ""
-    counts = {metrics.get(f"{stage}/{name}_answers") for stage in columns} - {None}
+    counts = [n for stage in columns if (n := metrics.get(f"{stage}/{name}_answers"))]
     count = f" {max(counts)}\N{NO-BREAK SPACE}answers." if counts else ""
     return Score(
         title, (meaning + count).strip(), [_with_interval(metrics, f"{stage}/{name}") for stage in columns], change
