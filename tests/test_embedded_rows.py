@@ -5,6 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
+from operator import add, mul, sub, truediv
 from typing import Any
 
 import pytest
@@ -14,6 +15,12 @@ from lisa_lightning.data.files import EMBEDDED
 FIELDS = {
     "sst2_mini_train": ("sentence", "label"),
     "sst2_mini_test": ("sentence", "label"),
+    "agnews_mini_train": ("text", "label"),
+    "agnews_mini_test": ("text", "label"),
+    "gsm8k_mini_train": ("question", "answer"),
+    "gsm8k_mini_test": ("question", "answer"),
+    "alpaca_mini_train": ("instruction", "input", "output"),
+    "alpaca_mini_test": ("instruction", "input", "output"),
     "alignment": ("prompt", "response", "kind", "category"),
     "harmful": ("prompt", "response", "category"),
     "harmful_prompts": ("prompt", "category"),
@@ -23,6 +30,12 @@ FIELDS = {
 AT_LEAST = {
     "sst2_mini_train": 1500,
     "sst2_mini_test": 300,
+    "agnews_mini_train": 1000,
+    "agnews_mini_test": 300,
+    "gsm8k_mini_train": 1000,
+    "gsm8k_mini_test": 300,
+    "alpaca_mini_train": 1000,
+    "alpaca_mini_test": 150,
     "alignment": 800,
     "harmful": 400,
     "harmful_prompts": 150,
@@ -49,6 +62,8 @@ BEAVERTAILS = {
 UNIQUE = [
     ("sst2_mini_train", "sentence"),
     ("sst2_mini_test", "sentence"),
+    ("agnews_mini_train", "text"),
+    ("agnews_mini_test", "text"),
     ("alignment", "prompt"),
     ("alignment", "response"),
     ("harmful", "prompt"),
@@ -60,6 +75,7 @@ UNIQUE = [
 # (file, file, field): no text of the first may be a near-duplicate of one in the second.
 DISJOINT = [
     ("sst2_mini_test", "sst2_mini_train", "sentence"),
+    ("agnews_mini_test", "agnews_mini_train", "text"),
     ("harmful_prompts", "alignment", "prompt"),
     ("harmful_prompts", "harmful", "prompt"),
     ("harmless_prompts", "alignment", "prompt"),
@@ -133,13 +149,13 @@ def test_each_line_is_one_object_with_the_expected_filled_fields(name: str) -> N
         assert isinstance(row, dict), where
         assert tuple(row) == FIELDS[name], where
         for field, value in row.items():
-            if name.startswith("sst2_mini") and field == "label":
+            if field == "label" and name != "judge":
                 assert type(value) is int, where
                 continue
             assert isinstance(value, str), where
             around = len(value) - len(value.strip())
             assert around == 0, f"{where}: {field} has space around it"
-            assert value or (name, field) == ("judge", "response"), f"{where}: {field} is empty"
+            assert value or field == "input" or (name, field) == ("judge", "response"), f"{where}: {field} is empty"
 
 
 @pytest.mark.parametrize("name", AT_LEAST)
@@ -152,6 +168,32 @@ def test_sentiment_labels_are_balanced(name: str) -> None:
     share = shares(name, "label")
     assert set(share) == {0, 1}
     assert abs(share[0] - share[1]) <= 0.02
+
+
+@pytest.mark.parametrize("name", ["agnews_mini_train", "agnews_mini_test"])
+def test_sections_are_balanced(name: str) -> None:
+    assert shares(name, "label") == dict.fromkeys(range(4), 0.25)
+
+
+@pytest.mark.parametrize("task", ["gsm8k_mini", "alpaca_mini"])
+def test_no_question_of_a_composed_set_is_asked_twice(task: str) -> None:
+    asked = [tuple(row.values())[:-1] for part in ("train", "test") for row in rows(f"{task}_{part}")]
+    assert len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("name", ["gsm8k_mini_train", "gsm8k_mini_test"])
+def test_the_arithmetic_is_right(name: str) -> None:
+    calculate = {"+": add, "-": sub, "*": mul, "/": truediv}
+    for number, row in enumerate(rows(name)):
+        steps = re.findall(r"<<([^=]+)=(\d+)>>(\d+)", row["answer"])
+        for calculation, inside, shown in steps:
+            value, *rest = re.split(r"([-+*/])", calculation)
+            total = float(value)
+            for sign, operand in zip(rest[::2], rest[1::2], strict=True):
+                total = calculate[sign](total, float(operand))
+            assert total == float(inside) == float(shown), place(name, number)
+        assert len(steps) >= 2, place(name, number)
+        assert row["answer"].endswith(f"\n#### {steps[-1][1]}"), place(name, number)
 
 
 def test_alignment_holds_refusals_and_helpful_answers() -> None:
