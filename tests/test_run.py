@@ -11,10 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import DictConfig
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lisa_lightning.base_model import base_model
+from lisa_lightning.cache import OneRank
+from lisa_lightning.data.files import EMBEDDED
+from lisa_lightning.data.templates import encode_prompt
+from lisa_lightning.evaluate.generate import Stop, generate
+from lisa_lightning.net import load, load_tokenizer
 from lisa_lightning.tracking import read_rows
 
 pytestmark = pytest.mark.slow
@@ -185,15 +192,44 @@ def test_a_file_of_ones_own_is_judged(run: Run, out: Path) -> None:
     assert not (own / "adapter").exists()
 
 
-def test_the_embedded_model_runs_end_to_end(run: Run) -> None:
-    """The real model, converted out of its wheel: a few steps, a few answers, and a loss that falls from the first."""
+@pytest.fixture(scope="module")
+def real(run: Run) -> Path:
+    """The real model, converted out of its wheel: a few steps, a few answers."""
     small = ["source.test.take=4", "source.harmful_prompts.take=4", "source.harmless_prompts.take=2"]
     steps = ["align.optim.steps=2", "optim.steps=6", "optim.batch_size=2", "align.optim.batch_size=2", "data.n=40"]
     short = ["evaluate.every=0", "evaluate.max_new_tokens=4", "method.alignment_steps=1", "method.user_steps=2"]
-    out = run("real", *small, *steps, *short, cache="real-cache", experiment="sst2_lisa")
-    metrics = json.loads((out / "metrics.json").read_text())
+    return run("real", *small, *steps, *short, cache="real-cache", experiment="sst2_lisa")
+
+
+def test_the_embedded_model_runs_end_to_end(real: Path) -> None:
+    """With a loss that falls from the first step."""
+    metrics = json.loads((real / "metrics.json").read_text())
     assert 0 <= metrics["final/accuracy"] <= 100
-    user = [float(r["user/loss"]) for r in read_rows(out / "curves.csv") if r.get("user/loss")]
+    user = [float(r["user/loss"]) for r in read_rows(real / "curves.csv") if r.get("user/loss")]
     assert user[-1] < user[0] - 1
-    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((real / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], sorted(config["target_modules"])) == (8, ["q_proj", "v_proj"])
+
+
+def test_answers_of_the_embedded_model_are_those_of_one_prompt_at_a_time(
+    real: Path, config: Callable[..., DictConfig]
+) -> None:
+    """On at least 99 % of tokens; they part only where two tokens are all but equally likely."""
+    folder, _ = base_model(OneRank(), config("model=smollm2_135m").model, real.parent / "real-cache")
+    model, tokenizer = load(folder, "float32").eval(), load_tokenizer(folder)
+    asked = [json.loads(line)["prompt"] for line in (EMBEDDED / "harmless_prompts.jsonl").read_text().splitlines()[:12]]
+    prompts = [encode_prompt(tokenizer, "alpaca", prompt) for prompt in asked]
+    library: Any = model  # its stubs know no batch of ids
+    same = total = 0
+    for prompt, answer in zip(prompts, generate(model, prompts, 24, Stop(tokenizer, model)), strict=True):
+        ids = torch.tensor([prompt])
+        alone = library.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)[0]
+        alone = alone[len(prompt) :].tolist()[: len(answer)]
+        equal = [x == y for x, y in zip(alone, answer, strict=True)]
+        same, total = same + sum(equal), total + len(equal)
+        if not all(equal):
+            with torch.no_grad():
+                first, second = library(torch.tensor([prompt + answer[: equal.index(False)]])).logits[0, -1].topk(2)[0]
+            assert first - second < 1e-3
+    assert total > 150
+    assert same >= 0.99 * total
