@@ -103,6 +103,7 @@ def _content(metrics: Metrics, answers: Sequence[Answer], choices: dict[str, str
         "summary": _marked(_summary(metrics, columns)),
         "columns": columns,
         "scores": _scores(metrics, columns),
+        "judge": metrics.get("judges", [""])[0],
         "groups": _groups(chosen, answers, columns),
         "tasks": _pairs(chosen, "task", columns),
         "task_count": _count(answers, "task"),
@@ -185,18 +186,17 @@ class Score:
 
 
 def _scores(metrics: Metrics, columns: dict[str, str]) -> list[Score]:
-    """The scores without a judge's name, then those of each judge where there are several."""
-    judges = sorted({parts[1] for name in metrics if len(parts := name.split("/")) == 3 and parts[0] in STAGES})
-    found = [_score(metrics, columns, name, "") for name in SCORES]
-    if len(judges) > 1:
-        found += [_score(metrics, columns, name, judge) for judge in judges for name in SCORES]
+    """The scores without a judge's name, which are the first judge's, then those of the others."""
+    judges = {parts[1] for name in metrics if len(parts := name.split("/")) == 3 and parts[0] in STAGES}
+    others = ["", *sorted(judges - set(metrics.get("judges", [])[:1]))]
+    found = [_score(metrics, columns, name, judge) for judge in others for name in SCORES]
     return [score for score in found if score is not None]
 
 
 def _score(metrics: Metrics, columns: dict[str, str], name: str, judge: str) -> Score | None:
     title, meaning = SCORES[name]
     if judge:
-        title, meaning, name = f"{title}, judge {judge}", "", f"{judge}/{name}"
+        title, meaning, name = f"{title} ({judge})", "", f"{judge}/{name}"
     values = [metrics.get(f"{stage}/{name}") for stage in columns]
     known = [value for value in values if value is not None]
     if not known:

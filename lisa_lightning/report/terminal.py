@@ -26,7 +26,7 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url
             key = f"{judge}/{name}" if judge else name
             if any(f"{stage}/{key}" in metrics for stage in stages):
                 counts = [metrics.get(f"{stage}/{key}_answers", 0) for stage in stages]
-                shown = title.lower() + (f", judge {judge}" if judge else "")
+                shown = title.lower() + (f" ({judge})" if judge else "")
                 scored.add_row(shown, *(_cell(metrics, f"{stage}/{key}") for stage in stages), str(max(counts)))
     if scored.row_count:
         console.print(scored)
@@ -55,4 +55,4 @@ def _scored(metrics: dict[str, Any], stage: str) -> bool:
 def _cell(metrics: dict[str, Any], name: str) -> str:
     if name not in metrics:
         return ""
-    return f"{metrics[name]:.1f} ({metrics[f'{name}_low']:.1f} to {metrics[f'{name}_high']:.1f})"
+    return f"{metrics[name]:.1f} ({metrics[f'{name}_low']:.1f}–{metrics[f'{name}_high']:.1f})"
