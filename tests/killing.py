@@ -65,7 +65,7 @@ def nth(n: int) -> Callable[..., bool]:
 
 def scenarios() -> dict[str, Patch]:
     """The moments; smoke runs in cycles of 2 alignment and 4 user steps, 5 steps of aligning before."""
-    from lisa_lightning import cache, pipeline, training
+    from lisa_lightning import cache, pipeline, stages, training
     from lisa_lightning.evaluate import evaluator, judging
     from lisa_lightning.methods.method import Method
     from lisa_lightning.module import LisaModule
@@ -86,7 +86,7 @@ def scenarios() -> dict[str, Patch]:
         "while a curve row is written": lambda: at_call(Curves, "append", nth(14)),
         "while evaluating the aligned model": lambda: at_call(evaluator, "generate", nth(2)),
         "while evaluating the final model": lambda: at_call(evaluator, "_append", nth(3), after=True),
-        "while the adapter is saved": lambda: at_call(pipeline, "save_adapter", nth(1), after=True),
+        "while the adapter is saved": lambda: at_call(stages, "save_adapter", nth(1), after=True),
         "before the finished stage gets its name": lambda: at_call(cache, "_complete", nth(4)),
         "while judging": lambda: at_call(judging, "_verdict_line", nth(5)),
         "while the report is written": lambda: at_call(pipeline, "_leave", nth(1)),

@@ -166,7 +166,8 @@ def test_a_run_is_judged_anew_without_being_run_anew(run: Run, out: Path) -> Non
     after = {f.name: f.read_bytes() for f in out.iterdir() if f.is_file()}
     for name in ("config.yaml", "responses.jsonl", "curves.csv", "choices.json"):
         assert after[name] == before[name], name
-    assert "Refusal rate (refusal)" in after["report.html"].decode()
+    shown = after["report.html"].decode()
+    assert all(shown.count(f"{name}<") == 1 for name in ("Harmful score (embedded)", "Refusal rate (refusal)"))
     judged = [json.loads(line) for line in (out / "judged.jsonl").read_text().splitlines()]
     assert {j["judge"] for j in judged} == {"refusal", "embedded"}
 

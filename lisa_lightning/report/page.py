@@ -103,7 +103,7 @@ def _content(metrics: Metrics, answers: Sequence[Answer], choices: dict[str, str
         "summary": _marked(_summary(metrics, columns)),
         "columns": columns,
         "scores": _scores(metrics, columns),
-        "judge": metrics.get("judges", [""])[0],
+        "judges": metrics.get("judges", []),
         "groups": _groups(chosen, answers, columns),
         "tasks": _pairs(chosen, "task", columns),
         "task_count": _count(answers, "task"),
@@ -185,18 +185,32 @@ class Score:
     change: str
 
 
+def score_keys(metrics: Metrics) -> list[tuple[str, str]]:
+    """The scores to show, each with the judge that gives it: nameless where one judge gives all there are.
+
+    Scores of the same kind stand beside each other, in the order of the judges.
+    """
+    parts = [name.split("/") for name in metrics]
+    found = [p[1] for p in parts if len(p) == 3 and p[2] in SCORES]
+    judges = list(dict.fromkeys([j for j in metrics.get("judges", []) if j in found] + found))
+    if len(judges) < 2:
+        return [(name, "") for name in SCORES]
+    judged = {name: [j for j in judges if [j, name] in (p[1:] for p in parts)] for name in SCORES}
+    return [(name, judge) for name in SCORES for judge in judged[name] or [""]]
+
+
 def _scores(metrics: Metrics, columns: dict[str, str]) -> list[Score]:
-    """The scores without a judge's name, which are the first judge's, then those of the others."""
-    judges = {parts[1] for name in metrics if len(parts := name.split("/")) == 3 and parts[0] in STAGES}
-    others = ["", *sorted(judges - set(metrics.get("judges", [])[:1]))]
-    found = [_score(metrics, columns, name, judge) for judge in others for name in SCORES]
+    keys = score_keys(metrics)
+    explained = dict(reversed(keys))  # what a score means is said once
+    found = [_score(metrics, columns, name, judge, explained[name] == judge) for name, judge in keys]
     return [score for score in found if score is not None]
 
 
-def _score(metrics: Metrics, columns: dict[str, str], name: str, judge: str) -> Score | None:
+def _score(metrics: Metrics, columns: dict[str, str], name: str, judge: str, explained: bool) -> Score | None:
     title, meaning = SCORES[name]
+    meaning = meaning if explained else ""
     if judge:
-        title, meaning, name = f"{title} ({judge})", "", f"{judge}/{name}"
+        title, name = f"{title} ({judge})", f"{judge}/{name}"
     values = [metrics.get(f"{stage}/{name}") for stage in columns]
     known = [value for value in values if value is not None]
     if not known:

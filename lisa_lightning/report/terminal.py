@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lisa_lightning.report.page import SCORES
+from lisa_lightning.report.page import SCORES, score_keys
 
 STAGES = {"aligned": "aligned model", "final": "after fine-tuning", "responses": "responses"}
 
@@ -16,18 +16,17 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url
     console = Console()
     stages = [s for s in dict.fromkeys(name.partition("/")[0] for name in metrics) if _scored(metrics, s)]
     judges = metrics.get("judges", [])
-    scored = Table(title="percent of answers, 95 % interval" + (f"; judge {judges[0]}" if judges else ""))
+    scored = Table(title="percent of answers, 95 % interval" + (f"; judge {judges[0]}" if len(judges) == 1 else ""))
     scored.add_column("")
     for stage in stages:
         scored.add_column(STAGES.get(stage, stage), justify="right")
     scored.add_column("answers", justify="right")
-    for judge in ("", *judges[1:]):
-        for name, (title, _) in SCORES.items():
-            key = f"{judge}/{name}" if judge else name
-            if any(f"{stage}/{key}" in metrics for stage in stages):
-                counts = [metrics.get(f"{stage}/{key}_answers", 0) for stage in stages]
-                shown = title.lower() + (f" ({judge})" if judge else "")
-                scored.add_row(shown, *(_cell(metrics, f"{stage}/{key}") for stage in stages), str(max(counts)))
+    for name, judge in score_keys(metrics):
+        key = f"{judge}/{name}" if judge else name
+        if any(f"{stage}/{key}" in metrics for stage in stages):
+            counts = [metrics.get(f"{stage}/{key}_answers", 0) for stage in stages]
+            shown = SCORES[name][0].lower() + (f" ({judge})" if judge else "")
+            scored.add_row(shown, *(_cell(metrics, f"{stage}/{key}") for stage in stages), str(max(counts)))
     if scored.row_count:
         console.print(scored)
     times = [
