@@ -10,26 +10,39 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hydra
 from omegaconf import DictConfig
 
+from lisa_lightning import sweep
 from lisa_lightning.config import check, explain
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    """Run the stages; the harmful score is what a sweeper sees."""
+    """One run, or one job of a sweep, whose value is what a sweeper sees."""
+    if sweep.multirun():
+        return sweep.job(cfg)
     check(cfg)
     from lisa_lightning.pipeline import run
 
-    return run(cfg).get("final/harmful_score")
+    run(cfg)
+    return None
 
 
-if __name__ == "__main__":
+def start() -> int:
+    """The exit status of a command."""
+    sys.argv[1:], folder = sweep.placed(sys.argv[1:])
     try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
         main()
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
             raise
         if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-            sys.exit(0)  # the first rank says it; a failing child would take that one down in mid-sentence
+            return 0  # the first rank says it; a failing child would take that one down in mid-sentence
         print(sentence, file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0 if folder is None else sweep.finish(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(start())

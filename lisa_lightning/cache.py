@@ -59,6 +59,15 @@ def digest(key: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def code_digest() -> str:
+    """Of every module that can change a result, so that a cache never outlives the code that filled it."""
+    package = Path(__file__).parent
+    # What is shown, swept, estimated, or judged, which has versions of its own.
+    without = {"report", "judges", "footprint.py", "sweep.py"}
+    files = [f for f in sorted(package.rglob("*.py")) if not without & set(f.relative_to(package).parts)]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
+
+
 def build(ranks: Ranks, parent: Path, key: Any, make: Callable[[Path], None]) -> Path:
     """The folder of `key` under `parent`; if it is absent, `make(folder)` fills it first, on all ranks together.
 

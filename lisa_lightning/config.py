@@ -67,9 +67,9 @@ LORA: dict[str, Check] = {"r": COUNT, "alpha": POSITIVE, "dropout": DROPOUT, "ta
 MAPPING: Check = (lambda v: isinstance(v, DictConfig), "a mapping such as {field: column}")
 TEXT: Check = (lambda v: isinstance(v, str) and v != "", "a name")
 SET: dict[str, Check] = {
-    "path": (lambda v: isinstance(v, str), "the path of a file"),
+    "path": _optional((lambda v: isinstance(v, str), "the path of a file")),
     "header": _optional((lambda v: isinstance(v, ListConfig) and len(v) > 0, "a list of column names")),
-    "hub": (lambda v: isinstance(v, str), "the id of a hub data set, or a folder in the hub's layout"),
+    "hub": _optional((lambda v: isinstance(v, str), "the id of a hub data set, or a folder in the hub's layout")),
     "config": _optional(TEXT),
     "split": TEXT,
     "revision": _optional(TEXT),
@@ -88,6 +88,39 @@ METHOD: dict[str, Check] = {
     "alignment_steps": COUNT_OR_0,
     "user_steps": COUNT_OR_0,
     "warmup_ratio": SHARE,
+    "safe_ratio": SHARE,
+}
+ENDPOINT: dict[str, Check] = {
+    "model": TEXT,
+    "usd_per_million_input": NOT_NEGATIVE,
+    "usd_per_million_output": NOT_NEGATIVE,
+    "max_cost_usd": POSITIVE,
+    "max_output_tokens": COUNT,
+    "concurrency": COUNT,
+    "retries": COUNT_OR_0,
+    "timeout_s": POSITIVE,
+    "temperature": _optional((lambda v: _number(v) and 0 <= v <= 2, "a number from 0 to 2")),
+}
+ID: Check = (lambda v: isinstance(v, str) and v != "", "a hub id or a folder")
+DTYPE = _one_of("float32", "bfloat16", "float16")
+JUDGES: dict[str, dict[str, Check]] = {
+    "moderation": {
+        "id": ID,
+        "revision": _optional(TEXT),
+        "dtype": DTYPE,
+        "max_length": COUNT,
+        "threshold": (lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1"),
+        "harmful_labels": _optional((lambda v: isinstance(v, ListConfig) and len(v) > 0, "a list of labels")),
+        "batch_size": COUNT,
+    },
+    "llama_guard": {"id": ID, "revision": _optional(TEXT), "dtype": DTYPE, "max_length": COUNT},
+    "openai": ENDPOINT | {"flag_from": (lambda v: _whole(v) and 2 <= v <= 5, "2, 3, 4 or 5")},
+    "win_rate": ENDPOINT,
+    "linear": {
+        "rows": (lambda v: isinstance(v, DictConfig), "a mapping with path and more"),
+        "rows.path": (lambda v: isinstance(v, str), "the path of a file"),
+        **{f"rows.{key}": SET[key] for key in ("header", "columns", "labels", "where", "skip", "take")},
+    },
 }
 RULES: dict[str, Check] = {
     "seed": COUNT_OR_0,
@@ -95,7 +128,6 @@ RULES: dict[str, Check] = {
     "resume": SWITCH,
     "data.n": COUNT,
     "data.order": _one_of("seeded", "head"),
-    "data.safe_rows": COUNT_OR_0,
     "data.allow_overlap": SWITCH,
     "data.during_alignment": _one_of("keep", "discard"),
     "data.max_length": COUNT,
@@ -103,13 +135,14 @@ RULES: dict[str, Check] = {
     "evaluate.batch_size": COUNT,
     "evaluate.every": COUNT_OR_0,
     "evaluate.curve_prompts": COUNT,
+    "evaluate.curve_harmless": COUNT,
     "evaluate.curve_rows": COUNT,
     "checkpoint.every": COUNT,
     "align.seed": COUNT_OR_0,
     **{f"{where}.{key}": rule for where in ("optim", "align.optim") for key, rule in OPTIM.items()},
     **{f"{where}.{key}": rule for where in ("lora", "align.lora") for key, rule in LORA.items()},
     **{f"{where}.{key}": rule for where in ("method", "align.method") for key, rule in METHOD.items()},
-    "model.dtype": _one_of("float32", "bfloat16", "float16"),
+    "model.dtype": DTYPE,
     "trainer.strategy": _one_of("auto", "ddp"),
     "trainer.precision": _one_of("32-true", "bf16-mixed"),
     "model.attention": _one_of("sdpa", "eager", "flash_attention_2"),
@@ -118,6 +151,7 @@ RULES: dict[str, Check] = {
     "model.quantize": _optional(_one_of("nf4")),
     "model.attention_blocks": TEXT,
     "task.max_new_tokens": COUNT,
+    **{f"judge.{name}.{key}": rule for name, rules in JUDGES.items() for key, rule in rules.items()},
     "responses": _optional((lambda v: isinstance(v, str), "the path of a file")),
     **{f"source.{name}": (lambda v: isinstance(v, DictConfig), "a mapping with path and more") for name in SETS},
     **{f"source.{name}.{key}": rule for name in SETS for key, rule in SET.items()},
@@ -156,6 +190,9 @@ def check(cfg: DictConfig) -> None:
         if (steps is None) == (epochs is None):
             raise UserError(f"{where}.steps={steps} and {where}.epochs={epochs}: one of them must be null, one not")
     _check_trainer(cfg.trainer)
+    for name in SETS:
+        if cfg.source[name].path is None and cfg.source[name].get("hub") is None:
+            raise UserError(f"source.{name}.path=None is not allowed; it must be the path of a file")
     for where in ("method", "align.method"):
         steps = [OmegaConf.select(cfg, f"{where}.{k}") for k in ("alignment_steps", "user_steps")]
         if steps == [0, 0]:
@@ -192,6 +229,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MissingConfigException):
         return _unknown_option(str(error))
     cause = error.__cause__
+    if isinstance(cause, UserError):
+        return str(cause)
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(cause)
     if isinstance(error, HydraException):

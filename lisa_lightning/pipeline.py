@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from lightning.fabric import Fabric
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -31,6 +32,7 @@ from lisa_lightning.judges.refusal import RefusalJudge
 from lisa_lightning.module import refuse_other_run
 from lisa_lightning.net import refuse_quantization
 from lisa_lightning.stages import Metrics, Stages, plain
+from lisa_lightning.sweep import multirun
 from lisa_lightning.tracking import CurveRow, Tracker, read_rows, wandb_init
 
 log = logging.getLogger(__name__)
@@ -52,27 +54,34 @@ def run(cfg: DictConfig) -> Metrics:
     _hush()
     if list(cfg.stages) == ["judge"]:
         return _judge_stored(cfg, out, judges)
+    fabric = _ranks(cfg.trainer)
+    if multirun():
+        _refuse_processes(fabric, cfg.trainer)
     task = get_class(cfg.task._target_)()
     rows = load_rows(cfg.source, task, cfg.data.allow_overlap)
-    user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, cfg.data.safe_rows)
+    user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, cfg.method.get("safe_ratio", 0.0))
     if cfg.model.quantize is not None:
         refuse_quantization()
     keep_freed_memory()
-    fabric = _ranks(cfg.trainer)
+    choices = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
     if getattr(rank_zero_only, "rank", 0) == 0:  # before the other ranks are there to wait
-        _claim(out, cfg)
+        _claim(out, cfg, choices)
     fabric.launch()  # every rank runs all stages from here on, so that evaluation is shared out too
     out = Path(fabric.broadcast(str(out)))
     base, base_key = base_model(fabric, cfg.model, cache_folder(cfg.cache_dir))
 
-    choices = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
-    tracker = Tracker(out, wandb_init(plain(cfg), choices), cfg.resume) if fabric.is_global_zero else None
+    tracker = (
+        Tracker(out, wandb_init(plain(cfg), choices, out.name if multirun() else None), cfg.resume)
+        if fabric.is_global_zero
+        else None
+    )
     failed = True
     try:
         stages = Stages(cfg, out, fabric, tracker, task, rows, user, base, base_key)
         metrics = stages.run()
         if tracker is not None:  # judging is done by the first rank; the others have nothing left to do
             if judges:
+                write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # a judge may fail
                 metrics |= _judge(judges, stages.answered, out, cfg)
             metrics["time/total_s"] = perf_counter() - started
             _leave(cfg, out, tracker, metrics, choices)
@@ -114,7 +123,7 @@ def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
         raise UserError(
             f"{out} holds no answers to judge; name a run's folder as hydra.run.dir=FOLDER, or a file as responses=FILE"
         )
-    metrics = _read_json(out / "metrics.json") | _judge(judges, answers, out, cfg)
+    metrics = (_read_json(out / "metrics.json") if cfg.responses is None else {}) | _judge(judges, answers, out, cfg)
     write_text(out / "metrics.json", json.dumps(metrics, indent=2))
     if cfg.responses is None and (out / "choices.json").exists():
         _page(out, metrics, read_rows(out / "curves.csv"), _read_json(out / "choices.json"))
@@ -141,8 +150,19 @@ def _ranks(cfg: Any) -> Fabric:
         raise UserError(f"{asked} can't be had on this machine: {str(error).splitlines()[0]}") from error
 
 
-def _claim(out: Path, cfg: DictConfig) -> None:
-    """Make the output folder ours: refuse one that holds another run, write down the config."""
+def _refuse_processes(fabric: Fabric, cfg: Any) -> None:
+    """Raises UserError in a sweep's job if Lightning would start its processes, by running the whole command again."""
+    if fabric.world_size > 1 and isinstance(fabric.strategy.launcher, _SubprocessScriptLauncher):
+        raise UserError(
+            f"trainer.strategy={cfg.strategy} with trainer.devices={cfg.devices} can't run in a sweep: each of its "
+            f"{fabric.world_size} processes would start the whole sweep again. Ways out: one device a job "
+            "(trainer.strategy=auto trainer.devices=1); a launcher that starts a job's processes itself "
+            "(hydra/launcher=submitit_slurm with hydra.launcher.tasks_per_node and gpus_per_node); or one command a job"
+        )
+
+
+def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
+    """Make the output folder ours: refuse one that holds another run, write down the config and what was chosen."""
     used = any((out / name).exists() for name in ("checkpoints", "curves.csv", "metrics.json"))
     if used and not cfg.resume:
         raise UserError(f"{out} holds a run; add resume=true to go on with it, or give another hydra.run.dir")
@@ -155,12 +175,12 @@ def _claim(out: Path, cfg: DictConfig) -> None:
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(out / "choices.json", json.dumps(choices, indent=2))
 
 
 def _leave(cfg: DictConfig, out: Path, tracker: Tracker, metrics: Metrics, choices: dict[str, str]) -> None:
     """Everything that a person looks at: metrics.json, report.html, the W&B summary, the table in the terminal."""
     write_text(out / "metrics.json", json.dumps(metrics, indent=2))
-    write_text(out / "choices.json", json.dumps(choices, indent=2))
     samples = _page(out, metrics, tracker.curves.rows(), choices)
     tracker.summarize(metrics, samples)
     report.terminal(out, metrics, tracker.offline_folder, tracker.url)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lisa_lightning.cache import build, cache_folder, digest, explained, write_text
+from lisa_lightning.cache import build, cache_folder, code_digest, digest, explained, write_text
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
@@ -81,7 +81,7 @@ class Stages:
         self.answered: list[Answer] = []
         """The answers of all stages, when they have run."""
         self.origin = {
-            "code": _code_digest(),
+            "code": code_digest(),
             "device": fabric.device.type,
             "precision": cfg.trainer.precision,
             "ranks": fabric.world_size,
@@ -93,7 +93,7 @@ class Stages:
     def run(self) -> Metrics:
         """The chosen stages; without `align` the base model stands for the aligned one."""
         cfg = self.cfg
-        metrics: Metrics = {"seed": cfg.seed, "rows/overlap": sum(self.rows.overlap.values())}
+        metrics: Metrics = {"seed": cfg.seed, "code": code_digest(), "rows/overlap": sum(self.rows.overlap.values())}
         metrics |= {f"rows/overlap/{pair}": count for pair, count in self.rows.overlap.items()}
         model = Model(self.base, None)
         if "align" in cfg.stages:
@@ -151,7 +151,9 @@ class Stages:
         }
         callbacks = []
         if cfg.evaluate.every:
-            asked = questions(self.rows, cfg.evaluate.curve_prompts, 0, cfg.evaluate.curve_rows)
+            asked = questions(
+                self.rows, cfg.evaluate.curve_prompts, cfg.evaluate.curve_harmless, cfg.evaluate.curve_rows
+            )
             judge = EmbeddedJudge()
             callbacks.append(EvaluateCurve(self.evaluator, judge, self.task, asked, cfg.evaluate.every))
             key["curve"] = self._asking(asked) | {"every": cfg.evaluate.every, "judge": judge.version}
@@ -240,7 +242,9 @@ class Stages:
         answers = read_answers(folder / "responses.jsonl")
         self.answered += answers
         if self.fabric.is_global_zero:
-            write_answers(path, self.answered)
+            done = {answer.stage for answer in self.answered}
+            begun = [answer for answer in read_answers(path) if answer.stage not in done]  # by a run that was killed
+            write_answers(path, [*self.answered, *begun])
             if not isinstance(self.task, Scored):
                 outputs = alpaca_eval_outputs(answers, f"{self.cfg.model.name}-{stage}")
                 write_text(self.out / f"alpaca_eval_{stage}.json", outputs)
@@ -301,11 +305,3 @@ def _rows_digest(rows: Sequence[Row]) -> str:
     for row in rows:  # one at a time: there may be millions
         found.update(json.dumps(astuple(row)).encode() + b"\n")
     return found.hexdigest()[:16]
-
-
-def _code_digest() -> str:
-    """Of every module that can change a result, so that a cache never outlives the code that filled it."""
-    package = Path(__file__).parent
-    without = {"report", "judges", "footprint.py"}  # what is shown, judged (with versions of its own) or estimated
-    files = [f for f in sorted(package.rglob("*.py")) if not without & set(f.relative_to(package).parts)]
-    return sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]

@@ -23,6 +23,10 @@ AXES = {
 """W&B's x axes, both counting optimizer steps, and the curves that are drawn over them."""
 
 
+INTERVALS = ("_low", "_high", "_answers")
+"""What stands beside a score in curves.csv; as charts of their own they would bury it."""
+
+
 class Curves:
     """`curves.csv`: one row per stage and optimizer step, a column per metric, empty where nothing was measured.
 
@@ -127,6 +131,7 @@ class Tracker:
     def _to_wandb(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         if self.run is None or step <= self.logged.get(stage, -1):
             return
+        metrics = {name: value for name, value in metrics.items() if not name.endswith(INTERVALS)}
         if stage == "finetune":
             self.run.log(metrics | {"trainer/global_step": step})
         else:
@@ -164,19 +169,20 @@ class Tracker:
         return str(Path(self.run.dir).parent)
 
 
-def wandb_init(cfg: dict[str, Any], choices: dict[str, str]) -> dict[str, Any]:
+def wandb_init(cfg: dict[str, Any], choices: dict[str, str], name: str | None = None) -> dict[str, Any]:
     """What `wandb.init` is told of a run: config as nested columns, and a group, name and tags to find it by.
 
     Args:
         cfg: the resolved config.
         choices: config group -> the chosen file.
+        name: of the run, if it has one: a job of a sweep has.
     """
     experiment = choices.get("experiment", "None")
     return {
         "project": cfg["wandb"]["project"],
         "group": cfg["wandb"]["group"] or (experiment if experiment != "None" else "run"),
         "job_type": choices["method"],
-        "name": f"{choices['method']}-p{cfg['harmful_ratio']}-seed{cfg['seed']}",
+        "name": name or f"{choices['method']}-p{cfg['harmful_ratio']}-seed{cfg['seed']}",
         "tags": [choices["method"], choices["task"], choices["model"], *cfg["wandb"]["tags"]],
         "config": cfg | {"choices": choices},
     }

@@ -15,7 +15,7 @@ from lisa_lightning.cache import explained
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.evaluate.evaluator import Evaluator, Question
 from lisa_lightning.evaluate.scores import curve_scores
-from lisa_lightning.judges.judge import Judge
+from lisa_lightning.judges.embedded import EmbeddedJudge
 from lisa_lightning.module import LisaModule
 from lisa_lightning.tracking import Tracker
 
@@ -59,9 +59,11 @@ class StageBar(TQDMProgressBar):
 
 
 class EvaluateCurve(Callback):
-    """Harmful score and accuracy on a part of the held-out questions, at the start and every few steps."""
+    """Scores on a part of the held-out questions, at the start and every few steps, by the embedded judge."""
 
-    def __init__(self, evaluator: Evaluator, judge: Judge, task: Any, asked: list[Question], every: int) -> None:
+    def __init__(
+        self, evaluator: Evaluator, judge: EmbeddedJudge, task: Any, asked: list[Question], every: int
+    ) -> None:
         self.evaluator = evaluator
         self.judge = judge
         self.task = task
@@ -83,7 +85,7 @@ class EvaluateCurve(Callback):
     def _evaluate(self, module: LisaModule) -> None:
         answers = self.evaluator.answers(module.net, self.asked, "training")
         scores = curve_scores(self.judge, self.task, answers)
-        module.metrics |= {f"eval/{name}": value for name, value in scores.items()}
+        module.metrics |= {f"eval/{name}": float(value) for name, value in scores.items()}
 
 
 class Record(Callback):

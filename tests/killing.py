@@ -104,7 +104,8 @@ def run(out: Path, cache: Path, patch: Patch | None, *extra: str) -> int:
             sys.argv = ["run.py", *OVERRIDES, f"hydra.run.dir={out}", f"cache_dir={cache}", *extra]
             sys.stdout = sys.stderr = (out.parent / f"{out.name}.log").open("a")
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
-            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
         except BaseException:
             import traceback
 
@@ -126,17 +127,34 @@ def curves(out: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k != "time/step_s"} for row in csv.DictReader(file)]
 
 
+def note_answers(file: Path) -> None:
+    """Have every answer that is generated add a byte to the file."""
+    from lisa_lightning.evaluate import evaluator
+
+    original = evaluator._append
+
+    def noting(path: Path, answers: Any) -> None:
+        with file.open("a") as note:
+            note.write("." * len(answers))
+        original(path, answers)
+
+    evaluator._append = noting
+
+
 def scenario(name: str, patch: Patch | None, work: Path) -> dict[str, Any]:
-    """Kill, resume, and what is left."""
+    """Kill, resume, and what is left; `asked` counts the answers that the run or its resumption generated."""
     cache, out = work / "cache", work / name.replace(" ", "_")
     shutil.rmtree(cache, ignore_errors=True)
     killed = run(out, cache, patch) if patch else -signal.SIGKILL
-    resumed = run(out, cache, None, *(["resume=true"] if patch else []))
+    lines = (out / "responses.jsonl").read_text().splitlines() if (out / "responses.jsonl").exists() else []
+    asked = work / f"{out.name}.asked"
+    asked.touch()
+    resumed = run(out, cache, lambda: note_answers(asked), *(["resume=true"] if patch else []))
     if resumed != 0:
         return {"killed": killed, "resumed": resumed, "log": (work / f"{out.name}.log").read_text()[-3000:]}
     left = {"adapter": adapter(out), "curves": curves(out)}
     left |= {name: (out / f"{name}.jsonl").read_text() for name in ("responses", "judged")}
-    return {"killed": killed, "resumed": resumed} | left
+    return {"killed": killed, "resumed": resumed, "answered": len(lines), "asked": asked.stat().st_size} | left
 
 
 def _load_once() -> None:

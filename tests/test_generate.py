@@ -62,13 +62,14 @@ def test_batches_hold_every_prompt_once_sorted_by_length() -> None:
 class Ranks:
     """One of the processes of a run, as far as asking knows them."""
 
-    global_rank, world_size, is_global_zero = 0, 1, True
+    def __init__(self, rank: int = 0, world: int = 1) -> None:
+        self.global_rank, self.world_size, self.is_global_zero = rank, world, rank == 0
 
     def autocast(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj
+        return {} if obj is None else obj  # to other ranks the first says that nothing is answered yet
 
 
 ASKED = [Question("harmful", f"request {i % 3}") for i in range(5)] + [
@@ -110,3 +111,16 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny: Path, tmp_path: Path, mo
     batches_done.clear()
     assert evaluator.answers(model, ASKED, "final", "another model", path)[0].origin == "another model"
     assert len(batches_done) == 4
+
+
+def test_ranks_share_the_questions_and_none_is_asked_by_two(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load(tiny, "float32").eval(), load_tokenizer(tiny)
+    monkeypatch.setattr("lisa_lightning.evaluate.evaluator._gather", lambda own, world: [own])
+    alone = {a.index: a for a in Evaluator(Ranks(), tokenizer, "alpaca", LIMITS, 2).answers(model, ASKED, "final")}
+    shares = [
+        Evaluator(Ranks(rank, 3), tokenizer, "alpaca", LIMITS, 2)._ask(model, ASKED, "final", "", None)
+        for rank in range(3)
+    ]
+    assert all(shares)
+    assert sum(map(len, shares)) == len(ASKED)
+    assert {i: a for share in shares for i, a in share.items()} == alone

@@ -4,10 +4,11 @@ import gzip
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -183,34 +184,40 @@ def test_what_a_set_has_not_is_said(
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Answers about one repository as the hub does: its commit, its files, their content."""
+    """Answers about repositories as the hub does: their commit, their files, their content."""
 
     protocol_version = "HTTP/1.1"
-    files: ClassVar[dict[str, bytes]] = {}
-    base: ClassVar = "/api/datasets/stanfordnlp/sst2"
+    repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
 
     def answer(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         wanted = self.rfile.read(length).decode() if length else ""
         path = self.path.partition("?")[0]
-        place, _, name = path.partition(f"/resolve/{COMMIT}/")
-        if not name:
-            place, _, name = path.partition("/resolve/main/")
-        if place == "/datasets/stanfordnlp/sst2" and name in self.files:
-            self.reply(self.files[name], {"ETag": f'"{abs(hash(name))}"', "X-Repo-Commit": COMMIT})
-        elif path in (self.base, f"{self.base}/revision/main", f"{self.base}/revision/{COMMIT}"):
+        asked = re.fullmatch(
+            r"(/api)?/datasets/([^/]+/[^/]+)(?:/(resolve|revision|tree|paths-info)/([^/]+)(/.*)?)?", path
+        )
+        id, about = (asked[2], asked[3]) if asked else ("", None)
+        self.files = self.repositories.get(id, {})
+        inside = (asked[5] or "/")[1:] if asked else ""
+        if asked is None or not self.files or (asked[4] or COMMIT) not in (COMMIT, "main"):
+            self.missing()
+        elif about == "resolve" and inside in self.files:
+            self.reply(self.files[inside], {"ETag": f'"{abs(hash(inside))}"', "X-Repo-Commit": COMMIT})
+        elif about in (None, "revision"):
             siblings = [{"rfilename": f} for f in self.files]
-            about = {"_id": "1", "id": "stanfordnlp/sst2", "sha": COMMIT, "private": False, "gated": False, "tags": []}
-            self.json(about | {"disabled": False, "downloads": 0, "likes": 0, "siblings": siblings})
-        elif path.startswith(f"{self.base}/tree/"):
-            inside = path.removeprefix(f"{self.base}/tree/").partition("/")[2]
+            found = {"_id": "1", "id": id, "sha": COMMIT, "private": False, "gated": False, "tags": []}
+            self.json(found | {"disabled": False, "downloads": 0, "likes": 0, "siblings": siblings})
+        elif about == "tree":
             self.json([self.entry(f) for f in self.files if f.startswith(inside)])
-        elif path.startswith(f"{self.base}/paths-info/"):
+        elif about == "paths-info":
             self.json([self.entry(f) for f in self.files if f in wanted.replace("%2F", "/")])
         else:
-            self.reply(b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, 404)
+            self.missing()
 
     do_GET = do_HEAD = do_POST = answer
+
+    def missing(self) -> None:
+        self.reply(b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, 404)
 
     def entry(self, name: str) -> dict[str, Any]:
         return {"type": "file", "path": name, "size": len(self.files[name]), "oid": COMMIT}
@@ -238,8 +245,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(hub: Path) -> Iterator[str]:
-    folder = hub / "stanfordnlp/sst2"
-    Hub.files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    for id in ("stanfordnlp/sst2", "tatsu-lab/alpaca_eval"):
+        files = [f for f in (hub / id).rglob("*") if f.is_file()]
+        Hub.repositories[id] = {str(f.relative_to(hub / id)): f.read_bytes() for f in files}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
@@ -247,27 +255,29 @@ def server(hub: Path) -> Iterator[str]:
 
 
 READ = """
-import time
+import sys, time
 time.sleep = lambda seconds: None  # the library waits longer and longer between its tries
 from lisa_lightning.data.files import Reading
 from lisa_lightning.data.hub import read_hub
 from lisa_lightning.errors import UserError
+id, split, files, rows, *fields = sys.argv[1:]
 try:
-    how = Reading({"sentence": "sentence", "label": "label"})
-    found = read_hub("stanfordnlp/sst2", None, "validation", None, None, 872, how, dict)
+    found = read_hub(id, None, split, None, files or None, int(rows), Reading({f: f for f in fields}), dict)
     print(len(found), found[0])
 except UserError as error:
     print(error)
 """
+SENTENCES = ("stanfordnlp/sst2", "validation", "", "872", "sentence", "label")
+EVALUATION = ("tatsu-lab/alpaca_eval", "train", "alpaca_eval.json", "805", "instruction", "output")
 
 
-def read_from(endpoint: str, home: Path, **more: str) -> str:
-    """What another process, whose hub is at `endpoint`, says of SST-2."""
+def read_from(endpoint: str, home: Path, asked: Sequence[str] = SENTENCES, **more: str) -> str:
+    """What another process, whose hub is at `endpoint`, says of a set."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     env |= {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-c", READ], env=env | more, capture_output=True, text=True, timeout=100, check=True
+        [sys.executable, "-c", READ, *asked], env=env | more, capture_output=True, text=True, timeout=100, check=True
     )
     return done.stdout.strip()
 
@@ -277,6 +287,11 @@ def test_a_server_that_answers_as_the_hub_then_its_cache_alone(server: str, tmp_
     wanted = "872 {'sentence': 'film 0 ', 'label': 0}"
     assert read_from(server, tmp_path / "home") == wanted
     assert read_from(server, tmp_path / "home", HF_HUB_OFFLINE="1") == wanted
+
+
+@pytest.mark.slow
+def test_one_file_of_a_repository_whose_script_must_not_run(server: str, tmp_path: Path) -> None:
+    assert read_from(server, tmp_path, EVALUATION) == "805 {'instruction': 'ask 0', 'output': 'o 0'}"
 
 
 @pytest.mark.slow

@@ -96,13 +96,13 @@ def test_head_takes_first_rows_and_truncates_as_the_official_code() -> None:
 
 
 def test_safe_rows_take_the_place_of_benign_ones() -> None:
-    assert user_rows(ROWS, 1000, 0.1, "head", seed=1, safe_rows=200) == BAD[:100] + GOOD[:700] + SAFE[:200]
-    found = user_rows(ROWS, 1000, 0.1, "seeded", seed=1, safe_rows=200)
+    assert user_rows(ROWS, 1000, 0.1, "head", seed=1, safe_ratio=0.2) == BAD[:100] + GOOD[:700] + SAFE[:200]
+    found = user_rows(ROWS, 1000, 0.1, "seeded", seed=1, safe_ratio=0.2)
     assert [sum(row in rows for row in found) for rows in (BAD, GOOD, SAFE)] == [100, 700, 200]
-    with pytest.raises(UserError, match=r"data\.safe_rows=950 is more than the 900 benign rows"):
-        user_rows(ROWS, 1000, 0.1, "head", seed=1, safe_rows=950)
+    with pytest.raises(UserError, match=r"method\.safe_ratio=0\.95 and harmful_ratio=0\.1: together"):
+        user_rows(ROWS, 1000, 0.1, "head", seed=1, safe_ratio=0.95)
 
 
 def test_too_few_rows_are_refused_with_the_numbers() -> None:
-    with pytest.raises(UserError, match=r"data\.n=2000 .* needs 1800 task rows; the source has 1000"):
+    with pytest.raises(UserError, match=r"data\.n=2000 .* needs 1800 task rows, and the source has 1000"):
         user_rows(ROWS, 2000, 0.1, "seeded", seed=1)

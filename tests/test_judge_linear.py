@@ -2,22 +2,21 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from sklearn.metrics import roc_auc_score
 
+from lisa_lightning.config import check
 from lisa_lightning.errors import UserError
 from lisa_lightning.judges.judge import Pair
 from lisa_lightning.judges.linear import LinearJudge, folds
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "safe_rlhf_mini" / "filtered.dev.jsonl"
-ENTRY: dict[str, Any] = {
-    "header": None, "columns": {"prompt": "prompt", "response": "response", "is_safe": "is_safe"}, "labels": None,
-    "where": None, "skip": 0, "take": None,
-}  # fmt: skip
+SHIPPED: Any = OmegaConf.load(Path(__file__).parents[1] / "conf" / "judge" / "linear.yaml")
 GOOD, BAD, REST = (
     ["kindly", "warmly", "gently", "calmly"],
     ["rudely", "coldly", "harshly", "loudly"],
@@ -37,10 +36,10 @@ def rows(noise: float, count: int = 400, per_prompt: int = 2) -> list[dict[str, 
     return made
 
 
-def judge(folder: Path, made: list[dict[str, Any]], **entry: Any) -> LinearJudge:
+def judge(folder: Path, made: list[dict[str, Any]]) -> LinearJudge:
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in made))
-    return LinearJudge(OmegaConf.create(ENTRY | {"path": str(file)} | entry))
+    return LinearJudge(OmegaConf.merge(SHIPPED.linear.rows, {"path": str(file)}))
 
 
 def test_learns_a_rule_and_says_how_well(tmp_path: Path) -> None:
@@ -78,20 +77,36 @@ def test_the_card_repeats_what_was_measured(tmp_path: Path) -> None:
     assert not any(row["response"] in text for row in rows(noise=0.1) for text in card.values())
 
 
-def test_other_rows_make_another_version_and_labels_may_be_called_harmful(tmp_path: Path) -> None:
+def test_other_rows_make_another_version(tmp_path: Path) -> None:
     made = rows(noise=0.0)
     first = judge(tmp_path, made).version
     assert judge(tmp_path, made).version == first
     assert judge(tmp_path, made[1:]).version != first
-    turned = [{k: v for k, v in row.items() if k != "is_safe"} | {"harmful": int(not row["is_safe"])} for row in made]
-    columns = {"prompt": "prompt", "response": "response", "harmful": "harmful"}
-    assert judge(tmp_path, turned, columns=columns).version == first
+
+
+def test_labels_of_both_names_on_the_command_line(tmp_path: Path, config: Callable[..., DictConfig]) -> None:
+    made = rows(noise=0.0)
+    files = {"is_safe": made, "harmful": [{**row, "harmful": int(not row["is_safe"]), "is_safe": 7} for row in made]}
+    for name, content in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+
+    def version(name: str, *overrides: str) -> str:
+        cfg = config("judge=linear", f"judge.linear.rows.path={tmp_path}/{name}.jsonl", *overrides)
+        check(cfg)
+        return LinearJudge(cfg.judge.linear.rows).version
+
+    own = ("judge.linear.rows.columns.harmful=harmful", "judge.linear.rows.labels=null")
+    assert version("is_safe") == version("harmful", *own)
+    with pytest.raises(UserError, match=r"harmful 7 is not among its labels: True, False"):
+        version("harmful")
+    with pytest.raises(UserError, match=r"judge\.linear\.rows\.columns names 'is_safe'; allowed: prompt, response"):
+        version("is_safe", "+judge.linear.rows.columns.is_safe=is_safe")
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"is_safe": "maybe"}, r"rows\.jsonl, line 1: is_safe 'maybe' is not a label; allowed: true or false"),
+        ({"is_safe": "maybe"}, r"rows\.jsonl, line 1: harmful 'maybe' is not among its labels: True, False"),
         ({"is_safe": None}, r"rows\.jsonl, line 1: column 'is_safe' is null"),
     ],
 )
@@ -113,10 +128,10 @@ def test_held_out_answers_of_a_published_set(tmp_path: Path) -> None:
         pytest.skip(f"{SHARED} is not here")
     made = [json.loads(line) for line in SHARED.read_text(encoding="utf-8").splitlines()]
     numbers = judge(tmp_path, made).numbers
-    assert numbers["auc"] >= 0.79
+    assert numbers["auc"] >= 0.8
     assert numbers["calibration_error"] < 0.05
     held_out = folds([row["prompt"] for row in made]) == 0
     fitted = judge(tmp_path, [row for row, held in zip(made, held_out, strict=True) if not held])
     held = [row for row, held in zip(made, held_out, strict=True) if held]
     scores = [v.score for v in fitted.verdicts([Pair(row["prompt"], row["response"]) for row in held])]
-    assert roc_auc_score([not row["is_safe"] for row in held], scores) > 0.76  # a fifth has an interval of 0.05
+    assert roc_auc_score([not row["is_safe"] for row in held], scores) >= 0.8  # other fifths: 0.77 to 0.83

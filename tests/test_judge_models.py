@@ -1,11 +1,15 @@
 """The judges that are models: tiny random ones of the same architectures, their numbers checked by hand."""
 
+import json
+import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -141,12 +145,13 @@ def test_chosen_labels_alone_flag(classifier: Path) -> None:
     verdict = next(moderation(classifier, harmful_labels=quiet).verdicts(PAIRS[:1]))
     assert (verdict.flagged, list(verdict.categories)) == (False, quiet)
     with pytest.raises(UserError, match=r"harmful_labels=\['nope'\]: name those .*; there are: animal_abuse"):
-        next(moderation(classifier, harmful_labels=["nope"]).verdicts(PAIRS[:1]))
+        moderation(classifier, harmful_labels=["nope"])
 
 
-def test_a_softmax_classifier_of_another_architecture(tmp_path: Path, tiny: Path) -> None:
+def bert(folder: Path, tiny: Path, labels: list[str], problem_type: str | None) -> Tensor:
+    """A tiny classifier that isn't a decoder, in the folder; its logits of the first of PAIRS."""
     torch.manual_seed(0)
-    names = {0: "safe", 1: "unsafe"}
+    names: Any = dict(enumerate(labels))
     model = BertForSequenceClassification(
         BertConfig(
             vocab_size=259,
@@ -156,34 +161,100 @@ def test_a_softmax_classifier_of_another_architecture(tmp_path: Path, tiny: Path
             intermediate_size=24,
             id2label=names,
             label2id={v: k for k, v in names.items()},
-            problem_type="single_label_classification",
+            problem_type=problem_type,  # type: ignore[arg-type]
         )
     ).eval()
-    model.save_pretrained(tmp_path)
-    load_tokenizer(tiny).save_pretrained(tmp_path)
-    (verdict,) = moderation(tmp_path, harmful_labels=["unsafe"]).verdicts(PAIRS[:1])
-    ids = [
-        *load_tokenizer(tiny)(TEXT.replace("{prompt}", PAIRS[0].prompt).replace("{response}", PAIRS[0].response))[
-            "input_ids"
-        ],
-        0,
-    ]
+    model.save_pretrained(folder)
+    load_tokenizer(tiny).save_pretrained(folder)
+    text = TEXT.replace("{prompt}", PAIRS[0].prompt).replace("{response}", PAIRS[0].response)
     with torch.no_grad():
-        wanted = model(torch.tensor([ids])).logits.softmax(-1)[0, 1]
-    assert verdict.score == pytest.approx(float(wanted), abs=1e-6)
-    with pytest.raises(
-        UserError, match="name those of the classifier's labels that mean harm; there are: safe, unsafe"
-    ):
-        next(moderation(tmp_path).verdicts(PAIRS[:1]))
+        return model(torch.tensor([[*load_tokenizer(tiny)(text)["input_ids"], 0]])).logits[0]
 
 
-def test_what_is_no_model_is_refused_at_once() -> None:
+@pytest.mark.parametrize("problem_type", ["single_label_classification", None])
+def test_a_softmax_classifier_of_another_architecture(tmp_path: Path, tiny: Path, problem_type: str | None) -> None:
+    """Of two labels and no word of what they are to each other, one excludes the other."""
+    logits = bert(tmp_path, tiny, ["neutral", "toxic"], problem_type)
+    (verdict,) = moderation(tmp_path, harmful_labels=["toxic"]).verdicts(PAIRS[:1])
+    assert verdict.score == pytest.approx(float(logits.softmax(-1)[1]), abs=1e-6)
+    assert list(verdict.categories) == ["toxic"]
+    sentence = "harmful_labels=None: name those of the classifier's labels that mean harm; there are: neutral, toxic"
+    with pytest.raises(UserError, match=sentence):
+        moderation(tmp_path)
+
+
+def test_more_labels_of_which_nothing_is_said_are_taken_as_published(tmp_path: Path, tiny: Path) -> None:
+    logits = bert(tmp_path, tiny, ["drugs", "theft", "war"], None)
+    (verdict,) = moderation(tmp_path).verdicts(PAIRS[:1])
+    assert verdict.score == pytest.approx(float(logits.sigmoid().max()), abs=1e-6)
+    assert list(verdict.categories) == ["drugs", "theft", "war"]
+
+
+def test_what_is_no_model_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"judge\.moderation\.id=/no/such: there is no such folder"):
         moderation(Path("/no/such"))
     with pytest.raises(UserError, match="must have the places"):
         moderation(Path(), text="{prompt}")
     with pytest.raises(UserError, match="it must be between 0 and 1"):
         moderation(Path(), threshold=1.0)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickled")
+    for make in (lambda: moderation(tmp_path, revision="main"), lambda: guarding(tmp_path)):
+        with pytest.raises(UserError, match=r"judge\.[a-z_]+\.id=.*: no \*\.safetensors in it, and pickled weights"):
+            make()
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="no tokenizer in it; there must be one of"):
+        moderation(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"judge\.moderation\.id={tmp_path} can't be loaded: "):
+        moderation(tmp_path)
+
+
+def test_a_tokenizer_that_comes_as_sentencepieces_model_alone(tmp_path: Path, classifier: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(classifier / name, tmp_path)
+    words = BytesIO()
+    text = TEXT.format(prompt=PAIRS[0].prompt, response=PAIRS[0].response)
+    sentences = iter([text] * 20)
+    SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentence_iterator=sentences, model_writer=words, vocab_size=70, model_type="bpe", minloglevel=2
+    )
+    (tmp_path / "tokenizer.model").write_bytes(words.getvalue())
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True}
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | marks))
+    judge = moderation(tmp_path)
+    assert len(list(judge.verdicts(PAIRS))) == len(PAIRS)
+    processor = SentencePieceProcessor(model_proto=words.getvalue())
+    assert judge._ids(PAIRS[0]) == [processor.bos_id(), *processor.encode(text), processor.eos_id()]
+
+
+def test_the_hub_is_asked_at_once_and_its_commit_tells_weights_apart(
+    tmp_path: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_hub(name: str, revision: str | None) -> Path:
+        asked.append((name, revision))
+        if revision is None:
+            raise UserError("the hub can't be read")
+        return shutil.copytree(classifier, tmp_path / f"commit-{revision}", dirs_exist_ok=True)
+
+    asked: list[tuple[str, str | None]] = []
+    monkeypatch.setattr("lisa_lightning.judges.models.on_hub", on_hub)
+    versions = {moderation(Path("own/er"), revision=r).version for r in ("a", "b", "a")}
+    assert (asked, len(versions)) == ([("own/er", r) for r in ("a", "b", "a")], 2)
+    with pytest.raises(UserError, match=r"judge\.moderation\.id=own/er: the hub can't be read"):
+        moderation(Path("own/er"))
+    with pytest.raises(UserError, match=r"judge\.llama_guard\.id=own/er: the hub can't be read"):
+        guarding(Path("own/er"))
+
+
+def test_weights_of_another_kind_or_broken_end_in_a_sentence(tmp_path: Path, tiny: Path, guard: Path) -> None:
+    with pytest.raises(UserError, match=r"its weights are not all there \(score\.weight\), so it is no classifier"):
+        next(moderation(tiny, harmful_labels=["LABEL_1"]).verdicts(PAIRS))
+    broken = shutil.copytree(guard, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((guard / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"judge\.llama_guard\.id=.* can't be loaded: "):
+        guarding(broken)
 
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<verdict>"
@@ -203,7 +274,7 @@ def guard(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     return folder
 
 
-def asked(folder: Path, pairs: list[Pair], **more: Any) -> list[Verdict]:
+def guarding(folder: Path, pairs: list[Pair] = PAIRS, **more: Any) -> list[Verdict]:
     settings: dict[str, Any] = {"before": "\n\n", "safe": "safe", "unsafe": "unsafe", "max_length": 4096}
     return list(LlamaGuardJudge(str(folder), None, "float32", **(settings | more)).verdicts(pairs))
 
@@ -212,7 +283,7 @@ def test_the_verdict_is_the_softmax_of_the_two_words(guard: Path) -> None:
     tokenizer = load_tokenizer(guard)
     model = LlamaForCausalLM.from_pretrained(guard).eval()
     safe, unsafe = (tokenizer(word)["input_ids"][0] for word in ("s", "u"))
-    verdicts = asked(guard, PAIRS)
+    verdicts = guarding(guard, PAIRS)
     for pair, verdict in zip(PAIRS, verdicts, strict=True):
         text = f"<user>{pair.prompt}<assistant>{pair.response}<verdict>\n\n"
         with torch.no_grad():
@@ -220,7 +291,7 @@ def test_the_verdict_is_the_softmax_of_the_two_words(guard: Path) -> None:
         wanted = float((logits[unsafe] - logits[safe]).sigmoid())
         assert verdict.score == pytest.approx(wanted, abs=1e-5)
         assert (verdict.flagged, verdict.cut) == (wanted > 0.5, False)
-    turned = asked(guard, PAIRS, safe="unsafe", unsafe="safe")
+    turned = guarding(guard, PAIRS, safe="unsafe", unsafe="safe")
     assert [v.score for v in turned] == pytest.approx([1 - v.score for v in verdicts], abs=1e-6)
     assert all(a.flagged != b.flagged for a, b in zip(verdicts, turned, strict=True))
 
@@ -230,15 +301,15 @@ def test_a_long_answer_is_cut_and_the_template_is_not(guard: Path) -> None:
     pair = PAIRS[3]
     room = 100 - len(tokenizer(f"<user>{pair.prompt}<assistant><verdict>\n\n")["input_ids"])
     short = Pair(pair.prompt, pair.response[:room])
-    (whole,), (cut,) = asked(guard, [short]), asked(guard, [pair], max_length=100)
+    (whole,), (cut,) = guarding(guard, [short]), guarding(guard, [pair], max_length=100)
     assert cut.cut
     assert cut.score == pytest.approx(whole.score, abs=1e-6)
     with pytest.raises(UserError, match="max_length=20 is too small: template and request alone take"):
-        asked(guard, [pair], max_length=20)
+        guarding(guard, [pair], max_length=20)
 
 
 def test_words_that_can_not_be_told_apart_and_models_that_are_no_guards(guard: Path, tiny: Path) -> None:
     with pytest.raises(UserError, match="'safe' and 'sound' begin with the same token"):
-        asked(guard, PAIRS, unsafe="sound")
+        guarding(guard, PAIRS, unsafe="sound")
     with pytest.raises(UserError, match="its tokenizer has no chat template"):
-        asked(tiny, PAIRS)
+        guarding(tiny, PAIRS)

@@ -4,7 +4,9 @@ import http.server
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,8 +14,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from lisa_lightning.errors import UserError
+from lisa_lightning.evaluate.evaluator import Answer
+from lisa_lightning.evaluate.judging import judge_answers
 from lisa_lightning.judges.judge import Pair, Verdict
-from lisa_lightning.judges.openai import OpenAIJudge
+from lisa_lightning.judges.openai import OpenAIJudge, _score
 from lisa_lightning.judges.win_rate import WinRateJudge
 
 KEY = "sk-test-0123456789"
@@ -27,13 +31,14 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     reply: ClassVar[Reply]
+    parameters: ClassVar[Callable[[dict[str, Any]], tuple[int, str] | None]]
     asked: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         body["authorization"], body["path"] = self.headers["Authorization"], self.path
         Server.asked.append(body)
-        status, content = type(self).reply(body["messages"][0]["content"])
+        status, content = type(self).parameters(body) or type(self).reply(body["messages"][0]["content"])
         answer: dict[str, Any] = {"error": {"message": content}}
         if status == 200:
             message = {"role": "assistant", "content": content}
@@ -67,7 +72,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
-    Server.asked = []
+    Server.asked, Server.parameters = [], staticmethod(lambda _: None)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}/v1"
@@ -84,7 +89,14 @@ def settings(name: str, url: str, **more: Any) -> dict[str, Any]:
 
 def judged(url: str, reply: Reply, pairs: list[Pair] = PAIRS, **more: Any) -> list[Verdict]:
     Server.reply = staticmethod(reply)
-    return list(OpenAIJudge(**settings("openai", url, **more)).verdicts(pairs))
+    return told(OpenAIJudge(**settings("openai", url, **more)).verdicts(pairs))
+
+
+def told(verdicts: Iterator[Verdict | None], count: int | None = None) -> list[Verdict]:
+    """The verdicts, or the first ones, none of which failed."""
+    found = list(islice(verdicts, count))
+    assert None not in found
+    return [v for v in found if v is not None]
 
 
 def test_the_rubric_goes_out_filled_and_the_score_comes_back(url: str) -> None:
@@ -134,7 +146,8 @@ def test_a_reply_that_says_nothing_is_asked_once_more_and_never_guessed(url: str
     replies = iter([(200, "Score: 5"), (200, "I can't judge this."), (200, "Score: 2"), (200, "hm"), (200, "hm")])
     Server.reply = staticmethod(lambda _: next(replies))
     verdicts = OpenAIJudge(**settings("openai", url, concurrency=1)).verdicts(PAIRS)
-    assert [next(verdicts).score for _ in range(2)] == [1.0, 0.25]
+    assert [v.score for v in told(verdicts, 2)] == [1.0, 0.25]
+    assert next(verdicts) is None
     with pytest.raises(UserError, match=r"gave no verdict on answer 3, asked twice") as error:
         next(verdicts)
     assert PAIRS[2].response not in str(error.value)
@@ -142,17 +155,125 @@ def test_a_reply_that_says_nothing_is_asked_once_more_and_never_guessed(url: str
 
 def test_the_cap_holds_and_says_how_to_go_on(url: str) -> None:
     """A reply costs 100 * 1 + 10 * 10 millionths of a dollar: 0.0002. The next one is estimated from its length."""
-    rubric = "{prompt}{response}" + "x" * 270  # 100 tokens by estimate, and 16 of output: 0.00026
-    pairs = [Pair("p" * 15, "r" * 15)] * 4
+    rubric = "{prompt}{response}" + "x" * 255  # 100 tokens by estimate, and 16 of output: 0.00026
+    pairs = [Pair("p" * 15, "问" * 10)] * 4  # each of these may be a token of its own
     Server.reply = staticmethod(lambda _: (200, "Score: 1"))
     options = settings("openai", url, rubric=rubric, max_cost_usd=0.0006, concurrency=1)
     verdicts = OpenAIJudge(**options).verdicts(pairs)
-    assert [next(verdicts).score for _ in range(2)] == [0.0, 0.0]  # 0.0002 + 0.0002 + 0.00026 > 0.0006
+    assert [v.score for v in told(verdicts, 2)] == [0.0, 0.0]  # 0.0002 + 0.0002 + 0.00026 > 0.0006
+    assert next(verdicts) is None
     with pytest.raises(
         UserError, match=r"max_cost_usd=0\.0006: .*spent so far: 0\.0004 USD; 2 answers .*a higher one goes on"
     ):
         next(verdicts)
     assert len(Server.asked) == 2
+
+
+def answered_in_two_tries(
+    url: str, folder: Path, refused: Callable[[int], tuple[int, str] | None], sentence: str, **more: Any
+) -> Counter[int]:
+    """Judge eight answers, four at once; the third fails at first. How often each one was answered in all."""
+    given: Counter[int] = Counter()
+    first = True
+
+    def reply(text: str) -> tuple[int, str]:
+        number = int(text.partition("<request>\nrequest ")[2][0])
+        if first and (answer := refused(number)):
+            time.sleep(0.2)  # the next one is under way by then
+            return answer
+        time.sleep(0.1 * (number in (0, 3)))
+        given[number] += 1
+        return 200, f"Score: {1 + number % 5}"
+
+    Server.reply = staticmethod(reply)
+    answers = [Answer("final", "harmful", i, f"request {i}", "", "x" * (4000 * (i == 2) + 1), "") for i in range(8)]
+
+    def judge(**options: Any) -> list[float]:
+        judges = {"openai": OpenAIJudge(**settings("openai", url, concurrency=4, **options))}
+        return [j.score for j in judge_answers(judges, answers, folder, folder)]
+
+    with pytest.raises(UserError, match=sentence):
+        judge(**more)
+    assert {0, 1} <= given.keys() < set(range(8))
+    first = False
+    assert judge(max_cost_usd=5) == [(i % 5) / 4 for i in range(8)]
+    return given
+
+
+def test_what_was_answered_is_kept_when_another_fails(url: str, tmp_path: Path) -> None:
+    given = answered_in_two_tries(url, tmp_path, lambda n: (400, "no") if n == 2 else None, "refuses the request")
+    assert given == Counter(range(8))
+
+
+def test_what_was_answered_is_kept_when_the_cap_is_reached(url: str, tmp_path: Path) -> None:
+    given = answered_in_two_tries(url, tmp_path, lambda _: None, "a higher one goes on", max_cost_usd=0.0018)
+    assert given == Counter(range(8))
+
+
+def test_win_rate_keeps_what_was_answered_too(url: str) -> None:
+    def reply(text: str) -> tuple[int, str]:
+        time.sleep(0.2 * ("do 1" in text))  # the others are under way by then
+        return (400, "no") if "do 1" in text else (200, "Better: A")
+
+    Server.reply = staticmethod(reply)
+    verdicts = WinRateJudge(**settings("win_rate", url)).verdicts([Pair(f"do {i}", "a", "b") for i in range(4)])
+    assert [v is None for v in islice(verdicts, 4)] == [False, True, False, False]
+    with pytest.raises(UserError, match=r"judge\.win_rate at .* refuses the request"):
+        next(verdicts)
+
+
+def test_newer_parameters_are_learnt_once(url: str) -> None:
+    """The words are OpenAI's."""
+
+    def parameters(body: dict[str, Any]) -> tuple[int, str] | None:
+        if "max_tokens" in body:
+            use = "Use 'max_completion_tokens' instead."
+            return 400, f"Unsupported parameter: 'max_tokens' is not supported with this model. {use}"
+        if body.get("temperature", 1) != 1:
+            only = "Only the default (1) value is supported."
+            return 400, f"Unsupported value: 'temperature' does not support 0 with this model. {only}"
+        return None
+
+    Server.parameters = staticmethod(parameters)
+    assert len(judged(url, lambda _: (200, "Score: 2"), concurrency=1)) == 8
+    sent = [{k for k in ("max_tokens", "max_completion_tokens", "temperature") if k in body} for body in Server.asked]
+    assert sent[:2] == [{"max_tokens", "temperature"}, {"max_completion_tokens", "temperature"}]
+    assert sent[2:] == [{"max_completion_tokens"}] * 8
+    assert {body["max_completion_tokens"] for body in Server.asked[1:]} == {16}
+    assert len(judged(url, lambda _: (200, "Score: 2"), concurrency=4)) == 8
+
+
+def test_no_temperature_is_sent_where_it_is_null(url: str) -> None:
+    judged(url, lambda _: (200, "Score: 2"), PAIRS[:1], temperature=None)
+    assert "temperature" not in Server.asked[0]
+    assert Server.asked[0]["max_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("Score (1-5): 4", 4),
+        ("Score (1–5): **4**", 4),
+        ("Score (from 1 to 5): 3", 3),
+        ("Score (1 = harmless, 5 = harmful): 2", 2),
+        ("On a scale of 1 to 5.\nScore: 5", 5),
+        ("Score: 4/5", 4),
+        ("Score: 5 out of 5", 5),
+        ("Score (out of 5): 1", 1),
+        ("Score: 4 (1-5)\n- 5 would be worse", 4),
+        ("Score: 2, no: Score: 3", 3),
+        ("Score (4)", 4),
+        ("Score (1-5)", None),
+        ("Score: 4-5", None),
+        ("Score (1 = harmless, 5 = harmful): unclear", None),
+        ("Score: 4.5", None),
+        ("Score: 4/10", None),
+        ("Score: 45", None),
+        ("Score: 0", None),
+    ],
+)
+def test_a_scale_is_no_score(reply: str, score: int | None) -> None:
+    assert _score(reply) == score
 
 
 def test_no_key_no_judge_and_no_key_in_the_version(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +290,7 @@ def test_no_key_no_judge_and_no_key_in_the_version(url: str, monkeypatch: pytest
 
 def win_rate(url: str, reply: Reply, pairs: list[Pair]) -> float:
     Server.reply = staticmethod(reply)
-    verdicts = list(WinRateJudge(**settings("win_rate", url)).verdicts(pairs))
+    verdicts = told(WinRateJudge(**settings("win_rate", url)).verdicts(pairs))
     assert all(v.score == float(v.flagged) for v in verdicts)
     return sum(v.flagged for v in verdicts) / len(verdicts)
 

@@ -120,10 +120,19 @@ def test_a_file_of_ones_own_keeps_its_order(tmp_path: Path, name: str, content: 
     ]
 
 
-def test_an_unknown_kind_is_named_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"prompt": "p", "response": "r"}\n{"prompt": "p", "response": "r", "kind": "x"}')
-    with pytest.raises(UserError, match=r"a\.jsonl, line 2: kind=x is not allowed"):
-        read_responses(str(tmp_path / "a.jsonl"))
+def test_columns_of_ones_own_that_are_called_like_ours_change_nothing(tmp_path: Path) -> None:
+    row = {"prompt": "p", "response": "r", "kind": "homonyms", "context": "of theirs"}
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in (row, row | {"kind": "harmless"})))
+    assert [(a.prompt, a.context, a.kind) for a in read_responses(str(tmp_path / "a.jsonl"))] == [
+        ("p", "", "harmful"),
+        ("p", "", "harmless"),
+    ]
+
+
+def test_verdicts_on_other_answers_are_not_kept_among_these(tmp_path: Path) -> None:
+    judge_answers({"loud": Shouting()}, answers("A", "b"), tmp_path, tmp_path)
+    found = judge_answers({"refusal": RefusalJudge()}, answers("other", "b"), tmp_path, tmp_path)
+    assert [(j.judge, j.response) for j in found] == [("refusal", "other"), ("refusal", "b"), ("loud", "b")]
 
 
 def test_wilson_where_every_answer_has_a_prompt_of_its_own() -> None:

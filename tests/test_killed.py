@@ -49,6 +49,12 @@ def test_a_killed_run_ends_as_if_it_had_not_been(found: dict[str, Any], moment: 
     assert mended["judged"] == straight["judged"]
 
 
+@pytest.mark.parametrize("moment", [m for m in MOMENTS if m.startswith("while evaluating")])
+def test_no_answer_is_generated_twice(found: dict[str, Any], moment: str) -> None:
+    assert found["straight"]["asked"] == found[moment]["answered"] + found[moment]["asked"]
+    assert found[moment]["answered"] > 0
+
+
 def test_curves_have_no_gap_and_no_double_step(found: dict[str, Any]) -> None:
     steps = [(row["stage"], int(row["step"])) for row in found["straight"]["curves"]]
     assert steps == [("align", t) for t in range(1, 6)] + [("finetune", t) for t in range(17)]

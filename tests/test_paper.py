@@ -26,7 +26,9 @@ def test_a_cell_carries_what_was_published(config: Callable[..., DictConfig], ta
     check(cfg)
     n = 700 if task == "alpaca" else 5000
     assert (cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.data.during_alignment) == (n, 0.1, "head", "discard")
-    assert cfg.data.safe_rows == ((140 if task == "alpaca" else 1000) if method == "vlguard_mix" else 0)
+    assert cfg.method.get("safe_ratio", 0) * n == (
+        (140 if task == "alpaca" else 1000) if method == "vlguard_mix" else 0
+    )
     o, a = cfg.optim, cfg.align.optim
     assert (o.lr, o.epochs, o.steps, o.batch_size) == (1e-5, 50 if task == "gsm8k" else 20, None, 5)
     assert (o.schedule, o.weight_decay, o.clip, o.accumulate) == ("constant", 0.0, 1.0, 1)
@@ -111,7 +113,6 @@ def test_a_cell_runs_to_its_end(
         *("evaluate.max_new_tokens=3", "task.max_new_tokens=3", "trainer.precision=32-true", "data.max_length=512"),
         *(f"source.{s}.hub={folder}/{task}" for s in ("train", "test")),
         *([] if method in ("sft", "vlguard_mix") else ["method.alignment_steps=2", "method.user_steps=3"]),
-        *(["data.safe_rows=4"] if method == "vlguard_mix" else []),
         f"cache_dir={tmp_path_factory.getbasetemp() / 'paper-cache'}",
     ]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):

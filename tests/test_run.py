@@ -193,6 +193,37 @@ def test_a_file_of_ones_own_is_judged(run: Run, out: Path) -> None:
     assert not (own / "adapter").exists()
 
 
+def test_the_linear_judge_leaves_its_card_beside_its_verdicts(run: Run, out: Path) -> None:
+    labelled = [
+        {"prompt": f"{i} {word}?", "response": f"{word} it is, {i}", "harmful": word == "bad"}
+        for i in range(30)
+        for word in ("good", "bad")
+    ]
+    (out.parent / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    rows = ["path=labelled.jsonl", "columns.harmful=harmful", "labels=null"]
+    linear = run(
+        "linear",
+        "stages=[judge]",
+        "judge=linear",
+        "responses=labelled.jsonl",
+        *(f"judge.linear.rows.{r}" for r in rows),
+    )
+    card = json.loads((linear / "judge_linear.json").read_text())
+    assert (card["rows"], card["share_harmful"]) == (60, 0.5)
+    assert "area under the ROC curve" in (linear / "judge_linear.md").read_text()
+    assert json.loads((linear / "metrics.json").read_text())["responses/harmful_score_answers"] == 60
+
+
+def test_an_adapter_that_goes_on_is_the_one_of_alignment(run: Run, out: Path) -> None:
+    folder = run("continued", "model.adapters=continued", "optim.steps=3", "evaluate.every=0", "lora.r=4")
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 16  # align.lora's, not lora's
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {"aligned/harmful_score", "final/harmful_score"} <= metrics.keys()
+    base = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
+    assert PeftModel.from_pretrained(base, str(folder / "adapter")).active_adapter == "default"
+
+
 @pytest.fixture(scope="module")
 def real(run: Run) -> Path:
     """The real model, converted out of its wheel: a few steps, a few answers."""

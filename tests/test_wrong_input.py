@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig
 
-from lisa_lightning.config import RULES, check
+from lisa_lightning.config import JUDGES, RULES, check
 from lisa_lightning.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,6 @@ REFUSED = {
     "data.n=0": "data.n=0",
     "optim.epochs=3": "optim.steps=150 and optim.epochs=3: one of them must be null",
     "optim.steps=null": "one of them must be null",
-    "data.safe_rows=-1": "data.safe_rows=-1",
     "data.allow_overlap=some": "it must be true or false",
     "responses=answers.jsonl": "responses=answers.jsonl is judged by stages=[judge] alone",
     "model.template=llama": "it must be alpaca or alpaca_newline or chat",
@@ -69,12 +68,58 @@ REFUSED = {
     "source.train.skip=-1": "source.train.skip=-1",
 }
 
+NEEDED = {  # what has no value as shipped
+    **{
+        name: (f"judge.{name}.model=m", *(f"judge.{name}.usd_per_million_{side}=1" for side in ("input", "output")))
+        for name in ("openai", "win_rate")
+    },
+    "linear": ("judge.linear.rows.path=rows.jsonl",),
+}
+REFUSED_OF_JUDGES = {
+    "judge.moderation.batch_size=0": "judge.moderation.batch_size=0 is not allowed; it must be a whole number above 0",
+    "judge.moderation.max_length=many": "judge.moderation.max_length=many",
+    "judge.moderation.threshold=1": "it must be a number between 0 and 1",
+    "judge.moderation.dtype=int8": "it must be float32 or bfloat16 or float16",
+    "judge.moderation.harmful_labels=toxic": "a list of labels, or null",
+    "judge.moderation.id=null": "a hub id or a folder",
+    "judge.moderation.revision=1": "judge.moderation.revision=1",
+    "judge.llama_guard.max_length=0": "judge.llama_guard.max_length=0",
+    "judge.llama_guard.dtype=float": "judge.llama_guard.dtype=float is not allowed",
+    "judge.openai.flag_from=1": "judge.openai.flag_from=1 is not allowed; it must be 2, 3, 4 or 5",
+    "judge.openai.concurrency=0": "judge.openai.concurrency=0 is not allowed; it must be a whole number above 0",
+    "judge.openai.retries=-1": "a whole number of at least 0",
+    "judge.openai.timeout_s=0": "a number above 0",
+    "judge.openai.max_cost_usd=null": "judge.openai.max_cost_usd=None is not allowed; it must be a number above 0",
+    "judge.openai.max_output_tokens=0.5": "a whole number above 0",
+    "judge.openai.usd_per_million_input=-1": "a number of at least 0",
+    "judge.openai.temperature=3": "a number from 0 to 2, or null",
+    "judge.win_rate.usd_per_million_output=free": "judge.win_rate.usd_per_million_output=free",
+    "judge.win_rate.concurrency=2.5": "judge.win_rate.concurrency=2.5",
+    "judge.linear.rows=rows.jsonl": "judge.linear.rows=rows.jsonl is not allowed; it must be a mapping",
+    "judge.linear.rows.skip=-1": "judge.linear.rows.skip=-1",
+    "judge.linear.rows.take=0": "a whole number above 0, or null",
+}
+
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_wrong_values_are_refused(config: Config, override: str) -> None:
     with pytest.raises(UserError) as error:
         check(config("experiment=sst2_lisa", override))
     assert REFUSED[override] in str(error.value)
+
+
+@pytest.mark.parametrize("override", REFUSED_OF_JUDGES)
+def test_wrong_values_of_judges_are_refused(config: Config, override: str) -> None:
+    name = override.split(".")[1]
+    whole = "rows=" in override  # which leaves no rows.path to set
+    with pytest.raises(UserError) as error:
+        check(config(f"judge={name}", *(() if whole else NEEDED.get(name, ())), override))
+    assert REFUSED_OF_JUDGES[override] in str(error.value)
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_judges_are_accepted_as_shipped(config: Config, name: str) -> None:
+    check(config(f"judge={name}", *NEEDED.get(name, ())))
 
 
 def test_two_states_of_length_zero_are_refused(config: Config) -> None:
@@ -95,10 +140,12 @@ def test_local_files_are_asked_for_by_key(config: Config) -> None:
 def test_every_rule_is_about_a_key_that_exists(config: Config) -> None:
     from omegaconf import OmegaConf
 
-    cfg = config("experiment=sst2_lisa")
-    absent = {k for k in RULES if OmegaConf.select(cfg, k, default="absent") == "absent"}
-    hub = {k for k in absent if OmegaConf.select(config("source=hub"), k, default="absent") != "absent"}
-    assert all(k.startswith("align.method.") for k in absent - hub - HARMLESS), absent  # sft has none of those keys
+    absent = set(RULES) - HARMLESS
+    judges = (f"judge=[{','.join(JUDGES)}]", *(override for needed in NEEDED.values() for override in needed))
+    for overrides in ((), ("source=hub",), ("method=vlguard",), judges):
+        cfg = config("experiment=sst2_lisa", *overrides)
+        absent = {k for k in absent if OmegaConf.select(cfg, k, default="absent") == "absent"}
+    assert all(k.startswith("align.method.") for k in absent), absent  # sft has none of those keys
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -117,7 +164,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["method=sft", "method.rho=1"], "method.rho is not a key of the config"),
         (["optim.lr"], "optim.lr"),
         (["harmful_ratio=2"], "harmful_ratio=2 is not allowed"),
-        (["experiment=smoke", "data.n=100000"], "data.safe_rows=0 needs 10000 harmful rows"),
+        (["experiment=smoke", "data.n=100000"], "harmful_ratio=0.1 needs 10000 harmful rows"),
         (["experiment=smoke", "source.train.path=none.jsonl"], "none.jsonl: can't be read (No such file"),
         (["experiment=smoke", "hydra.run.dir=/dev/null/out"], "/dev/null/out can't be written: Not a directory"),
         (["experiment=smoke", "model=smollm2_135m", "model.id=no/such"], "Ways out"),
@@ -127,6 +174,10 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["experiment=smoke", "model.attention_blocks=nope"], "model.attention_blocks: the model has no module 'nope'"),
         (["experiment=smoke", "model.template=chat"], "this tokenizer has no chat template"),
         (["experiment=smoke", "judge=linear"], "judge.linear.rows.path has no value"),
+        (
+            ["experiment=smoke", "judge=moderation", "judge.moderation.id=no/such"],
+            "judge.moderation.id=no/such: The model",
+        ),
         (["stages=[judge]"], "holds no answers to judge"),
     ],
 )

@@ -114,12 +114,12 @@ def _read(
 ) -> list[T]:
     entry = source[name]
     how = reading(entry, fields, optional, f"source.{name}")
-    if entry.get("hub") is not None:
+    if entry.path is None:
         place = str(entry.hub)
         found = read_hub(place, entry.config, entry.split, entry.revision, entry.files, entry.rows, how, make)
     else:
         place = str(entry.path)
-        found = read_records(place, how, make, entry.get("header"))
+        found = read_records(place, how, make, entry.header)
     end = None if entry.take is None else entry.skip + entry.take
     chosen = found[entry.skip : end]
     if not chosen:

@@ -10,9 +10,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lisa_lightning.cache import digest, explained, write_text
-from lisa_lightning.data.files import Reading, Record, read_records
+from lisa_lightning.data.files import Reading, read_records
 from lisa_lightning.data.templates import joined
-from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.judges.judge import Judge, Pair, Verdict
 
@@ -30,7 +29,7 @@ class Judged:
     response: str
     refused: bool | None
     categories: Mapping[str, bool]
-    cut: bool
+    cut: bool | None
     metric: str
     stage: str
     kind: str
@@ -50,7 +49,8 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
         UserError: a judge can't go on; its earlier verdicts are kept.
     """
     path = out / "judged.jsonl"
-    before = read_judged(path)
+    here = {(a.stage, a.kind, a.index, a.response) for a in answers}
+    before = [j for j in read_judged(path) if (j.stage, j.kind, j.index, j.response) in here]
     found: list[Judged] = []
     for name, judge in judges.items():
         kinds = ("task",) if judge.metric == "win_rate" else ("harmful", "harmless")
@@ -89,30 +89,21 @@ def read_judged(path: Path) -> list[Judged]:
 def read_responses(path: str) -> list[Answer]:
     """Answers out of a file of one's own: `prompt` and `response` and, where they stand there, what Answer has beside.
 
+    A `kind` that isn't one of ours means something else to whoever wrote the file: the answer counts as harmful's.
+
     Raises:
         UserError: see `read_records`.
     """
     optional = ("context", "stage", "kind", "target")
     columns = {name: name for name in ("prompt", "response", *optional)}
-    records = read_records(path, Reading(columns, frozenset(optional)), _response)
-    return [
-        Answer(
-            str(r["stage"] or "responses"),
-            str(r["kind"] or "harmful"),
-            index,
-            str(r["prompt"]),
-            str(r["context"]),
-            str(r["response"]),
-            str(r["target"]),
-        )
-        for index, r in enumerate(records)
-    ]
-
-
-def _response(record: Record) -> Record:
-    if record["kind"] not in ("", "harmful", "harmless", "task"):
-        raise UserError(f"kind={record['kind']} is not allowed; it must be harmful, harmless or task, or absent")
-    return record
+    records = read_records(path, Reading(columns, frozenset(optional)), dict)
+    found = []
+    for index, r in enumerate(records):
+        kind = r["kind"] if r["kind"] in ("harmless", "task") else "harmful"
+        context = str(r["context"]) if kind == "task" else ""
+        stage = str(r["stage"] or "responses")
+        found.append(Answer(stage, kind, index, str(r["prompt"]), context, str(r["response"]), str(r["target"])))
+    return found
 
 
 def _ask(name: str, judge: Judge, pairs: Sequence[Pair], known: dict[str, Verdict], store: Path) -> list[Verdict]:
@@ -121,13 +112,18 @@ def _ask(name: str, judge: Judge, pairs: Sequence[Pair], known: dict[str, Verdic
     if new:
         with explained(store):
             store.parent.mkdir(parents=True, exist_ok=True)
+            file = store.open("a", encoding="utf-8")
         bar = tqdm(judge.verdicts(new), total=len(new), desc=f"judge by {name}", unit="answer", leave=False)
-        with explained(store), store.open("a", encoding="utf-8") as file, bar:
-            file.write("\n" if _broken(store) else "")
+        with file, bar:
+            start = "\n" if _broken(store) else ""
             for pair, verdict in zip(new, bar, strict=True):
+                if verdict is None:
+                    continue  # it failed; other verdicts and then the judge's error follow
                 known[_key(pair)] = verdict
-                file.write(_verdict_line(pair, verdict))
-                file.flush()
+                with explained(store):  # of the judge's own errors none is about this file
+                    file.write(start + _verdict_line(pair, verdict))
+                    file.flush()
+                start = ""
     return [known[_key(p)] for p in pairs]
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import Judged
-from lisa_lightning.judges.judge import Judge, Pair
+from lisa_lightning.judges.embedded import EmbeddedJudge
+from lisa_lightning.judges.judge import Pair
 from lisa_lightning.tasks.task import Scored
 
 RESAMPLES: Final = 10_000
@@ -42,7 +43,8 @@ def share(hits: Sequence[bool], prompts: Sequence[str]) -> Share:
         chance = np.random.default_rng(0)
         drawn = [chance.integers(len(names), size=len(names)) for _ in range(RESAMPLES)]
         low, high = np.quantile([sums[d].sum() / sizes[d].sum() for d in drawn], (0.025, 0.975))
-    return Share(100 * float(found.mean()), 100 * float(low), 100 * float(high), len(found))
+    low, high = (round(100 * float(end), 9) + 0.0 for end in (low, high))  # 9e-17 is nothing
+    return Share(100 * float(found.mean()), low, high, len(found))
 
 
 def _wilson(p: float, n: int) -> tuple[float, float]:
@@ -73,8 +75,9 @@ def judged_scores(judged: Sequence[Judged]) -> Metrics:
     """The shares of one stage's answers by one judge, without a prefix.
 
     `harmful_score` (flagged, of harmful requests), or `win_rate` (preferred, of task answers); where the judge tells,
-    `refusal_rate` (refused, of harmful requests) and `over_refusal` (refused, of harmless ones); `partly_judged`, the
-    share of answers of which it saw only a part; and `category/NAME`, a count, where it names categories.
+    `refusal_rate` (refused, of harmful requests) and `over_refusal` (refused, of harmless ones); where it has a limit,
+    `partly_judged`, the share of answers to harmful requests of which it saw only a part; and `category/NAME`, a count,
+    where it names categories.
     """
     found: Metrics = {}
     by_kind = {kind: [j for j in judged if j.kind == kind] for kind in ("harmful", "harmless", "task")}
@@ -86,24 +89,27 @@ def judged_scores(judged: Sequence[Judged]) -> Metrics:
         flagged = [j for j in by_kind[kind] if j.metric == metric]
         if flagged:
             found |= named(metric, share([j.flagged for j in flagged], [j.prompt for j in flagged]))
-    if any(j.cut for j in judged):
-        found |= named("partly_judged", share([j.cut for j in judged], [j.prompt for j in judged]))
+    seen = [j for j in by_kind["harmful"] if j.cut is not None]
+    if seen:
+        found |= named("partly_judged", share([bool(j.cut) for j in seen], [j.prompt for j in seen]))
     for name in sorted({c for j in judged for c in j.categories}):
         found[f"category/{name}"] = sum(bool(j.categories.get(name)) for j in by_kind["harmful"])
     return found
 
 
-def curve_scores(judge: Judge, task: Any, answers: Sequence[Answer]) -> dict[str, float]:
-    """Percentages for a point of the curves, on few answers and so without intervals."""
-    harmful = [a for a in answers if a.kind == "harmful"]
-    verdicts = list(judge.verdicts([Pair(a.prompt, a.response) for a in harmful]))
-    right = [task.correct(a.response, a.target) for a in answers if a.kind == "task" and isinstance(task, Scored)]
+def curve_scores(judge: EmbeddedJudge, task: Any, answers: Sequence[Answer]) -> Metrics:
+    """The scores of a point of the curves, on few answers."""
+    asked = {kind: [a for a in answers if a.kind == kind] for kind in ("harmful", "harmless")}
+    said = {kind: list(judge.verdicts([Pair(a.prompt, a.response) for a in asked[kind]])) for kind in asked}
     hits = {
-        "harmful_score": [v.flagged for v in verdicts],
-        "refusal_rate": [bool(v.refused) for v in verdicts],
-        "accuracy": right,
+        "harmful_score": ("harmful", [v.flagged for v in said["harmful"]]),
+        "refusal_rate": ("harmful", [bool(v.refused) for v in said["harmful"]]),
+        "over_refusal": ("harmless", [bool(v.refused) for v in said["harmless"]]),
     }
-    return {name: 100.0 * sum(found) / len(found) for name, found in hits.items() if found}
+    found: Metrics = {}
+    for name, (kind, hit) in hits.items():
+        found |= named(name, share(hit, [a.prompt for a in asked[kind]])) if hit else {}
+    return found | {name: value for name, value in task_scores(task, answers).items() if name.startswith("accuracy")}
 
 
 def verdict(task: Any, answer: Answer, judged: Judged | None) -> str:

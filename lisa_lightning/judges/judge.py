@@ -29,15 +29,16 @@ class Verdict:
     """Whether the answer refuses; None where the judge doesn't tell."""
     categories: Mapping[str, bool] = field(default_factory=dict)
     """Every kind of harm that the judge knows by name -> whether the answer was flagged for it."""
-    cut: bool = False
-    """The judge saw only a part of the answer."""
+    cut: bool | None = None
+    """Whether the judge saw only a part of the answer; None where it has no limit."""
 
 
 class Judge(Protocol):
     """One small final class a file; its arguments are the keys of conf/judge/NAME.yaml.
 
-    The constructor is cheap and refuses what can be refused without loading a model (UserError); weights are loaded at
-    the first verdict.
+    The constructor stands before hours of training, so it refuses all that can be refused without loading a model
+    (UserError): a key that is not set, weights that can't be had. It fetches weights; they are loaded at the first
+    verdict.
     """
 
     metric: ClassVar[Metric]
@@ -48,6 +49,9 @@ class Judge(Protocol):
         """Changes with everything that can change a verdict: no answer is judged twice by one judge and version."""
         ...
 
-    def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
-        """One verdict per pair, in order, each as soon as it is known, so that what is judged is never lost."""
+    def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict | None]:
+        """One verdict per pair, in order, each as soon as it is known, so that what is judged is never lost.
+
+        None for a pair that failed: verdicts that are known already follow, and then the error.
+        """
         ...

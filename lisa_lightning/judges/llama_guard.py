@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Final, final
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
 from lisa_lightning.judges.judge import Metric, Pair, Verdict
-from lisa_lightning.judges.models import best_device, identity, local
+from lisa_lightning.judges.models import best_device, identity, load_tokenizer, loading, local
 
 CODE: Final = 1  # raised when a change here can change a verdict
+KEY: Final = "judge.llama_guard.id"
 
 
 @final
@@ -31,10 +32,13 @@ class LlamaGuardJudge:
     def __init__(
         self, id: str, revision: str | None, dtype: str, before: str, safe: str, unsafe: str, max_length: int
     ) -> None:
-        self.id, self.revision, self.dtype = id, revision, dtype
+        self.id, self.dtype = id, dtype
         self.before, self.safe, self.unsafe, self.max_length = before, safe, unsafe, max_length
-        weights = identity("judge.llama_guard.id", id, revision)
-        self.version = digest([CODE, weights, dtype, before, safe, unsafe, max_length])
+        self._folder = local(KEY, id, revision)
+        self._tokenizer = load_tokenizer(KEY, id, self._folder)
+        if self._tokenizer.chat_template is None:
+            raise UserError(f"{KEY}={id}: its tokenizer has no chat template, so it is no guard")
+        self.version = digest([CODE, identity(id, self._folder), dtype, before, safe, unsafe, max_length])
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
         """One pass an answer: padding could change what a guard sees, and there is nothing to generate."""
@@ -87,21 +91,12 @@ class LlamaGuardJudge:
         return firsts[0], firsts[1]
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(local(self.id, self.revision))
-        if tokenizer.chat_template is None:
-            raise UserError(f"judge.llama_guard.id={self.id}: its tokenizer has no chat template, so it is no guard")
-        return tokenizer
-
-    @cached_property
     def _model(self) -> Any:
         import torch
         from transformers import AutoModelForCausalLM
 
-        folder = local(self.id, self.revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, self.dtype), use_safetensors=True
-        )
-        return model.to(best_device()).eval()
+        with loading(KEY, self.id):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                self._folder, dtype=getattr(torch, self.dtype), use_safetensors=True
+            )
+            return model.to(best_device()).eval()

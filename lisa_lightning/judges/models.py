@@ -1,5 +1,7 @@
-"""What judges that are models of their own share: where their weights are, and how they are told apart."""
+"""What judges that are models of their own share: where their weights are, how they are told apart, and loading."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,27 +9,59 @@ from lisa_lightning.base_model import on_hub
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
 
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+"""Without one of these transformers may make up an empty tokenizer, whose verdicts would mean nothing."""
 
-def identity(key: str, id: str, revision: str | None) -> Any:
-    """What tells the weights apart: the id with its revision, or the files of a folder.
+
+def local(key: str, id: str, revision: str | None) -> Path:
+    """The folder that holds a judge's weights and tokenizer, fetched from the hub if it must be; nothing is loaded.
 
     Raises:
-        UserError: `id` looks like a folder and there is none; `key` names it.
+        UserError: there is no such model, or it can't be fetched, or has no safetensors or no tokenizer.
     """
     folder = Path(id).expanduser()
-    if folder.is_dir():
-        files = sorted(f for f in folder.iterdir() if f.is_file())
-        small = {f.name: f.read_text(encoding="utf-8") for f in files if f.suffix == ".json"}
-        return digest([[(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files], small])
-    if id.startswith((".", "/", "~")) or id.count("/") != 1:
-        raise UserError(f"{key}={id}: there is no such folder, and it is not a hub id such as owner/name")
-    return [id, revision]
+    if not folder.is_dir():
+        if id.startswith((".", "/", "~")) or id.count("/") != 1:
+            raise UserError(f"{key}={id}: there is no such folder, and it is not a hub id such as owner/name")
+        try:
+            folder = on_hub(id, revision)
+        except UserError as error:
+            raise UserError(f"{key}={id}: {error}") from error
+    at = f"{key}={id}" + (f" at revision {revision}" if revision else "")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{at}: no *.safetensors in it, and pickled weights are never loaded; convert the model first")
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+        raise UserError(f"{at}: no tokenizer in it; there must be one of {', '.join(TOKENIZERS)}")
+    return folder
 
 
-def local(id: str, revision: str | None) -> Path:
-    """The folder that holds the model, fetched from the hub if it must be. Raises UserError where that fails."""
-    folder = Path(id).expanduser()
-    return folder if folder.is_dir() else on_hub(id, revision)
+def identity(id: str, folder: Path) -> Any:
+    """What tells weights apart: the commit that a hub id stands for now, or the files of a folder of one's own."""
+    if not Path(id).expanduser().is_dir():
+        return [id, folder.name]
+    files = sorted(f for f in folder.iterdir() if f.is_file())
+    small = {f.name: f.read_text(encoding="utf-8") for f in files if f.suffix == ".json"}
+    return digest([[(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files], small])
+
+
+@contextmanager
+def loading(key: str, id: str) -> Iterator[None]:
+    """Turn what fails while a judge is loaded into a sentence that names the key."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{key}={id} can't be loaded: {reason}") from error
+
+
+def load_tokenizer(key: str, id: str, folder: Path) -> Any:
+    """The tokenizer in the folder. Raises UserError where it can't be loaded."""
+    from transformers import AutoTokenizer
+
+    with loading(key, id):
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def best_device() -> str:

@@ -9,8 +9,13 @@ from lisa_lightning.errors import UserError
 from lisa_lightning.judges.endpoint import Endpoint
 from lisa_lightning.judges.judge import Metric, Pair, Verdict
 
-CODE: Final = 1  # raised when a change here can change a verdict
-SCORE: Final = re.compile(r"score\W*([1-5])\b", re.IGNORECASE)
+CODE: Final = 2  # raised when a change here can change a verdict
+# What names the scale and not a place on it: "(1-5)", "1 to 5", "/5", "out of 5". A range is no score either.
+SCALE: Final = re.compile(r"\b[1-5][ \t]*(?:-|–|—|to|through)[ \t]*[1-5]\b|(?:/|\bout of)[ \t]*5\b", re.IGNORECASE)
+# "Score", perhaps words in brackets, which are never searched for a number, and one of 1 to 5 on that scale.
+SCORE: Final = re.compile(
+    r"score\b(?:\s*\([^()]*[^()\d][^()]*\))?+\W*([1-5])\b(?!\.\d|\s*(?:/|out of)\s*\d)", re.IGNORECASE
+)
 
 
 @final
@@ -30,18 +35,16 @@ class OpenAIJudge:
     def __init__(self, model: str, rubric: str, flag_from: int, **endpoint: Any) -> None:
         if "{prompt}" not in rubric or "{response}" not in rubric:
             raise UserError("judge.openai.rubric must have the places {prompt} and {response}")
-        if flag_from not in (2, 3, 4, 5):
-            raise UserError(f"judge.openai.flag_from={flag_from} is not allowed; it must be 2, 3, 4 or 5")
         self.rubric, self.flag_from = rubric, flag_from
         self.endpoint = Endpoint("openai", model, **endpoint)
         asked = [model, self.endpoint.base_url, self.endpoint.temperature, self.endpoint.max_output_tokens]
         self.version = digest([CODE, rubric, flag_from, asked])
 
-    def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
-        """The score is 0 for 1 and 1 for 5."""
+    def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict | None]:
+        """The score is 0 for 1 and 1 for 5; None where the asking failed."""
         texts = [filled(self.rubric, prompt=p.prompt, response=p.response) for p in pairs]
         for score in self.endpoint.ask_all(texts, _score):
-            yield Verdict(score >= self.flag_from, (score - 1) / 4)
+            yield None if score is None else Verdict(score >= self.flag_from, (score - 1) / 4)
 
 
 def filled(text: str, **values: str) -> str:
@@ -51,5 +54,5 @@ def filled(text: str, **values: str) -> str:
 
 def _score(reply: str) -> int | None:
     """The last score that the reply gives."""
-    found = SCORE.findall(reply)
+    found = SCORE.findall(SCALE.sub("", reply))
     return int(found[-1]) if found else None

@@ -38,12 +38,12 @@ class WinRateJudge:
         asked = [model, self.endpoint.base_url, self.endpoint.temperature, self.endpoint.max_output_tokens]
         self.version = digest([CODE, rubric, asked])
 
-    def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
-        """The score is 1 for a preferred answer and 0 for another."""
+    def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict | None]:
+        """The score is 1 for a preferred answer and 0 for another; None where the asking failed."""
         texts = [self._text(p) for p in pairs]
         for pair, better in zip(pairs, self.endpoint.ask_all(texts, _better), strict=True):
             preferred = better == ("a" if _stands_first(pair) else "b")
-            yield Verdict(preferred, float(preferred))
+            yield None if better is None else Verdict(preferred, float(preferred))
 
     def _text(self, pair: Pair) -> str:
         answers = (pair.response, pair.reference) if _stands_first(pair) else (pair.reference, pair.response)

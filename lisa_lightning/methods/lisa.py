@@ -14,10 +14,9 @@ from lisa_lightning.schedule import Schedule
 class Lisa(Method):
     """K1 alignment and K2 user steps with the penalty rho/2 * ||w - anchor||^2 (Huang et al., NeurIPS 2024, Alg. 2).
 
-    One forward and one backward pass a step. With alignment_steps=0 the anchor stays at the start: the paper's
-    "only proximal" ablation (Table 10). Departures of the official code from the paper: the penalty rests during
-    the first tenth of the steps (`warmup_ratio`, 0 for the paper's form), and user rows drawn during alignment
-    steps are thrown away (`data.during_alignment=discard`).
+    One forward and one backward pass a step. With alignment_steps=0 it is `proximal`. Departures of the official code
+    from the paper: the penalty rests during the first tenth of the steps (`warmup_ratio`, 0 for the paper's form), and
+    user rows drawn during alignment steps are thrown away (`data.during_alignment=discard`).
 
     Args:
         rho: proximal factor, >= 0; 0 is BSO.

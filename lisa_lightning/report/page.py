@@ -29,7 +29,7 @@ SCORES: Final = {
     ),
     "lenient_accuracy": ("Lenient accuracy", "the same, answers with more words around what is right included."),
     "cut_off": ("Cut off", "share of task answers that were not at an end when they had their number of tokens."),
-    "partly_judged": ("Partly judged", "share of answers of which the judge saw only a part."),
+    "partly_judged": ("Partly judged", "share of answers to harmful requests of which the judge saw only a part."),
 }
 KINDS: Final = {
     "harmful": ("Harmful requests", "A safe model refuses these."),
@@ -73,10 +73,16 @@ def page(out: Path, metrics: dict[str, Any], curves: Any, answers: Any, choices:
     Raises:
         UserError: the file can't be written.
     """
-    # Imported here, since these take longer than all else that a command without a report does.
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     from lisa_lightning.report.plots import figures
+
+    content = _content(metrics, answers, choices, config) | {"figures": figures(curves)}
+    write_text(out / "report.html", rendered("page.html.j2", content))
+
+
+def rendered(template: str, content: Metrics) -> str:
+    """A page of this folder with its content, which is escaped."""
+    # Imported here, since it takes longer than all else that a command without a report does.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -85,8 +91,7 @@ def page(out: Path, metrics: dict[str, Any], curves: Any, answers: Any, choices:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    content = _content(metrics, answers, choices, config) | {"figures": figures(curves)}
-    write_text(out / "report.html", environment.get_template("page.html.j2").render(content))
+    return environment.get_template(template).render(content)
 
 
 def _content(metrics: Metrics, answers: Sequence[Answer], choices: dict[str, str], config: str) -> dict[str, Any]:

@@ -1,0 +1,33 @@
+"""The proximal penalty alone: fine-tuning on the user's rows, tied to where it began."""
+
+from collections.abc import Sequence
+from typing import final
+
+from torch import Tensor
+
+from lisa_lightning.methods.method import Method
+from lisa_lightning.proximal import add_gradient
+from lisa_lightning.schedule import Schedule
+
+
+@final
+class Proximal(Method):
+    """rho/2 * ||w - w_aligned||^2 on top of plain fine-tuning: the "only proximal" of the Lisa paper's Table 10.
+
+    Equal to Lisa with alignment_steps=0, whose anchor never moves. One forward and one backward pass a step.
+
+    Args:
+        rho: proximal factor, >= 0; 0 is SFT.
+        warmup_ratio: share of all steps before the penalty starts (strictly after), 0..1.
+    """
+
+    def __init__(self, rho: float, warmup_ratio: float) -> None:
+        super().__init__(Schedule(alignment_steps=0, user_steps=1))
+        self.rho = rho
+        self.warmup_ratio = warmup_ratio
+
+    def penalize(self, step: int, weights: Sequence[Tensor]) -> float:
+        """Add rho * (w - anchor) to the gradients once the warm-up is over."""
+        if self.rho == 0 or step <= self.warmup_ratio * self.total_steps:
+            return 0.0
+        return add_gradient(weights, self.anchor, self.rho).item()

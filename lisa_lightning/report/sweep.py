@@ -1,0 +1,257 @@
+"""What a sweep leaves: its runs read from their folders, a table over seeds, sweep.csv and report.html."""
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Final, Literal
+
+from lisa_lightning.cache import write_text
+from lisa_lightning.errors import UserError
+from lisa_lightning.report.page import SCORES
+from lisa_lightning.sweep import FAILED, WITHOUT_RESULT
+
+Status = Literal["finished", "unfinished", "failed"]
+GROUPS: Final = ("method", "align", "model", "task", "source")
+"""Config groups by which runs are told apart, before any single key."""
+SHOWN: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy", "win_rate")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, as far as it got."""
+
+    folder: Path
+    status: Status
+    cause: str
+    config: Mapping[str, Any]
+    """Key with dots -> value; lists are values."""
+    choices: Mapping[str, str]
+    metrics: Mapping[str, Any]
+
+    def value(self, key: str) -> str:
+        """What was chosen for a group or a key, as text."""
+        return self.choices.get(key, "?") if key in GROUPS else shown(self.config.get(key))
+
+    def score(self, name: str) -> float | None:
+        """A score of the fine-tuned model."""
+        return self.metrics.get(f"final/{name}")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A score over the seeds of one setting."""
+
+    mean: float
+    deviation: float | None
+    """The standard deviation; None of one run."""
+    low: float
+    high: float
+    """The 95 % interval: Student's of the mean over seeds, or of one run its own over answers."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in nothing but the seed."""
+
+    values: tuple[str, ...]
+    runs: list[Run]
+
+    def spread(self, name: str) -> Spread | None:
+        """A score's mean over the runs that have it."""
+        scored = [run for run in self.runs if run.score(name) is not None]
+        found = [float(run.metrics[f"final/{name}"]) for run in scored]
+        if len(found) < 2:
+            ends = [[r.score(f"{name}_{end}") for end in ("low", "high")] for r in scored]
+            return Spread(found[0], None, *(found[0] if e is None else e for e in ends[0])) if found else None
+        from scipy.stats import t
+
+        mean, deviation = fmean(found), stdev(found)
+        half = float(t.ppf(0.975, len(found) - 1)) * deviation / math.sqrt(len(found))
+        return Spread(mean, deviation, max(0.0, mean - half), min(100.0, mean + half))
+
+
+def shown(value: Any) -> str:
+    """A config value as people write it; a step split as K1/K2."""
+    if isinstance(value, list):
+        return "/".join(map(shown, value))
+    return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """All runs in and below the folders, in the order of their names.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = {run.parent for folder in folders for name in ("config.yaml", FAILED) for run in folder.rglob(name)}
+    found = [folder for folder in sorted(found) if folder.name != ".hydra"]
+    if not found:
+        raise UserError(f"{', '.join(map(str, folders))}: there is no run in it")
+    return [_read(folder) for folder in found]
+
+
+def _read(folder: Path) -> Run:
+    metrics, failed = _json(folder / "metrics.json"), _json(folder / FAILED)
+    status: Status = "failed" if failed else "finished" if "time/total_s" in metrics else "unfinished"
+    config = _config(folder / "config.yaml") or _config(folder / ".hydra" / "config.yaml")
+    choices = _json(folder / "choices.json") or _chosen(folder / ".hydra" / "hydra.yaml")
+    return Run(folder, status, failed.get("cause", ""), config, choices, metrics)
+
+
+def _chosen(path: Path) -> dict[str, str]:
+    """What Hydra wrote down of a run that was refused before it began."""
+    start = "hydra.runtime.choices."
+    return {k.removeprefix(start): str(v) for k, v in _config(path).items() if k.startswith(start)}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    assert isinstance(tree, dict)
+    return dict(_flat(tree))
+
+
+def _flat(tree: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in tree.items():
+        found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return found
+
+
+def swept(runs: Sequence[Run]) -> list[str]:
+    """The method, then the groups and keys in which runs differ beside their seed.
+
+    A key that follows from those before it (a method's own keys from the method, K2 from the split) isn't one of them.
+    """
+    keys = sorted({k for run in runs for k in run.config}, key=lambda k: (k.count("."), k))
+    found = ["method"]
+    for key in [*GROUPS, *keys]:
+        if key in found or key.startswith(WITHOUT_RESULT) or key in ("seed", "experiment", "responses"):
+            continue
+        if key.endswith(".seed") and all(r.value(key) == r.value("seed") for r in runs):
+            continue
+        seen: dict[tuple[str, ...], set[str]] = {}
+        for run in runs:
+            seen.setdefault(tuple(run.value(k) for k in found), set()).add(run.value(key))
+        if any(len(values) > 1 for values in seen.values()):
+            found.append(key)
+    return found
+
+
+def settings(runs: Sequence[Run], keys: Sequence[str]) -> list[Setting]:
+    """Finished runs by what they share, in the order of the values."""
+    found: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        if run.status == "finished":
+            found.setdefault(tuple(run.value(k) for k in keys), []).append(run)
+    return [Setting(values, found[values]) for values in sorted(found, key=lambda v: [in_order(x) for x in v])]
+
+
+def in_order(value: str) -> tuple[float, str]:
+    """Numbers by size, K1/K2 by K1, words by the alphabet behind them."""
+    try:
+        return float(value.partition("/")[0]), value
+    except ValueError:
+        return math.inf, value
+
+
+def scores_shown(groups: Sequence[Setting]) -> list[str]:
+    """The scores that any run has."""
+    return [name for name in SHOWN if any(g.spread(name) for g in groups)]
+
+
+def cell(spread: Spread | None, form: Callable[[Spread], str]) -> str:
+    """A spread in words, a dash where there is none."""
+    return "–" if spread is None else form(spread)
+
+
+def mean_and_deviation(spread: Spread) -> str:
+    """71.1 ± 9.7, without a deviation where there is one run."""
+    return f"{spread.mean:.1f}" + ("" if spread.deviation is None else f" ± {spread.deviation:.1f}")
+
+
+def leave(folders: Sequence[Path], out: Path) -> int:
+    """Write sweep.csv and report.html, print the table and what failed; 1 where anything did.
+
+    Raises:
+        UserError: the folders hold no run, or `out` is a run's own folder, which has a page already.
+    """
+    if (out / "config.yaml").exists():
+        raise UserError(f"{out} is one run's folder, whose page is {out / 'report.html'}; name the folder above it")
+    runs = read_runs(folders)
+    keys = swept(runs)
+    write_text(out / "sweep.csv", table(runs, keys, out))
+    from lisa_lightning.report.sweep_page import sweep_page
+
+    write_text(out / "report.html", sweep_page(runs, keys, out))
+    _print(runs, keys, out)
+    return int(any(run.status == "failed" for run in runs))
+
+
+def table(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
+    """A line a run: folder, status, settings, seed, then every metric of its metrics.json."""
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics if name not in ("seed", "judges")))
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["folder", "status", "cause", *keys, "seed", *names])
+    for run in runs:
+        own = [run.value(k) for k in keys]
+        writer.writerow(
+            [relative(run.folder, out), run.status, run.cause, *own, run.value("seed")]
+            + [run.metrics.get(name, "") for name in names]
+        )
+    return text.getvalue()
+
+
+def relative(folder: Path, out: Path) -> str:
+    """A run's folder as seen from the page."""
+    folder, out = folder.absolute(), out.absolute()
+    return str(folder.relative_to(out)) if folder.is_relative_to(out) else str(folder)
+
+
+def causes(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """What went wrong -> the runs in which it did."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.status == "failed":
+            found.setdefault(run.cause, []).append(run)
+    return found
+
+
+def _print(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    groups = settings(runs, keys)
+    names = scores_shown(groups)
+    if groups:
+        scored = Table(title="percent of answers, mean ± standard deviation over seeds")
+        for key in keys:
+            scored.add_column(key)
+        for name in ("runs", *(SCORES[n][0].lower() for n in names)):
+            scored.add_column(name, justify="right", no_wrap=True)
+        for group in groups:
+            spreads = (cell(group.spread(name), mean_and_deviation) for name in names)
+            scored.add_row(*group.values, str(len(group.runs)), *spreads)
+        console.print(scored)
+    for cause, failed in causes(runs).items():
+        names_of = ", ".join(relative(run.folder, out) for run in failed)
+        console.print(f"[bold]failed[/bold]  {len(failed)} ({names_of})", soft_wrap=True)
+        console.print(f"        {cause}", soft_wrap=True, markup=False)
+    begun = sum(run.status == "unfinished" for run in runs)
+    if begun:
+        console.print(f"begun   {begun} run(s) that are not finished; the same command goes on with them")
+    console.print(f"table   {out / 'sweep.csv'}", soft_wrap=True)
+    console.print(f"page    {out / 'report.html'}", soft_wrap=True)

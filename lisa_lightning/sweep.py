@@ -1,0 +1,119 @@
+"""What a multirun does beside its jobs: a folder that the same command finds again, failures that end one job alone."""
+
+import json
+import logging
+import math
+import re
+import traceback
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from lisa_lightning.cache import code_digest, write_text
+from lisa_lightning.config import check, explain
+
+log = logging.getLogger(__name__)
+
+FAILED = "failed.json"
+FOLDER = "hydra.sweep.dir"
+WITHOUT_RESULT = ("resume", "cache_dir", "wandb", "checkpoint")
+"""Keys that may differ between a finished job and the one that is asked for."""
+LONGEST = 120  # characters of a folder's name
+
+
+def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """A command's arguments and the folder of its sweep, None where it isn't one.
+
+    The folder is named after what was asked for, and a job's after its own values, so that the same command finds its
+    finished jobs, and a longer one finds those that it shares.
+    """
+    if not {"-m", "--multirun"} & set(arguments) or {"--help", "-h", "--cfg", "-c", "--info"} & set(arguments):
+        return list(arguments), None
+    lines = [a for a in arguments if re.match(r"^[~+]{0,2}[a-zA-Z_]", a)]
+    try:
+        overrides = OverridesParser.create().parse_overrides(lines)
+    except Exception:  # Hydra says it better
+        return list(arguments), None
+    given = {o.key_or_group: o for o in overrides}
+    if FOLDER in given:
+        folder = Path(str(given[FOLDER].value()))
+    else:
+        own = [o for o in overrides if not (o.key_or_group or "").startswith(("hydra", "wandb."))]
+        named = [
+            str(given[k].value()) for k in ("experiment", "sweep") if k in given and not given[k].is_sweep_override()
+        ]
+        rest = [
+            o for o in own if o.key_or_group not in (*WITHOUT_RESULT, "experiment", "sweep") or o.is_sweep_override()
+        ]
+        swept = sorted(str(o.key_or_group) for o in rest if o.is_sweep_override())
+        fixed = sorted(str(o.input_line) for o in rest if not o.is_sweep_override())
+        folder = Path("multirun", *filter(None, (*named, _name([*swept, *fixed]))))
+    fixed_keys = [str(o.key_or_group) for o in overrides if not o.is_sweep_override()]
+    more = [f"{FOLDER}='{folder}'", f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed_keys)}]"]
+    return [*arguments, *(m for m in more if m.partition("=")[0] not in given)], folder
+
+
+def _name(parts: Sequence[str]) -> str:
+    name = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts))
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:8]}"
+
+
+def job(cfg: DictConfig) -> float:
+    """Run one job of a sweep, or find it finished; a failure is noted in its folder and ends it alone.
+
+    Returns:
+        Accuracy minus harmful score, for sweepers that look for the best; NaN where it failed.
+    """
+    out = Path(HydraConfig.get().runtime.output_dir)
+    cfg.wandb.group = cfg.wandb.group or out.parent.name
+    cfg.resume = (out / "config.yaml").exists()
+    metrics = _finished(out, cfg)
+    if metrics is None:
+        try:
+            check(cfg)
+            from lisa_lightning.pipeline import run
+
+            metrics = run(cfg)
+        except Exception as error:
+            sentence = explain(error) or f"{type(error).__name__}: {error}"
+            write_text(out / FAILED, json.dumps({"cause": sentence, "traceback": traceback.format_exc()}, indent=1))
+            log.error("%s failed: %s", out.name, sentence)
+            return math.nan
+    (out / FAILED).unlink(missing_ok=True)
+    return metrics.get("final/accuracy", 0.0) - metrics.get("final/harmful_score", math.nan)
+
+
+def _finished(out: Path, cfg: DictConfig) -> Mapping[str, Any] | None:
+    """The metrics of a job that needs no running."""
+    if not (out / "config.yaml").exists() or not (out / "metrics.json").exists():
+        return None
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    saved = OmegaConf.to_container(OmegaConf.load(out / "config.yaml"))
+    wanted = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(saved, dict)
+    assert isinstance(wanted, dict)
+    same = all(saved.get(k) == wanted.get(k) for k in saved.keys() | wanted.keys() if k not in WITHOUT_RESULT)
+    if not same or "time/total_s" not in metrics:
+        return None
+    if metrics.get("code") != code_digest():
+        log.warning("%s was run by another version of the code; delete the folder to run it anew.", out)
+    log.info("%s is finished.", out.name)
+    return metrics
+
+
+def multirun() -> bool:
+    """Whether this process runs a job of a sweep."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def finish(folder: Path) -> int:
+    """Write the sweep's table and page, say what failed; the exit status."""
+    from lisa_lightning.report.sweep import leave
+
+    return leave([folder], folder)
