@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==\(.*\)/torch==\1+cpu/p' requirements.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast bench lint clean
+.PHONY: help setup run test test-fast bench experiments lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -32,6 +32,9 @@ test-fast: setup ## the tests that start no processes of their own and load no r
 
 bench: setup ## measure against the published implementations, into benchmarks/results (a quarter of an hour)
 	$(BIN)/python -m benchmarks
+
+experiments: setup ## measure a claim of experiments/: make experiments CLAIM=harmful_ratio MORE="seed=1"
+	$(BIN)/python -m experiments $(CLAIM) $(MORE)
 
 lint: setup ## format, lint and types
 	$(BIN)/ruff format --check .

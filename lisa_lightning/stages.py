@@ -11,6 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
@@ -93,7 +94,12 @@ class Stages:
     def run(self) -> Metrics:
         """The chosen stages; without `align` the base model stands for the aligned one."""
         cfg = self.cfg
-        metrics: Metrics = {"seed": cfg.seed, "code": code_digest(), "rows/overlap": sum(self.rows.overlap.values())}
+        metrics: Metrics = {
+            "seed": cfg.seed,
+            "code": code_digest(),
+            "threads": torch.get_num_threads(),
+            "rows/overlap": sum(self.rows.overlap.values()),
+        }
         metrics |= {f"rows/overlap/{pair}": count for pair, count in self.rows.overlap.items()}
         model = Model(self.base, None)
         if "align" in cfg.stages:

@@ -1,0 +1,1 @@
+"""The paper's claims at the embedded scale, a folder each."""

@@ -1,0 +1,95 @@
+"""`python -m experiments CLAIM [KEY=VALUE...]`: run a claim's sweep, keep its numbers, draw its picture.
+
+Numbers are merged into experiments/CLAIM/results.csv, a line a run, so that a claim can be measured seed by seed.
+"""
+
+import csv
+import subprocess
+import sys
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Final
+
+from lisa_lightning.cache import write_text
+from lisa_lightning.report.drawing import save_png
+from lisa_lightning.report.sweep import Run, in_order, read_runs, settings, swept
+from lisa_lightning.report.sweep_page import score_plots
+
+ROOT: Final = Path(__file__).parents[1]
+CLAIMS: Final = {
+    "harmful_ratio": ["sweep=harmful_ratio", "method=sft,vlguard,bso,proximal,lisa"],
+    "rho": ["sweep=rho"],
+    "step_split": ["sweep=step_split"],
+    "sample_number": ["sweep=sample_number"],
+    "learning_rate": ["sweep=learning_rate"],
+}
+SCORES: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy")
+MEASURED: Final = (*(f"final/{s}{end}" for s in SCORES for end in ("", "_low", "_high", "_answers")), "time/finetune_s")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit status: the sweep's."""
+    if not arguments or arguments[0] not in CLAIMS:
+        print(f"python -m experiments CLAIM [KEY=VALUE...]; claims: {', '.join(CLAIMS)}", file=sys.stderr)
+        return 2
+    claim, *more = arguments
+    folder, out = ROOT / "multirun" / "claims" / claim, ROOT / "experiments" / claim
+    command = [
+        sys.executable,
+        "run.py",
+        "-m",
+        "experiment=sst2_short",
+        *CLAIMS[claim],
+        f"hydra.sweep.dir={folder}",
+        *more,
+    ]
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    out.mkdir(exist_ok=True)
+    record(read_runs([folder]), out / "results.csv")
+    draw(out)
+    return status
+
+
+def record(runs: Sequence[Run], path: Path) -> None:
+    """Add finished runs to the lines that are there; a line of the same setting and seed is replaced."""
+    keys = swept(runs)
+    lines = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = {tuple(row[k] for k in (*keys, "seed")): row for row in csv.DictReader(file)}
+    for run in runs:
+        if run.status == "finished":
+            own = {k: run.value(k) for k in (*keys, "seed")}
+            numbers = {
+                name.removeprefix("final/"): f"{run.metrics[name]:.4g}" for name in MEASURED if name in run.metrics
+            }
+            lines[tuple(own.values())] = own | numbers
+    text = StringIO()
+    writer = csv.DictWriter(text, list(next(iter(lines.values()))), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines[k] for k in sorted(lines, key=lambda values: [in_order(v) for v in values]))
+    write_text(path, text.getvalue())
+
+
+def draw(out: Path) -> None:
+    """plot.png of results.csv."""
+    with (out / "results.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    keys = list(rows[0])[: list(rows[0]).index("seed")]
+    runs = [
+        Run(
+            out,
+            "finished",
+            "",
+            {k: row[k] for k in (*keys, "seed")},
+            {"method": row["method"]},
+            {f"final/{s}{end}": float(row[f"{s}{end}"]) for s in SCORES for end in ("", "_low", "_high")},
+        )
+        for row in rows
+    ]
+    save_png(score_plots(settings(runs, keys), keys)[:2], out / "plot.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

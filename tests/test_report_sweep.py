@@ -1,0 +1,158 @@
+"""What is made of the runs of a sweep: settings, spreads over seeds, the table, the page."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from scipy.stats import ttest_1samp
+
+from lisa_lightning.errors import UserError
+from lisa_lightning.report.sweep import in_order, leave, read_runs, settings, shown, swept
+
+CURVES = (
+    "stage,step,user/loss,alignment/loss,proximal/drift\nfinetune,1,2.0,,0.1\nfinetune,2,1.0,,0.2\nfinetune,3,,1,0\n"
+)
+
+
+def made(folder: Path, score: float | None, method: str = "lisa", seed: int = 1, **config: Any) -> Path:
+    """A run's folder; without a score it is unfinished."""
+    run = folder / f"{method}-{seed}-{'-'.join(map(str, config.values()))}".replace("/", "_")
+    run.mkdir(parents=True)
+    own = {"lisa": {"rho": 1.0}, "sft": {}}[method]
+    settings = {"seed": seed, "align": {"seed": seed}, "method": own | {"name": method}, "wandb": {"group": run.name}}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings | config))
+    (run / "choices.json").write_text(json.dumps({"method": method, "task": "sst2", "experiment": run.name}))
+    (run / "curves.csv").write_text(CURVES)
+    if score is not None:
+        scores = {
+            "final/harmful_score": score,
+            "final/harmful_score_low": score - 1,
+            "final/harmful_score_high": score + 1,
+        }
+        metrics = scores | {
+            "final/accuracy": 90.0,
+            "time/total_s": 9.0,
+            "time/finetune_s": 6.0,
+            "code": "a",
+            "seed": seed,
+        }
+        (run / "metrics.json").write_text(json.dumps(metrics))
+    return run
+
+
+def test_settings_are_what_differs_beside_the_seed(tmp_path: Path) -> None:
+    for method in ("sft", "lisa"):
+        for ratio in (0.1, 0.05):
+            for seed in (1, 2):
+                made(tmp_path, 10.0 * seed, method, seed, harmful_ratio=ratio)
+    runs = read_runs([tmp_path])
+    assert swept(runs) == ["method", "harmful_ratio"]  # lisa's rho follows from the method, align.seed from the seed
+    groups = settings(runs, swept(runs))
+    assert [g.values for g in groups] == [(m, r) for m in ("lisa", "sft") for r in ("0.05", "0.1")]
+    assert all(len(g.runs) == 2 for g in groups)
+
+
+def test_coupled_keys_are_one(tmp_path: Path) -> None:
+    for k1, k2 in ((10, 40), (25, 25)):
+        made(tmp_path, 1.0, split=[k1, k2], steps={"k1": k1, "k2": k2})
+    assert swept(read_runs([tmp_path])) == ["method", "split"]
+    assert shown([10, 40]) == "10/40"
+
+
+def test_a_spread_is_students_over_seeds_and_a_runs_own_of_one(tmp_path: Path) -> None:
+    values = [10.0, 14.0, 30.0]
+    for seed, value in enumerate(values):
+        made(tmp_path, value, seed=seed)
+    made(tmp_path, 50.0, method="sft")
+    runs = read_runs([tmp_path])
+    three, one = (g.spread("harmful_score") for g in settings(runs, swept(runs)))
+    assert three is not None
+    assert one is not None
+    student = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (three.mean, three.high) == pytest.approx((18.0, student.high))
+    assert three.low == max(0.0, student.low)
+    assert three.deviation == pytest.approx(10.5830052)
+    assert (one.mean, one.deviation, one.low, one.high) == (50.0, None, 49.0, 51.0)
+
+
+def test_values_stand_in_their_order() -> None:
+    assert sorted(["10", "1e-05", "0.3", "b", "a", "5/45", "25/25"], key=in_order) == [
+        "1e-05", "0.3", "5/45", "10", "25/25", "a", "b",
+    ]  # fmt: skip
+
+
+def test_an_unfinished_sweep_has_a_table_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(tmp_path, 20.0, harmful_ratio=0.1)
+    made(tmp_path, None, harmful_ratio=0.2)
+    broken = made(tmp_path, None, harmful_ratio=0.3)
+    (broken / "failed.json").write_text(json.dumps({"cause": "<b>no</b> $x$", "traceback": ""}))
+    assert leave([tmp_path], tmp_path) == 1
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["status"], r["harmful_ratio"], r["final/harmful_score"]) for r in rows] == [
+        ("finished", "0.1", "20.0"), ("unfinished", "0.2", ""), ("failed", "0.3", ""),
+    ]  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert "&lt;b&gt;no&lt;/b&gt;" in page
+    assert "<b>no" not in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "<script" not in page
+    said = capsys.readouterr().out
+    assert "<b>no</b> $x$" in said
+    assert "begun   1 run" in said
+
+
+def test_the_page_can_hide_every_run_that_it_draws(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for ratio in (0.1, 0.2):
+            made(tmp_path, 20.0 * seed, seed=seed, harmful_ratio=ratio)
+    assert leave([tmp_path], tmp_path) == 0
+    page = (tmp_path / "report.html").read_text()
+    for run in range(4):
+        assert f'id="show-{run}"' in page
+        assert page.count(f'class="run-{run}"') == 2 * 3  # wide and narrow, three plots
+        assert f":root:has(#show-{run}:not(:checked)) .run-{run}" in page
+    for title in (
+        "Harmful score against harmful_ratio",
+        "Accuracy against harmful_ratio",
+        "Harmful score against accuracy",
+    ):
+        assert title in page
+    before = page, (tmp_path / "sweep.csv").read_text()
+    leave([tmp_path], tmp_path)
+    assert ((tmp_path / "report.html").read_text(), (tmp_path / "sweep.csv").read_text()) == before
+
+
+def test_names_from_outside_stay_words(tmp_path: Path) -> None:
+    for value in ("<i>a</i>", "$b$"):
+        made(tmp_path, 20.0, note=value)
+    leave([tmp_path], tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<i>a" not in page
+    assert "$b$" in page
+
+
+def test_several_folders_together_from_the_command_line(tmp_path: Path) -> None:
+    made(tmp_path / "one", 20.0, seed=1)
+    made(tmp_path / "two", 30.0, seed=2)
+    (tmp_path / "all").mkdir()
+    command = [sys.executable, "-m", "lisa_lightning.report", "../one", "../two"]
+    done = subprocess.run(command, cwd=tmp_path / "all", capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "25.0 ± 7.1" in done.stdout
+    assert (tmp_path / "all/report.html").exists()
+    empty = subprocess.run([*command[:3], "."], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert empty.returncode == 0
+    none = subprocess.run([*command[:3], "all"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (none.returncode, none.stderr.strip()) == (2, "all: there is no run in it")
+
+
+def test_a_single_runs_own_page_is_kept(tmp_path: Path) -> None:
+    run = made(tmp_path, 20.0)
+    with pytest.raises(UserError, match="is one run's folder"):
+        leave([run], run)

@@ -1,0 +1,231 @@
+"""Multiruns: jobs that are found again, failures that end one job alone, launchers, and what is left at the end."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+
+from lisa_lightning.config import check
+from lisa_lightning.sweep import placed
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["experiment=smoke", "optim.steps=6", "align.optim.steps=4", "evaluate.every=0", "checkpoint.every=2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["-m", "sweep=rho", "experiment=sst2_lisa"], "multirun/sst2_lisa/rho"),
+        (["-m", "sweep=rho", "experiment=sst2_lisa", "resume=true", "wandb.project=x"], "multirun/sst2_lisa/rho"),
+        (["--multirun", "seed=2,1", "method=sft,bso"], "multirun/method,seed"),
+        (["-m", "method=sft,bso,lisa", "seed=1,2", "optim.steps=9"], "multirun/method,seed,optim.steps=9"),
+        (["-m", "experiment=sst2_sft,sst2_lisa"], "multirun/experiment"),
+        (["-m", "seed=1,2", "source.train.path=a/b c"], "multirun/seed,source.train.path=a_b_c"),
+        (["-m", "seed=1,2", "hydra.sweep.dir=here"], "here"),
+    ],
+)
+def test_the_same_sweep_has_the_same_folder(arguments: list[str], folder: str) -> None:
+    more, found = placed(arguments)
+    assert found == Path(folder)
+    assert more[: len(arguments)] == arguments
+
+
+def test_what_is_no_sweep_is_left_alone() -> None:
+    for arguments in (["seed=1"], ["-m", "--cfg", "job"], ["-m", "a=[1,"]):
+        assert placed(arguments) == (arguments, None)
+
+
+SWEEPS = sorted(f.stem for f in (ROOT / "conf/sweep").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_job_of_a_committed_sweep_is_a_run(config: Callable[..., DictConfig], name: str) -> None:
+    content = yaml.safe_load((ROOT / "conf/sweep" / f"{name}.yaml").read_text())
+    params = content["hydra"]["sweeper"]["params"]
+    overrides = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
+    assert "optuna" in name or params["seed"] == "1,2,3"
+    ends: list[list[str]] = [[], []]
+    for o in overrides:
+        values = [str(v) for v in o.sweep_string_iterator()] if o.is_discrete_sweep() else ["0.01", "10"]
+        ends = [[*ends[0], f"{o.get_key_element()}={values[0]}"], [*ends[1], f"{o.get_key_element()}={values[-1]}"]]
+    split = [] if "split" not in params else ["split=[0,30]"]
+    for job in ends:
+        check(config(f"sweep={name}" if name != "optuna" else "sweep=rho", *split, *job))
+
+
+def test_a_sweep_of_weights_and_biases_starts_runs_of_ours(config: Callable[..., DictConfig]) -> None:
+    sweep = yaml.safe_load((ROOT / "conf/wandb_sweep.yaml").read_text())
+    assert (ROOT / sweep["program"]).exists()
+    assert sweep["command"] == ["${env}", "python", "${program}", "${args_no_hyphens}"]
+    values = [(k, v.get("values", [v.get("value")])) for k, v in sweep["parameters"].items()]
+    for end in (0, -1):
+        check(config(*(f"{key}={options[end]}" for key, options in values)))
+
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+def environment(work: Path, **more: str) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    own = {"WANDB_MODE": "disabled", "LISA_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1", "HOME": str(work)}
+    return env | own | more
+
+
+def sweep(work: Path, *arguments: str, status: int = 0, **env: str) -> str:
+    """What `run.py -m` prints."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "-m", *arguments],
+        cwd=work,
+        env=environment(work, **env),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr[-3000:]
+    return done.stdout
+
+
+def jobs(folder: Path) -> dict[str, dict[str, str]]:
+    """Folder of a job -> its line of sweep.csv."""
+    with (folder / "sweep.csv").open(newline="") as file:
+        return {row["folder"]: row for row in csv.DictReader(file)}
+
+
+def written(folder: Path) -> dict[str, int]:
+    return {f.parent.name: f.stat().st_mtime_ns for f in folder.glob("*/metrics.json")}
+
+
+@pytest.mark.slow
+def test_a_failure_ends_one_job_and_the_same_command_repeats_it_alone(work: Path) -> None:
+    arguments = [*SMALL, "method=sft,lisa", "data.n=60,4000", "seed=1"]
+    said = sweep(work, *arguments, status=1)
+    folder = work / "multirun/smoke" / "data.n,method,align.optim.steps=4,checkpoint.every=2,evaluate.every=0,seed=1"
+    folder = next((work / "multirun/smoke").iterdir())
+    found = jobs(folder)
+    assert {name: row["status"] for name, row in found.items()} == {
+        "data.n=60,method=lisa": "finished",
+        "data.n=60,method=sft": "finished",
+        "data.n=4000,method=lisa": "failed",
+        "data.n=4000,method=sft": "failed",
+    }
+    cause = "data.n=4000 with harmful_ratio=0.1 needs 3600 task rows"
+    assert found["data.n=4000,method=sft"]["cause"].startswith(cause)
+    assert said.count(cause) == 1  # once, with the two jobs that it ended
+    assert "failed  2" in said
+    page = (folder / "report.html").read_text()
+    assert cause in page
+    assert 'href="data.n%3D60%2Cmethod%3Dlisa/report.html"' in page
+    before = written(folder)
+    (folder / "data.n=60,method=sft" / "metrics.json").unlink()
+    sweep(work, *arguments, status=1)
+    after = written(folder)
+    assert after["data.n=60,method=lisa"] == before["data.n=60,method=lisa"]
+    assert after["data.n=60,method=sft"] != before["data.n=60,method=sft"]
+    sweep(work, *arguments[:-2], "data.n=60", "seed=1", "hydra.sweep.dir=other")
+    assert {row["status"] for row in jobs(work / "other").values()} == {"finished"}
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(work: Path) -> None:
+    arguments = [*SMALL, "optim.steps=60", "method=bso,lisa", "seed=7", "align.seed=1"]
+    straight = work / "straight"
+    sweep(work, *arguments, f"hydra.sweep.dir={straight}")
+    shutil.rmtree(work / "cache" / "finetune")
+    killed = work / "killed"
+    command = [sys.executable, str(ROOT / "run.py"), "-m", *arguments, f"hydra.sweep.dir={killed}"]
+    process = subprocess.Popen(
+        command, cwd=work, env=environment(work), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    half = killed / "method=lisa" / "checkpoints" / "finetune.ckpt"
+    deadline = time.monotonic() + 120
+    while not half.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    first = (killed / "method=bso" / "metrics.json").stat().st_mtime_ns
+    assert not (killed / "method=lisa" / "metrics.json").exists()
+    sweep(work, *arguments, f"hydra.sweep.dir={killed}")
+    assert (killed / "method=bso" / "metrics.json").stat().st_mtime_ns == first
+    assert {row["status"] for row in jobs(killed).values()} == {"finished"}
+    for name in ("method=bso", "method=lisa"):
+        a, b = (load_file(f / name / "adapter" / "adapter_model.safetensors") for f in (straight, killed))
+        assert all(bool((a[key] == b[key]).all()) for key in a)
+
+
+@pytest.mark.slow
+def test_jobs_that_start_together_align_once_and_a_killed_owner_blocks_nobody(work: Path) -> None:
+    own = [*SMALL, "align.optim.steps=40", "align.seed=3", "optim.steps=2"]
+
+    def start(name: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, str(ROOT / "run.py"), *own, f"hydra.run.dir={name}", f"seed={name[-1]}"]
+        return subprocess.Popen(
+            command, cwd=work, env=environment(work), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+
+    owner = start("owner1")
+    deadline = time.monotonic() + 120
+    while not (work / "owner1/checkpoints/align.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    others = [start("other2"), start("other3")]
+    owner.send_signal(signal.SIGKILL)
+    assert owner.wait() == -signal.SIGKILL
+    assert [process.wait(timeout=200) for process in others] == [0, 0]
+    made = [name for name in ("other2", "other3") if (work / name / "checkpoints/align.ckpt").exists()]
+    assert len(made) == 1
+
+
+@pytest.mark.slow
+def test_processes_of_one_machine_share_its_threads(work: Path) -> None:
+    env = {"OMP_NUM_THREADS": ""}
+    sweep(work, *SMALL, "seed=1,2", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=joblib", **env)
+    found = jobs(work / "joblib")
+    assert {name: row["status"] for name, row in found.items()} == {"seed=1": "finished", "seed=2": "finished"}
+    assert {row["threads"] for row in found.values()} == {str(max(1, (os.cpu_count() or 1) // 2))}
+
+
+@pytest.mark.slow
+def test_a_cluster_runs_the_jobs(work: Path) -> None:
+    local = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", "hydra.sweep.dir=cluster"]
+    sweep(work, *SMALL, "seed=1,2", *local)
+    assert {row["status"] for row in jobs(work / "cluster").values()} == {"finished"}
+
+
+@pytest.mark.slow
+def test_several_processes_a_job_are_refused_with_the_ways_out(work: Path) -> None:
+    said = sweep(work, *SMALL, "trainer=ddp", "trainer.devices=2", "seed=1,2", "hydra.sweep.dir=ddp", status=1)
+    assert "each of its 2 processes would start the whole sweep again" in said
+    for way in ("trainer.devices=1", "hydra/launcher=submitit_slurm", "one command a job"):
+        assert way in said
+    assert not list((work / "ddp").glob("*/curves.csv"))
+
+
+@pytest.mark.slow
+def test_a_study_looks_for_the_best_and_goes_on(work: Path) -> None:
+    optuna: Any = pytest.importorskip("optuna")
+    for trials in (3, 6):
+        sweep(work, *SMALL, "sweep=optuna", "hydra.sweeper.n_trials=3", "hydra.sweep.dir=study")
+        study = optuna.load_study(study_name="smoke", storage=f"sqlite:///{work}/study/study.db")
+        assert len(study.trials) == trials
+    assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
+    assert study.direction.name == "MAXIMIZE"
+    metrics = [json.loads(f.read_text()) for f in (work / "study").glob("*/metrics.json")]
+    assert study.best_value == max(m["final/accuracy"] - m["final/harmful_score"] for m in metrics)
