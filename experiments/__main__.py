@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.executable,
         "run.py",
         "-m",
-        "experiment=sst2_short",
+        "experiment=sst2_lisa",
         *CLAIMS[claim],
         f"hydra.sweep.dir={folder}",
         *more,
