@@ -30,9 +30,12 @@ def start() -> int:
     """The exit status of a command."""
     sys.argv[1:], folder = sweep.placed(sys.argv[1:])
     try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
+        if folder is None:
+            main()
+            return 0
+        folder.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
         main()
+        return sweep.finish(folder)
     except Exception as error:
         sentence = explain(error)
         if sentence is None:
@@ -41,7 +44,6 @@ def start() -> int:
             return 0  # the first rank says it; a failing child would take that one down in mid-sentence
         print(sentence, file=sys.stderr)
         return 2
-    return 0 if folder is None else sweep.finish(folder)
 
 
 if __name__ == "__main__":

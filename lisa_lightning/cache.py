@@ -78,7 +78,7 @@ def build(ranks: Ranks, parent: Path, key: Any, make: Callable[[Path], None]) ->
         UserError: the folder can't be written.
     """
     final = parent / digest(key)
-    with _locked(final) if ranks.is_global_zero else nullcontext():
+    with locked(final) if ranks.is_global_zero else nullcontext():
         if ranks.broadcast(not final.exists()):
             aside = Path(ranks.broadcast(_fresh(final) if ranks.is_global_zero else None))
             try:
@@ -110,7 +110,8 @@ def _made(make: Callable[[Path], None], aside: Path) -> str | None:
 
 
 @contextmanager
-def _locked(final: Path) -> Iterator[None]:
+def locked(final: Path) -> Iterator[None]:
+    """Hold the lock beside `final`, which dies with its owner; others wait."""
     with explained(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
         handle = (final.parent / f"{final.name}.lock").open("w")

@@ -180,16 +180,15 @@ def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
 
 def _leave(cfg: DictConfig, out: Path, tracker: Tracker, metrics: Metrics, choices: dict[str, str]) -> None:
     """Everything that a person looks at: metrics.json, report.html, the W&B summary, the table in the terminal."""
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2))
     samples = _page(out, metrics, tracker.curves.rows(), choices)
     tracker.summarize(metrics, samples)
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # last: it says that the run is at its end
     report.terminal(out, metrics, tracker.offline_folder, tracker.url)
 
 
 def _page(out: Path, metrics: Metrics, curves: list[CurveRow], choices: dict[str, str]) -> list[dict[str, str]]:
     """Write report.html; the sample answers that it shows."""
-    first = metrics.get("judges", [None])[0]
-    judged = {(j.stage, j.kind, j.index): j for j in read_judged(out / "judged.jsonl") if j.judge == first}
+    judged = {(j.stage, j.kind, j.index): j for j in reversed(read_judged(out / "judged.jsonl"))}  # the first judge's
     task = get_class(OmegaConf.load(out / "config.yaml").task._target_)()
     answers = [
         asdict(a) | {"verdict": verdict(task, a, judged.get((a.stage, a.kind, a.index)))}

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import re
 import traceback
 from collections.abc import Mapping, Sequence
@@ -40,35 +39,45 @@ def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         overrides = OverridesParser.create().parse_overrides(lines)
     except Exception:  # Hydra says it better
         return list(arguments), None
-    given = {o.key_or_group: o for o in overrides}
-    if FOLDER in given:
+    given = {str(o.key_or_group): o for o in overrides}
+    own = [o for o in overrides if not bookkeeping(str(o.key_or_group))]
+    swept = sorted(str(o.key_or_group) for o in own if o.is_sweep_override())
+    fixed = {str(o.key_or_group): str(o.input_line) for o in own if not o.is_sweep_override()}
+    if FOLDER in given:  # which may hold other sweeps: a job's name says all that was asked for
         folder = Path(str(given[FOLDER].value()))
+        known = [key for key in given if key not in {*swept, *fixed}] + ["experiment", "sweep"]
     else:
-        own = [o for o in overrides if not (o.key_or_group or "").startswith(("hydra", "wandb."))]
-        named = [
-            str(given[k].value()) for k in ("experiment", "sweep") if k in given and not given[k].is_sweep_override()
-        ]
-        rest = [
-            o for o in own if o.key_or_group not in (*WITHOUT_RESULT, "experiment", "sweep") or o.is_sweep_override()
-        ]
-        swept = sorted(str(o.key_or_group) for o in rest if o.is_sweep_override())
-        fixed = sorted(str(o.input_line) for o in rest if not o.is_sweep_override())
-        folder = Path("multirun", *filter(None, (*named, _name([*swept, *fixed]))))
-    fixed_keys = [str(o.key_or_group) for o in overrides if not o.is_sweep_override()]
-    more = [f"{FOLDER}='{folder}'", f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed_keys)}]"]
-    return [*arguments, *(m for m in more if m.partition("=")[0] not in given)], folder
+        named = {key: str(given[key].value()) for key in ("experiment", "sweep") if key in fixed}
+        rest = [line for key, line in sorted(fixed.items()) if key not in named]
+        name = ",".join([*([named["sweep"]] if "sweep" in named else []), *swept, *rest])
+        folder = Path("multirun", *filter(None, (named.get("experiment"), _name(name) or "one")))
+        known = [key for key in given if key not in swept]
+    more = {FOLDER: f"'{folder}'", "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(known)}]"}
+    if not swept and "sweep" not in fixed:
+        more["hydra.sweep.subdir"] = "job"
+    return [*arguments, *(f"{key}={value}" for key, value in more.items() if key not in given)], folder
 
 
-def _name(parts: Sequence[str]) -> str:
-    name = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts))
+def bookkeeping(key: str) -> bool:
+    """Whether a key changes nothing of a result."""
+    return key.partition(".")[0].partition("/")[0] in ("hydra", *WITHOUT_RESULT)
+
+
+def complete(metrics: Mapping[str, Any]) -> bool:
+    """Whether the run whose metrics.json holds these got to its end."""
+    return "time/total_s" in metrics
+
+
+def _name(name: str) -> str:
+    name = re.sub(r"[^\w.,=+-]+", "_", name)
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:8]}"
 
 
-def job(cfg: DictConfig) -> float:
+def job(cfg: DictConfig) -> float | None:
     """Run one job of a sweep, or find it finished; a failure is noted in its folder and ends it alone.
 
     Returns:
-        Accuracy minus harmful score, for sweepers that look for the best; NaN where it failed.
+        Accuracy minus harmful score, for sweepers that look for the best; None where it failed.
     """
     out = Path(HydraConfig.get().runtime.output_dir)
     cfg.wandb.group = cfg.wandb.group or out.parent.name
@@ -84,9 +93,9 @@ def job(cfg: DictConfig) -> float:
             sentence = explain(error) or f"{type(error).__name__}: {error}"
             write_text(out / FAILED, json.dumps({"cause": sentence, "traceback": traceback.format_exc()}, indent=1))
             log.error("%s failed: %s", out.name, sentence)
-            return math.nan
+            return None
     (out / FAILED).unlink(missing_ok=True)
-    return metrics.get("final/accuracy", 0.0) - metrics.get("final/harmful_score", math.nan)
+    return metrics.get("final/accuracy", 0.0) - metrics.get("final/harmful_score", 0.0)
 
 
 def _finished(out: Path, cfg: DictConfig) -> Mapping[str, Any] | None:
@@ -99,7 +108,7 @@ def _finished(out: Path, cfg: DictConfig) -> Mapping[str, Any] | None:
     assert isinstance(saved, dict)
     assert isinstance(wanted, dict)
     same = all(saved.get(k) == wanted.get(k) for k in saved.keys() | wanted.keys() if k not in WITHOUT_RESULT)
-    if not same or "time/total_s" not in metrics:
+    if not same or not complete(metrics):
         return None
     if metrics.get("code") != code_digest():
         log.warning("%s was run by another version of the code; delete the folder to run it anew.", out)

@@ -80,6 +80,18 @@ def test_a_spread_is_students_over_seeds_and_a_runs_own_of_one(tmp_path: Path) -
     assert (one.mean, one.deviation, one.low, one.high) == (50.0, None, 49.0, 51.0)
 
 
+def test_runs_that_agree_are_not_certain_and_a_seed_counts_once(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        made(tmp_path / "a", 50.0, seed=seed)
+    made(tmp_path / "b", 50.0, seed=2)
+    runs = read_runs([tmp_path, tmp_path / "a", tmp_path / "b" / ".." / "b"])
+    assert len(runs) == 3
+    (group,) = settings(runs, swept(runs))
+    spread = group.spread("harmful_score")
+    assert spread is not None
+    assert (len(group.runs), spread.deviation, spread.low, spread.high) == (2, 0.0, 49.0, 51.0)
+
+
 def test_values_stand_in_their_order() -> None:
     assert sorted(["10", "1e-05", "0.3", "b", "a", "5/45", "25/25"], key=in_order) == [
         "1e-05", "0.3", "5/45", "10", "25/25", "a", "b",
@@ -128,13 +140,14 @@ def test_the_page_can_hide_every_run_that_it_draws(tmp_path: Path) -> None:
     assert ((tmp_path / "report.html").read_text(), (tmp_path / "sweep.csv").read_text()) == before
 
 
-def test_names_from_outside_stay_words(tmp_path: Path) -> None:
-    for value in ("<i>a</i>", "$b$"):
+def test_names_from_outside_stay_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("<i>a</i>", "$b$", "[red]"):
         made(tmp_path, 20.0, note=value)
     leave([tmp_path], tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "<i>a" not in page
     assert "$b$" in page
+    assert "[red]" in capsys.readouterr().out
 
 
 def test_several_folders_together_from_the_command_line(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from lisa_lightning.cache import digest, explained, write_text
+from lisa_lightning.cache import digest, explained, locked, write_text
 from lisa_lightning.data.files import Reading, read_records
 from lisa_lightning.data.templates import joined
 from lisa_lightning.evaluate.evaluator import Answer
@@ -49,8 +49,8 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
         UserError: a judge can't go on; its earlier verdicts are kept.
     """
     path = out / "judged.jsonl"
-    here = {(a.stage, a.kind, a.index, a.response) for a in answers}
-    before = [j for j in read_judged(path) if (j.stage, j.kind, j.index, j.response) in here]
+    here = {(a.stage, a.kind, a.index, joined(a.prompt, a.context), a.response) for a in answers}
+    before = [j for j in read_judged(path) if (j.stage, j.kind, j.index, j.prompt, j.response) in here]
     found: list[Judged] = []
     for name, judge in judges.items():
         kinds = ("task",) if judge.metric == "win_rate" else ("harmful", "harmless")
@@ -107,11 +107,12 @@ def read_responses(path: str) -> list[Answer]:
 
 
 def _ask(name: str, judge: Judge, pairs: Sequence[Pair], known: dict[str, Verdict], store: Path) -> list[Verdict]:
-    known = _stored(store) | known
-    new = [p for key, p in {_key(p): p for p in pairs}.items() if key not in known]
-    if new:
+    with locked(store):  # jobs of a sweep share answers, which should be paid for once
+        known = _stored(store) | known
+        new = [p for key, p in {_key(p): p for p in pairs}.items() if key not in known]
+        if not new:
+            return [known[_key(p)] for p in pairs]
         with explained(store):
-            store.parent.mkdir(parents=True, exist_ok=True)
             file = store.open("a", encoding="utf-8")
         bar = tqdm(judge.verdicts(new), total=len(new), desc=f"judge by {name}", unit="answer", leave=False)
         with file, bar:

@@ -42,7 +42,7 @@ class Endpoint:
     ) -> None:
         if not os.environ.get(KEY):
             raise UserError(f"judge.{name} needs a key: set the environment variable {KEY} (never a key of the config)")
-        self.name, self.model, self.base_url = name, model, base_url
+        self.name, self.model, self.base_url = name, model, base_url or os.environ.get("OPENAI_BASE_URL")
         self.prices = (usd_per_million_input / 1e6, usd_per_million_output / 1e6)
         self.max_cost, self.max_output_tokens = max_cost_usd, max_output_tokens
         self.concurrency, self.retries, self.timeout, self.temperature = concurrency, retries, timeout_s, temperature
@@ -168,7 +168,7 @@ class Endpoint:
             429: "it is asked too often, or the account is used up",
         }
         words = str(error).splitlines()[0][:200].replace(os.environ.get(KEY, "\0"), "***")
-        place = self.base_url or os.environ.get("OPENAI_BASE_URL") or "the default endpoint"
+        place = self.base_url or "the default endpoint"
         return f"judge.{self.name} at {place}: {known.get(status or 0, what)} ({words}). What was judged is kept"
 
 

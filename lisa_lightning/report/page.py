@@ -275,11 +275,15 @@ def _groups(chosen: Sequence[Answer], answers: Sequence[Answer], columns: dict[s
 
 def _pairs(chosen: Sequence[Answer], kind: str, columns: dict[str, str]) -> list[Pair]:
     """Answers of the same prompt side by side; a prompt asked twice in a stage is two pairs."""
+    from lisa_lightning.data.templates import joined
+
     seen: dict[tuple[str, str], int] = {}
     found: dict[tuple[str, int], dict[str, Cell]] = {}
+    one = len({answer["prompt"] for answer in chosen if answer["kind"] == kind}) == 1
     for answer in chosen:
         if answer["kind"] == kind:
-            shown = answer["context"] or answer["prompt"]  # a task's instruction is the same in every row
+            # Most tasks have one instruction for all rows, which need not be read again and again.
+            shown = answer["context"] if one and answer["context"] else joined(answer["prompt"], answer["context"])
             asked = (answer["stage"], shown)
             seen[asked] = seen.get(asked, 0) + 1
             found.setdefault((shown, seen[asked]), {})[answer["stage"]] = _cell(answer, columns)

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 from lisa_lightning.cache import write_text
 from lisa_lightning.errors import UserError
 from lisa_lightning.report.page import SCORES
-from lisa_lightning.sweep import FAILED, WITHOUT_RESULT
+from lisa_lightning.sweep import FAILED, bookkeeping, complete
 
 Status = Literal["finished", "unfinished", "failed"]
 GROUPS: Final = ("method", "align", "model", "task", "source")
@@ -52,7 +52,7 @@ class Spread:
     """The standard deviation; None of one run."""
     low: float
     high: float
-    """The 95 % interval: Student's of the mean over seeds, or of one run its own over answers."""
+    """The 95 % interval: Student's of the mean over seeds, or where they don't differ a run's own over answers."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,18 @@ class Setting:
         """A score's mean over the runs that have it."""
         scored = [run for run in self.runs if run.score(name) is not None]
         found = [float(run.metrics[f"final/{name}"]) for run in scored]
-        if len(found) < 2:
-            ends = [[r.score(f"{name}_{end}") for end in ("low", "high")] for r in scored]
-            return Spread(found[0], None, *(found[0] if e is None else e for e in ends[0])) if found else None
+        if not found:
+            return None
+        ends = [
+            [float(r.metrics.get(f"final/{name}_{end}", x)) for end in ("low", "high")]
+            for r, x in zip(scored, found, strict=True)
+        ]
+        deviation = stdev(found) if len(found) > 1 else None
+        if not deviation:  # of one run, or of runs that agree by chance
+            return Spread(found[0], deviation, min(low for low, _ in ends), max(high for _, high in ends))
         from scipy.stats import t
 
-        mean, deviation = fmean(found), stdev(found)
+        mean = fmean(found)
         half = float(t.ppf(0.975, len(found) - 1)) * deviation / math.sqrt(len(found))
         return Spread(mean, deviation, max(0.0, mean - half), min(100.0, mean + half))
 
@@ -89,7 +95,8 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         UserError: there are none.
     """
-    found = {run.parent for folder in folders for name in ("config.yaml", FAILED) for run in folder.rglob(name)}
+    names = ("config.yaml", FAILED)
+    found = {run.parent for folder in folders for name in names for run in folder.resolve().rglob(name)}
     found = [folder for folder in sorted(found) if folder.name != ".hydra"]
     if not found:
         raise UserError(f"{', '.join(map(str, folders))}: there is no run in it")
@@ -98,7 +105,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _read(folder: Path) -> Run:
     metrics, failed = _json(folder / "metrics.json"), _json(folder / FAILED)
-    status: Status = "failed" if failed else "finished" if "time/total_s" in metrics else "unfinished"
+    status: Status = "failed" if failed else "finished" if complete(metrics) else "unfinished"
     config = _config(folder / "config.yaml") or _config(folder / ".hydra" / "config.yaml")
     choices = _json(folder / "choices.json") or _chosen(folder / ".hydra" / "hydra.yaml")
     return Run(folder, status, failed.get("cause", ""), config, choices, metrics)
@@ -134,10 +141,11 @@ def swept(runs: Sequence[Run]) -> list[str]:
 
     A key that follows from those before it (a method's own keys from the method, K2 from the split) isn't one of them.
     """
+    runs = [run for run in runs if run.status != "failed"] or runs  # a refused config may be half of one
     keys = sorted({k for run in runs for k in run.config}, key=lambda k: (k.count("."), k))
     found = ["method"]
     for key in [*GROUPS, *keys]:
-        if key in found or key.startswith(WITHOUT_RESULT) or key in ("seed", "experiment", "responses"):
+        if key in found or bookkeeping(key) or key in ("seed", "experiment", "responses"):
             continue
         if key.endswith(".seed") and all(r.value(key) == r.value("seed") for r in runs):
             continue
@@ -150,12 +158,15 @@ def swept(runs: Sequence[Run]) -> list[str]:
 
 
 def settings(runs: Sequence[Run], keys: Sequence[str]) -> list[Setting]:
-    """Finished runs by what they share, in the order of the values."""
-    found: dict[tuple[str, ...], list[Run]] = {}
+    """Finished runs by what they share, in the order of the values; of two runs with one seed the later counts."""
+    found: dict[tuple[str, ...], dict[str, Run]] = {}
     for run in runs:
         if run.status == "finished":
-            found.setdefault(tuple(run.value(k) for k in keys), []).append(run)
-    return [Setting(values, found[values]) for values in sorted(found, key=lambda v: [in_order(x) for x in v])]
+            found.setdefault(tuple(run.value(k) for k in keys), {})[run.value("seed")] = run
+    return [
+        Setting(values, list(found[values].values()))
+        for values in sorted(found, key=lambda v: [in_order(x) for x in v])
+    ]
 
 
 def in_order(value: str) -> tuple[float, str]:
@@ -216,7 +227,7 @@ def table(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
 
 def relative(folder: Path, out: Path) -> str:
     """A run's folder as seen from the page."""
-    folder, out = folder.absolute(), out.absolute()
+    folder, out = folder.resolve(), out.resolve()
     return str(folder.relative_to(out)) if folder.is_relative_to(out) else str(folder)
 
 
@@ -231,6 +242,7 @@ def causes(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _print(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -244,14 +256,14 @@ def _print(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
             scored.add_column(name, justify="right", no_wrap=True)
         for group in groups:
             spreads = (cell(group.spread(name), mean_and_deviation) for name in names)
-            scored.add_row(*group.values, str(len(group.runs)), *spreads)
+            scored.add_row(*map(escape, group.values), str(len(group.runs)), *spreads)
         console.print(scored)
     for cause, failed in causes(runs).items():
         names_of = ", ".join(relative(run.folder, out) for run in failed)
-        console.print(f"[bold]failed[/bold]  {len(failed)} ({names_of})", soft_wrap=True)
+        console.print(f"failed  {len(failed)} ({names_of})", soft_wrap=True, markup=False)
         console.print(f"        {cause}", soft_wrap=True, markup=False)
     begun = sum(run.status == "unfinished" for run in runs)
     if begun:
         console.print(f"begun   {begun} run(s) that are not finished; the same command goes on with them")
-    console.print(f"table   {out / 'sweep.csv'}", soft_wrap=True)
-    console.print(f"page    {out / 'report.html'}", soft_wrap=True)
+    console.print(f"table   {out / 'sweep.csv'}", soft_wrap=True, markup=False)
+    console.print(f"page    {out / 'report.html'}", soft_wrap=True, markup=False)

@@ -38,13 +38,15 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url
         console.print(
             f"time    {metrics['time/total_s']:.0f} s in all ({', '.join(times)}; cached stages as first run)"
         )
-    console.print(f"files   {out}", soft_wrap=True)
+    console.print(f"files   {out}", soft_wrap=True, markup=False)
     if (out / "report.html").exists():
-        console.print(f"page    {out / 'report.html'}", soft_wrap=True)
+        console.print(f"page    {out / 'report.html'}", soft_wrap=True, markup=False)
     if offline_folder is not None:
-        console.print(f"curves  wandb leet {offline_folder}   (upload: wandb sync {offline_folder})", soft_wrap=True)
+        console.print(
+            f"curves  wandb leet {offline_folder}   (upload: wandb sync {offline_folder})", soft_wrap=True, markup=False
+        )
     elif url is not None:
-        console.print(f"curves  {url}", soft_wrap=True)
+        console.print(f"curves  {url}", soft_wrap=True, markup=False)
 
 
 def _scored(metrics: dict[str, Any], stage: str) -> bool:
