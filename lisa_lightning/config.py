@@ -137,6 +137,7 @@ RULES: dict[str, Check] = {
     "evaluate.curve_prompts": COUNT,
     "evaluate.curve_harmless": COUNT,
     "evaluate.curve_rows": COUNT,
+    "evaluate.gradient_rows": COUNT_OR_0,
     "checkpoint.every": COUNT,
     "align.seed": COUNT_OR_0,
     **{f"{where}.{key}": rule for where in ("optim", "align.optim") for key, rule in OPTIM.items()},

@@ -42,7 +42,7 @@ from lisa_lightning.net import (
 from lisa_lightning.schedule import State
 from lisa_lightning.tasks.task import Scored
 from lisa_lightning.tracking import Tracker, read_rows
-from lisa_lightning.training import Checkpoint, EvaluateCurve, Record, fit
+from lisa_lightning.training import Checkpoint, EvaluateCurve, JointGradient, Record, fit
 
 Metrics = dict[str, Any]
 
@@ -155,7 +155,7 @@ class Stages:
             "alignment_rows": _rows_digest(self.rows.alignment),
             "curve": None,
         }
-        callbacks = []
+        callbacks: list[Any] = []
         if cfg.evaluate.every:
             asked = questions(
                 self.rows, cfg.evaluate.curve_prompts, cfg.evaluate.curve_harmless, cfg.evaluate.curve_rows
@@ -163,6 +163,9 @@ class Stages:
             judge = EmbeddedJudge()
             callbacks.append(EvaluateCurve(self.evaluator, judge, self.task, asked, cfg.evaluate.every))
             key["curve"] = self._asking(asked) | {"every": cfg.evaluate.every, "judge": judge.version}
+            if cfg.evaluate.gradient_rows:
+                callbacks.append(JointGradient(cfg.evaluate.gradient_rows, cfg.evaluate.every))
+                key["curve"] |= {"gradient_rows": cfg.evaluate.gradient_rows}
 
         def make(folder: Path) -> None:
             discard = cfg.data.during_alignment == "discard"

@@ -1,6 +1,6 @@
 """Equalities between runs of the training loop on the tiny model, each exact where it is said to be."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +17,16 @@ from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.packing import pack
 from lisa_lightning.data.source import Row
 from lisa_lightning.errors import UserError
+from lisa_lightning.loss import completion_loss
 from lisa_lightning.methods.bso import BSO
 from lisa_lightning.methods.lisa import Lisa
 from lisa_lightning.methods.method import Method
+from lisa_lightning.methods.proximal import Proximal
 from lisa_lightning.methods.sft import SFT
+from lisa_lightning.methods.vlguard import VLGuard
 from lisa_lightning.module import LisaModule, Optim
 from lisa_lightning.net import attach, load, load_tokenizer, trainable
-from lisa_lightning.training import Checkpoint, Record, fit
+from lisa_lightning.training import Checkpoint, JointGradient, Record, fit
 
 USER = [Row(f"sentence {i}: ", "", "positive" if i % 2 else "negative and more") for i in range(9)]
 ALIGNMENT = [Row(f"request {i}: ", "", "no" + "!" * (i % 3)) for i in range(5)]
@@ -44,6 +47,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         stop_after: int | None = None,
         key: dict | None = None,
         max_length: int = 64,
+        more: Sequence[L.Callback] = (),
         **optim: object,
     ) -> LisaModule:
         settings = {
@@ -67,7 +71,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         streams = {"user": Examples(USER, encoded), "alignment": Examples(ALIGNMENT, encoded)}
         steps = StepBatches(streams, pack, method.schedule, o.steps, o.batch_size, o.accumulate, seed=1)  # type: ignore[arg-type]
         checkpoint = Checkpoint(tmp_path / f"{folder}.ckpt", every=3, last=o.steps)
-        callbacks: list[L.Callback] = [Record(None, "finetune")]
+        callbacks: list[L.Callback] = [*more, Record(None, "finetune")]
         if stop_after is not None:
             callbacks.append(_Stop(stop_after))
         fit(module, LisaDataModule(steps), TRAINER, checkpoint, callbacks, "finetune")
@@ -101,6 +105,32 @@ def test_rho_zero_is_bso_bit_for_bit(train: Train) -> None:
 
 def test_no_alignment_steps_and_rho_zero_is_sft_bit_for_bit(train: Train) -> None:
     assert largest_difference(train(Lisa(0, 3, 0.0, 0.1), folder="a"), train(SFT(), folder="b")) == 0
+
+
+def test_the_penalty_alone_is_lisa_without_alignment_steps_bit_for_bit(train: Train) -> None:
+    alone = train(Proximal(1.0, 0.1), folder="a")
+    assert largest_difference(alone, train(Lisa(0, 1, 1.0, 0.1), folder="b")) == 0
+    assert largest_difference(alone, train(Proximal(0.0, 0.1), folder="c")) > 1e-5
+    assert largest_difference(train(Proximal(0.0, 0.1), folder="d"), train(SFT(), folder="e")) == 0
+
+
+def test_safe_rows_change_the_rows_and_nothing_else(train: Train) -> None:
+    assert largest_difference(train(VLGuard(0.5), folder="a"), train(SFT(), folder="b")) == 0
+
+
+def test_the_joint_gradient_is_autograds_and_disturbs_nothing(train: Train) -> None:
+    joint = JointGradient(rows=3, every=7)
+    plain, measured = train(Lisa(2, 3, 1.0, 0.1), folder="a"), train(Lisa(2, 3, 1.0, 0.1), folder="b", more=[joint])
+    assert largest_difference(plain, measured) == 0
+    joint._measure(measured)
+    net: Any = measured.net.eval()
+    losses = {s: completion_loss(net.get_base_model(), packs) / n for s, (packs, n) in joint.packs.items()}
+    gradients = torch.autograd.grad(losses["user"] + losses["alignment"], measured.weights)
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    assert measured.metrics["eval/gradient_norm"] == pytest.approx(norm, rel=1e-5)
+    for state, loss in losses.items():
+        assert measured.metrics[f"eval/{state}_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert joint.packs["user"][1] > 0
 
 
 def test_lisa_differs_from_bso_and_bso_from_sft(train: Train) -> None:

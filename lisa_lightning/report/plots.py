@@ -33,6 +33,7 @@ def figures(curves: Rows) -> list[Figure]:
         (_drift_plot, finetune),
         (_penalty_plot, finetune),
         (_score_plot, finetune),
+        (_gradient_plot, finetune),
         (_align_plot, align),
     ]
     plots = [plot for make, rows in makers if (plot := make(rows)) is not None]
@@ -91,6 +92,15 @@ def _score_plot(rows: Rows) -> Plot | None:
         return None
     caption = "Measured by the embedded judge on few of the held-out prompts; thin upright lines are 95 % intervals."
     return _plot("scores", "Scores while fine-tuning", caption, "percent", lines, rows, percent=True)
+
+
+def _gradient_plot(rows: Rows) -> Plot | None:
+    norm = points(rows, "eval/gradient_norm")
+    if not norm:
+        return None
+    caption = "Of the sum of the losses on fixed alignment and user rows; where it is small, neither state pulls away."
+    line = Line(norm, INK, "norm", marker="o", width=1.3)
+    return _plot("gradient", "Joint gradient", caption, "norm", [line], rows)
 
 
 def _align_plot(rows: Rows) -> Plot | None:

@@ -248,6 +248,7 @@ def _overlays(curves: Sequence[Curve]) -> list[Figure]:
         ("user/loss", "Loss on the user's rows", "Smoothed.", "loss"),
         ("alignment/loss", "Loss on alignment rows", "Smoothed; methods that train on none have no line.", "loss"),
         ("proximal/drift", "Drift", "Squared distance of the adapter from its anchor.", "squared distance"),
+        ("eval/gradient_norm", "Joint gradient", "Norm of the gradient of both losses on fixed rows.", "norm"),
     )
     found = []
     for column, title, caption, unit in plots:
@@ -256,7 +257,7 @@ def _overlays(curves: Sequence[Curve]) -> list[Figure]:
             measured = points(curve.rows, column)
             if measured:
                 last = max(last, measured[-1][0])
-                line = measured if column == "proximal/drift" else smooth(measured)
+                line = smooth(measured) if column.endswith("loss") else measured
                 lines.append(Line(line, *curve.look[:1], dash=curve.look[1], width=1.4, run=curve.id))
         if lines:
             name = column.replace("/", "-")
