@@ -26,7 +26,7 @@ CLAIMS: Final = {
 }
 """Claim -> what its sweep is told, and the keys that tell its runs apart beside the seed."""
 SCORES: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy")
-MEASURED: Final = (*(f"final/{s}{end}" for s in SCORES for end in ("", "_low", "_high", "_answers")), "time/finetune_s")
+MEASURED: Final = tuple(f"final/{s}{end}" for s in SCORES for end in ("", "_low", "_high", "_answers"))
 
 
 def main(arguments: Sequence[str]) -> int:
