@@ -142,6 +142,11 @@ def write_text(path: Path, text: str) -> None:
         aside.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn a failing write (full disk, no permission) into a sentence that names the path."""

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -269,6 +269,15 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
             child = cfg._get_node(name)
             if isinstance(child, DictConfig) and not child._is_none():
                 yield from _keys(child, f"{key}.")
+
+
+def flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Key with dots and value of everything in a nested mapping; lists are values."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _nearest(name: str, names: list[str]) -> str:

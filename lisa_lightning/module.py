@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from peft import PeftModel
 
+from lisa_lightning.config import flat
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.errors import UserError
 from lisa_lightning.loss import completion_loss
@@ -178,19 +179,11 @@ class LisaModule(L.LightningModule):
 
 def refuse_other_run(saved: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> None:
     """Raise UserError naming the first few settings in which a checkpoint's run differs from this one."""
-    old, new = dict(_flat(saved)), dict(_flat(wanted))
+    old, new = dict(flat(saved)), dict(flat(wanted))
     other = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if other:
         shown = "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in other[:3])
         raise UserError(f"The checkpoint is of another run ({shown}). Start anew in another hydra.run.dir.")
-
-
-def _flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

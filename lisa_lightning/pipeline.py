@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning import report
 from lisa_lightning.base_model import base_model
-from lisa_lightning.cache import cache_folder, explained, write_text
+from lisa_lightning.cache import cache_folder, explained, read_json, write_text
 from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import load_rows
@@ -32,12 +32,12 @@ from lisa_lightning.judges.refusal import RefusalJudge
 from lisa_lightning.module import refuse_other_run
 from lisa_lightning.net import refuse_quantization
 from lisa_lightning.stages import Metrics, Stages, plain
-from lisa_lightning.sweep import multirun
+from lisa_lightning.sweep import WITHOUT_RESULT, multirun
 from lisa_lightning.tracking import CurveRow, Tracker, read_rows, wandb_init
 
 log = logging.getLogger(__name__)
 Judges = Mapping[str, Judge]
-MAY_CHANGE = ("resume", "cache_dir", "stages", "wandb", "checkpoint", "judge", "responses")
+MAY_CHANGE = (*WITHOUT_RESULT, "stages", "judge", "responses")
 """Keys that a run and its resumption need not share."""
 
 
@@ -123,16 +123,12 @@ def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
         raise UserError(
             f"{out} holds no answers to judge; name a run's folder as hydra.run.dir=FOLDER, or a file as responses=FILE"
         )
-    metrics = (_read_json(out / "metrics.json") if cfg.responses is None else {}) | _judge(judges, answers, out, cfg)
+    metrics = (read_json(out / "metrics.json") if cfg.responses is None else {}) | _judge(judges, answers, out, cfg)
     write_text(out / "metrics.json", json.dumps(metrics, indent=2))
     if cfg.responses is None and (out / "choices.json").exists():
-        _page(out, metrics, read_rows(out / "curves.csv"), _read_json(out / "choices.json"))
+        _page(out, metrics, read_rows(out / "curves.csv"), read_json(out / "choices.json"))
     report.terminal(out, metrics, None, None)
     return metrics
-
-
-def _read_json(path: Path) -> Metrics:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _ranks(cfg: Any) -> Fabric:

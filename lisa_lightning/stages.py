@@ -96,7 +96,7 @@ class Stages:
         cfg = self.cfg
         metrics: Metrics = {
             "seed": cfg.seed,
-            "code": code_digest(),
+            "code": self.origin["code"],
             "threads": torch.get_num_threads(),
             "rows/overlap": sum(self.rows.overlap.values()),
         }

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.cache import code_digest, write_text
+from lisa_lightning.cache import code_digest, read_json, write_text
 from lisa_lightning.config import check, explain
 
 log = logging.getLogger(__name__)
@@ -100,15 +100,15 @@ def job(cfg: DictConfig) -> float | None:
 
 def _finished(out: Path, cfg: DictConfig) -> Mapping[str, Any] | None:
     """The metrics of a job that needs no running."""
-    if not (out / "config.yaml").exists() or not (out / "metrics.json").exists():
+    metrics = read_json(out / "metrics.json")
+    if not complete(metrics) or not (out / "config.yaml").exists():
         return None
-    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     saved = OmegaConf.to_container(OmegaConf.load(out / "config.yaml"))
     wanted = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(saved, dict)
     assert isinstance(wanted, dict)
     same = all(saved.get(k) == wanted.get(k) for k in saved.keys() | wanted.keys() if k not in WITHOUT_RESULT)
-    if not same or not complete(metrics):
+    if not same:
         return None
     if metrics.get("code") != code_digest():
         log.warning("%s was run by another version of the code; delete the folder to run it anew.", out)

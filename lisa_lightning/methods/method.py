@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor
 
-from lisa_lightning.proximal import snapshot, squared_distance
+from lisa_lightning.proximal import add_gradient, snapshot, squared_distance
 from lisa_lightning.schedule import Schedule
 
 
@@ -41,6 +41,13 @@ class Method(ABC):
     def drift(self, weights: Sequence[Tensor]) -> float:
         """||w - anchor||^2 now."""
         return squared_distance(weights, self.anchor).item()
+
+    @final
+    def pull(self, step: int, weights: Sequence[Tensor], rho: float, warmup_ratio: float) -> float:
+        """Add rho * (w - anchor) to the gradients once the warm-up is over, and return the penalty."""
+        if rho == 0 or step <= warmup_ratio * self.total_steps:
+            return 0.0
+        return add_gradient(weights, self.anchor, rho).item()
 
     @abstractmethod
     def penalize(self, step: int, weights: Sequence[Tensor]) -> float:

@@ -6,7 +6,6 @@ from typing import final
 from torch import Tensor
 
 from lisa_lightning.methods.method import Method
-from lisa_lightning.proximal import add_gradient
 from lisa_lightning.schedule import Schedule
 
 
@@ -27,7 +26,5 @@ class Proximal(Method):
         self.warmup_ratio = warmup_ratio
 
     def penalize(self, step: int, weights: Sequence[Tensor]) -> float:
-        """Add rho * (w - anchor) to the gradients once the warm-up is over."""
-        if self.rho == 0 or step <= self.warmup_ratio * self.total_steps:
-            return 0.0
-        return add_gradient(weights, self.anchor, self.rho).item()
+        """The proximal penalty."""
+        return self.pull(step, weights, self.rho, self.warmup_ratio)

@@ -1,7 +1,6 @@
 """What a sweep leaves: its runs read from their folders, a table over seeds, sweep.csv and report.html."""
 
 import csv
-import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final, Literal
 
-from lisa_lightning.cache import write_text
+from lisa_lightning.cache import read_json, write_text
+from lisa_lightning.config import flat
 from lisa_lightning.errors import UserError
 from lisa_lightning.report.page import SCORES
 from lisa_lightning.sweep import FAILED, bookkeeping, complete
@@ -104,10 +104,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _read(folder: Path) -> Run:
-    metrics, failed = _json(folder / "metrics.json"), _json(folder / FAILED)
+    metrics, failed = read_json(folder / "metrics.json"), read_json(folder / FAILED)
     status: Status = "failed" if failed else "finished" if complete(metrics) else "unfinished"
     config = _config(folder / "config.yaml") or _config(folder / ".hydra" / "config.yaml")
-    choices = _json(folder / "choices.json") or _chosen(folder / ".hydra" / "hydra.yaml")
+    choices = read_json(folder / "choices.json") or _chosen(folder / ".hydra" / "hydra.yaml")
     return Run(folder, status, failed.get("cause", ""), config, choices, metrics)
 
 
@@ -117,23 +117,12 @@ def _chosen(path: Path) -> dict[str, str]:
     return {k.removeprefix(start): str(v) for k, v in _config(path).items() if k.startswith(start)}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def _config(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     tree = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
     assert isinstance(tree, dict)
-    return dict(_flat(tree))
-
-
-def _flat(tree: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for name, value in tree.items():
-        found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
-    return found
+    return dict(flat(tree))
 
 
 def swept(runs: Sequence[Run]) -> list[str]:

@@ -258,7 +258,7 @@ def _overlays(curves: Sequence[Curve]) -> list[Figure]:
             if measured:
                 last = max(last, measured[-1][0])
                 line = smooth(measured) if column.endswith("loss") else measured
-                lines.append(Line(line, *curve.look[:1], dash=curve.look[1], width=1.4, run=curve.id))
+                lines.append(Line(line, curve.look[0], dash=curve.look[1], width=1.4, run=curve.id))
         if lines:
             name = column.replace("/", "-")
             found.append(figure(Plot(name, title, caption, unit, lines, Axis("optimizer step", 0, last, whole=True))))
