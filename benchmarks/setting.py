@@ -95,15 +95,6 @@ def ratio(what: str, values: Sequence[float], target: float, note: str = "") -> 
     return Result(what, median(values), target, "higher", "times", "; ".join(filter(None, [spread(values), note])))
 
 
-def peak_mib(process: int | str) -> float:
-    """Peak resident memory so far of a process (an id or `self`); 0 where it has just ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
-
-
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     cpu = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]

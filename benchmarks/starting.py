@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
 
-from benchmarks.setting import REPETITIONS, ROOT, Result, Rows, embedded_model, peak_mib, spread
+from benchmarks.setting import REPETITIONS, ROOT, Result, Rows, embedded_model, spread
+from lisa_lightning.memory import resident_peak_mib
 from lisa_lightning.net import load, load_tokenizer
 
 STEPS = 12
@@ -101,7 +102,7 @@ class _Run:
         ends: list[float] = []  # of the steps, to a tenth of a second
         while process.poll() is None:
             sleep(0.1)
-            self.memory = max(self.memory, peak_mib(process.pid) / 1024)
+            self.memory = max(self.memory, resident_peak_mib(process.pid) / 1024)
             ends += [perf_counter() - started] * (len(_rows(out / "curves.csv")) - len(ends))
         if process.returncode != 0:
             raise SystemExit(log.read_text()[-2000:])

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import reference, training
-from benchmarks.setting import LORA, REPETITIONS, RHO, Result, Rows, peak_mib, ratio, spread
+from benchmarks.setting import LORA, REPETITIONS, RHO, Result, Rows, ratio, spread
 from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.data.packing import Example, pack
 from lisa_lightning.loss import completion_loss
+from lisa_lightning.memory import peak_mib, watch
 from lisa_lightning.net import trainable
 
 
@@ -87,10 +88,10 @@ def _serve(form: Any, folder: Path, connection: Any) -> None:
             loss.backward()
             connection.send((loss.item(), [w.grad.numpy() for w in trainer.weights]))
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            watch(torch.device("cpu"))
             started = perf_counter()
             trainer.step(rows)
-            connection.send((perf_counter() - started, peak_mib("self")))
+            connection.send((perf_counter() - started, peak_mib(torch.device("cpu"))))
 
 
 def measure(folder: Path, rows: Rows) -> list[Result]:

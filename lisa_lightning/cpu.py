@@ -6,6 +6,7 @@ takes a third as many page faults.
 """
 
 import ctypes
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ def keep_freed_memory() -> None:
         return
     if mallopt(MMAP_THRESHOLD, 1 << 30) or mallopt(MMAP_THRESHOLD, 1 << 25):  # older versions allow 32 MiB at most
         mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what this process has freed and kept."""
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def multiply_by_onednn(model: nn.Module) -> None:

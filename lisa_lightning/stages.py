@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lisa_lightning.cache import build, cache_folder, code_digest, digest, explained, write_text
+from lisa_lightning.cache import build, cache_folder, code_digest, digest, explained, read_json, write_text
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
@@ -103,11 +103,13 @@ class Stages:
         metrics |= {f"rows/overlap/{pair}": count for pair, count in self.rows.overlap.items()}
         model = Model(self.base, None)
         if "align" in cfg.stages:
-            model, metrics["time/align_s"] = self._align()
+            model, cost = self._align()
+            metrics |= _named("align", cost)
         if "evaluate" in cfg.stages:
             metrics |= self._evaluate("aligned", model)
         if "finetune" in cfg.stages:
-            model, metrics["time/finetune_s"] = self._finetune(model)
+            model, cost = self._finetune(model)
+            metrics |= _named("finetune", cost)
             metrics["train/steps"] = self._steps(cfg.optim, len(self.user))
             if "evaluate" in cfg.stages:
                 seconds = metrics["time/evaluate_s"]
@@ -115,7 +117,7 @@ class Stages:
                 metrics["time/evaluate_s"] += seconds
         return metrics
 
-    def _align(self) -> tuple["Model", float]:
+    def _align(self) -> tuple["Model", Metrics]:
         """The aligned model: LoRA on the alignment rows, merged into the base or kept beside it to go on with."""
         cfg = self.cfg.align
         key = self.origin | {
@@ -136,11 +138,11 @@ class Stages:
                     save_merged(net, self.tokenizer, folder)
                 self._record("align", folder, checkpoint)
 
-        folder, seconds = self._stage("align", key, make)
+        folder, cost = self._stage("align", key, make)
         stacked = self.cfg.model.adapters == "stacked"
-        return Model(folder, None) if stacked else Model(self.base, folder / "adapter"), seconds
+        return Model(folder, None) if stacked else Model(self.base, folder / "adapter"), cost
 
-    def _finetune(self, aligned: "Model") -> tuple["Model", float]:
+    def _finetune(self, aligned: "Model") -> tuple["Model", Metrics]:
         """The user's fine-tuning under the chosen method: a folder with the adapter."""
         cfg = self.cfg
         key = self.origin | {
@@ -175,11 +177,11 @@ class Stages:
                 save_adapter(net, str(aligned.folder), folder / "adapter")
                 self._record("finetune", folder, checkpoint)
 
-        folder, seconds = self._stage("finetune", key, make)
+        folder, cost = self._stage("finetune", key, make)
         if self.fabric.is_global_zero:
             with explained(self.out):
                 shutil.copytree(folder / "adapter", self.out / "adapter", dirs_exist_ok=True)
-        return Model(aligned.folder, folder / "adapter"), seconds
+        return Model(aligned.folder, folder / "adapter"), cost
 
     def _load(self, folder: Path, quantize: str | None) -> PreTrainedModel:
         return load(folder, self.cfg.model.dtype, self.cfg.model.attention, quantize)
@@ -247,7 +249,7 @@ class Stages:
                 write_answers(folder / "responses.jsonl", answers)
                 write_text(folder / "stage.json", json.dumps({"seconds": perf_counter() - started}))
 
-        folder, seconds = self._stage("evaluate", key, make)
+        folder, cost = self._stage("evaluate", key, make)
         answers = read_answers(folder / "responses.jsonl")
         self.answered += answers
         if self.fabric.is_global_zero:
@@ -258,10 +260,10 @@ class Stages:
                 outputs = alpaca_eval_outputs(answers, f"{self.cfg.model.name}-{stage}")
                 write_text(self.out / f"alpaca_eval_{stage}.json", outputs)
         scores = {f"{stage}/{name}": value for name, value in task_scores(self.task, answers).items()}
-        return scores | {"time/evaluate_s": seconds}
+        return scores | {"time/evaluate_s": cost["seconds"]}
 
-    def _stage(self, name: str, key: Metrics, make: Any) -> tuple[Path, float]:
-        """The finished folder of a stage, and the seconds that it took when it ran."""
+    def _stage(self, name: str, key: Metrics, make: Any) -> tuple[Path, Metrics]:
+        """The finished folder of a stage, and what it cost when it ran."""
         built = False
 
         def building(folder: Path) -> None:
@@ -272,13 +274,13 @@ class Stages:
         folder = build(self.fabric, self.cache / name, key, building)
         if not built and self.tracker is not None and (folder / "curves.csv").exists():
             self.tracker.take_over(read_rows(folder / "curves.csv"))
-        return folder, json.loads((folder / "stage.json").read_text())["seconds"]
+        return folder, read_json(folder / "stage.json")
 
     def _record(self, stage: str, folder: Path, checkpoint: Checkpoint) -> None:
-        """Keep a training stage's curves and time with its result."""
+        """Keep a training stage's curves and cost with its result."""
         assert self.tracker is not None
         self.tracker.curves.export(stage, folder / "curves.csv")
-        write_text(folder / "stage.json", json.dumps({"seconds": checkpoint.seconds}))
+        write_text(folder / "stage.json", json.dumps(checkpoint.cost))
 
     def _asking(self, asked: list[Question]) -> Metrics:
         """All that determines a model's answers, beside the model."""
@@ -300,6 +302,11 @@ class Model:
     def name(self) -> list[str]:
         """What it was made from: both lie in folders that are named by a hash of that."""
         return [self.folder.name, self.adapter.parent.name if self.adapter else ""]
+
+
+def _named(stage: str, cost: Metrics) -> Metrics:
+    """The cost of a training stage as metrics."""
+    return {f"time/{stage}_s": cost["seconds"], f"memory/{stage}_mib": cost["peak_mib"]}
 
 
 def plain(cfg: Any) -> dict[str, Any]:

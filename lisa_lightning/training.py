@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from lisa_lightning.cache import explained
+from lisa_lightning.cpu import release_freed_memory
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import StepBatches
 from lisa_lightning.data.packing import Pack
@@ -19,6 +20,7 @@ from lisa_lightning.evaluate.evaluator import Evaluator, Question
 from lisa_lightning.evaluate.scores import curve_scores
 from lisa_lightning.judges.embedded import EmbeddedJudge
 from lisa_lightning.loss import completion_loss
+from lisa_lightning.memory import peak_mib, watch
 from lisa_lightning.module import LisaModule
 from lisa_lightning.schedule import State
 from lisa_lightning.tracking import Tracker
@@ -166,31 +168,38 @@ class Record(Callback):
 
 
 class Checkpoint(Callback):
-    """Saves every few steps and after the last, and carries the seconds spent over a resume."""
+    """Saves every few steps and after the last, and carries what the stage cost over a resume."""
 
     def __init__(self, path: Path, every: int, last: int) -> None:
         self.path = path
         self.every = every
         self.last = last
-        self.before = 0.0
+        self.before = {"seconds": 0.0, "peak_mib": 0.0}
         self.started = 0.0
+        self.device = torch.device("cpu")
 
     @property
-    def seconds(self) -> float:
-        """Spent on this stage so far, interrupted runs included."""
-        return self.before + (perf_counter() - self.started if self.started else 0.0)
+    def cost(self) -> dict[str, float]:
+        """Seconds spent on this stage so far and its peak memory in MiB, interrupted runs included."""
+        if not self.started:
+            return self.before
+        seconds = self.before["seconds"] + perf_counter() - self.started
+        return {"seconds": seconds, "peak_mib": max(self.before["peak_mib"], peak_mib(self.device))}
 
     def state_dict(self) -> dict[str, Any]:
-        """The seconds."""
-        return {"seconds": self.seconds}
+        """The cost."""
+        return self.cost
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting."""
-        self.before = state_dict["seconds"]
+        self.before = {name: state_dict[name] for name in self.before}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The clock starts."""
         self.started = perf_counter()
+        self.device = pl_module.device
+        release_freed_memory()  # what earlier stages left to the allocator isn't this one's
+        watch(self.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         """Save where it is due; all ranks take part."""

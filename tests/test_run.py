@@ -67,6 +67,7 @@ def test_a_run_leaves_everything_that_is_promised(out: Path) -> None:
     assert all(0 <= metrics[name] <= 100 for name in scores)
     assert all(metrics[f"{n}_low"] <= metrics[n] <= metrics[f"{n}_high"] for n in scores)
     assert {"time/align_s", "time/finetune_s", "time/evaluate_s", "time/judge_s"} <= metrics.keys()
+    assert metrics["memory/align_mib"] > 100 < metrics["memory/finetune_mib"]  # torch alone holds as much
     assert (metrics["train/steps"], metrics["seed"]) == (24, 42)
     for name in ("config.yaml", "report.html", "checkpoints/finetune.ckpt", "wandb"):
         assert (out / name).exists(), name

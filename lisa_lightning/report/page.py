@@ -306,12 +306,17 @@ def _cut(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " … (cut; whole in responses.jsonl)"
 
 
-def _times(metrics: Metrics) -> list[tuple[str, str]]:
+def _times(metrics: Metrics) -> list[tuple[str, str, str]]:
     return [
-        (title, _duration(metrics[f"time/{name}_s"]))
+        (title, _duration(metrics[f"time/{name}_s"]), _gib(metrics.get(f"memory/{name}_mib")))
         for name, title in TIMES.items()
         if metrics.get(f"time/{name}_s") is not None
     ]
+
+
+def _gib(mib: float | None) -> str:
+    """A number of MiB in GiB; a dash where nothing was measured."""
+    return f"{mib / 1024:.2f} GiB" if mib else "–"
 
 
 def _duration(seconds: float) -> str:

@@ -83,7 +83,8 @@ def sweep_page(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
                 group.values,
                 len(group.runs),
                 [(cell(s, mean_and_deviation), cell(s, _interval)) for s in (group.spread(name) for name in names)],
-                _minutes(group),
+                _mean(group, "time/finetune_s", 60),
+                _mean(group, "memory/finetune_mib", 1024),
             )
             for group in groups
         ],
@@ -100,9 +101,9 @@ def _interval(spread: Spread) -> str:
     return f"{spread.low:.1f} to {spread.high:.1f}"
 
 
-def _minutes(group: Setting) -> str:
-    found = [r.metrics["time/finetune_s"] for r in group.runs if "time/finetune_s" in r.metrics]
-    return f"{sum(found) / len(found) / 60:.1f}" if found else "–"
+def _mean(group: Setting, name: str, unit: float) -> str:
+    found = [r.metrics[name] for r in group.runs if name in r.metrics]
+    return f"{sum(found) / len(found) / unit:.1f}" if found else "–"
 
 
 def score_plots(groups: Sequence[Setting], keys: Sequence[str]) -> list[Plot]:
