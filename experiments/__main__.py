@@ -1,32 +1,67 @@
 """`python -m experiments CLAIM [KEY=VALUE...]`: run a claim's sweep, keep its numbers, draw its picture.
 
-Numbers are merged into experiments/CLAIM/results.csv, a line a run, so that a claim can be measured seed by seed.
+Numbers are merged into experiments/CLAIM/results.csv, a line a run, so that a claim can be measured seed by seed; of a
+claim about the course of training also into curves.csv, a line a point.
 """
 
 import csv
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Final
 
+from experiments.pictures import course, one_each
 from lisa_lightning.cache import write_text
-from lisa_lightning.report.drawing import save_png
+from lisa_lightning.report.drawing import Plot, save_png
 from lisa_lightning.report.sweep import Run, in_order, read_runs, settings
 from lisa_lightning.report.sweep_page import score_plots
+from lisa_lightning.tracking import read_rows
 
 ROOT: Final = Path(__file__).parents[1]
-CLAIMS: Final = {
-    "harmful_ratio": (["sweep=harmful_ratio", "method=sft,vlguard,bso,proximal,lisa"], ["method", "harmful_ratio"]),
-    "rho": (["sweep=rho"], ["method", "method.rho"]),
-    "step_split": (["sweep=step_split"], ["method", "split"]),
-    "sample_number": (["sweep=sample_number"], ["method", "data.n"]),
-    "learning_rate": (["sweep=learning_rate"], ["method", "optim.lr"]),
-}
-"""Claim -> what its sweep is told, and the keys that tell its runs apart beside the seed."""
+Rows = list[dict[str, str]]
 SCORES: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy")
-MEASURED: Final = tuple(f"final/{s}{end}" for s in SCORES for end in ("", "_low", "_high", "_answers"))
+SCORED: Final = tuple(f"final/{s}{end}" for s in SCORES for end in ("", "_low", "_high", "_answers"))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a claim's sweep is told, and what is kept of it."""
+
+    sweep: Sequence[str]
+    keys: Sequence[str]
+    """Tell its runs apart, beside the seed."""
+    measured: Sequence[str] = SCORED
+    """Of metrics.json."""
+    curves: Sequence[str] = ()
+    """Of curves.csv."""
+
+
+METHODS: Final = "method=sft,vlguard,bso,proximal,lisa"
+CLAIMS: Final = {
+    "harmful_ratio": Claim(["sweep=harmful_ratio", METHODS], ["method", "harmful_ratio"]),
+    "rho": Claim(["sweep=rho"], ["method", "method.rho"]),
+    "step_split": Claim(["sweep=step_split"], ["method", "split"]),
+    "sample_number": Claim(["sweep=sample_number"], ["method", "data.n"]),
+    "learning_rate": Claim(["sweep=learning_rate"], ["method", "optim.lr"]),
+    "excess_drift": Claim(
+        ["method=bso,lisa", "seed=1,2,3", "evaluate.every=10", "evaluate.gradient_rows=24"],
+        ["method"],
+        curves=("switch/drift", "eval/alignment_loss", "eval/gradient_norm"),
+    ),
+    "cost": Claim(
+        ["method=sft,bso,lisa", "seed=1,2,3", "optim.steps=60", "evaluate.every=0", "stages=[align,finetune]"],
+        ["method"],
+        measured=("train/steps", "time/finetune_s", "memory/finetune_mib"),
+    ),
+    "public_rows": Claim(
+        ["--config-dir", "experiments/public_rows", "+public=sst2,agnews", METHODS, "seed=1", "evaluate.every=0"],
+        ["task", "method"],
+        measured=(*SCORED, "final/linear/harmful_score", "final/accuracy_lenient"),
+    ),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,64 +69,76 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] not in CLAIMS:
         print(f"python -m experiments CLAIM [KEY=VALUE...]; claims: {', '.join(CLAIMS)}", file=sys.stderr)
         return 2
-    claim, *more = arguments
-    swept, keys = CLAIMS[claim]
-    folder, out = ROOT / "multirun" / "claims" / claim, ROOT / "experiments" / claim
-    command = [
-        sys.executable,
-        "run.py",
-        "-m",
-        "experiment=sst2_lisa",
-        *swept,
-        f"hydra.sweep.dir={folder}",
-        *more,
-    ]
+    name, *more = arguments
+    claim, folder, out = CLAIMS[name], ROOT / "multirun" / "claims" / name, ROOT / "experiments" / name
+    command = [sys.executable, "run.py", "-m", *claim.sweep, "experiment=sst2_lisa", f"hydra.sweep.dir={folder}", *more]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
     out.mkdir(exist_ok=True)
-    if record(read_runs([folder]), keys, out / "results.csv"):
-        draw(keys, out)
+    runs = [run for run in read_runs([folder]) if run.status == "finished"]
+    lines = {name: lines_of(runs, claim) for name, lines_of in (("results", _results), ("curves", _curves))}
+    found = {name: _merged(out / f"{name}.csv", new, claim.keys) for name, new in lines.items() if new}
+    if "results" in found:
+        save_png(_plots(claim, found), out / "plot.png")
     return status
 
 
-def record(runs: Sequence[Run], keys: Sequence[str], path: Path) -> bool:
-    """Add finished runs to the lines, in place of those of the same setting and seed; whether there are any lines."""
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
+def _results(runs: Sequence[Run], claim: Claim) -> Rows:
+    return [
+        {k: run.value(k) for k in (*claim.keys, "seed")}
+        | {m.removeprefix("final/"): f"{run.metrics[m]:.4g}" for m in claim.measured if m in run.metrics}
+        for run in runs
+    ]
+
+
+def _curves(runs: Sequence[Run], claim: Claim) -> Rows:
+    return [
+        {k: run.value(k) for k in (*claim.keys, "seed")}
+        | {"step": row["step"]}
+        | {name: f"{float(row[name]):.4g}" if row.get(name) else "" for name in claim.curves}
+        for run in (runs if claim.curves else ())
+        for row in read_rows(run.folder / "curves.csv")
+        if row["stage"] == "finetune" and any(row.get(name) for name in claim.curves)
+    ]
+
+
+def _merged(path: Path, new: Rows, keys: Sequence[str]) -> Rows:
+    """The lines of a file and the new ones, in place of those of the same setting and seed; written back."""
+    keys = [*keys, "seed"]
+    replaced = {tuple(row[k] for k in keys) for row in new}
+    rows = new
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
-            lines = {tuple(row[k] for k in (*keys, "seed")): row for row in csv.DictReader(file)}
-    for run in runs:
-        if run.status == "finished":
-            own = {k: run.value(k) for k in (*keys, "seed")}
-            numbers = {
-                name.removeprefix("final/"): f"{run.metrics[name]:.4g}" for name in MEASURED if name in run.metrics
-            }
-            lines[tuple(own.values())] = own | numbers
-    if not lines:
-        return False
+            rows = new + [row for row in csv.DictReader(file) if tuple(row[k] for k in keys) not in replaced]
+    rows.sort(key=lambda row: [in_order(row[k]) for k in (*keys, "step") if k in row])
     text = StringIO()
-    writer = csv.DictWriter(text, list(next(iter(lines.values()))), restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines[k] for k in sorted(lines, key=lambda values: [in_order(v) for v in values]))
+    writer.writerows(rows)
     write_text(path, text.getvalue())
-    return True
+    return rows
 
 
-def draw(keys: Sequence[str], out: Path) -> None:
-    """plot.png of results.csv."""
-    with (out / "results.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+def _plots(claim: Claim, found: dict[str, Rows]) -> list[Plot]:
+    results = found["results"]
+    if "curves" in found:
+        return [course(found["curves"], name) for name in claim.curves]
+    if claim.measured[0] not in SCORED:
+        seconds = [r | {"s": str(float(r["time/finetune_s"]) / float(r["train/steps"]))} for r in results]
+        memory = [r | {"gib": str(float(r["memory/finetune_mib"]) / 1024)} for r in results]
+        return [one_each(seconds, "s", "Time of a step", "seconds"), one_each(memory, "gib", "Peak memory", "GiB")]
+    scores = [f"{s}{end}" for s in SCORES for end in ("", "_low", "_high")]
     runs = [
         Run(
-            out,
+            Path(),
             "finished",
             "",
-            {k: row[k] for k in (*keys, "seed")},
-            {"method": row["method"]},
-            {f"final/{s}{end}": float(row[f"{s}{end}"]) for s in SCORES for end in ("", "_low", "_high")},
+            {k: row[k] for k in (*claim.keys, "seed")},
+            {k: row[k] for k in ("method", "task") if k in row},
+            {f"final/{s}": float(row[s]) for s in scores},
         )
-        for row in rows
+        for row in results
     ]
-    save_png(score_plots(settings(runs, keys), keys)[:2], out / "plot.png")
+    return score_plots(settings(runs, claim.keys), claim.keys)[:2]
 
 
 if __name__ == "__main__":

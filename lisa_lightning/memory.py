@@ -1,0 +1,29 @@
+"""The most memory that a stage takes: on a GPU what torch allocated, else what the process held, the model included."""
+
+from pathlib import Path
+
+import torch
+
+
+def watch(device: torch.device) -> None:
+    """Let the peak start anew; where the system can't (not Linux), it goes on from the process's start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif (file := Path("/proc/self/clear_refs")).exists():
+        file.write_text("5")
+
+
+def peak_mib(device: torch.device) -> float:
+    """The peak since `watch`, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resident_peak_mib("self")
+
+
+def resident_peak_mib(process: int | str) -> float:
+    """Peak resident memory so far of a process (an id or `self`); 0 where it has just ended."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
