@@ -73,6 +73,8 @@ def main(arguments: Sequence[str]) -> int:
     claim, folder, out = CLAIMS[name], ROOT / "multirun" / "claims" / name, ROOT / "experiments" / name
     command = [sys.executable, "run.py", "-m", *claim.sweep, "experiment=sst2_lisa", f"hydra.sweep.dir={folder}", *more]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if status not in (0, 1):  # refused before any run
+        return status
     out.mkdir(exist_ok=True)
     runs = [run for run in read_runs([folder]) if run.status == "finished"]
     lines = {name: lines_of(runs, claim) for name, lines_of in (("results", _results), ("curves", _curves))}

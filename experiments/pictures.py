@@ -38,7 +38,7 @@ def course(rows: Rows, name: str) -> Plot:
 def one_each(rows: Rows, name: str, title: str, unit: str) -> Plot:
     """A column for each method: the mean over seeds with its standard deviation, single seeds faint."""
     lines = []
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods = sorted({row["method"] for row in rows}, key=list(LOOKS).index)
     for x, method in enumerate(methods):
         colour, _, marker = LOOKS[method]
         found = [float(row[name]) for row in rows if row["method"] == method]

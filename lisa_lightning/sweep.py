@@ -23,7 +23,8 @@ FAILED = "failed.json"
 FOLDER = "hydra.sweep.dir"
 WITHOUT_RESULT = ("resume", "cache_dir", "wandb", "checkpoint")
 """Keys that may differ between a finished job and the one that is asked for."""
-LONGEST = 120  # characters of a folder's name
+LONGEST = 120  # characters of a sweep's folder
+LONGEST_JOB = 200  # of a job's, which says every value; file systems take 255 bytes
 
 
 def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
@@ -69,8 +70,18 @@ def complete(metrics: Mapping[str, Any]) -> bool:
 
 
 def _name(name: str) -> str:
-    name = re.sub(r"[^\w.,=+-]+", "_", name)
-    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{sha256(name.encode()).hexdigest()[:8]}"
+    return _short(re.sub(r"[^\w.,=+-]+", "_", name), LONGEST)
+
+
+def _short(name: str, longest: int) -> str:
+    return name if len(name) <= longest else f"{name[:longest]}-{sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _job_name(name: str) -> str:
+    return "/".join(_short(part, LONGEST_JOB) for part in name.split("/"))
+
+
+OmegaConf.register_new_resolver("job_name", _job_name, replace=True)  # conf/config.yaml names the jobs' folders by it
 
 
 def job(cfg: DictConfig) -> float | None:

@@ -1,0 +1,70 @@
+"""Claims of experiments/: every one's command composes; numbers are merged run by run and drawn."""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from experiments import __main__ as experiments
+from lisa_lightning.config import check
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "model=tiny",
+    "align.optim.steps=2",
+    "align.optim.batch_size=2",
+    "optim.batch_size=2",
+    "optim.steps=12",
+    "source.test.take=4",
+    "source.harmful_prompts.take=4",
+    "source.harmless_prompts.take=4",
+    "evaluate.max_new_tokens=2",
+]
+
+
+@pytest.mark.parametrize("name", experiments.CLAIMS)
+def test_every_claim_has_a_command_that_composes_and_a_folder_that_says_what_came_of_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PUBLIC_ROWS", "rows")
+    folder = ROOT / "experiments" / name
+    sweep = list(experiments.CLAIMS[name].sweep)
+    overrides = [f"{s.partition(',')[0]}" for s in sweep if "=" in s]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        where = [f"hydra.searchpath=[file://{folder}]"] if "--config-dir" in sweep else []
+        cfg = compose("config", ["experiment=sst2_lisa", *overrides, *where], return_hydra_config=True)
+        swept = cfg.hydra.sweeper.get("params") or {}
+        chosen = [f"{k}={str(v).split(',')[0] if '[' not in str(v) else '[5,25]'}" for k, v in swept.items()]
+        check(compose("config", ["experiment=sst2_lisa", *overrides, *where, *chosen]))
+    assert f"({name}/README.md)" in (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
+    assert {"README.md", "results.csv", "plot.png"} <= {f.name for f in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_numbers_are_merged_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("run.py", "conf"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "experiments").mkdir()
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setenv("LISA_CACHE", os.environ.get("LISA_CACHE", str(tmp_path / "cache")))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    out = tmp_path / "experiments" / "excess_drift"
+
+    def lines(file: str) -> list[dict[str, str]]:
+        with (out / file).open(newline="") as handle:
+            return list(csv.DictReader(handle))
+
+    few = [*TINY, "evaluate.every=6", "evaluate.gradient_rows=2", "method.alignment_steps=2", "method.user_steps=4"]
+    assert experiments.main(["excess_drift", *few, "seed=2", "method=lisa"]) == 0
+    first = lines("results.csv")
+    assert [(row["method"], row["seed"]) for row in first] == [("lisa", "2")]
+    assert experiments.main(["excess_drift", *few, "seed=1,2", "method=lisa"]) == 0
+    assert [(row["method"], row["seed"]) for row in lines("results.csv")] == [("lisa", "1"), ("lisa", "2")]
+    assert lines("results.csv")[1] == first[0]
+    points = [(row["seed"], row["step"], bool(row["switch/drift"])) for row in lines("curves.csv")]
+    assert [p for p in points if p[0] == "1"] == [
+        ("1", s, s not in ("0", "6", "12")) for s in ("0", "3", "6", "7", "9", "12")
+    ]
+    assert (out / "plot.png").stat().st_size > 10_000
