@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final, Literal
 
-from lisa_lightning.cache import read_json, write_text
+from lisa_lightning.cache import explained, read_json, write_text
 from lisa_lightning.config import flat
 from lisa_lightning.errors import UserError
 from lisa_lightning.report.page import SCORES
@@ -191,6 +191,8 @@ def leave(folders: Sequence[Path], out: Path) -> int:
         raise UserError(f"{out} is one run's folder, whose page is {out / 'report.html'}; name the folder above it")
     runs = read_runs(folders)
     keys = swept(runs)
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
     write_text(out / "sweep.csv", table(runs, keys, out))
     from lisa_lightning.report.sweep_page import sweep_page
 

@@ -235,7 +235,8 @@ def _curves(runs: Sequence[Run], keys: Sequence[str]) -> list[Curve]:
         colour = LOOKS.get(run.value("method"), OTHERS[list(by_method).index(run.value("method")) % len(OTHERS)])[0]
         if len(by_method) == 1:
             colour = (GREEN, ORANGE, BLUE, VIOLET, AMBER, SLATE)[i % 6]
-        dash = ("-", "--", ":", "-.")[members.index(run) % 4]
+        solid = next((i for i, r in enumerate(members) if r in chosen), 0)
+        dash = ("-", "--", ":", "-.")[(members.index(run) - solid) % 4]
         label = ", ".join(
             [run.value("method"), *(f"{k} {run.value(k)}" for k in keys[1:]), f"seed {run.value('seed')}"]
         )
