@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from benchmarks.setting import LORA, REPETITIONS, RHO, Result, Rows, spread
 from lisa_lightning.cpu import product_by_onednn
 from lisa_lightning.data.datamodule import LisaDataModule
-from lisa_lightning.data.interleave import Examples, StepBatches
+from lisa_lightning.data.interleave import Batch, Examples, Step, StepBatches
 from lisa_lightning.data.packing import Example, Pack, pack
-from lisa_lightning.loss import completion_loss
 from lisa_lightning.methods.lisa import Lisa
 from lisa_lightning.methods.method import Method
 from lisa_lightning.methods.sft import SFT
 from lisa_lightning.module import LisaModule, Optim
 from lisa_lightning.net import attach, load, trainable
+from lisa_lightning.passes import Descent, Passes, Share
 from lisa_lightning.tracking import Tracker
 from lisa_lightning.training import Checkpoint, Record, fit
 
@@ -38,12 +38,30 @@ def lisa() -> Lisa:
     return Lisa(alignment_steps=0, user_steps=1, rho=RHO, warmup_ratio=0.0)
 
 
+class _TimedPasses(Passes):
+    """Notes what forward passes take."""
+
+    forward = 0.0
+
+    def mean_loss(self, batch: Batch) -> Share:
+        share = super().mean_loss(batch)
+
+        def timed(packs: Sequence[Pack]) -> Tensor:
+            started = perf_counter()
+            loss = share(packs)
+            self.forward += perf_counter() - started
+            return loss
+
+        return timed
+
+
 class Ours:
     """The training step of `LisaModule`, without Lightning around it."""
 
     def __init__(self, folder: Path, method: Method) -> None:
         self.net = attach(load(folder, "float32"), LORA, seed=0)
-        self.weights = list(trainable(self.net).values())
+        self.passes = _TimedPasses(self.net, whole=lambda stream, size: iter(()))
+        self.weights = self.passes.weights
         stir(self.weights)
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4, weight_decay=0.0, foreach=True)
         self.use(method)
@@ -51,22 +69,27 @@ class Ours:
     def use(self, method: Method) -> None:
         """Train under this method from here on."""
         self.method = method
-        method.begin(self.weights, total_steps=1)
+        method.begin(self.passes, total_steps=1)
 
     def step(self, rows: Sequence[Example]) -> float:
         """One step, the packing of its rows included."""
         started = perf_counter()
-        packs, tokens = pack(rows), sum(r.supervised for r in rows)
+        rows_of_step = Batch("user", [pack(rows)], sum(r.supervised for r in rows))
         self.seconds = {"data": perf_counter() - started}
         self._timed("penalty", lambda: self.method.before_step(1, self.weights))
-        self._timed("optimizer", self.optimizer.zero_grad)
-        loss = self._timed("forward", lambda: completion_loss(self.net.get_base_model(), packs) / tokens)
-        self._timed("backward", loss.backward)
-        self._timed("penalty", lambda: self.method.penalize(1, self.weights))
-        self._timed("optimizer", lambda: torch.nn.utils.clip_grad_norm_(self.weights, 1.0))
-        self._timed("optimizer", self.optimizer.step)
+        self.passes.forward = 0.0
+        descent = self._timed("backward", lambda: self.method.gradient(self.passes, Step(1, {"user": rows_of_step})))
+        self.seconds["forward"] = self.passes.forward
+        self.seconds["backward"] -= self.passes.forward
+        self._timed("optimizer", lambda: self._descend(descent))
         self._timed("penalty", lambda: self.method.drift(self.weights))
-        return loss.item()
+        return descent.loss
+
+    def _descend(self, descent: Descent) -> None:
+        for weight, gradient in zip(self.weights, descent.gradient, strict=True):
+            weight.grad = gradient
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
 
     def _timed(self, part: str, call: Any) -> Any:
         started = perf_counter()
@@ -177,9 +200,10 @@ def _fit_seconds(folder: Path, rows: Rows) -> tuple[float, float]:
     optim = Optim(1e-4, FIT_STEPS, 5, 1, 1.0, "constant", 0.0, 0.0, (0.9, 0.999), 1e-8)
     net = attach(load(folder, "float32"), LORA, seed=0)
     stir(list(trainable(net).values()))
-    module = LisaModule(net, method, optim, seed=0, key={})
     streams: Any = {name: Examples(rows.sst2, lambda e: e) for name in ("user", "alignment")}
-    data = LisaDataModule(_InOrder(streams, pack, method.schedule, FIT_STEPS, 5, 1, seed=0))
+    steps = _InOrder(streams, pack, method, FIT_STEPS, 5, 1, seed=0)
+    module = LisaModule(net, method, optim, seed=0, key={}, whole=steps.whole)
+    data = LisaDataModule(steps)
     with tempfile.TemporaryDirectory() as out:
         os.environ.setdefault("WANDB_MODE", "offline")
         tracker = _TimedTracker(Path(out), {"project": "benchmark"}, resumed=False)

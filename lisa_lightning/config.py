@@ -89,6 +89,7 @@ METHOD: dict[str, Check] = {
     "user_steps": COUNT_OR_0,
     "warmup_ratio": SHARE,
     "safe_ratio": SHARE,
+    "stream": _one_of("user", "alignment"),
 }
 ENDPOINT: dict[str, Check] = {
     "model": TEXT,

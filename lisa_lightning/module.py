@@ -15,9 +15,9 @@ from peft import PeftModel
 from lisa_lightning.config import flat
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.errors import UserError
-from lisa_lightning.loss import completion_loss
 from lisa_lightning.methods.method import Method
 from lisa_lightning.net import trainable
+from lisa_lightning.passes import Passes, Whole
 
 log = logging.getLogger(__name__)
 
@@ -51,17 +51,20 @@ class Optim:
 class LisaModule(L.LightningModule):
     """One `training_step` is one optimizer step, so `global_step` counts what the paper counts.
 
-    Accumulation, clipping and the learning rate are done here; the method adds its penalty between backward and
-    clipping. The loss is the mean over all supervised tokens of the step, across micro-batches and ranks.
+    Clipping, the learning rate and the optimizer are here; the gradient is the method's, out of as many passes over
+    micro-batches and ranks as it needs.
 
     Args:
         net: a model with a trainable adapter.
         method: the defense.
         seed: determines the dropout masks, together with step and rank.
         key: what the run is made from; a checkpoint of another key is refused.
+        whole: every row of a stream, for methods that look at all of them.
     """
 
-    def __init__(self, net: PeftModel, method: Method, optim: Optim, seed: int, key: dict[str, Any]) -> None:
+    def __init__(
+        self, net: PeftModel, method: Method, optim: Optim, seed: int, key: dict[str, Any], whole: Whole
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold the adapter alone; on_load_checkpoint checks it is all there
@@ -70,7 +73,8 @@ class LisaModule(L.LightningModule):
         self.optim = optim
         self.seed = seed
         self.key = key
-        self.weights = list(trainable(net).values())
+        self.passes = Passes(net, whole)
+        self.weights = self.passes.weights
         self.told_unlabelled = False
         self.metrics: dict[str, float] = {}
         """What the last step measured, for the callbacks."""
@@ -83,12 +87,12 @@ class LisaModule(L.LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Start the method's anchor, before a checkpoint can replace it."""
-        self.method.begin(self.weights, self.optim.steps)
+        """Start the method, before a checkpoint can replace what it keeps."""
+        self.method.begin(self.passes, self.optim.steps)
 
     def on_fit_start(self) -> None:
-        """The weights have moved to their device by now; the anchor follows."""
-        self.method.anchor = [a.to(w.device) for a, w in zip(self.method.anchor, self.weights, strict=True)]
+        """The weights have moved to their device by now; what the method keeps follows."""
+        self.method.kept = {name: [t.to(self.device) for t in kept] for name, kept in self.method.kept.items()}
 
     def training_step(self, batch: Step, batch_idx: int) -> None:
         """Optimizer step `batch.index`."""
@@ -96,54 +100,40 @@ class LisaModule(L.LightningModule):
         step = batch.index
         if step != self.global_step:
             raise RuntimeError(f"the loader is at step {step}, the trainer at step {self.global_step}")
-        torch.manual_seed(_mix(self.seed, step, self.global_rank))
+        self.passes.seed = _mix(self.seed, step, self.global_rank)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         lr = self.optim.lr_at(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         metrics = self.method.before_step(step, self.weights)
-        metrics["train/state"] = float(batch.state == "alignment")
-        if batch.unlabelled:
-            metrics["train/rows_without_label"] = float(batch.unlabelled)
-            self._say_unlabelled(step, batch)
+        metrics["train/state"] = float(batch.main.stream == "alignment")
+        if unlabelled := sum(b.unlabelled for b in batch.batches.values()):
+            metrics["train/rows_without_label"] = float(unlabelled)
+            self._say_unlabelled(step, unlabelled)
 
-        optimizer.zero_grad()
-        loss = self._descend(batch)
-        self._require_finite(loss, "loss", step)
-        penalty = self.method.penalize(step, self.weights)
+        descent = self.method.gradient(self.passes, batch)
+        self._require_finite(descent.loss, "loss", step)
+        for weight, gradient in zip(self.weights, descent.gradient, strict=True):
+            weight.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.optim.clip or math.inf)
         self._require_finite(norm.item(), "gradient norm", step)
         optimizer.step()
 
-        metrics |= {"train/loss": loss, f"{batch.state}/loss": loss, "train/lr": lr, "proximal/penalty": penalty}
-        metrics["proximal/drift"] = self.method.drift(self.weights)
+        metrics |= {"train/loss": descent.loss, f"{batch.main.stream}/loss": descent.loss, "train/lr": lr}
+        metrics |= descent.metrics | {"proximal/drift": self.method.drift(self.weights)}
         metrics["time/step_s"] = perf_counter() - started
         self.metrics = metrics
-        self.log("loss", loss, prog_bar=True, logger=False)
+        self.log("loss", descent.loss, prog_bar=True, logger=False)
 
-    def _say_unlabelled(self, step: int, batch: Step) -> None:
+    def _say_unlabelled(self, step: int, rows: int) -> None:
         if not self.told_unlabelled and self.global_rank == 0:
             log.warning(
-                "Step %d has %d %s row(s) whose answer is cut off wholly by data.max_length: such rows count for "
+                "Step %d has %d row(s) whose answer is cut off wholly by data.max_length: such rows count for "
                 "nothing. They are counted as train/rows_without_label.",
-                *(step, batch.unlabelled, batch.state),
+                *(step, rows),
             )
             self.told_unlabelled = True
-
-    def _descend(self, batch: Step) -> float:
-        """Leave the gradient of the step's mean token loss in the weights; return that loss."""
-        # Ranks average their gradients, so each scales its share of the sum by their number.
-        scale = self.trainer.world_size / max(1, batch.tokens)
-        total = torch.zeros((), device=self.device)
-        for packs in batch.micro_batches:
-            if packs:
-                loss = completion_loss(self.net.get_base_model(), packs) * scale
-            else:  # nothing to learn, but ranks must stay in step
-                loss = torch.stack([w.sum() for w in self.weights]).sum() * 0.0
-            self.manual_backward(loss)
-            total += loss.detach()
-        return self.trainer.strategy.reduce(total, reduce_op="mean").item()
 
     def _require_finite(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
@@ -154,13 +144,13 @@ class LisaModule(L.LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Trainable weights, anchor and key only; all plain containers, so that `weights_only` loading works."""
+        """Trainable weights, what the method keeps, the key: plain containers, so that `weights_only` loading works."""
         checkpoint["state_dict"] = {n: w.detach() for n, w in trainable(self.net).items()}
-        checkpoint["anchor"] = self.method.anchor
+        checkpoint["kept"] = self.method.kept
         checkpoint["key"] = self.key
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the adapter and the anchor back.
+        """Take the adapter, and what the method kept, back.
 
         Raises:
             UserError: the checkpoint is of a run with another key.
@@ -174,7 +164,7 @@ class LisaModule(L.LightningModule):
             for name, weight in own.items():
                 weight.copy_(saved[name])
         checkpoint["state_dict"] = {}
-        self.method.anchor = list(checkpoint["anchor"])
+        self.method.kept = {name: list(kept) for name, kept in checkpoint["kept"].items()}
 
 
 def refuse_other_run(saved: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> None:

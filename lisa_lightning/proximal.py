@@ -21,18 +21,15 @@ def squared_distance(weights: Sequence[Tensor], anchor: Sequence[Tensor]) -> Ten
 
 
 @torch.no_grad()
-def add_gradient(weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float) -> Tensor:
-    """Add rho * (w - anchor) to every weight's gradient and return the penalty rho/2 * ||w - anchor||^2.
+def add_gradient(gradient: Sequence[Tensor], weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float) -> Tensor:
+    """Add rho * (w - anchor) to the gradient, in place, and return the penalty rho/2 * ||w - anchor||^2.
 
     The same gradient as that of the penalty as a term of the loss, at the cost of one pass over the weights; it belongs
-    after the last backward pass and before clipping. Every weight must have a gradient.
+    after the last backward pass and before clipping.
     """
     difference = _differences(weights, anchor)
-    gradients = [w.grad for w in weights if w.grad is not None]
-    if len(gradients) != len(weights):
-        raise ValueError(f"{len(weights) - len(gradients)} of {len(weights)} weights have no gradient")
-    for gradient, d in zip(gradients, difference, strict=True):
-        gradient.add_(d, alpha=rho)
+    for own, d in zip(gradient, difference, strict=True):
+        own.add_(d, alpha=rho)
     return torch.stack([d.square().sum() for d in difference]).sum() * (rho / 2)
 
 

@@ -1,4 +1,4 @@
-"""The bi-state schedule: which state an optimizer step is in, as pure integer arithmetic.
+"""Which streams an optimizer step draws from, as pure integer arithmetic.
 
 Nothing here is mutable, so there is nothing to checkpoint and nothing on which prefetching workers or ranks could
 disagree.
@@ -8,6 +8,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 State = Literal["alignment", "user"]
+Stream = Literal["alignment", "user", "harmful"]
+"""A source of batches: the provider's rows, the user's, and harmful ones that the provider has to defend with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A step's rows of one stream."""
+
+    before: int
+    """How many steps have drawn from the stream before."""
+    rows: int | None = None
+    """Rows of the whole step, over micro-batches and ranks; None: as many as `optim` says."""
 
 
 @dataclass(frozen=True, slots=True)

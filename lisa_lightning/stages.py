@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from hashlib import sha256
@@ -22,6 +22,7 @@ from lisa_lightning.cache import build, cache_folder, code_digest, digest, expla
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
+from lisa_lightning.data.packing import pad
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.evaluate.alpaca_eval import alpaca_eval_outputs
 from lisa_lightning.evaluate.evaluator import Answer, Evaluator, Question, questions, read_answers, write_answers
@@ -39,7 +40,7 @@ from lisa_lightning.net import (
     save_adapter,
     save_merged,
 )
-from lisa_lightning.schedule import State
+from lisa_lightning.schedule import Stream
 from lisa_lightning.tasks.task import Scored
 from lisa_lightning.tracking import Tracker, read_rows
 from lisa_lightning.training import Checkpoint, EvaluateCurve, JointGradient, Record, fit
@@ -127,9 +128,9 @@ class Stages:
         }
 
         def make(folder: Path) -> None:
-            # The provider sees its own rows only; to the loop they are the one stream there is.
             net = self._attach(Model(self.base, None), cfg)
-            checkpoint = self._fit("align", cfg, net, cfg.seed, key, self.rows.alignment, [], False)
+            rows: dict[Stream, Sequence[Row]] = {"user": [], "alignment": self.rows.alignment}
+            checkpoint = self._fit("align", cfg, net, cfg.seed, key, rows, len(self.rows.alignment), [], False)
             if self.fabric.is_global_zero:
                 save_adapter(net, str(self.base), folder / "adapter")
                 if self.cfg.model.adapters == "stacked":
@@ -172,7 +173,8 @@ class Stages:
         def make(folder: Path) -> None:
             discard = cfg.data.during_alignment == "discard"
             net = self._attach(aligned, cfg)
-            checkpoint = self._fit("finetune", cfg, net, cfg.seed, key, self.user, callbacks, discard)
+            rows: dict[Stream, Sequence[Row]] = {"alignment": self.rows.alignment, "user": self.user}
+            checkpoint = self._fit("finetune", cfg, net, cfg.seed, key, rows, len(self.user), callbacks, discard)
             if self.fabric.is_global_zero:
                 save_adapter(net, str(aligned.folder), folder / "adapter")
                 self._record("finetune", folder, checkpoint)
@@ -205,26 +207,24 @@ class Stages:
         net: PeftModel,
         seed: int,
         key: Metrics,
-        rows: Sequence[Row],
+        rows: Mapping[Stream, Sequence[Row]],
+        epoch: int,
         callbacks: list[Any],
         discard: bool,
     ) -> Checkpoint:
-        """Train the adapter of `net`; `cfg` holds method and optim."""
+        """Train the adapter of `net`; `cfg` holds method and optim, `epoch` is the rows that one has."""
         settings = plain(cfg.optim)
-        settings |= {"steps": self._steps(cfg.optim, len(rows))}
+        settings |= {"steps": self._steps(cfg.optim, epoch)}
         del settings["epochs"]
         optim = Optim(**settings)
         method = instantiate(cfg.method)
-        module = LisaModule(net, method, optim, seed, key)
         encoded = partial(encode, self.tokenizer, self.cfg.model.template, max_length=self.cfg.data.max_length)
-        streams: dict[State, Examples] = {
-            "user": Examples(rows, encoded),
-            "alignment": Examples(self.rows.alignment, encoded),
-        }
-        packing = choose_packing(net.get_base_model(), self.cfg.data.max_length)
+        streams = {name: Examples(own, encoded) for name, own in rows.items()}
+        packing = pad if method.rows_apart else choose_packing(net.get_base_model(), self.cfg.data.max_length)
         steps = StepBatches(
-            streams, packing, method.schedule, optim.steps, optim.batch_size, optim.accumulate, seed, discard=discard
+            streams, packing, method, optim.steps, optim.batch_size, optim.accumulate, seed, discard=discard
         )
+        module = LisaModule(net, method, optim, seed, key, steps.whole)
         checkpoint = Checkpoint(self.out / "checkpoints" / f"{stage}.ckpt", self.cfg.checkpoint.every, optim.steps)
         record = Record(self.tracker, stage)
         fit(module, LisaDataModule(steps), self.cfg.trainer, checkpoint, [*callbacks, record], stage)

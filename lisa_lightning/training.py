@@ -22,7 +22,7 @@ from lisa_lightning.judges.embedded import EmbeddedJudge
 from lisa_lightning.loss import completion_loss
 from lisa_lightning.memory import peak_mib, watch
 from lisa_lightning.module import LisaModule
-from lisa_lightning.schedule import State
+from lisa_lightning.schedule import Stream
 from lisa_lightning.tracking import Tracker
 
 ALIGN_METRICS = ("train/loss", "train/lr", "time/step_s")
@@ -104,13 +104,15 @@ class JointGradient(Callback):
     def __init__(self, rows: int, every: int) -> None:
         self.rows = rows
         self.every = every
-        self.packs: dict[State, tuple[list[Pack], int]] = {}
+        self.packs: dict[Stream, tuple[list[Pack], int]] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Choose the rows; the point before the first step."""
         data: Any = trainer
         steps: StepBatches = data.datamodule.steps
-        for state, examples in steps.streams.items():
+        both: tuple[Stream, ...] = ("alignment", "user")
+        for state in both:
+            examples = steps.streams[state]
             stride = max(1, len(examples) // self.rows)
             chosen = [examples[i] for i in range(0, len(examples), stride)][: self.rows]
             packs = [p.to(pl_module.device) for p in steps.packing(chosen)]

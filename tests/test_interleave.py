@@ -11,7 +11,7 @@ from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.packing import Example, pack
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.errors import UserError
-from lisa_lightning.schedule import Schedule
+from lisa_lightning.schedule import Draw, Schedule, Stream
 
 SIZES = {"alignment": 7, "user": 11}
 
@@ -25,11 +25,22 @@ def streams() -> dict:
 
 
 def rows(step: Step) -> list[int]:
-    return sorted(t - 10 for packs in step.micro_batches for p in packs for t in p.targets.tolist())
+    return sorted(t - 10 for packs in step.main.micro_batches for p in packs for t in p.targets.tolist())
+
+
+class _Of:
+    """What a method draws that follows a schedule."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def draws(self, step: int) -> dict[Stream, Draw]:
+        state = self.schedule.state(step)
+        return {state: Draw(self.schedule.steps_in(state, step))}
 
 
 def batches(schedule: Schedule, size: int, accumulate: int = 1, **kwargs: object) -> StepBatches:
-    return StepBatches(streams(), pack, schedule, 60, size, accumulate, seed=3, **kwargs)  # type: ignore[arg-type]
+    return StepBatches(streams(), pack, _Of(schedule), 60, size, accumulate, seed=3, **kwargs)  # type: ignore[arg-type]
 
 
 @settings(deadline=None, max_examples=30)
@@ -40,7 +51,7 @@ def test_ranks_and_micro_batches_split_the_same_rows(k1: int, k2: int, t: int) -
     assert rows(batches(schedule, 2, 4)[t]) == rows(whole)
     shares = [batches(schedule, 2, 2, rank=r, world=2)[t] for r in range(2)]
     assert sorted(rows(shares[0]) + rows(shares[1])) == rows(whole)
-    assert {s.tokens for s in shares} == {whole.tokens} == {8}
+    assert {s.main.tokens for s in shares} == {whole.main.tokens} == {8}
 
 
 def test_every_row_is_drawn_once_an_epoch() -> None:
@@ -54,7 +65,7 @@ def test_every_row_is_drawn_once_an_epoch() -> None:
 def test_streams_follow_the_state_and_lose_no_row() -> None:
     schedule = Schedule(2, 3)
     steps = batches(schedule, 1)
-    assert [steps[t].state for t in range(60)] == [schedule.state(t) for t in range(60)]
+    assert [steps[t].main.stream for t in range(60)] == [schedule.state(t) for t in range(60)]
     user = [rows(steps[t])[0] for t in range(60) if schedule.state(t) == "user"]
     assert Counter(user[:33]) == Counter(list(range(11)) * 3)
 
@@ -63,14 +74,14 @@ def test_discard_throws_user_rows_of_alignment_steps_away() -> None:
     kept, thrown = batches(Schedule(2, 3), 1), batches(Schedule(2, 3), 1, discard=True)
     plain = batches(Schedule(0, 1), 1)
     for t in range(60):
-        if thrown[t].state == "user":
+        if thrown[t].main.stream == "user":
             assert rows(thrown[t]) == rows(plain[t])
         else:
             assert rows(thrown[t]) == rows(kept[t])
 
 
 def test_seed_changes_the_order() -> None:
-    other = StepBatches(streams(), pack, Schedule(0, 1), 60, 1, 1, seed=4)
+    other = StepBatches(streams(), pack, _Of(Schedule(0, 1)), 60, 1, 1, seed=4)
     assert [rows(other[t]) for t in range(11)] != [rows(batches(Schedule(0, 1), 1)[t]) for t in range(11)]
 
 

@@ -87,10 +87,10 @@ def test_trains_three_lisa_steps_and_answers(
     before = {n: w.clone() for n, w in trainable(net).items()}
     method = Lisa(alignment_steps=1, user_steps=1, rho=1.0, warmup_ratio=0.0)
     optim = Optim(1e-2, 3, 2, 1, 1.0, "constant", 0.0, 0.0, (0.9, 0.999), 1e-8)
-    module = LisaModule(net, method, optim, seed=0, key={})
     encoded = partial(encode, tokenizer, template, max_length=512)
     streams: Any = {"user": Examples(USER, encoded), "alignment": Examples(ALIGNMENT, encoded)}
-    steps = StepBatches(streams, choose_packing(net.get_base_model(), 512), method.schedule, 3, 2, 1, seed=0)
+    steps = StepBatches(streams, choose_packing(net.get_base_model(), 512), method, 3, 2, 1, seed=0)
+    module = LisaModule(net, method, optim, seed=0, key={}, whole=steps.whole)
     fit(module, LisaDataModule(steps), TRAINER, Checkpoint(tmp_path / "a.ckpt", 10, 99), [], "finetune")
     moved = [n for n, w in trainable(net).items() if not torch.equal(w, before[n])]
     assert len(moved) == len(before)  # every factor of every target

@@ -14,7 +14,7 @@ from torch import Tensor
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
-from lisa_lightning.data.packing import pack
+from lisa_lightning.data.packing import pack, pad
 from lisa_lightning.data.source import Row
 from lisa_lightning.errors import UserError
 from lisa_lightning.loss import completion_loss
@@ -64,12 +64,14 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         }
         o = Optim(**(settings | optim))  # type: ignore[arg-type]
         net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
-        module = LisaModule(net, method, o, seed=1, key=key or {})
         tokenizer = load_tokenizer(tiny)
         tokenizer.chat_template = "{{ messages[0].content }}"  # short rows: nothing around the prompt
         encoded = partial(encode, tokenizer, "chat", max_length=max_length)
         streams = {"user": Examples(USER, encoded), "alignment": Examples(ALIGNMENT, encoded)}
-        steps = StepBatches(streams, pack, method.schedule, o.steps, o.batch_size, o.accumulate, seed=1)  # type: ignore[arg-type]
+        steps = StepBatches(
+            streams, pad if method.rows_apart else pack, method, o.steps, o.batch_size, o.accumulate, seed=1
+        )  # type: ignore[arg-type]
+        module = LisaModule(net, method, o, seed=1, key=key or {}, whole=steps.whole)
         checkpoint = Checkpoint(tmp_path / f"{folder}.ckpt", every=3, last=o.steps)
         callbacks: list[L.Callback] = [*more, Record(None, "finetune")]
         if stop_after is not None:
@@ -150,7 +152,7 @@ def test_every_adapter_weight_moves_and_nothing_else(train: Train, tiny: Path) -
 def test_batch_four_is_two_micro_batches_of_two(train: Train, method: Method) -> None:
     whole = train(method, folder="a")
     halves = train(method, folder="b", batch_size=2, accumulate=2)
-    assert largest_difference(whole, halves) < 1e-6
+    assert largest_difference(whole, halves) < 5e-6
 
 
 def test_moments_are_not_reset_at_a_switch(train: Train) -> None:
@@ -180,7 +182,7 @@ def test_a_checkpoint_holds_plain_containers_and_the_adapter_alone(train: Train,
     module = train(Lisa(2, 3, 1.0, 0.1), folder="run")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == weights(module).keys()
-    assert len(saved["anchor"]) == len(weights(module))
+    assert len(saved["kept"]["anchor"]) == len(weights(module))
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(train: Train) -> None:

@@ -1,18 +1,34 @@
 """Batch t as a pure function of (seed, t): position arithmetic into per-epoch permutations of each stream."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from lisa_lightning.data.packing import Example, Pack, Packing
-from lisa_lightning.schedule import Schedule, State
+from lisa_lightning.schedule import Draw, Stream
 
-STREAMS: tuple[State, ...] = ("alignment", "user")
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of one stream, as one rank sees them."""
+
+    stream: Stream
+    micro_batches: list[list[Pack]]
+    """This rank's share; each micro-batch as the packs that hold it."""
+    tokens: int
+    """Supervised tokens of the whole batch, over micro-batches and ranks: what its loss is the mean over."""
+    unlabelled: int = 0
+    """Rows of the whole batch without a supervised token: they count for nothing."""
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> "Batch":
+        """The same batch on another device."""
+        moved = [[p.to(device, **kwargs) for p in micro] for micro in self.micro_batches]
+        return replace(self, micro_batches=moved)
 
 
 @dataclass(slots=True)
@@ -20,39 +36,47 @@ class Step:
     """What one optimizer step trains on, as one rank sees it."""
 
     index: int
-    state: State
-    micro_batches: list[list[Pack]]
-    """This rank's share; each micro-batch as the packs that hold it."""
-    tokens: int
-    """Supervised tokens of the whole step, over micro-batches and ranks: what the step's loss is the mean over."""
-    unlabelled: int = 0
-    """Rows of the whole step without a supervised token: they count for nothing."""
+    batches: dict[Stream, Batch]
+    """The stream that the step is about comes first."""
+
+    @property
+    def main(self) -> Batch:
+        """The batch that the step is about."""
+        return next(iter(self.batches.values()))
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "Step":
         """The same step on another device (called by Lightning's batch transfer)."""
-        moved = [[p.to(device, **kwargs) for p in micro] for micro in self.micro_batches]
-        return replace(self, micro_batches=moved)
+        return Step(self.index, {name: batch.to(device, **kwargs) for name, batch in self.batches.items()})
+
+
+class Draws(Protocol):
+    """A method, as far as its data go."""
+
+    def draws(self, step: int) -> Mapping[Stream, Draw]:
+        """What the step draws; the stream that it is about comes first."""
+        ...
 
 
 class StepBatches(Dataset[Step]):
-    """Item t is the batch of optimizer step t.
+    """Item t is the data of optimizer step t.
 
-    The k-th step in a state takes the k-th run of `batch_size * accumulate * world` positions of that stream; position
-    i stands for row i mod N of the permutation of epoch i div N. Ranks and micro-batches are offsets in the run, so
-    any split of the same total draws the same rows.
+    The k-th step that draws from a stream takes the k-th run of `batch_size * accumulate * world` positions of it (or
+    of as many as the draw says); position i stands for row i mod N of the permutation of epoch i div N. Ranks and
+    micro-batches are offsets in the run, so any split of the same total draws the same rows.
 
     Args:
         streams: the examples of each stream, by index (called lazily: nothing here grows with their number but the
-            permutation).
+            permutation). A stream's place among them is part of its permutation's seed.
         packing: how a micro-batch becomes packs.
-        discard: draw user rows during alignment steps too and throw them away, as the official code does.
+        method: says what each step draws.
+        discard: draw user rows in alignment steps too and throw them away, as the official code does.
     """
 
     def __init__(
         self,
-        streams: Mapping[State, "Examples"],
+        streams: Mapping[Stream, "Examples"],
         packing: Packing,
-        schedule: Schedule,
+        method: Draws,
         total_steps: int,
         batch_size: int,
         accumulate: int,
@@ -63,7 +87,7 @@ class StepBatches(Dataset[Step]):
     ) -> None:
         self.streams = streams
         self.packing = packing
-        self.schedule = schedule
+        self.method = method
         self.total_steps = total_steps
         self.batch_size = batch_size
         self.accumulate = accumulate
@@ -76,20 +100,31 @@ class StepBatches(Dataset[Step]):
         return self.total_steps
 
     def __getitem__(self, t: int) -> Step:
-        state = self.schedule.state(t)
-        draw = t if state == "user" and self.discard else self.schedule.steps_in(state, t)
-        size = self.batch_size * self.accumulate * self.world
-        examples = self.streams[state]
-        chosen = [examples[self._row(state, draw * size + i)] for i in range(size)]
-        first = self.rank * self.batch_size * self.accumulate
-        own = chosen[first : first + self.batch_size * self.accumulate]
+        return Step(t, {stream: self._batch(t, stream, draw) for stream, draw in self.method.draws(t).items()})
+
+    def _batch(self, t: int, stream: Stream, draw: Draw) -> Batch:
+        before = t if stream == "user" and self.discard else draw.before
+        size = draw.rows or self.batch_size * self.accumulate * self.world
+        examples = self.streams[stream]
+        return self._shared_out(stream, [examples[self._row(stream, before * size + i)] for i in range(size)])
+
+    def _shared_out(self, stream: Stream, chosen: Sequence[Example]) -> Batch:
+        share = -(-len(chosen) // self.world)
+        own = chosen[self.rank * share : (self.rank + 1) * share]
         micro = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
         supervised = [e.supervised for e in chosen]
-        return Step(t, state, [self.packing(m) for m in micro], sum(supervised), supervised.count(0))
+        return Batch(stream, [self.packing(m) for m in micro], sum(supervised), supervised.count(0))
 
-    def _row(self, state: State, position: int) -> int:
-        epoch, offset = divmod(position, len(self.streams[state]))
-        return int(_permutation(self.seed, STREAMS.index(state), epoch, len(self.streams[state]))[offset])
+    def whole(self, stream: Stream, size: int) -> Iterator[Batch]:
+        """Every row of a stream once, in its own order, `size` at a time; each batch is shared out among the ranks."""
+        examples = self.streams[stream]
+        for start in range(0, len(examples), size):
+            yield self._shared_out(stream, [examples[i] for i in range(start, min(start + size, len(examples)))])
+
+    def _row(self, stream: Stream, position: int) -> int:
+        epoch, offset = divmod(position, len(self.streams[stream]))
+        place = list(self.streams).index(stream)
+        return int(_permutation(self.seed, place, epoch, len(self.streams[stream]))[offset])
 
 
 @lru_cache(maxsize=8)

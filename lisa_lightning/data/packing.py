@@ -50,6 +50,10 @@ class Pack:
     """[S] index, in ids.flatten(), of the token whose logits predict the target."""
     targets: Tensor
     """[S] the labels."""
+    shared_by: Tensor
+    """[R, T] float, the number of rows that a token stands for; 0 on padding."""
+    places: Tensor
+    """[S] how many of its row's labels stand before the target."""
 
     def to(self, device: torch.device | str, **kwargs: object) -> "Pack":
         """The same pack on another device (called by Lightning's batch transfer)."""
@@ -58,7 +62,15 @@ class Pack:
             return tensor.to(device, **kwargs)  # type: ignore[arg-type]
 
         positions = None if self.positions is None else moved(self.positions)
-        return Pack(moved(self.ids), moved(self.mask), positions, moved(self.predictors), moved(self.targets))
+        return Pack(
+            moved(self.ids),
+            moved(self.mask),
+            positions,
+            moved(self.predictors),
+            moved(self.targets),
+            moved(self.shared_by),
+            moved(self.places),
+        )
 
 
 Packing = Callable[[Iterable[Example]], list[Pack]]
@@ -96,6 +108,8 @@ class _Trie:
         self.depths: list[int] = []
         self.predictors: list[int] = []
         self.targets: list[int] = []
+        self.shared_by: list[int] = []
+        self.places: list[int] = []
 
     def new_tokens(self, example: Example) -> int:
         """How many nodes inserting `example` would add."""
@@ -108,14 +122,17 @@ class _Trie:
         return 0
 
     def insert(self, example: Example) -> None:
-        node = -1
+        node, place = -1, 0
         for depth in range(example.length + 1):
             label = example.labels[depth]
             if label != IGNORED and depth > 0:
                 self.predictors.append(node)
                 self.targets.append(label)
+                self.places.append(place)
+                place += 1
             if depth < example.length:
                 node = self._child(node, example.ids[depth], depth)
+                self.shared_by[node] += 1
 
     def _child(self, parent: int, token: int, depth: int) -> int:
         child = self.children.get((parent, token))
@@ -124,6 +141,7 @@ class _Trie:
             self.ids.append(token)
             self.parents.append(parent)
             self.depths.append(depth)
+            self.shared_by.append(0)
         return child
 
     def pack(self) -> Pack:
@@ -138,6 +156,8 @@ class _Trie:
             positions=torch.tensor([self.depths]),
             predictors=torch.tensor(self.predictors),
             targets=torch.tensor(self.targets),
+            shared_by=torch.tensor([self.shared_by], dtype=torch.float32),
+            places=torch.tensor(self.places),
         )
 
 
@@ -155,5 +175,13 @@ def pad(examples: Iterable[Example]) -> list[Pack]:
         ids[i, :length] = torch.tensor(example.ids)
         mask[i, :length] = True
         labels[i, :length] = torch.tensor(example.labels)
-    row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-    return [Pack(ids, mask, None, predictors=row * width + column, targets=labels[row, column + 1])]
+    return [padded(ids, mask, labels)]
+
+
+def padded(ids: Tensor, mask: Tensor, labels: Tensor) -> Pack:
+    """Rows that are padded already: ids, mask (bool) and labels, each [R, T]."""
+    counted = labels[:, 1:] != IGNORED
+    row, column = counted.nonzero(as_tuple=True)
+    places = (counted.cumsum(1) - 1)[row, column]
+    predictors = row * ids.shape[1] + column
+    return Pack(ids, mask, None, predictors, labels[row, column + 1], mask.float(), places)

@@ -1,11 +1,10 @@
 """Bi-state optimization: alternate between alignment rows and user rows, nothing else."""
 
-from collections.abc import Sequence
 from typing import final
 
-from torch import Tensor
-
+from lisa_lightning.data.interleave import Step
 from lisa_lightning.methods.method import Method
+from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.schedule import Schedule
 
 
@@ -19,6 +18,7 @@ class BSO(Method):
     def __init__(self, alignment_steps: int, user_steps: int) -> None:
         super().__init__(Schedule(alignment_steps, user_steps))
 
-    def penalize(self, step: int, weights: Sequence[Tensor]) -> float:
-        """No penalty."""
-        return 0.0
+    def gradient(self, passes: Passes, step: Step) -> Descent:
+        """Of the loss."""
+        loss, gradient = passes.gradient(step.main)
+        return Descent(loss, [*gradient])

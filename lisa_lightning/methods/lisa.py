@@ -1,11 +1,10 @@
 """Lisa, lazy safety alignment: bi-state optimization whose every state is tied to where the last one ended."""
 
-from collections.abc import Sequence
 from typing import final
 
-from torch import Tensor
-
+from lisa_lightning.data.interleave import Step
 from lisa_lightning.methods.method import Method
+from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.schedule import Schedule
 
 
@@ -27,6 +26,6 @@ class Lisa(Method):
         self.rho = rho
         self.warmup_ratio = warmup_ratio
 
-    def penalize(self, step: int, weights: Sequence[Tensor]) -> float:
-        """The proximal penalty."""
-        return self.pull(step, weights, self.rho, self.warmup_ratio)
+    def gradient(self, passes: Passes, step: Step) -> Descent:
+        """Of the loss and the proximal penalty."""
+        return self.pulled(passes, step, self.rho, self.warmup_ratio)

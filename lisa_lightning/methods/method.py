@@ -1,32 +1,57 @@
-"""What the training loop asks of a defense: which streams a step draws, and what is added to its gradient."""
+"""What the training loop asks of a defense: which streams a step draws, and what gradient it makes of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, final
 
 from torch import Tensor
 
+from lisa_lightning.data.interleave import Step
+from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.proximal import add_gradient, snapshot, squared_distance
-from lisa_lightning.schedule import Schedule
+from lisa_lightning.schedule import Draw, Schedule, Stream
 
 
 class Method(ABC):
-    """A defense at fine-tuning time: a schedule of states, an anchor that is renewed at every switch, a penalty.
+    """A training-time defense, at alignment or at fine-tuning.
 
     The anchor is the trainable weights at the last switch (before the first: at the start). It is what the official
-    Lisa code keeps as two snapshots, since the other state's last iterate is where this state starts.
+    Lisa code keeps as two snapshots, since the other state's last iterate is where this state starts. A method without
+    switches has the weights that it started from.
     """
+
+    rows_apart: ClassVar[bool] = False
+    """Whether it works on single rows' activations, which rows that share a prefix don't have."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
-        self.anchor: list[Tensor] = []
+        self.kept: dict[str, list[Tensor]] = {}
+        """What a resumed run takes over from the checkpoint."""
         self.total_steps = 0
 
-    @final
-    def begin(self, weights: Sequence[Tensor], total_steps: int) -> None:
-        """Called once, before the first step or before a checkpoint is restored."""
-        self.anchor = snapshot(weights)
+    def draws(self, step: int) -> Mapping[Stream, Draw]:
+        """The streams of a step, the one that it is about first."""
+        state = self.schedule.state(step)
+        return {state: Draw(self.schedule.steps_in(state, step))}
+
+    def begin(self, passes: Passes, total_steps: int) -> None:
+        """Called once, before the first step or before a checkpoint is restored.
+
+        Raises:
+            UserError: the model isn't one that the method can work on.
+        """
+        self.kept["anchor"] = snapshot(passes.weights)
         self.total_steps = total_steps
+
+    @abstractmethod
+    def gradient(self, passes: Passes, step: Step) -> Descent:
+        """The gradient to descend along, before clipping. The weights must be what they were afterwards."""
+
+    @property
+    @final
+    def anchor(self) -> list[Tensor]:
+        """The weights at the last switch, float32."""
+        return self.kept["anchor"]
 
     @final
     def before_step(self, step: int, weights: Sequence[Tensor]) -> dict[str, float]:
@@ -34,7 +59,7 @@ class Method(ABC):
         if not self.schedule.switches_at(step):
             return {}
         drift = squared_distance(weights, self.anchor).item()
-        self.anchor = snapshot(weights)
+        self.kept["anchor"] = snapshot(weights)
         return {"switch/drift": drift}
 
     @final
@@ -43,12 +68,10 @@ class Method(ABC):
         return squared_distance(weights, self.anchor).item()
 
     @final
-    def pull(self, step: int, weights: Sequence[Tensor], rho: float, warmup_ratio: float) -> float:
-        """Add rho * (w - anchor) to the gradients once the warm-up is over, and return the penalty."""
-        if rho == 0 or step <= warmup_ratio * self.total_steps:
-            return 0.0
-        return add_gradient(weights, self.anchor, rho).item()
-
-    @abstractmethod
-    def penalize(self, step: int, weights: Sequence[Tensor]) -> float:
-        """Add the penalty's gradient to the weights' gradients, between backward and clipping; return the penalty."""
+    def pulled(self, passes: Passes, step: Step, rho: float, warmup_ratio: float) -> Descent:
+        """Descend the step's loss and, once the warm-up is over, the penalty rho/2 * ||w - anchor||^2."""
+        loss, gradient = passes.gradient(step.main)
+        penalty = 0.0
+        if rho > 0 and step.index > warmup_ratio * self.total_steps:
+            penalty = add_gradient(gradient, passes.weights, self.anchor, rho).item()
+        return Descent(loss, [*gradient], {"proximal/penalty": penalty})

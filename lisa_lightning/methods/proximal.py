@@ -1,11 +1,10 @@
 """The proximal penalty alone: fine-tuning on the user's rows, tied to where it began."""
 
-from collections.abc import Sequence
 from typing import final
 
-from torch import Tensor
-
+from lisa_lightning.data.interleave import Step
 from lisa_lightning.methods.method import Method
+from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.schedule import Schedule
 
 
@@ -25,6 +24,6 @@ class Proximal(Method):
         self.rho = rho
         self.warmup_ratio = warmup_ratio
 
-    def penalize(self, step: int, weights: Sequence[Tensor]) -> float:
-        """The proximal penalty."""
-        return self.pull(step, weights, self.rho, self.warmup_ratio)
+    def gradient(self, passes: Passes, step: Step) -> Descent:
+        """Of the loss and the proximal penalty."""
+        return self.pulled(passes, step, self.rho, self.warmup_ratio)

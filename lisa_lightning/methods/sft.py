@@ -1,21 +1,27 @@
-"""Supervised fine-tuning on the user's rows alone: no defense."""
+"""Supervised fine-tuning on one stream alone: no defense."""
 
-from collections.abc import Sequence
 from typing import final
 
-from torch import Tensor
-
+from lisa_lightning.data.interleave import Step
 from lisa_lightning.methods.method import Method
-from lisa_lightning.schedule import Schedule
+from lisa_lightning.passes import Descent, Passes
+from lisa_lightning.schedule import Schedule, State
 
 
 @final
 class SFT(Method):
-    """Plain fine-tuning (the papers' SFT baseline); one forward and one backward pass a step."""
+    """Plain training: on the user's rows the papers' undefended baseline, on alignment rows plain alignment.
 
-    def __init__(self) -> None:
-        super().__init__(Schedule(alignment_steps=0, user_steps=1))
+    One forward and one backward pass a step.
 
-    def penalize(self, step: int, weights: Sequence[Tensor]) -> float:
-        """No penalty."""
-        return 0.0
+    Args:
+        stream: whose rows: `user` or `alignment`.
+    """
+
+    def __init__(self, stream: State = "user") -> None:
+        super().__init__(Schedule(*((0, 1) if stream == "user" else (1, 0))))
+
+    def gradient(self, passes: Passes, step: Step) -> Descent:
+        """Of the loss."""
+        loss, gradient = passes.gradient(step.main)
+        return Descent(loss, [*gradient])

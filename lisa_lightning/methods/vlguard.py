@@ -1,11 +1,10 @@
 """Safe rows among the user's: fine-tuning on a set of which a share is alignment rows."""
 
-from collections.abc import Sequence
 from typing import final
 
-from torch import Tensor
-
+from lisa_lightning.data.interleave import Step
 from lisa_lightning.methods.method import Method
+from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.schedule import Schedule
 
 
@@ -24,6 +23,7 @@ class VLGuard(Method):
         super().__init__(Schedule(alignment_steps=0, user_steps=1))
         self.safe_ratio = safe_ratio
 
-    def penalize(self, step: int, weights: Sequence[Tensor]) -> float:
-        """No penalty."""
-        return 0.0
+    def gradient(self, passes: Passes, step: Step) -> Descent:
+        """Of the loss."""
+        loss, gradient = passes.gradient(step.main)
+        return Descent(loss, [*gradient])

@@ -1,0 +1,140 @@
+"""What a method builds its gradient from: forward and backward passes over a batch's micro-batches and all ranks."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from lisa_lightning.data.interleave import Batch
+from lisa_lightning.data.packing import Pack
+from lisa_lightning.loss import completion_loss
+from lisa_lightning.net import trainable
+from lisa_lightning.schedule import Stream
+
+Share = Callable[[Sequence[Pack]], Tensor]
+"""Micro-batch -> its share of the batch's loss: summed over micro-batches and ranks it is the whole."""
+Gradient = list[Tensor | None]
+"""One for each trainable weight; None where the optimizer shall leave the weight and its moments alone."""
+
+
+class Whole(Protocol):
+    """Every row of a stream, batch by batch (`StepBatches.whole`)."""
+
+    def __call__(self, stream: Stream, size: int) -> Iterator[Batch]:
+        """Batches of `size` rows, in order."""
+        ...
+
+
+@dataclass
+class Descent:
+    """What a method makes of a step."""
+
+    loss: float
+    """Of the batch that the step is about, without penalties: the mean over its supervised tokens."""
+    gradient: Gradient
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Passes:
+    """The net as a method sees it. Gradients are of the trainable weights, summed over micro-batches and ranks.
+
+    Every pass of a step draws the same dropout masks, so that what one pass finds holds for the next.
+
+    Args:
+        net: a model with trainable weights (a `PeftModel`).
+        whole: every row of a stream.
+    """
+
+    def __init__(self, net: Any, whole: Whole) -> None:
+        self.net = net
+        self.model: Any = net.get_base_model()
+        self.weights: list[Tensor] = list(trainable(net).values())
+        self.names: list[str] = list(trainable(net))
+        self._whole = whole
+        self.seed = 0
+        """Of this step and rank."""
+
+    def every_row(self, stream: Stream, size: int) -> Iterator[Batch]:
+        """All rows of a stream, `size` at a time, shared out among the ranks."""
+        for batch in self._whole(stream, size):
+            yield batch.to(self.device)
+
+    def gradient(
+        self, batch: Batch, share: Share | None = None, weights: Sequence[Tensor] | None = None
+    ) -> tuple[float, list[Tensor]]:
+        """A loss of the batch, by default the mean over its supervised tokens, and its gradient.
+
+        Args:
+            share: what the loss is a sum of.
+            weights: a part of the trainable weights, which alone get a gradient.
+        """
+        weights = self.weights if weights is None else weights
+        share = share or self.mean_loss(batch)
+        total = torch.zeros((), device=self.device)
+        gradient = [torch.zeros_like(w) for w in weights]
+        torch.manual_seed(self.seed)
+        for packs in batch.micro_batches:
+            if packs:
+                loss = share(packs)
+                total += loss.detach()
+                for sum_, own in zip(gradient, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+                    if own is not None:
+                        sum_.add_(own)
+        total, *gradient = self.summed([total, *gradient])
+        return total.item(), gradient
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> float:
+        """The mean over the batch's supervised tokens."""
+        share = self.mean_loss(batch)
+        torch.manual_seed(self.seed)
+        shares = [share(packs) for packs in batch.micro_batches if packs]
+        return self.summed([torch.stack([torch.zeros((), device=self.device), *shares]).sum()])[0].item()
+
+    def mean_loss(self, batch: Batch) -> Share:
+        """Each micro-batch's share of the mean over the batch's supervised tokens."""
+        scale = 1 / max(1, batch.tokens)
+        return lambda packs: completion_loss(self.model, packs) * scale
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.weights[0].device
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes."""
+        return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+    def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Each tensor summed over the ranks, as one message."""
+        if self.ranks == 1:
+            return list(tensors)
+        flat = torch.cat([t.float().flatten() for t in tensors])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([t.numel() for t in tensors])
+        return [part.view_as(t).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+
+    @contextmanager
+    def at(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """The trainable weights moved to these values; afterwards they are what they were, bit for bit."""
+        kept = [w.detach().clone() for w in self.weights]
+        try:
+            self._move(values)
+            yield
+        finally:
+            self._move(kept)
+
+    @torch.no_grad()
+    def _move(self, values: Sequence[Tensor]) -> None:
+        for w, value in zip(self.weights, values, strict=True):
+            w.copy_(value)
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all of them together."""
+    return torch.stack([t.square().sum() for t in tensors]).sum().sqrt()
