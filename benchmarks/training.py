@@ -166,7 +166,7 @@ def _bare_seconds(ours: Ours, rows: Rows) -> tuple[float, dict[str, float]]:
 class _InOrder(StepBatches):
     """The rows as they stand, so that both loops see the same batches."""
 
-    def _row(self, state: Any, position: int) -> int:
+    def _row(self, stream: Any, position: int) -> int:
         return position
 
 
@@ -202,7 +202,7 @@ def _fit_seconds(folder: Path, rows: Rows) -> tuple[float, float]:
     stir(list(trainable(net).values()))
     streams: Any = {name: Examples(rows.sst2, lambda e: e) for name in ("user", "alignment")}
     steps = _InOrder(streams, pack, method, FIT_STEPS, 5, 1, seed=0)
-    module = LisaModule(net, method, optim, seed=0, key={}, whole=steps.whole)
+    module = LisaModule(Passes(net, steps.whole), method, optim, seed=0, key={})
     data = LisaDataModule(steps)
     with tempfile.TemporaryDirectory() as out:
         os.environ.setdefault("WANDB_MODE", "offline")

@@ -13,7 +13,7 @@ from lisa_lightning.errors import UserError
 
 Check = tuple[Callable[[Any], bool], str]
 
-STAGES = ("align", "finetune", "evaluate", "judge")
+STAGES = ("align", "finetune", "repair", "evaluate", "judge")
 
 
 def _number(value: Any) -> bool:
@@ -82,7 +82,7 @@ SET: dict[str, Check] = {
     "take": _optional(COUNT),
 }
 """What a set of a source can be told: a file by its path, or a hub data set."""
-SETS = ("train", "test", "alignment", "harmful", "harmful_prompts", "harmless_prompts")
+SETS = ("train", "test", "alignment", "harmful", "defender", "harmful_prompts", "harmless_prompts")
 METHOD: dict[str, Check] = {
     "rho": NOT_NEGATIVE,
     "alignment_steps": COUNT_OR_0,
@@ -90,6 +90,23 @@ METHOD: dict[str, Check] = {
     "warmup_ratio": SHARE,
     "safe_ratio": SHARE,
     "stream": _one_of("user", "alignment"),
+    "lamb": NOT_NEGATIVE,
+    "alpha": NOT_NEGATIVE,
+    "beta": NOT_NEGATIVE,
+    "seed": COUNT_OR_0,
+    **dict.fromkeys(("safe_rows", "fisher_batch_size", "bias_length"), COUNT),
+    **dict.fromkeys(("active_layers", "interval_steps", "probability_steps"), COUNT),
+    **dict.fromkeys(("first_factor", "bias_factor"), NOT_NEGATIVE),
+    **dict.fromkeys(("drop_threshold", "inner_clip"), _optional(POSITIVE)),
+    **dict.fromkeys(("carry_over", "official", "padding", "per_micro_batch", "add_back"), SWITCH),
+}
+REPAIR: dict[str, Check] = {
+    "mode": _one_of("number", "threshold"),
+    "number": COUNT_OR_0,
+    "threshold": (lambda v: _number(v) and -1 <= v <= 1, "a number from -1 to 1"),
+    **dict.fromkeys(("dense_ratio", "sparsity_ratio", "prune_rate", "epsilon"), SHARE),
+    **dict.fromkeys(("random", "pads_count", "most_similar_first"), SWITCH),
+    "seed": COUNT_OR_0,
 }
 ENDPOINT: dict[str, Check] = {
     "model": TEXT,
@@ -144,6 +161,7 @@ RULES: dict[str, Check] = {
     **{f"{where}.{key}": rule for where in ("optim", "align.optim") for key, rule in OPTIM.items()},
     **{f"{where}.{key}": rule for where in ("lora", "align.lora") for key, rule in LORA.items()},
     **{f"{where}.{key}": rule for where in ("method", "align.method") for key, rule in METHOD.items()},
+    **{f"repair.{key}": rule for key, rule in REPAIR.items()},
     "model.dtype": DTYPE,
     "trainer.strategy": _one_of("auto", "ddp"),
     "trainer.precision": _one_of("32-true", "bf16-mixed"),
@@ -193,7 +211,7 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"{where}.steps={steps} and {where}.epochs={epochs}: one of them must be null, one not")
     _check_trainer(cfg.trainer)
     for name in SETS:
-        if cfg.source[name].path is None and cfg.source[name].get("hub") is None:
+        if name != "defender" and cfg.source[name].path is None and cfg.source[name].get("hub") is None:
             raise UserError(f"source.{name}.path=None is not allowed; it must be the path of a file")
     for where in ("method", "align.method"):
         steps = [OmegaConf.select(cfg, f"{where}.{k}") for k in ("alignment_steps", "user_steps")]

@@ -34,6 +34,19 @@ def completion_loss(model: Any, packs: Sequence[Pack]) -> Tensor:
     return torch.stack([F.cross_entropy(_logits(model, p).float(), p.targets, reduction="sum") for p in packs]).sum()
 
 
+def token_losses(model: Any, packs: Sequence[Pack]) -> Tensor:
+    """[S] cross entropies of all supervised tokens of `packs`, in their order, in float32."""
+    found = [F.cross_entropy(_logits(model, p).float(), p.targets, reduction="none") for p in packs]
+    return torch.cat(found)
+
+
+def unembed(model: Any, hidden: Tensor) -> Tensor:
+    """[..., V] logits of final hidden states [..., H]."""
+    logits = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def _logits(model: Any, packed: Pack) -> Tensor:
     """[S, V] at the predictors."""
     if packed.positions is None:
@@ -45,9 +58,7 @@ def _logits(model: Any, packed: Pack) -> Tensor:
     hidden = model.base_model(
         input_ids=packed.ids, position_ids=packed.positions, attention_mask=blocked, use_cache=False
     ).last_hidden_state[0]
-    logits = model.get_output_embeddings()(hidden[packed.predictors])
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    return unembed(model, hidden[packed.predictors])
 
 
 def choose_packing(model: Any, max_length: int) -> Packing:

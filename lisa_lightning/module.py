@@ -10,14 +10,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from peft import PeftModel
 
 from lisa_lightning.config import flat
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.errors import UserError
 from lisa_lightning.methods.method import Method
 from lisa_lightning.net import trainable
-from lisa_lightning.passes import Passes, Whole
+from lisa_lightning.passes import Passes
 
 log = logging.getLogger(__name__)
 
@@ -55,26 +54,23 @@ class LisaModule(L.LightningModule):
     micro-batches and ranks as it needs.
 
     Args:
-        net: a model with a trainable adapter.
+        passes: over a model with a trainable adapter.
         method: the defense.
         seed: determines the dropout masks, together with step and rank.
         key: what the run is made from; a checkpoint of another key is refused.
-        whole: every row of a stream, for methods that look at all of them.
     """
 
-    def __init__(
-        self, net: PeftModel, method: Method, optim: Optim, seed: int, key: dict[str, Any], whole: Whole
-    ) -> None:
+    def __init__(self, passes: Passes, method: Method, optim: Optim, seed: int, key: dict[str, Any]) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # checkpoints hold the adapter alone; on_load_checkpoint checks it is all there
-        self.net = net
+        self.net = passes.net
         self.method = method
         self.optim = optim
         self.seed = seed
         self.key = key
-        self.passes = Passes(net, whole)
-        self.weights = self.passes.weights
+        self.passes = passes
+        self.weights = passes.weights
         self.told_unlabelled = False
         self.metrics: dict[str, float] = {}
         """What the last step measured, for the callbacks."""

@@ -1,14 +1,15 @@
 """What a method builds its gradient from: forward and backward passes over a batch's micro-batches and all ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
 
+from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.data.interleave import Batch
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.loss import completion_loss
@@ -21,12 +22,8 @@ Gradient = list[Tensor | None]
 """One for each trainable weight; None where the optimizer shall leave the weight and its moments alone."""
 
 
-class Whole(Protocol):
-    """Every row of a stream, batch by batch (`StepBatches.whole`)."""
-
-    def __call__(self, stream: Stream, size: int) -> Iterator[Batch]:
-        """Batches of `size` rows, in order."""
-        ...
+Whole = Callable[[Stream, int], Iterator[Batch]]
+"""Every row of a stream, so many at a time (`StepBatches.whole`)."""
 
 
 @dataclass
@@ -47,14 +44,16 @@ class Passes:
     Args:
         net: a model with trainable weights (a `PeftModel`).
         whole: every row of a stream.
+        deltas: what aligning changed in each linear layer, by its name in the model; read when called for.
     """
 
-    def __init__(self, net: Any, whole: Whole) -> None:
+    def __init__(self, net: Any, whole: Whole, deltas: Callable[[], Mapping[str, Delta]] = dict) -> None:
         self.net = net
         self.model: Any = net.get_base_model()
         self.weights: list[Tensor] = list(trainable(net).values())
         self.names: list[str] = list(trainable(net))
         self._whole = whole
+        self.deltas = deltas
         self.seed = 0
         """Of this step and rank."""
 
@@ -100,6 +99,13 @@ class Passes:
         scale = 1 / max(1, batch.tokens)
         return lambda packs: completion_loss(self.model, packs) * scale
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """A pass within draws the dropout masks that the pass behind it draws, and leaves no gradient."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -110,6 +116,11 @@ class Passes:
         """The number of processes."""
         return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
+    @property
+    def rank(self) -> int:
+        """This process among them."""
+        return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
     def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Each tensor summed over the ranks, as one message."""
         if self.ranks == 1:
@@ -119,18 +130,35 @@ class Passes:
         parts = flat.split([t.numel() for t in tensors])
         return [part.view_as(t).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
 
+    def gathered(self, parts: Sequence[Tensor]) -> tuple[Tensor, int]:
+        """Rows of all micro-batches and ranks as one [R, T, H], filled up by zeros; this rank's first row."""
+        sizes = torch.tensor([sum(len(p) for p in parts), max((p.shape[1] for p in parts), default=0)])
+        if self.ranks > 1:
+            every = [torch.zeros_like(sizes).to(self.device) for _ in range(self.ranks)]
+            torch.distributed.all_gather(every, sizes.to(self.device))
+        else:
+            every = [sizes]
+        counts, width = [int(s[0]) for s in every], max(int(s[1]) for s in every)
+        first = row = sum(counts[: self.rank])
+        whole = torch.zeros(sum(counts), width, parts[0].shape[-1], device=self.device, dtype=parts[0].dtype)
+        for part in parts:
+            whole[row : row + len(part), : part.shape[1]] = part
+            row += len(part)
+        return self.summed([whole])[0], first
+
     @contextmanager
     def at(self, values: Sequence[Tensor]) -> Iterator[None]:
         """The trainable weights moved to these values; afterwards they are what they were, bit for bit."""
         kept = [w.detach().clone() for w in self.weights]
         try:
-            self._move(values)
+            self.move(values)
             yield
         finally:
-            self._move(kept)
+            self.move(kept)
 
     @torch.no_grad()
-    def _move(self, values: Sequence[Tensor]) -> None:
+    def move(self, values: Sequence[Tensor]) -> None:
+        """Set the trainable weights."""
         for w, value in zip(self.weights, values, strict=True):
             w.copy_(value)
 

@@ -21,7 +21,7 @@ from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import cache_folder, explained, read_json, write_text
 from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.data.mixing import user_rows
-from lisa_lightning.data.source import load_rows
+from lisa_lightning.data.source import Rows, load_rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer, read_answers
 from lisa_lightning.evaluate.judging import judge_answers, read_judged, read_responses
@@ -60,6 +60,7 @@ def run(cfg: DictConfig) -> Metrics:
     task = get_class(cfg.task._target_)()
     rows = load_rows(cfg.source, task, cfg.data.allow_overlap)
     user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, cfg.method.get("safe_ratio", 0.0))
+    _refuse_without_defender_rows(cfg, rows)
     if cfg.model.quantize is not None:
         refuse_quantization()
     keep_freed_memory()
@@ -154,6 +155,22 @@ def _refuse_processes(fabric: Fabric, cfg: Any) -> None:
             f"{fabric.world_size} processes would start the whole sweep again. Ways out: one device a job "
             "(trainer.strategy=auto trainer.devices=1); a launcher that starts a job's processes itself "
             "(hydra/launcher=submitit_slurm with hydra.launcher.tasks_per_node and gpus_per_node); or one command a job"
+        )
+
+
+def _refuse_without_defender_rows(cfg: DictConfig, rows: Rows) -> None:
+    """Raises UserError where a chosen defense needs harmful rows of the provider's, and the source has none."""
+    if rows.defender:
+        return
+    choices = HydraConfig.get().runtime.choices
+    aligning = "align" in cfg.stages and cfg.align.method is not None
+    needing = "align" if aligning and "harmful" in instantiate(cfg.align.method).draws(0) else None
+    if "repair" in cfg.stages and choices["repair"] in ("antidote", "nlsr"):
+        needing = "repair"
+    if needing is not None:
+        raise UserError(
+            f"{needing}={choices[needing]} defends with harmful rows of the provider's, and this source has none: "
+            "give a file as source.defender.path, with prompt and response"
         )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from hashlib import sha256
@@ -18,12 +18,14 @@ from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from lisa_lightning.alignment_delta import Delta, low_rank_deltas
 from lisa_lightning.cache import build, cache_folder, code_digest, digest, explained, read_json, write_text
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
-from lisa_lightning.data.packing import pad
+from lisa_lightning.data.packing import Example, Pack, pad
 from lisa_lightning.data.source import Row, Rows
+from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.alpaca_eval import alpaca_eval_outputs
 from lisa_lightning.evaluate.evaluator import Answer, Evaluator, Question, questions, read_answers, write_answers
 from lisa_lightning.evaluate.scores import task_scores
@@ -39,7 +41,10 @@ from lisa_lightning.net import (
     named,
     save_adapter,
     save_merged,
+    trainable,
 )
+from lisa_lightning.passes import Passes
+from lisa_lightning.repair.repair import Given, Repair, write
 from lisa_lightning.schedule import Stream
 from lisa_lightning.tasks.task import Scored
 from lisa_lightning.tracking import Tracker, read_rows
@@ -49,7 +54,7 @@ Metrics = dict[str, Any]
 
 
 class Stages:
-    """align -> finetune -> evaluate on one set of ranks; a stage found finished in the cache is not run again."""
+    """align -> finetune -> repair -> evaluate on one set of ranks; what the cache holds is not run again."""
 
     def __init__(
         self,
@@ -103,15 +108,21 @@ class Stages:
         }
         metrics |= {f"rows/overlap/{pair}": count for pair, count in self.rows.overlap.items()}
         model = Model(self.base, None)
-        if "align" in cfg.stages:
+        if "align" in cfg.stages and cfg.align.method is not None:
             model, cost = self._align()
             metrics |= _named("align", cost)
         if "evaluate" in cfg.stages:
             metrics |= self._evaluate("aligned", model)
         if "finetune" in cfg.stages:
-            model, cost = self._finetune(model)
+            aligned = model
+            model, cost = self._finetune(aligned)
             metrics |= _named("finetune", cost)
             metrics["train/steps"] = self._steps(cfg.optim, len(self.user))
+            if "repair" in cfg.stages and cfg.repair:
+                model, metrics["time/repair_s"] = self._repair(aligned, model)
+            if self.fabric.is_global_zero and model.adapter is not None:
+                with explained(self.out):
+                    shutil.copytree(model.adapter, self.out / "adapter", dirs_exist_ok=True)
             if "evaluate" in cfg.stages:
                 seconds = metrics["time/evaluate_s"]
                 metrics |= self._evaluate("final", model)
@@ -124,13 +135,18 @@ class Stages:
         key = self.origin | {
             "align": plain(cfg),
             "rows": _rows_digest(self.rows.alignment),
+            "defender_rows": _rows_digest(self.rows.defender),
             "max_length": self.cfg.data.max_length,
         }
 
         def make(folder: Path) -> None:
             net = self._attach(Model(self.base, None), cfg)
-            rows: dict[Stream, Sequence[Row]] = {"user": [], "alignment": self.rows.alignment}
-            checkpoint = self._fit("align", cfg, net, cfg.seed, key, rows, len(self.rows.alignment), [], False)
+            rows: dict[Stream, Sequence[Row]] = {
+                "user": [],
+                "alignment": self.rows.alignment,
+                "harmful": self.rows.defender,
+            }
+            checkpoint = self._fit("align", cfg, net, cfg.seed, key, rows, len(self.rows.alignment), [], False, dict)
             if self.fabric.is_global_zero:
                 save_adapter(net, str(self.base), folder / "adapter")
                 if self.cfg.model.adapters == "stacked":
@@ -174,16 +190,74 @@ class Stages:
             discard = cfg.data.during_alignment == "discard"
             net = self._attach(aligned, cfg)
             rows: dict[Stream, Sequence[Row]] = {"alignment": self.rows.alignment, "user": self.user}
-            checkpoint = self._fit("finetune", cfg, net, cfg.seed, key, rows, len(self.user), callbacks, discard)
+            deltas = partial(self._deltas, aligned)
+            checkpoint = self._fit(
+                "finetune", cfg, net, cfg.seed, key, rows, len(self.user), callbacks, discard, deltas
+            )
             if self.fabric.is_global_zero:
                 save_adapter(net, str(aligned.folder), folder / "adapter")
                 self._record("finetune", folder, checkpoint)
 
         folder, cost = self._stage("finetune", key, make)
-        if self.fabric.is_global_zero:
-            with explained(self.out):
-                shutil.copytree(folder / "adapter", self.out / "adapter", dirs_exist_ok=True)
         return Model(aligned.folder, folder / "adapter"), cost
+
+    def _repair(self, aligned: "Model", tuned: "Model") -> tuple["Model", float]:
+        """The finished adapter repaired, by the first rank alone."""
+        assert tuned.adapter is not None
+        adapter = tuned.adapter
+        key = self.origin | {
+            "tuned": tuned.name,
+            "repair": plain(self.cfg.repair),
+            "max_length": self.cfg.data.max_length,
+            "defender_rows": _rows_digest(self.rows.defender),
+            "alignment_rows": _rows_digest(self.rows.alignment),
+        }
+
+        def make(folder: Path) -> None:
+            if not self.fabric.is_global_zero:
+                return
+            started = perf_counter()
+            net = attach_saved(self._load(tuned.folder, None), adapter).to(self.fabric.device)
+            rows = {"harmful": self.rows.defender, "alignment": self.rows.alignment}
+            factors = {name: w.detach() for name, w in trainable(net).items()}
+            repair: Repair = instantiate(self.cfg.repair)
+            repaired = repair.repair(
+                Given(
+                    factors,
+                    net=lambda: net,
+                    rows=lambda stream: self._padded(rows[stream]),
+                    deltas=lambda: self._deltas(aligned),
+                    reference=lambda: {},
+                )
+            )
+            write(trainable(net), repaired.factors)
+            save_adapter(net, str(tuned.folder), folder / "adapter")
+            write_text(folder / "stage.json", json.dumps({"seconds": perf_counter() - started}))
+
+        folder, cost = self._stage("repair", key, make)
+        return Model(tuned.folder, folder / "adapter"), cost["seconds"]
+
+    def _padded(self, rows: Sequence[Row]) -> Iterator[Pack]:
+        """Rows as padded packs, as many together as are evaluated together."""
+        size = self.cfg.evaluate.batch_size
+        for start in range(0, len(rows), size):
+            yield from pad(self._encode(row) for row in rows[start : start + size])
+
+    def _encode(self, row: Row) -> Example:
+        return encode(self.tokenizer, self.cfg.model.template, row, max_length=self.cfg.data.max_length)
+
+    def _deltas(self, aligned: "Model") -> dict[str, Delta]:
+        """What aligning changed.
+
+        Raises:
+            UserError: there was no aligning, or its adapter goes on being trained.
+        """
+        if aligned.folder == self.base:
+            raise UserError(
+                "What aligning changed can't be told: the stage align did not run (stages, align=none), or its adapter "
+                "went on into fine-tuning (model.adapters=continued)"
+            )
+        return low_rank_deltas(aligned.folder / "adapter")
 
     def _load(self, folder: Path, quantize: str | None) -> PreTrainedModel:
         return load(folder, self.cfg.model.dtype, self.cfg.model.attention, quantize)
@@ -211,6 +285,7 @@ class Stages:
         epoch: int,
         callbacks: list[Any],
         discard: bool,
+        deltas: Callable[[], Mapping[str, Delta]],
     ) -> Checkpoint:
         """Train the adapter of `net`; `cfg` holds method and optim, `epoch` is the rows that one has."""
         settings = plain(cfg.optim)
@@ -218,13 +293,12 @@ class Stages:
         del settings["epochs"]
         optim = Optim(**settings)
         method = instantiate(cfg.method)
-        encoded = partial(encode, self.tokenizer, self.cfg.model.template, max_length=self.cfg.data.max_length)
-        streams = {name: Examples(own, encoded) for name, own in rows.items()}
+        streams: dict[Stream, Examples] = {name: Examples(own, self._encode) for name, own in rows.items()}
         packing = pad if method.rows_apart else choose_packing(net.get_base_model(), self.cfg.data.max_length)
         steps = StepBatches(
             streams, packing, method, optim.steps, optim.batch_size, optim.accumulate, seed, discard=discard
         )
-        module = LisaModule(net, method, optim, seed, key, steps.whole)
+        module = LisaModule(Passes(net, steps.whole, deltas), method, optim, seed, key)
         checkpoint = Checkpoint(self.out / "checkpoints" / f"{stage}.ckpt", self.cfg.checkpoint.every, optim.steps)
         record = Record(self.tracker, stage)
         fit(module, LisaDataModule(steps), self.cfg.trainer, checkpoint, [*callbacks, record], stage)

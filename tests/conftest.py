@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+from training import train  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,6 +23,7 @@ FIELDS = {
     "alpaca_mini_test": ("instruction", "input", "output"),
     "alignment": ("prompt", "response", "kind", "category"),
     "harmful": ("prompt", "response", "category"),
+    "defender": ("prompt", "response", "category"),
     "harmful_prompts": ("prompt", "category"),
     "harmless_prompts": ("prompt",),
     "judge": ("prompt", "response", "label"),
@@ -38,6 +39,7 @@ AT_LEAST = {
     "alpaca_mini_test": 150,
     "alignment": 800,
     "harmful": 400,
+    "defender": 210,
     "harmful_prompts": 150,
     "harmless_prompts": 50,
 }
@@ -68,6 +70,8 @@ UNIQUE = [
     ("alignment", "response"),
     ("harmful", "prompt"),
     ("harmful", "response"),
+    ("defender", "prompt"),
+    ("defender", "response"),
     ("harmful_prompts", "prompt"),
     ("harmless_prompts", "prompt"),
     ("judge", "response"),
@@ -82,6 +86,12 @@ DISJOINT = [
     ("harmless_prompts", "harmful", "prompt"),
     ("harmless_prompts", "harmful_prompts", "prompt"),
     ("harmful", "alignment", "prompt"),
+    ("defender", "harmful", "prompt"),
+    ("defender", "harmful_prompts", "prompt"),
+    ("defender", "harmless_prompts", "prompt"),
+    ("defender", "harmful", "response"),
+    ("defender", "alignment", "response"),
+    ("defender", "judge", "response"),
 ]
 NEAR = 0.5
 WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
@@ -212,6 +222,14 @@ def test_all_categories_are_in_refusals_harmful_rows_and_test_requests() -> None
     refusals = [row for row in rows("alignment") if row["kind"] == "refusal"]
     for part in (refusals, rows("harmful"), rows("harmful_prompts")):
         assert {row["category"] for row in part} == BEAVERTAILS
+
+
+def test_defender_rows_answer_refused_requests_of_alignment_evenly() -> None:
+    refused = {row["prompt"]: row["category"] for row in rows("alignment") if row["kind"] == "refusal"}
+    for number, row in enumerate(rows("defender")):
+        assert refused.get(row["prompt"]) == row["category"], place("defender", number)
+    assert len({row["prompt"] for row in rows("defender")}) == len(rows("defender"))
+    assert Counter(row["category"] for row in rows("defender")) == dict.fromkeys(BEAVERTAILS, 15)
 
 
 @pytest.mark.parametrize(("name", "field"), UNIQUE)

@@ -23,6 +23,7 @@ from lisa_lightning.loss import choose_packing
 from lisa_lightning.methods.lisa import Lisa
 from lisa_lightning.module import LisaModule, Optim
 from lisa_lightning.net import attach, attach_saved, load, load_tokenizer, merged, named, save_adapter, trainable
+from lisa_lightning.passes import Passes
 from lisa_lightning.training import Checkpoint, fit
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +91,7 @@ def test_trains_three_lisa_steps_and_answers(
     encoded = partial(encode, tokenizer, template, max_length=512)
     streams: Any = {"user": Examples(USER, encoded), "alignment": Examples(ALIGNMENT, encoded)}
     steps = StepBatches(streams, choose_packing(net.get_base_model(), 512), method, 3, 2, 1, seed=0)
-    module = LisaModule(net, method, optim, seed=0, key={}, whole=steps.whole)
+    module = LisaModule(Passes(net, steps.whole), method, optim, seed=0, key={})
     fit(module, LisaDataModule(steps), TRAINER, Checkpoint(tmp_path / "a.ckpt", 10, 99), [], "finetune")
     moved = [n for n, w in trainable(net).items() if not torch.equal(w, before[n])]
     assert len(moved) == len(before)  # every factor of every target

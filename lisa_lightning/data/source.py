@@ -38,6 +38,8 @@ class Rows:
     """Held-out harmful requests; one may stand there several times, as in BeaverTails."""
     harmless_prompts: list[str]
     """Harmless requests that look alarming."""
+    defender: list[Row]
+    """Harmful rows that the provider has to defend with; none in most sources."""
     overlap: dict[str, int]
     """Set and set -> rows of the first whose prompt is in the second, as they were read."""
 
@@ -60,6 +62,9 @@ def load_rows(source: Any, task: Any, allow_overlap: bool) -> Rows:
         "alignment": _read(source, "alignment", PAIR, ("input",), _pair),
         "harmful": [replace(r, harmful=True) for r in _read(source, "harmful", PAIR, ("input",), _pair)],
     }
+    if source.defender.path is not None or source.defender.get("hub") is not None:
+        rows = _read(source, "defender", PAIR, ("input",), _pair)
+        sets["defender"] = [replace(r, harmful=True) for r in rows]
     held_out = {
         "test": {_key(row) for row in test},
         "harmful_prompts": {_plain(p) for p in harmful_prompts},
@@ -68,7 +73,7 @@ def load_rows(source: Any, task: Any, allow_overlap: bool) -> Rows:
     overlap = {}
     for name, rows in sets.items():
         others = dict(held_out)
-        if name == "alignment":  # of the two it is the larger and can spare them
+        if name in ("alignment", "defender"):  # the user's rows stay what they are
             others["harmful"] = {_key(row) for row in sets["harmful"]}
         shared = {f"{name}_{other}": [_key(r) in prompts for r in rows] for other, prompts in others.items()}
         overlap |= {pair: sum(found) for pair, found in shared.items() if any(found)}
@@ -89,6 +94,7 @@ def load_rows(source: Any, task: Any, allow_overlap: bool) -> Rows:
         test=test,
         harmful_prompts=harmful_prompts,
         harmless_prompts=harmless_prompts,
+        defender=sets.get("defender", []),
         overlap=overlap,
     )
 

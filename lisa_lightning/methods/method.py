@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, final
+from typing import final
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class Method(ABC):
     switches has the weights that it started from.
     """
 
-    rows_apart: ClassVar[bool] = False
+    rows_apart: bool = False
     """Whether it works on single rows' activations, which rows that share a prefix don't have."""
 
     def __init__(self, schedule: Schedule) -> None:

@@ -1,0 +1,1 @@
+"""Choices of alignment rows, one file each: the provider's rows in, those worth training on out."""

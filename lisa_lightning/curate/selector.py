@@ -1,0 +1,194 @@
+"""The bilevel selector that SEAL and Pharmacist share: weights of rows, trained along with a model."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lisa_lightning.curate.curate import Curate
+from lisa_lightning.data.interleave import Batch, Examples
+from lisa_lightning.data.packing import Example, Pack, Packing
+from lisa_lightning.errors import UserError
+from lisa_lightning.loss import token_losses
+from lisa_lightning.passes import Passes
+
+Activation = Literal["softmax", "sigmoid"]
+BETAS = (0.9, 0.95)
+CLIP = 1.0
+START = {"softmax": 0.1, "sigmoid": -1e-4}
+
+Objective = Callable[[Tensor, list[int]], Tensor]
+"""[R] mean losses of a micro-batch's rows, and their places in the batch -> their share of what is minimized."""
+UpperLoss = Callable[[Tensor], Tensor]
+"""[R] mean losses of upper rows -> [R] what the upper level wants small in the mean."""
+
+
+class BilevelCurate(Curate):
+    """Scores are weights p_i of the candidates, trained by SEAL's penalty method (Shen et al., ICLR 2025).
+
+    In a step, with l_i the mean loss over the label tokens of row i, the model descends
+    c * mean_upper(u(l)) + (1 - c) * mean_i(p_i * l_i), and the selector mean_i(p_i * l_i) with l_i held fixed. So a
+    candidate goes down whose loss is high under a model that the upper rows pull. p = N softmax(theta) over all N
+    candidates or 2 sigmoid(theta), near 1 at first. Both descend by Adam (0.9, 0.95) with constant rates and gradients
+    clipped at norm 1, as the official code does. First derivatives alone; two forward and two backward passes.
+
+    Since Adam divides by a gradient's own size, what a row loses at a visit hardly depends on its loss. With softmax
+    that returns by the rise between visits; with sigmoid it doesn't, unless every step sees most candidates.
+
+    A candidate without a label token can't be judged and scores 0, the least. Without dropout, scores are the same for
+    any split into micro-batches and ranks.
+
+    Args:
+        keep: share of the rows to keep, 0..1.
+        epochs: passes over the candidates, >= 1. SEAL's script has 3.
+        batch_size: candidates of a step over all ranks, and as many upper rows. SEAL's is 64.
+        micro_batch: rows of a pass.
+        lr: of the model. SEAL's is 1e-5, for some 5000 steps.
+        selector_lr: of theta. SEAL's script has 5e-3, its default is 1e-2.
+        activation: softmax as in SEAL, or sigmoid.
+        upper_weight: c in the first epoch, 0..1. SEAL's script has 1, its default is 0.9.
+        upper_decay: what c loses an epoch, down to 0. SEAL's script has 0.03, its default is 0.1.
+        seed: of the rows' order.
+    """
+
+    def __init__(
+        self,
+        keep: float,
+        epochs: int,
+        batch_size: int,
+        micro_batch: int,
+        lr: float,
+        selector_lr: float,
+        activation: Activation,
+        upper_weight: float,
+        upper_decay: float,
+        seed: int,
+    ) -> None:
+        super().__init__(keep)
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.micro_batch = micro_batch
+        self.lr = lr
+        self.selector_lr = selector_lr
+        self.activation: Activation = activation
+        self.upper_weight = upper_weight
+        self.upper_decay = upper_decay
+        self.seed = seed
+
+    def trained(
+        self, passes: Passes, packing: Packing, candidates: Examples, upper: Examples, upper_loss: UpperLoss
+    ) -> Tensor:
+        """[N] the weights p of the candidates. The model's weights are what they were afterwards.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        theta = torch.full((len(candidates),), START[self.activation], device=passes.device, requires_grad=True)
+        judged = torch.zeros(len(candidates), dtype=torch.bool, device=passes.device)
+        rates = ((passes.weights, self.lr), ([theta], self.selector_lr))
+        model, selector = (torch.optim.AdamW(w, lr=lr, betas=BETAS, weight_decay=0.0) for w, lr in rates)
+        with passes.at(passes.weights):
+            for step, (c, places, rows, others) in enumerate(self._batches(candidates, upper)):
+                passes.seed = int(np.random.default_rng([self.seed, step, passes.rank]).integers(2**62))
+                p = weights(theta, self.activation)[places]
+                pull = self._level(passes, packing, others, lambda losses, _, c=c: c * upper_loss(losses))
+                own = p.detach()
+                fit = self._level(passes, packing, rows, lambda losses, at, c=c, own=own: (1 - c) * own[at] * losses)
+                _descend(model, passes.weights, [a + b for a, b in zip(pull.gradient, fit.gradient, strict=True)])
+                labelled = torch.tensor([bool(row.supervised) for row in rows], device=passes.device)
+                judged[places] = labelled
+                loss = (p * fit.losses).sum() / labelled.sum().clamp(min=1)
+                self._require_finite(pull.loss + fit.loss + loss.item(), step)
+                _descend(selector, [theta], torch.autograd.grad(loss, [theta]))
+        for weight in passes.weights:
+            weight.grad = None
+        return weights(theta.detach(), self.activation) * judged
+
+    def _batches(
+        self, candidates: Examples, upper: Examples
+    ) -> Iterator[tuple[float, list[int], list[Example], list[Example]]]:
+        """For each step: c, the candidates' places, the candidates, as many upper rows, which come round and round."""
+        drawn = 0
+        for epoch in range(self.epochs):
+            order = self._order(1, epoch, len(candidates))
+            for start in range(0, len(order), self.batch_size):
+                places = order[start : start + self.batch_size]
+                others = []
+                for _ in places:
+                    turn, offset = divmod(drawn, len(upper))
+                    others.append(upper[self._order(2, turn, len(upper))[offset]])
+                    drawn += 1
+                c = max(0.0, self.upper_weight - epoch * self.upper_decay)
+                yield c, places, [candidates[i] for i in places], others
+
+    def _order(self, level: int, epoch: int, size: int) -> list[int]:
+        return np.random.default_rng([self.seed, level, epoch]).permutation(size).tolist()
+
+    def _level(self, passes: Passes, packing: Packing, rows: Sequence[Example], objective: Objective) -> "_Level":
+        """The mean of the objective over the rows that have a label."""
+        count = max(1, sum(bool(row.supervised) for row in rows))
+        micro = list(_micro_batches(rows, packing, self.micro_batch, passes))
+        places = iter(micro)
+        losses = torch.zeros(len(rows), device=passes.device)
+
+        def share(packs: Sequence[Pack]) -> Tensor:
+            at, _ = next(places)
+            found = row_losses(passes.model, packs)
+            losses[at] = found.detach()
+            return objective(found, at).sum() / count
+
+        loss, gradient = passes.gradient(Batch("alignment", [packs for _, packs in micro], tokens=0), share)
+        return _Level(loss, gradient, passes.summed([losses])[0])
+
+    def _require_finite(self, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"A loss of step {step} of curating is {value}. A smaller curate.lr (now {self.lr}) may help."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    """What a level's rows say, over all ranks."""
+
+    loss: float
+    gradient: list[Tensor]
+    losses: Tensor
+    """[B] each row's mean loss, 0 where it has no label."""
+
+
+def weights(theta: Tensor, activation: Activation) -> Tensor:
+    """[N] p of theta [N]; both are 1 where theta is nothing but zeros."""
+    return len(theta) * theta.softmax(0) if activation == "softmax" else 2 * theta.sigmoid()
+
+
+def row_losses(model: Any, packs: Sequence[Pack]) -> Tensor:
+    """[R] the mean loss over each row's label tokens, rows in the order in which packs hold their labels."""
+    first = torch.cat([p.places for p in packs]) == 0  # a row's labels stand together, in tries too
+    row = first.cumsum(0) - 1
+    tokens = torch.bincount(row)
+    return torch.zeros(len(tokens), device=row.device).index_add(0, row, token_losses(model, packs)) / tokens
+
+
+def _micro_batches(
+    rows: Sequence[Example], packing: Packing, size: int, passes: Passes
+) -> Iterator[tuple[list[int], list[Pack]]]:
+    """This rank's share of a batch: places in the batch, in the order in which the packs have the rows' labels."""
+    share = -(-len(rows) // passes.ranks)
+    own = range(len(rows))[passes.rank * share : (passes.rank + 1) * share]
+    for start in range(0, len(own), size):
+        labelled = [i for i in own[start : start + size] if rows[i].supervised]
+        at = sorted(labelled, key=lambda i: rows[i].ids)  # as `pack` does, so that any packing leaves it so
+        if at:
+            yield at, [p.to(passes.device) for p in packing([rows[i] for i in at])]
+
+
+def _descend(optimizer: torch.optim.Optimizer, variables: Sequence[Tensor], gradient: Sequence[Tensor]) -> None:
+    for variable, own in zip(variables, gradient, strict=True):
+        variable.grad = own
+    torch.nn.utils.clip_grad_norm_(variables, CLIP)
+    optimizer.step()

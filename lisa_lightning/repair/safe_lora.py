@@ -1,0 +1,98 @@
+"""Safe LoRA: modules whose update points away from what aligning changed are turned towards it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, final
+
+import torch
+import torch.nn.functional as F
+
+from lisa_lightning.alignment_delta import Delta, compressed, delta_of
+from lisa_lightning.errors import UserError
+from lisa_lightning.repair.repair import Factors, Given, Repair, Repaired, modules
+
+
+@dataclass(frozen=True, slots=True)
+class Projected(Repaired):
+    """The adapter, and how its modules were chosen."""
+
+    cosines: dict[str, float]
+    """cos(C B A, B A) by module, 0..1, before the repair."""
+    projected: tuple[str, ...]
+    """The modules whose B is now C B."""
+
+
+@final
+class SafeLora(Repair):
+    """B <- C B in modules where cos(C B A, B A) is low (Hsu et al., NeurIPS 2024), C = V V^T / ||V||_F.
+
+    V is what aligning changed in the module (`alignment_delta.Delta`). C is no projector, so a projected update also
+    changes its size. No pass through the net: a few products of d_out x r matrices a module.
+
+    Departures of the official code: it rounds cosines to five decimals, so that in mode "number" ties project more
+    modules than asked for; here it is exactly `number`, of equal cosines the first. (Its first pass of that mode, at a
+    threshold of 0.3, leaves no trace.) It pairs matrices by position, here by name.
+
+    Args:
+        mode: `number` (the official default) projects the `number` modules of lowest cosine, `threshold` those whose
+            cosine is at most `threshold`.
+        number: modules, 0 or more; the official default is 10.
+        threshold: of the cosine; the official default is 0.5, and -1 projects none.
+        random: the control: project as many modules, drawn at random.
+        seed: determines that draw.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["number", "threshold"],
+        number: int,
+        threshold: float,
+        random: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.mode = mode
+        self.number = number
+        self.threshold = threshold
+        self.random = random
+        self.seed = seed
+
+    def repair(self, given: Given) -> Projected:
+        """Uses the deltas.
+
+        Raises:
+            UserError: aligning left an adapted module as it was, or there are fewer modules than `number`.
+        """
+        deltas = given.deltas()
+        cosines = {
+            module: cosine(given.factors, a, b, delta_of(deltas, module))
+            for module, (a, b) in modules(given.factors).items()
+        }
+        projected = self._chosen(cosines)
+        return Projected(project(given.factors, deltas, projected), cosines, projected)
+
+    def _chosen(self, cosines: Mapping[str, float]) -> tuple[str, ...]:
+        if self.mode == "threshold":
+            chosen = [module for module, value in cosines.items() if value <= self.threshold]
+        elif self.number <= len(cosines):
+            chosen = sorted(cosines, key=cosines.__getitem__)[: self.number]
+        else:
+            raise UserError(f"number={self.number}: the adapter has {len(cosines)} modules only")
+        if self.random:
+            drawn = torch.randperm(len(cosines), generator=torch.Generator().manual_seed(self.seed))
+            chosen = [sorted(cosines)[i] for i in drawn[: len(chosen)].tolist()]
+        return tuple(module for module in cosines if module in chosen)
+
+
+def cosine(factors: Factors, a: str, b: str, delta: Delta) -> float:
+    """cos(C B A, B A) as flattened matrices; 0 where B A is 0."""
+    update = compressed(factors[b], factors[a])
+    return F.cosine_similarity(delta.project(update).flatten(), update.flatten(), dim=0).item()
+
+
+def project(factors: Factors, deltas: Mapping[str, Delta], chosen: tuple[str, ...]) -> Factors:
+    """The adapter with C B in place of the B of the chosen modules, in B's own precision."""
+    found = dict(factors)
+    for module, (_, b) in modules(factors).items():
+        if module in chosen:
+            found[b] = deltas[module].project(factors[b].float()).to(factors[b].dtype)
+    return found

@@ -1,0 +1,171 @@
+"""The laws of choosing alignment rows: what is kept, and the bilevel selector against autograd on a tiny model."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lisa_lightning.curate.curate import Curate, Given
+from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
+from lisa_lightning.curate.random import Random
+from lisa_lightning.curate.seal import Seal
+from lisa_lightning.curate.selector import BETAS, CLIP, START, row_losses, weights
+from lisa_lightning.data.interleave import Examples
+from lisa_lightning.data.packing import IGNORED, Example, Packing, pack, pad
+from lisa_lightning.errors import UserError
+from lisa_lightning.net import attach, trainable
+from lisa_lightning.passes import Passes
+
+SETTINGS: dict[str, Any] = {
+    "keep": 0.5,
+    "epochs": 2,
+    "batch_size": 4,
+    "micro_batch": 4,
+    "lr": 1e-2,
+    "selector_lr": 5e-2,
+    "activation": "softmax",
+    "upper_weight": 0.9,
+    "upper_decay": 0.1,
+    "seed": 1,
+}
+
+
+def row(prompt: int, answer: int, tokens: int = 2) -> Example:
+    """Four tokens that many rows share, one of its own, an answer."""
+    ids = (1, 2, 3, 4, prompt, *[answer] * tokens)
+    return Example(ids, (*[IGNORED] * 5, *[answer] * tokens))
+
+
+def examples(rows: Sequence[Example]) -> Examples:
+    return Examples(rows, lambda r: r)
+
+
+def net(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).requires_grad_(False)
+    return attach(model, SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+
+
+def passes() -> Passes:
+    return Passes(net(), lambda stream, size: iter(()))
+
+
+def given(alignment: Sequence[Example], harmful: Sequence[Example] = (), packing: Packing = pack) -> Given:
+    return Given(examples(alignment), examples(harmful), lambda: (passes(), packing))
+
+
+MIXED = [row(5 + i, 16 + i % 3, 1 + i % 3) for i in range(10)]
+
+
+@pytest.mark.parametrize("make", [lambda **k: Random(k["keep"], k["seed"]), Seal, Pharmacist])
+def test_keep_one_is_no_curation_and_a_share_is_of_that_size_and_nested(make: Any) -> None:
+    def kept(**changed: Any) -> tuple[int, ...]:
+        curate: Curate = make(**SETTINGS | changed)
+        found = curate.curate(given(MIXED, MIXED[:3]))
+        assert len(found.scores) == 10
+        return found.kept
+
+    assert kept(keep=1.0) == tuple(range(10))
+    some, more = kept(keep=0.3), kept(keep=0.7)
+    assert (len(some), len(more)) == (3, 7)
+    assert list(more) == sorted(more)
+    assert set(some) < set(more)
+    assert kept(keep=0.3) == some, "equal seeds, equal choices"
+    with pytest.raises(UserError, match=r"curate\.keep=0\.01 leaves none of the 10"):
+        kept(keep=0.01)
+
+
+def test_another_seed_draws_other_rows() -> None:
+    rows = given([MIXED[0]] * 100)
+    assert Random(0.5, 1).curate(rows).kept != Random(0.5, 2).curate(rows).kept
+
+
+@pytest.mark.parametrize("packing", [pack, pad])
+def test_row_losses_are_each_rows_own_mean(packing: Packing) -> None:
+    """Rows in the order of their ids, as the selector hands them over; two of them equal, one the start of another."""
+    rows = sorted([*MIXED, MIXED[0], row(5, 16, 3), row(23, 9, 4)], key=lambda e: e.ids)
+    model = net().get_base_model()
+    wanted = [model(input_ids=torch.tensor([e.ids]), labels=torch.tensor([e.labels])).loss for e in rows]
+    torch.testing.assert_close(row_losses(model, packing(rows)), torch.stack(wanted), atol=1e-5, rtol=0)
+
+
+def by_autograd(curate: Seal | Pharmacist, candidates: Sequence[Example], upper: Sequence[Example]) -> Tensor:
+    """The same training as one loss of everything, one row at a time; every step sees all rows."""
+    model = net()
+    ours = list(trainable(model).values())
+    theta = torch.full((len(candidates),), START[curate.activation], requires_grad=True)
+    both = [torch.optim.Adam(w, lr=lr, betas=BETAS) for w, lr in ((ours, curate.lr), ([theta], curate.selector_lr))]
+
+    def losses(rows: Sequence[Example]) -> Tensor:
+        return torch.stack([model(input_ids=torch.tensor([e.ids]), labels=torch.tensor([e.labels])).loss for e in rows])
+
+    for epoch in range(curate.epochs):
+        c = curate.upper_weight - epoch * curate.upper_decay
+        p, l, u = weights(theta, curate.activation), losses(candidates), losses(upper)
+        u = -(1 - (-u).exp()).log() if isinstance(curate, Pharmacist) else u
+        loss = c * u.mean() + (1 - c) * (p.detach() * l).mean() + (p * l.detach()).mean()
+        for optimizer in both:
+            optimizer.zero_grad()
+        loss.backward()
+        for variables in (ours, [theta]):
+            torch.nn.utils.clip_grad_norm_(variables, CLIP)
+        for optimizer in both:
+            optimizer.step()
+    return weights(theta.detach(), curate.activation)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind", [Seal, Pharmacist])
+def test_the_selector_is_autograds(kind: type[Seal] | type[Pharmacist], activation: str) -> None:
+    curate = kind(**SETTINGS | {"epochs": 4, "batch_size": 6, "activation": activation})
+    candidates, upper = MIXED[:6], MIXED[4:]
+    ours = passes()
+    before = [w.detach().clone() for w in ours.weights]
+    loss = unlikelihood if isinstance(curate, Pharmacist) else lambda losses: losses
+    found = curate.trained(ours, pack, examples(candidates), examples(upper), loss)
+    torch.testing.assert_close(found, by_autograd(curate, candidates, upper), atol=2e-5, rtol=0)
+    assert found.std() > 1e-3
+    assert all(torch.equal(w, b) for w, b in zip(ours.weights, before, strict=True))
+
+
+def test_any_split_and_either_packing_gives_the_same_scores() -> None:
+    def scores(packing: Packing, micro_batch: int) -> Tensor:
+        return Seal(**SETTINGS | {"micro_batch": micro_batch}).scores(given(MIXED, packing=packing))
+
+    whole = scores(pack, 4)
+    for other in (scores(pack, 1), scores(pack, 3), scores(pad, 4)):
+        torch.testing.assert_close(other, whole, atol=2e-5, rtol=0)
+
+
+def test_rows_that_agree_with_most_go_up_in_seal() -> None:
+    """A quarter answers otherwise. The last row's answer was cut off: it can't be judged, so it comes last."""
+    odd = [i % 4 == 0 for i in range(24)]
+    rows = [row(5 + i % 10, 20 if o else 21) for i, o in enumerate(odd)]
+    cut = Example((1, 2, 3), (IGNORED,) * 3)
+    changed = {"epochs": 6, "batch_size": 6, "lr": 2e-2}
+    found = Seal(**SETTINGS | changed | {"keep": 0.72}).curate(given([*rows, cut]))
+    assert found.kept == tuple(i for i, o in enumerate(odd) if not o)
+    assert found.scores[-1] == 0 < min(found.scores[:-1])
+
+
+def test_rows_that_contradict_harmful_answers_go_up_in_pharmacist() -> None:
+    """Half of the rows answer as the harmful ones do."""
+    harmful = [row(5 + i, 20) for i in range(8)]
+    rows = [row(5 + i % 10, 20 if i % 2 else 21) for i in range(20)]
+    changed = {"epochs": 6, "batch_size": 5, "lr": 2e-2}
+    found = Pharmacist(**SETTINGS | changed).curate(given(rows, harmful))
+    assert found.kept == tuple(range(0, 20, 2))
+
+
+def test_what_is_missing_or_not_finite_is_said() -> None:
+    with pytest.raises(UserError, match="harmful rows of the provider's, and there are none"):
+        Pharmacist(**SETTINGS).curate(given(MIXED))
+    with pytest.raises(UserError, match="there is only 1"):
+        Seal(**SETTINGS).curate(given(MIXED[:1]))
+    with pytest.raises(UserError, match=r"A loss of step 1 of curating is nan\. A smaller curate\.lr \(now 1e\+30\)"):
+        Seal(**SETTINGS | {"lr": 1e30}).curate(given(MIXED))

@@ -1,0 +1,97 @@
+"""The laws of every training-time method on the tiny model: what it equals where, splits of a step, resuming."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from training import Train, largest_difference
+
+from lisa_lightning.methods.asft import AsFT
+from lisa_lightning.methods.booster import Booster
+from lisa_lightning.methods.constrained_sft import ConstrainedSFT
+from lisa_lightning.methods.ewc import EWC
+from lisa_lightning.methods.ldifs import LDIFS
+from lisa_lightning.methods.method import Method
+from lisa_lightning.methods.repnoise import RepNoise
+from lisa_lightning.methods.sft import SFT
+from lisa_lightning.methods.t_vaccine import TVaccine
+from lisa_lightning.methods.vaccine import Vaccine
+from lisa_lightning.methods.vlguard_loss import VLGuardLoss
+
+LAYERS = 2  # of the tiny model
+METHODS: dict[str, Callable[[], Method]] = {
+    "ewc": partial(EWC, 10.0, 2, False),
+    "vlguard_loss": partial(VLGuardLoss, 0.5, 2),
+    "ldifs": partial(LDIFS, 0.1, None, None, False),
+    "ldifs_dropping": partial(LDIFS, 0.1, 0.1, 5.0, False),
+    "constrained_sft": partial(ConstrainedSFT, 0.1, 5.0, 20.0, 5),
+    "asft": partial(AsFT, 0.1, False),
+    "vaccine": partial(Vaccine, 2.0),
+    "t_vaccine": partial(TVaccine, 2.0, 1, 3, 4, 0),
+    "booster": partial(Booster, 5.0, 0.1, 0.0, False),
+    "booster_vaccine": partial(Booster, 5.0, 0.1, 2.0, False),
+    "repnoise": partial(RepNoise, 0.1, 0.5, False, 0),
+}
+ALIKE = {
+    "ewc": (EWC(0.0, 2, False), SFT()),
+    "vlguard_loss": (VLGuardLoss(0.0, 2), SFT()),
+    "ldifs": (LDIFS(0.0, 0.1, None, False), SFT()),
+    "asft": (AsFT(0.0, False), SFT()),
+    "vaccine": (Vaccine(0.0), SFT("alignment")),
+    "booster": (Booster(0.0, 0.1, 0.0, False), SFT("alignment")),
+    "booster_vaccine": (Booster(0.0, 0.1, 2.0, False), Vaccine(2.0)),
+    "t_vaccine": (TVaccine(2.0, LAYERS, 3, 4, 0), Vaccine(2.0)),
+    "repnoise": (RepNoise(0.0, 0.0, False, 0), SFT("alignment")),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_without_its_term_a_method_is_what_it_builds_on_bit_for_bit(train: Train, name: str) -> None:
+    method, other = ALIKE[name]
+    apart = method.rows_apart
+    assert largest_difference(train(method, folder="a"), train(other, folder="b", apart=apart)) == 0
+    full = train(METHODS[name](), folder="c")
+    assert largest_difference(full, train(other, folder="d", apart=apart)) > 1e-4
+
+
+def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train) -> None:
+    method = METHODS["constrained_sft"]
+    one, plain = train(method(), folder="a", steps=1), train(SFT(), folder="b", steps=1)
+    assert largest_difference(one, plain) < 1e-6
+    assert one.metrics == {}
+    assert largest_difference(train(method(), folder="c"), train(SFT(), folder="d")) > 1e-4
+    assert largest_difference(train(ConstrainedSFT(0.0, 5.0, 20.0, 5), folder="e"), train(SFT(), folder="f")) < 5e-6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_batch_four_is_two_micro_batches_of_two(train: Train, name: str) -> None:
+    whole = train(METHODS[name](), folder="a", steps=6)
+    halves = train(METHODS[name](), folder="b", steps=6, batch_size=2, accumulate=2)
+    assert largest_difference(whole, halves) < 5e-5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resume_equals_the_straight_run_bit_for_bit_with_dropout(train: Train, name: str) -> None:
+    straight = train(METHODS[name](), 0.2, folder="straight", steps=7)
+    with pytest.raises(InterruptedError):
+        train(METHODS[name](), 0.2, folder="broken", steps=7, stop_after=5)
+    assert largest_difference(straight, train(METHODS[name](), 0.2, folder="broken", steps=7)) == 0
+
+
+def test_dropout_is_the_same_in_all_passes_of_a_step(train: Train) -> None:
+    """Else Vaccine without a perturbation and SFT would draw different masks."""
+    assert (
+        largest_difference(train(Vaccine(0.0), 0.3, folder="a"), train(SFT("alignment"), 0.3, folder="b", apart=True))
+        == 0
+    )
+
+
+def test_inactive_layers_stand_still_and_their_moments_too(train: Train) -> None:
+    module = train(TVaccine(2.0, 1, 100, 100, 0), steps=3)
+    optimizer: torch.optim.Optimizer = module.optimizers().optimizer  # type: ignore[union-attr]
+    stepped = {name for name, w in zip(module.passes.names, module.weights, strict=True) if w in optimizer.state}
+    (active,) = module.method.kept["active"][0].tolist()
+    for name in module.passes.names:
+        layer = int(name.split(".layers.")[1].split(".")[0])
+        assert (name in stepped) == (layer == active if ".self_attn." in name else layer >= active)

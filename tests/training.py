@@ -1,0 +1,114 @@
+"""A training run of the tiny model under any method, in a second."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from lisa_lightning.alignment_delta import PREFIX, Delta
+from lisa_lightning.data.datamodule import LisaDataModule
+from lisa_lightning.data.encoding import encode
+from lisa_lightning.data.interleave import Examples, StepBatches
+from lisa_lightning.data.packing import pack, pad
+from lisa_lightning.data.source import Row
+from lisa_lightning.methods.method import Method
+from lisa_lightning.module import LisaModule, Optim
+from lisa_lightning.net import attach, load, load_tokenizer, trainable
+from lisa_lightning.passes import Passes
+from lisa_lightning.schedule import Stream
+from lisa_lightning.training import Checkpoint, Record, fit
+
+USER = [Row(f"sentence {i}: ", "", "positive" if i % 2 else "negative and more") for i in range(9)]
+ALIGNMENT = [Row(f"request {i}: ", "", "no" + "!" * (i % 3)) for i in range(5)]
+HARMFUL = [Row(f"request {i}: ", "", "sure" + "." * (i % 2)) for i in range(4)]
+TRAINER = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
+STEPS = 14
+
+Train = Callable[..., LisaModule]
+
+
+@pytest.fixture
+def train(tiny: Path, tmp_path: Path) -> Train:
+    """Train the tiny model under a method; keywords change the optimizer, the adapter or the checkpoint.
+
+    apart: without shared prefixes, whatever the method says.
+    """
+
+    def trained(
+        method: Method,
+        dropout: float = 0.0,
+        folder: str = "run",
+        stop_after: int | None = None,
+        key: dict | None = None,
+        max_length: int = 64,
+        more: Sequence[L.Callback] = (),
+        apart: bool = False,
+        **optim: object,
+    ) -> LisaModule:
+        settings = {
+            "lr": 5e-3,
+            "steps": STEPS,
+            "batch_size": 4,
+            "accumulate": 1,
+            "clip": 1.0,
+            "schedule": "constant",
+            "warmup_ratio": 0.1,
+            "weight_decay": 0.01,
+            "betas": (0.9, 0.999),
+            "eps": 1e-8,
+        }
+        o = Optim(**(settings | optim))  # type: ignore[arg-type]
+        net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
+        tokenizer = load_tokenizer(tiny)
+        tokenizer.chat_template = "{{ messages[0].content }}"  # short rows: nothing around the prompt
+        encoded = partial(encode, tokenizer, "chat", max_length=max_length)
+        rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "harmful": HARMFUL}
+        streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
+        packing = pad if apart or method.rows_apart else pack
+        steps = StepBatches(streams, packing, method, o.steps, o.batch_size, o.accumulate, seed=1)
+        module = LisaModule(Passes(net, steps.whole, lambda: deltas(net)), method, o, seed=1, key=key or {})
+        checkpoint = Checkpoint(tmp_path / f"{folder}.ckpt", every=3, last=o.steps)
+        callbacks: list[L.Callback] = [*more, Record(None, "finetune")]
+        if stop_after is not None:
+            callbacks.append(_Stop(stop_after))
+        fit(module, LisaDataModule(steps), TRAINER, checkpoint, callbacks, "finetune")
+        return module
+
+    return trained
+
+
+class _Stop(L.Callback):
+    """Breaks off as a killed process does, but for the process."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        if trainer.global_step == self.after:
+            raise InterruptedError
+
+
+def deltas(net: Any) -> dict[str, Delta]:
+    """What aligning changed in every adapted layer: random, of rank 2."""
+    found = {}
+    for name, a in trainable(net).items():
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(len(found))
+            b = trainable(net)[name.replace(".lora_A.", ".lora_B.")]
+            left, right = (torch.randn(size, generator=generator) for size in ((len(b), 2), (2, a.shape[1])))
+            found[name.partition(".lora_A.")[0].removeprefix(PREFIX)] = Delta.low_rank(left, right)
+    return found
+
+
+def weights(module: LisaModule) -> dict[str, Tensor]:
+    return {n: w.detach() for n, w in trainable(module.net).items()}
+
+
+def largest_difference(a: LisaModule, b: LisaModule) -> float:
+    return max(float((x - y).abs().max()) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
