@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from experiments.pictures import course, one_each
+from experiments.tables import fill
 from lisa_lightning.cache import write_text
 from lisa_lightning.report.drawing import Plot, save_png
 from lisa_lightning.report.sweep import Run, in_order, read_runs, settings
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     lines = {name: lines_of(runs, claim) for name, lines_of in (("results", _results), ("curves", _curves))}
     found = {name: _merged(out / f"{name}.csv", new, claim.keys) for name, new in lines.items() if new}
     if "results" in found:
+        fill(out / "README.md", found["results"], claim.keys)
         save_png(_plots(claim, found), out / "plot.png")
     return status
 

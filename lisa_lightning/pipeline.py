@@ -60,7 +60,7 @@ def run(cfg: DictConfig) -> Metrics:
     task = get_class(cfg.task._target_)()
     rows = load_rows(cfg.source, task, cfg.data.allow_overlap)
     user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, cfg.method.get("safe_ratio", 0.0))
-    _refuse_without_defender_rows(cfg, rows)
+    _refuse_combination(cfg, rows)
     if cfg.model.quantize is not None:
         refuse_quantization()
     keep_freed_memory()
@@ -158,20 +158,28 @@ def _refuse_processes(fabric: Fabric, cfg: Any) -> None:
         )
 
 
-def _refuse_without_defender_rows(cfg: DictConfig, rows: Rows) -> None:
-    """Raises UserError where a chosen defense needs harmful rows of the provider's, and the source has none."""
-    if rows.defender:
-        return
+def _refuse_combination(cfg: DictConfig, rows: Rows) -> None:
+    """Raises UserError where chosen defenses can't have what they need: harmful rows, a change made by aligning."""
     choices = HydraConfig.get().runtime.choices
     aligning = "align" in cfg.stages and cfg.align.method is not None
-    needing = "align" if aligning and "harmful" in instantiate(cfg.align.method).draws(0) else None
-    if "repair" in cfg.stages and choices["repair"] in ("antidote", "nlsr"):
-        needing = "repair"
-    if needing is not None:
+    tuning = {
+        group: choices[group]
+        for group, stage in (("method", "finetune"), ("repair", "repair"))
+        if stage in cfg.stages and "finetune" in cfg.stages
+    }
+    with_rows = {"align": choices["align"]} if aligning and "harmful" in instantiate(cfg.align.method).draws(0) else {}
+    with_rows |= {g: c for g, c in tuning.items() if c in ("antidote", "nlsr")}
+    for group, choice in with_rows.items() if not rows.defender else ():
         raise UserError(
-            f"{needing}={choices[needing]} defends with harmful rows of the provider's, and this source has none: "
+            f"{group}={choice} defends with harmful rows of the provider's, and this source has none: "
             "give a file as source.defender.path, with prompt and response"
         )
+    for group, choice in tuning.items():
+        if choice in ("asft", "safe_lora") and (not aligning or cfg.model.adapters == "continued"):
+            raise UserError(
+                f"{group}={choice} holds on to what aligning changed, which is not told apart here: it needs the stage "
+                f"align with another choice than align=none, and model.adapters=stacked (now {cfg.model.adapters})"
+            )
 
 
 def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
