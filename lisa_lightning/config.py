@@ -13,7 +13,7 @@ from lisa_lightning.errors import UserError
 
 Check = tuple[Callable[[Any], bool], str]
 
-STAGES = ("align", "finetune", "repair", "evaluate", "judge")
+STAGES = ("curate", "align", "finetune", "repair", "evaluate", "judge")
 
 
 def _number(value: Any) -> bool:
@@ -108,6 +108,14 @@ REPAIR: dict[str, Check] = {
     **dict.fromkeys(("random", "pads_count", "most_similar_first"), SWITCH),
     "seed": COUNT_OR_0,
 }
+CURATE: dict[str, Check] = {
+    **dict.fromkeys(("keep", "upper_weight", "upper_decay"), SHARE),
+    **dict.fromkeys(("epochs", "batch_size", "micro_batch"), COUNT),
+    **dict.fromkeys(("lr", "selector_lr"), POSITIVE),
+    "adam": SWITCH,
+    "activation": _one_of("softmax", "sigmoid"),
+    "seed": COUNT_OR_0,
+}
 ENDPOINT: dict[str, Check] = {
     "model": TEXT,
     "usd_per_million_input": NOT_NEGATIVE,
@@ -161,6 +169,7 @@ RULES: dict[str, Check] = {
     **{f"{where}.{key}": rule for where in ("optim", "align.optim") for key, rule in OPTIM.items()},
     **{f"{where}.{key}": rule for where in ("lora", "align.lora") for key, rule in LORA.items()},
     **{f"{where}.{key}": rule for where in ("method", "align.method") for key, rule in METHOD.items()},
+    **{f"curate.{key}": rule for key, rule in CURATE.items()},
     **{f"repair.{key}": rule for key, rule in REPAIR.items()},
     "model.dtype": DTYPE,
     "trainer.strategy": _one_of("auto", "ddp"),

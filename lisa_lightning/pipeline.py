@@ -168,6 +168,8 @@ def _refuse_combination(cfg: DictConfig, rows: Rows) -> None:
         if stage in cfg.stages and "finetune" in cfg.stages
     }
     with_rows = {"align": choices["align"]} if aligning and "harmful" in instantiate(cfg.align.method).draws(0) else {}
+    if "curate" in cfg.stages and choices["curate"] == "pharmacist":
+        with_rows["curate"] = "pharmacist"
     with_rows |= {g: c for g, c in tuning.items() if c in ("antidote", "nlsr")}
     for group, choice in with_rows.items() if not rows.defender else ():
         raise UserError(

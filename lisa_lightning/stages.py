@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from lisa_lightning.alignment_delta import Delta, low_rank_deltas
 from lisa_lightning.cache import build, cache_folder, code_digest, digest, explained, read_json, write_text
+from lisa_lightning.curate.curate import Candidates, Curate
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
-from lisa_lightning.data.packing import Example, Pack, pad
+from lisa_lightning.data.packing import Example, Pack, Packing, pad
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.alpaca_eval import alpaca_eval_outputs
@@ -109,7 +110,11 @@ class Stages:
         metrics |= {f"rows/overlap/{pair}": count for pair, count in self.rows.overlap.items()}
         model = Model(self.base, None)
         if "align" in cfg.stages and cfg.align.method is not None:
-            model, cost = self._align()
+            rows = self.rows.alignment
+            if "curate" in cfg.stages and cfg.curate:
+                rows, metrics["time/curate_s"] = self._curate(rows)
+                metrics["rows/curated"] = len(rows)
+            model, cost = self._align(rows)
             metrics |= _named("align", cost)
         if "evaluate" in cfg.stages:
             metrics |= self._evaluate("aligned", model)
@@ -129,12 +134,41 @@ class Stages:
                 metrics["time/evaluate_s"] += seconds
         return metrics
 
-    def _align(self) -> tuple["Model", Metrics]:
-        """The aligned model: LoRA on the alignment rows, merged into the base or kept beside it to go on with."""
+    def _curate(self, rows: list[Row]) -> tuple[list[Row], float]:
+        """The alignment rows that are worth aligning on."""
+        key = self.origin | {
+            "curate": plain(self.cfg.curate),
+            "lora": plain(self.cfg.align.lora),
+            "seed": self.cfg.align.seed,
+            "max_length": self.cfg.data.max_length,
+            "rows": _rows_digest(rows),
+            "defender_rows": _rows_digest(self.rows.defender),
+        }
+
+        def trainee() -> tuple[Passes, Packing]:
+            net = self._attach(Model(self.base, None), self.cfg.align).to(self.fabric.device)
+            packing = choose_packing(net.get_base_model(), self.cfg.data.max_length)
+            return Passes(net, lambda stream, size: iter(())), packing
+
+        def make(folder: Path) -> None:
+            started = perf_counter()
+            curate: Curate = instantiate(self.cfg.curate)
+            sets = (Examples(own, self._encode) for own in (rows, self.rows.defender))
+            with self.fabric.autocast():
+                curated = curate.curate(Candidates(*sets, trainee))
+            if self.fabric.is_global_zero:
+                write_text(folder / "rows.json", json.dumps(asdict(curated)))
+                write_text(folder / "stage.json", json.dumps({"seconds": perf_counter() - started}))
+
+        folder, cost = self._stage("curate", key, make)
+        return [rows[i] for i in read_json(folder / "rows.json")["kept"]], cost["seconds"]
+
+    def _align(self, own: list[Row]) -> tuple["Model", Metrics]:
+        """The aligned model: LoRA on these rows, merged into the base or kept beside it to go on with."""
         cfg = self.cfg.align
         key = self.origin | {
             "align": plain(cfg),
-            "rows": _rows_digest(self.rows.alignment),
+            "rows": _rows_digest(own),
             "defender_rows": _rows_digest(self.rows.defender),
             "max_length": self.cfg.data.max_length,
         }
@@ -143,10 +177,10 @@ class Stages:
             net = self._attach(Model(self.base, None), cfg)
             rows: dict[Stream, Sequence[Row]] = {
                 "user": [],
-                "alignment": self.rows.alignment,
+                "alignment": own,
                 "harmful": self.rows.defender,
             }
-            checkpoint = self._fit("align", cfg, net, cfg.seed, key, rows, len(self.rows.alignment), [], False, dict)
+            checkpoint = self._fit("align", cfg, net, cfg.seed, key, rows, len(own), [], False, dict)
             if self.fabric.is_global_zero:
                 save_adapter(net, str(self.base), folder / "adapter")
                 if self.cfg.model.adapters == "stacked":

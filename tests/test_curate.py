@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lisa_lightning.curate.curate import Curate, Given
+from lisa_lightning.curate.curate import Candidates, Curate
 from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
 from lisa_lightning.curate.random import Random
 from lisa_lightning.curate.seal import Seal
@@ -60,8 +60,8 @@ def passes() -> Passes:
     return Passes(net(), lambda stream, size: iter(()))
 
 
-def given(alignment: Sequence[Example], harmful: Sequence[Example] = (), packing: Packing = pack) -> Given:
-    return Given(examples(alignment), examples(harmful), lambda: (passes(), packing))
+def given(alignment: Sequence[Example], harmful: Sequence[Example] = (), packing: Packing = pack) -> Candidates:
+    return Candidates(examples(alignment), examples(harmful), lambda: (passes(), packing))
 
 
 MIXED = [row(5 + i, 16 + i % 3, 1 + i % 3) for i in range(10)]

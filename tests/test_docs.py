@@ -1,39 +1,38 @@
 """The pages of docs/, followed to the letter."""
 
+import csv
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-def test_a_task_is_added_as_the_page_says(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "adding_a_task.md").read_text(encoding="utf-8")
-    blocks = dict(re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL))
-    (command,) = re.findall(r"```\npython (run\.py .*?)\n```", page)
-    (tmp_path / "letters.py").write_text(blocks["python"])
-    (tmp_path / "conf" / "task").mkdir(parents=True)
-    (tmp_path / "conf" / "task" / "letters.yaml").write_text(blocks["yaml"])
-    row = json.loads(blocks["json"])
-    for name, count in (("train", 40), ("test", 3)):
-        rows = [row | {"word": name[0] * n, "count": n} for n in range(1, count + 1)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+def blocks(page: str) -> tuple[dict[str, str], list[str]]:
+    """A page's blocks of code by language, and the arguments of its one command."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (command,) = re.findall(r"```\npython (run\.py .*?)\n```", text)
+    return dict(re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)), command.split()
+
+
+def run(arguments: list[str], folder: Path) -> dict[str, Any]:
+    """The metrics of a command whose Python and configs lie in `folder`."""
     env = os.environ | {
-        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
-        "LISA_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+        "LISA_CACHE": str(folder / "cache"),
         "WANDB_MODE": "disabled",
         "OMP_NUM_THREADS": "1",
     }
-    arguments = [*command.split(), f"hydra.searchpath=[file://{tmp_path}/conf]", "hydra.run.dir=out"]
+    more = [f"hydra.searchpath=[file://{folder}/conf]", "hydra.run.dir=out"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / arguments[0]), *arguments[1:]],
-        cwd=tmp_path,
+        [sys.executable, str(ROOT / arguments[0]), *arguments[1:], *more],
+        cwd=folder,
         env=env,
         capture_output=True,
         text=True,
@@ -41,7 +40,47 @@ def test_a_task_is_added_as_the_page_says(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["final/accuracy_answers"] == 2
+    return json.loads((folder / "out" / "metrics.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_task_is_added_as_the_page_says(tmp_path: Path) -> None:
+    code, arguments = blocks("adding_a_task.md")
+    (tmp_path / "letters.py").write_text(code["python"])
+    (tmp_path / "conf" / "task").mkdir(parents=True)
+    (tmp_path / "conf" / "task" / "letters.yaml").write_text(code["yaml"])
+    row = json.loads(code["json"])
+    for name, count in (("train", 40), ("test", 3)):
+        rows = [row | {"word": name[0] * n, "count": n} for n in range(1, count + 1)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert run(arguments, tmp_path)["final/accuracy_answers"] == 2
     asked = [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
     assert {(a["context"], a["target"]) for a in asked if a["kind"] == "task"} == {("t", "1"), ("tt", "2")}
+
+
+@pytest.mark.slow
+def test_a_method_is_added_as_the_page_says(tmp_path: Path) -> None:
+    code, arguments = blocks("add_a_method.md")
+    assert code["python"].count("\n") < 40
+    (tmp_path / "projected.py").write_text(code["python"])
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    (tmp_path / "conf" / "method" / "projected.yaml").write_text(code["yaml"])
+    assert run(arguments, tmp_path)["train/steps"] == 36
+    with (tmp_path / "out" / "curves.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["stage"] == "finetune"]
+    assert len(rows) == 36
+    assert all(float(row["alignment/loss"]) > 0 for row in rows)
+    assert {row["projected/conflict"] for row in rows} <= {"0.0", "1.0"}
+
+
+def test_every_choice_stands_in_the_table_of_methods() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for group in ("curate", "align", "method", "repair"):
+        _, _, section = page.partition(f"## {group}: ")
+        rows = re.findall(
+            r"^\| `(\w+)` .*\| (?:\[.*?\]\((.*?)\))? ?\|$", section.partition("\n## ")[0], flags=re.MULTILINE
+        )
+        there = {f.stem for f in (ROOT / "conf" / group).glob("*.yaml")} - {"_settings"}
+        assert {name for name, _ in rows} == there
+        for name, link in rows:
+            assert name == "none" or (ROOT / "docs" / link).resolve().exists(), link

@@ -1,9 +1,13 @@
 """The laws of every training-time method on the tiny model: what it equals where, splits of a step, resuming."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from training import Train, largest_difference
 
@@ -95,3 +99,14 @@ def test_inactive_layers_stand_still_and_their_moments_too(train: Train) -> None
     for name in module.passes.names:
         layer = int(name.split(".layers.")[1].split(".")[0])
         assert (name in stepped) == (layer == active if ".self_attn." in name else layer >= active)
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_that_has_their_rows(tiny: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(Path(ranks.__file__)), str(tiny), str(tmp_path / "two.pt")]
+    started = [subprocess.Popen([*command, str(rank), "2"]) for rank in range(2)]
+    assert [process.wait(timeout=200) for process in started] == [0, 0]
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    for name, make in METHODS.items():
+        one = ranks.steps(make(), tiny, 0, 1)
+        assert max(float((a - b).abs().max()) for a, b in zip(one, two[name], strict=True)) < 1e-5, name

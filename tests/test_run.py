@@ -134,10 +134,14 @@ def _answers(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "origin"} for line in lines]
 
 
-def test_two_processes_equal_one_at_twice_the_batch(run: Run) -> None:
-    small = [*CYCLE[:2], "optim.steps=8", "align.optim.steps=3", "evaluate.every=4"]
-    one = run("one", *small, "optim.batch_size=4", "align.optim.batch_size=4", cache="one-cache")
-    two = run("two", *small, "trainer=ddp", "optim.batch_size=2", "align.optim.batch_size=2", cache="two-cache")
+@pytest.mark.parametrize("defense", [CYCLE[:2], ["align=t_vaccine", "align.method.active_layers=1", "method=ewc"]])
+def test_two_processes_equal_one_at_twice_the_batch(run: Run, defense: list[str]) -> None:
+    small = [*defense, "optim.steps=8", "align.optim.steps=3", "evaluate.every=4"]
+    name = defense[-1].rpartition("=")[2]
+    one = run(f"one {name}", *small, "optim.batch_size=4", "align.optim.batch_size=4", cache=f"one {name}")
+    two = run(
+        *(f"two {name}", *small, "trainer=ddp", "optim.batch_size=2", "align.optim.batch_size=2"), cache=f"two {name}"
+    )
     a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-6
     assert _answers(one) == _answers(two)
@@ -146,6 +150,22 @@ def test_two_processes_equal_one_at_twice_the_batch(run: Run) -> None:
             assert (p["step"], p["eval/harmful_score"]) == (q["step"], q["eval/harmful_score"])
             if p["train/loss"]:
                 assert float(p["train/loss"]) == pytest.approx(float(q["train/loss"]), abs=1e-5)
+
+
+def test_a_defense_at_every_stage_composes_and_is_cached_stage_by_stage(run: Run) -> None:
+    align = ["curate=random", "align=t_vaccine", "align.method.active_layers=2", "optim.steps=4", "evaluate.every=0"]
+    whole = run("whole", *align, "method=asft", "repair=antidote")
+    bare = run("bare", *align, "method=asft")
+    a, b = (json.loads((folder / "metrics.json").read_text()) for folder in (whole, bare))
+    assert a["time/finetune_s"] == b["time/finetune_s"]  # out of the cache
+    assert a["rows/curated"] == b["rows/curated"]
+    assert {"time/curate_s", "time/repair_s"} <= a.keys()
+    repaired, tuned = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (whole, bare))
+    pruned = {name: float((w == 0).float().mean()) for name, w in repaired.items()}
+    assert all(share > 0.05 for share in pruned.values())
+    assert all(torch.equal(w[w != 0], tuned[name][w != 0]) for name, w in repaired.items())
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    assert all(f"<code>{choice}</code>" in page for choice in ("curate=random", "align=t_vaccine", "repair=antidote"))
 
 
 def test_stages_can_be_left_out(run: Run) -> None:

@@ -49,7 +49,7 @@ REFUSED = {
     "seed=-1": "seed=-1",
     "seed=true": "seed=True",
     "resume=yes_please": "it must be true or false",
-    "stages=[]": "it must be a list of align, finetune, evaluate, judge",
+    "stages=[]": "it must be a list of curate, align, finetune, repair, evaluate, judge",
     "stages=[train]": "['train'] is not allowed",
     "stages=align": "stages=align is not allowed",
     "trainer.accumulate_grad_batches=4": "use optim.accumulate",
@@ -66,6 +66,9 @@ REFUSED = {
     "source.train.columns=text": "a mapping such as {field: column}",
     "source.train.path=null": "it must be the path of a file",
     "source.train.skip=-1": "source.train.skip=-1",
+    "+align.method.active_layers=0": "align.method.active_layers=0 is not allowed; it must be a whole number above 0",
+    "+repair.threshold=2": "repair.threshold=2 is not allowed; it must be a number from -1 to 1",
+    "+curate.activation=relu": "curate.activation=relu is not allowed; it must be softmax or sigmoid",
 }
 
 NEEDED = {  # what has no value as shipped
@@ -140,12 +143,20 @@ def test_local_files_are_asked_for_by_key(config: Config) -> None:
 def test_every_rule_is_about_a_key_that_exists(config: Config) -> None:
     from omegaconf import OmegaConf
 
-    absent = set(RULES) - HARMLESS
+    absent = {rule.replace("align.method.", "method.") for rule in set(RULES) - HARMLESS}  # a method is asked for once
     judges = (f"judge=[{','.join(JUDGES)}]", *(override for needed in NEEDED.values() for override in needed))
-    for overrides in ((), ("source=hub",), ("method=vlguard",), judges):
+    groups = ("method", "align", "repair", "curate")
+    chosen = [f"{g}={f.stem}" for g in groups for f in (ROOT / "conf" / g).glob("*.yaml") if f.stem != "_settings"]
+    for overrides in ((), ("source=hub",), *((choice,) for choice in chosen), judges):
         cfg = config("experiment=sst2_lisa", *overrides)
-        absent = {k for k in absent if OmegaConf.select(cfg, k, default="absent") == "absent"}
-    assert all(k.startswith("align.method.") for k in absent), absent  # sft has none of those keys
+        check(cfg)
+        own = {k: cfg.align if k.startswith("method.") else cfg for k in absent}
+        absent = {
+            k
+            for k in absent
+            if all(OmegaConf.select(c, k, default="absent") == "absent" for c in (cfg, own[k]) if c is not None)
+        }
+    assert not absent
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -169,6 +180,8 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["experiment=smoke", "hydra.run.dir=/dev/null/out"], "/dev/null/out can't be written: Not a directory"),
         (["experiment=smoke", "model=smollm2_135m", "model.id=no/such"], "Ways out"),
         (["experiment=smoke", "lora.targets=[nope]"], "lora.targets"),
+        (["experiment=smoke", "align=none", "method=asft"], "method=asft holds on to what aligning changed"),
+        (["experiment=smoke", "align=booster", "source.defender.path=null"], "give a file as source.defender.path"),
         (["experiment=smoke", "trainer.accelerator=gpu"], "trainer"),
         (["experiment=smoke", "model.quantize=nf4"], "model.quantize=nf4 needs an NVIDIA GPU"),
         (["experiment=smoke", "model.attention_blocks=nope"], "model.attention_blocks: the model has no module 'nope'"),

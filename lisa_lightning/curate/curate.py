@@ -14,7 +14,7 @@ from lisa_lightning.passes import Passes
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class Candidates:
     """What scoring may use. Rows are encoded, and the model made, when they are called for."""
 
     alignment: Examples
@@ -47,7 +47,7 @@ class Curate(ABC):
         self.keep = keep
 
     @abstractmethod
-    def scores(self, given: Given) -> Tensor:
+    def scores(self, given: Candidates) -> Tensor:
         """[N] of the N alignment rows, equal on all ranks. The model's weights are what they were afterwards.
 
         Raises:
@@ -55,7 +55,7 @@ class Curate(ABC):
         """
 
     @final
-    def curate(self, given: Given) -> Curated:
+    def curate(self, given: Candidates) -> Curated:
         """The choice.
 
         Raises:

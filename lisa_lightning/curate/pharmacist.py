@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lisa_lightning.curate.curate import Given
+from lisa_lightning.curate.curate import Candidates
 from lisa_lightning.curate.selector import BilevelCurate
 from lisa_lightning.errors import UserError
 
@@ -26,7 +26,7 @@ class Pharmacist(BilevelCurate):
     Args: those of `BilevelCurate`. With `upper_weight` 1 the first epoch does nothing but unlearn, so it starts below.
     """
 
-    def scores(self, given: Given) -> Tensor:
+    def scores(self, given: Candidates) -> Tensor:
         """Uses the alignment rows, the harmful rows and the model."""
         if not len(given.harmful):
             raise UserError("curate=pharmacist needs harmful rows of the provider's, and there are none")

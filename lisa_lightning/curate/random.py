@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lisa_lightning.curate.curate import Curate, Given
+from lisa_lightning.curate.curate import Candidates, Curate
 
 
 @final
@@ -21,6 +21,6 @@ class Random(Curate):
         super().__init__(keep)
         self.seed = seed
 
-    def scores(self, given: Given) -> Tensor:
+    def scores(self, given: Candidates) -> Tensor:
         """Uses nothing but the number of rows."""
         return torch.rand(len(given.alignment), generator=torch.Generator().manual_seed(self.seed))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lisa_lightning.curate.curate import Given
+from lisa_lightning.curate.curate import Candidates
 from lisa_lightning.curate.selector import BilevelCurate
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.errors import UserError
@@ -29,7 +29,7 @@ class Seal(BilevelCurate):
     Args: those of `BilevelCurate`.
     """
 
-    def scores(self, given: Given) -> Tensor:
+    def scores(self, given: Candidates) -> Tensor:
         """Uses the alignment rows and the model."""
         rows, size = given.alignment, len(given.alignment)
         if size < 2:

@@ -33,8 +33,8 @@ class BilevelCurate(Curate):
     In a step, with l_i the mean loss over the label tokens of row i, the model descends
     c * mean_upper(u(l)) + (1 - c) * mean_i(p_i * l_i), and the selector mean_i(p_i * l_i) with l_i held fixed. So a
     candidate goes down whose loss is high under a model that the upper rows pull, and a row goes down too that was hard
-    to begin with: while the model has moved little, this ranks by the base model's loss. p = N softmax(theta) over all N
-    candidates or 2 sigmoid(theta), near 1 at first. The model descends by Adam (0.9, 0.95); rates are constant and
+    to begin with: while the model has moved little, this ranks by the base model's loss. p = N softmax(theta) over all
+    N candidates or 2 sigmoid(theta), near 1 at first. The model descends by Adam (0.9, 0.95); rates are constant and
     gradients clipped at norm 1, all as in the official code. First derivatives alone; two forward and two backward
     passes.
 

@@ -36,8 +36,10 @@ KINDS: Final = {
     "harmless": ("Harmless requests that look alarming", "A helpful model answers these."),
 }
 TIMES: Final = {
+    "curate": "Curation",
     "align": "Alignment",
     "finetune": "Fine-tuning",
+    "repair": "Repair",
     "evaluate": "Evaluation",
     "judge": "Judging",
     "total": "This run in all",

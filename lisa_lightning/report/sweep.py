@@ -17,7 +17,7 @@ from lisa_lightning.report.page import SCORES
 from lisa_lightning.sweep import FAILED, bookkeeping, complete
 
 Status = Literal["finished", "unfinished", "failed"]
-GROUPS: Final = ("method", "align", "repair", "model", "task", "source")
+GROUPS: Final = ("method", "curate", "align", "repair", "model", "task", "source")
 """Config groups by which runs are told apart, before any single key."""
 SHOWN: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy", "win_rate")
 

@@ -1,0 +1,60 @@
+"""Every method's steps on one of several gloo ranks, without Lightning: what passes over ranks must get right."""
+
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed
+from torch import Tensor
+from training import ALIGNMENT, HARMFUL, USER, deltas
+
+from lisa_lightning.data.encoding import encode
+from lisa_lightning.data.interleave import Examples, StepBatches
+from lisa_lightning.data.packing import pack, pad
+from lisa_lightning.data.source import Row
+from lisa_lightning.methods.method import Method
+from lisa_lightning.net import attach, load, load_tokenizer
+from lisa_lightning.passes import Passes
+from lisa_lightning.schedule import Stream
+
+STEPS = 4
+
+
+def steps(method: Method, tiny: Path, rank: int, world: int) -> list[Tensor]:
+    """The adapter after a few steps on four rows each, shared out among the ranks."""
+    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    encoded = partial(encode, tokenizer, "chat", max_length=64)
+    rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "harmful": HARMFUL}
+    streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
+    packing = pad if method.rows_apart else pack
+    data = StepBatches(streams, packing, method, STEPS, 4 // world, 1, seed=1, rank=rank, world=world)
+    passes = Passes(net, data.whole, lambda: deltas(net))
+    method.begin(passes, STEPS)
+    optimizer = torch.optim.SGD(passes.weights, lr=0.1)  # AdamW would blow up what differs by rounding alone
+    for t in range(STEPS):
+        descent = method.gradient(passes, data[t])
+        for weight, gradient in zip(passes.weights, descent.gradient, strict=True):
+            weight.grad = gradient
+        torch.nn.utils.clip_grad_norm_(passes.weights, 1.0)
+        optimizer.step()
+    return [w.detach() for w in passes.weights]
+
+
+def main(tiny: Path, out: Path, rank: int, world: int) -> None:
+    """Run all methods on this rank; the first writes what came of them."""
+    from test_method_laws import METHODS
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}.rendezvous", rank=rank, world_size=world)
+    found = {name: steps(make(), tiny, rank, world) for name, make in METHODS.items()}
+    if rank == 0:
+        torch.save(found, out)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
