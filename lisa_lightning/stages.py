@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from lightning.fabric import Fabric
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from lisa_lightning.alignment_delta import Delta, low_rank_deltas
@@ -247,6 +248,8 @@ class Stages:
             "alignment_rows": _rows_digest(self.rows.alignment),
         }
 
+        reference = self._reference(aligned) if "reference" in self.cfg.repair else None
+
         def make(folder: Path) -> None:
             if not self.fabric.is_global_zero:
                 return
@@ -254,14 +257,15 @@ class Stages:
             net = attach_saved(self._load(tuned.folder, None), adapter).to(self.fabric.device)
             rows = {"harmful": self.rows.defender, "alignment": self.rows.alignment}
             factors = {name: w.detach() for name, w in trainable(net).items()}
-            repair: Repair = instantiate(self.cfg.repair)
+            own = {name: value for name, value in plain(self.cfg.repair).items() if name != "reference"}
+            repair: Repair = instantiate(own)
             repaired = repair.repair(
                 Given(
                     factors,
                     net=lambda: net,
                     rows=lambda stream: self._padded(rows[stream]),
                     deltas=lambda: self._deltas(aligned),
-                    reference=lambda: {},
+                    reference=lambda: load_file(reference / "reference.safetensors") if reference else {},
                 )
             )
             write(trainable(net), repaired.factors)
@@ -270,6 +274,53 @@ class Stages:
 
         folder, cost = self._stage("repair", key, make)
         return Model(tuned.folder, folder / "adapter"), cost["seconds"]
+
+    def _reference(self, aligned: "Model") -> Path:
+        """The folder of a safe adapter, extrapolated from plain fine-tuning on alignment rows through DPO."""
+        cfg = self.cfg.repair.reference
+        pairs = self._pairs()
+        key = self.origin | {
+            "aligned": aligned.name,
+            "reference": plain(cfg),
+            "lora": plain(self.cfg.lora),
+            "seed": self.cfg.align.seed,
+            "max_length": self.cfg.data.max_length,
+            "alignment_rows": _rows_digest(self.rows.alignment),
+            "defender_rows": _rows_digest(self.rows.defender),
+        }
+
+        def make(folder: Path) -> None:
+            seed = self.cfg.align.seed
+            net = attach(self._load(aligned.folder, None), self.cfg.lora, seed)
+            safe: dict[Stream, Sequence[Row]] = {"alignment": self.rows.alignment}
+            cost = self._fit(
+                "reference_sft", cfg.sft, net, seed, key, safe, len(self.rows.alignment), [], False, dict
+            ).cost
+            before = {name: w.detach().clone() for name, w in trainable(net).items()}
+            paired: dict[Stream, Sequence[Row]] = {"alignment": pairs[0], "harmful": pairs[1]}
+            more = self._fit("reference_dpo", cfg.dpo, net, seed, key, paired, len(pairs[0]), [], False, dict).cost
+            if self.fabric.is_global_zero:
+                further = {n: w.detach().lerp(before[n], -cfg.extrapolation).cpu() for n, w in trainable(net).items()}
+                save_file(further, folder / "reference.safetensors")
+                write_text(folder / "stage.json", json.dumps({"seconds": cost["seconds"] + more["seconds"]}))
+
+        return self._stage("reference", key, make)[0]
+
+    def _pairs(self) -> tuple[list[Row], list[Row]]:
+        """Refusals and harmful answers to the same requests.
+
+        Raises:
+            UserError: there are none.
+        """
+        refusals = {(row.instruction, row.context): row for row in self.rows.alignment}
+        both = [(refusals[q], r) for r in self.rows.defender if (q := (r.instruction, r.context)) in refusals]
+        if not both:
+            raise UserError(
+                "repair=nlsr prefers refusals to harmful answers to the same requests, and no prompt of "
+                "source.defender is one of source.alignment's"
+            )
+        preferred, others = zip(*both, strict=True)
+        return list(preferred), list(others)
 
     def _padded(self, rows: Sequence[Row]) -> Iterator[Pack]:
         """Rows as padded packs, as many together as are evaluated together."""
@@ -330,11 +381,19 @@ class Stages:
         streams: dict[Stream, Examples] = {name: Examples(own, self._encode) for name, own in rows.items()}
         packing = pad if method.rows_apart else choose_packing(net.get_base_model(), self.cfg.data.max_length)
         steps = StepBatches(
-            streams, packing, method, optim.steps, optim.batch_size, optim.accumulate, seed, discard=discard
+            streams,
+            packing,
+            method,
+            optim.steps,
+            optim.batch_size,
+            optim.accumulate,
+            seed,
+            discard=discard,
+            paired=method.paired,
         )
         module = LisaModule(Passes(net, steps.whole, deltas), method, optim, seed, key)
         checkpoint = Checkpoint(self.out / "checkpoints" / f"{stage}.ckpt", self.cfg.checkpoint.every, optim.steps)
-        record = Record(self.tracker, stage)
+        record = Record(self.tracker if stage in ("align", "finetune") else None, stage)
         fit(module, LisaDataModule(steps), self.cfg.trainer, checkpoint, [*callbacks, record], stage)
         return checkpoint
 

@@ -31,7 +31,9 @@ def steps(method: Method, tiny: Path, rank: int, world: int) -> list[Tensor]:
     rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "harmful": HARMFUL}
     streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
     packing = pad if method.rows_apart else pack
-    data = StepBatches(streams, packing, method, STEPS, 4 // world, 1, seed=1, rank=rank, world=world)
+    data = StepBatches(
+        streams, packing, method, STEPS, 4 // world, 1, seed=1, paired=method.paired, rank=rank, world=world
+    )
     passes = Passes(net, data.whole, lambda: deltas(net))
     method.begin(passes, STEPS)
     optimizer = torch.optim.SGD(passes.weights, lr=0.1)  # AdamW would blow up what differs by rounding alone

@@ -1,11 +1,13 @@
 """The laws of every training-time method on the tiny model: what it equals where, splits of a step, resuming."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import lightning as L
 import pytest
 import ranks
 import torch
@@ -14,6 +16,7 @@ from training import Train, largest_difference
 from lisa_lightning.methods.asft import AsFT
 from lisa_lightning.methods.booster import Booster
 from lisa_lightning.methods.constrained_sft import ConstrainedSFT
+from lisa_lightning.methods.dpo import DPO
 from lisa_lightning.methods.ewc import EWC
 from lisa_lightning.methods.ldifs import LDIFS
 from lisa_lightning.methods.method import Method
@@ -22,6 +25,7 @@ from lisa_lightning.methods.sft import SFT
 from lisa_lightning.methods.t_vaccine import TVaccine
 from lisa_lightning.methods.vaccine import Vaccine
 from lisa_lightning.methods.vlguard_loss import VLGuardLoss
+from lisa_lightning.module import LisaModule
 
 LAYERS = 2  # of the tiny model
 METHODS: dict[str, Callable[[], Method]] = {
@@ -36,6 +40,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "booster": partial(Booster, 5.0, 0.1, 0.0, False),
     "booster_vaccine": partial(Booster, 5.0, 0.1, 2.0, False),
     "repnoise": partial(RepNoise, 0.1, 0.5, False, 0),
+    "dpo": partial(DPO, 0.1),
 }
 ALIKE = {
     "ewc": (EWC(0.0, 2, False), SFT()),
@@ -66,6 +71,24 @@ def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train)
     assert one.metrics == {}
     assert largest_difference(train(method(), folder="c"), train(SFT(), folder="d")) > 1e-4
     assert largest_difference(train(ConstrainedSFT(0.0, 5.0, 20.0, 5), folder="e"), train(SFT(), folder="f")) < 5e-6
+
+
+def test_dpo_starts_at_log_two_and_prefers_the_refusals_afterwards(train: Train) -> None:
+    seen = _Losses()
+    train(DPO(0.5), steps=12, more=[seen], weight_decay=0.0)
+    assert seen.losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert max(seen.losses[-3:]) < 0.5
+
+
+class _Losses(L.Callback):
+    """Every step's loss."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object, **__: object) -> None:
+        assert isinstance(pl_module, LisaModule)
+        self.losses.append(pl_module.metrics["train/loss"])
 
 
 @pytest.mark.parametrize("name", METHODS)

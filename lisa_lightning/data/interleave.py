@@ -70,6 +70,7 @@ class StepBatches(Dataset[Step]):
         packing: how a micro-batch becomes packs.
         method: says what each step draws.
         discard: draw user rows in alignment steps too and throw them away, as the official code does.
+        paired: row i of one stream belongs to row i of every other, so all are drawn in one order.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class StepBatches(Dataset[Step]):
         accumulate: int,
         seed: int,
         discard: bool = False,
+        paired: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -93,6 +95,7 @@ class StepBatches(Dataset[Step]):
         self.accumulate = accumulate
         self.seed = seed
         self.discard = discard
+        self.paired = paired
         self.rank = rank
         self.world = world
 
@@ -123,7 +126,7 @@ class StepBatches(Dataset[Step]):
 
     def _row(self, stream: Stream, position: int) -> int:
         epoch, offset = divmod(position, len(self.streams[stream]))
-        place = list(self.streams).index(stream)
+        place = 0 if self.paired else list(self.streams).index(stream)
         return int(_permutation(self.seed, place, epoch, len(self.streams[stream]))[offset])
 
 

@@ -22,6 +22,8 @@ class Method(ABC):
 
     rows_apart: bool = False
     """Whether it works on single rows' activations, which rows that share a prefix don't have."""
+    paired: bool = False
+    """Whether row i of one stream belongs to row i of the others."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
