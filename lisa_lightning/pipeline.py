@@ -21,7 +21,7 @@ from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import cache_folder, explained, read_json, write_text
 from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.data.mixing import user_rows
-from lisa_lightning.data.source import Rows, load_rows
+from lisa_lightning.data.source import load_rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer, read_answers
 from lisa_lightning.evaluate.judging import judge_answers, read_judged, read_responses
@@ -58,9 +58,8 @@ def run(cfg: DictConfig) -> Metrics:
     if multirun():
         _refuse_processes(fabric, cfg.trainer)
     task = get_class(cfg.task._target_)()
-    rows = load_rows(cfg.source, task, cfg.data.allow_overlap)
+    rows = load_rows(cfg.source, task, cfg.data.allow_overlap, _combined(cfg))
     user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, cfg.method.get("safe_ratio", 0.0))
-    _refuse_combination(cfg, rows)
     if cfg.model.quantize is not None:
         refuse_quantization()
     keep_freed_memory()
@@ -158,30 +157,32 @@ def _refuse_processes(fabric: Fabric, cfg: Any) -> None:
         )
 
 
-def _refuse_combination(cfg: DictConfig, rows: Rows) -> None:
-    """Raises UserError where chosen defenses can't have what they need: harmful rows, a change made by aligning."""
+def _combined(cfg: DictConfig) -> bool:
+    """Whether the chosen defenses need the provider's harmful rows.
+
+    Raises:
+        UserError: they can't have what they need: those rows, or a change made by aligning.
+    """
     choices = HydraConfig.get().runtime.choices
     aligning = "align" in cfg.stages and cfg.align.method is not None
-    tuning = {
-        group: choices[group]
-        for group, stage in (("method", "finetune"), ("repair", "repair"))
-        if stage in cfg.stages and "finetune" in cfg.stages
-    }
-    with_rows = {"align": choices["align"]} if aligning and "harmful" in instantiate(cfg.align.method).draws(0) else {}
-    if "curate" in cfg.stages and choices["curate"] == "pharmacist":
-        with_rows["curate"] = "pharmacist"
-    with_rows |= {g: c for g, c in tuning.items() if c in ("antidote", "nlsr")}
-    for group, choice in with_rows.items() if not rows.defender else ():
-        raise UserError(
-            f"{group}={choice} defends with harmful rows of the provider's, and this source has none: "
-            "give a file as source.defender.path, with prompt and response"
-        )
-    for group, choice in tuning.items():
+    chosen = {group: choices[group] for group in ("curate", "repair") if group in cfg.stages}
+    chosen |= {"method": choices["method"]} if "finetune" in cfg.stages else {}
+    needing = {group: choice for group, choice in chosen.items() if choice in ("pharmacist", "antidote", "nlsr")}
+    if aligning and "harmful" in instantiate(cfg.align.method).draws(0):
+        needing["align"] = choices["align"]
+    for group, choice in needing.items():
+        if cfg.source.defender.path is None and cfg.source.defender.get("hub") is None:
+            raise UserError(
+                f"{group}={choice} defends with harmful rows of the provider's, and this source has none: "
+                "give a file as source.defender.path, with prompt and response"
+            )
+    for group, choice in chosen.items():
         if choice in ("asft", "safe_lora") and (not aligning or cfg.model.adapters == "continued"):
             raise UserError(
                 f"{group}={choice} holds on to what aligning changed, which is not told apart here: it needs the stage "
                 f"align with another choice than align=none, and model.adapters=stacked (now {cfg.model.adapters})"
             )
+    return bool(needing)
 
 
 def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:

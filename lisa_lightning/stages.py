@@ -154,9 +154,9 @@ class Stages:
         def make(folder: Path) -> None:
             started = perf_counter()
             curate: Curate = instantiate(self.cfg.curate)
-            sets = (Examples(own, self._encode) for own in (rows, self.rows.defender))
+            own, harmful = (Examples(r, self._encode) for r in (rows, self.rows.defender))
             with self.fabric.autocast():
-                curated = curate.curate(Candidates(*sets, trainee))
+                curated = curate.curate(Candidates(own, harmful, trainee))
             if self.fabric.is_global_zero:
                 write_text(folder / "rows.json", json.dumps(asdict(curated)))
                 write_text(folder / "stage.json", json.dumps({"seconds": perf_counter() - started}))

@@ -360,7 +360,7 @@ def _token_weights(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Er
     """Constrained SFT on recorded logits: weights, loss, gradient by the logits."""
     cfg: Any = OmegaConf.load(CONF / "method" / "constrained_sft.yaml")
     called = {"first_factor": "first_token_bias_factor"}
-    method = instantiate(cfg, **{k: facts[called.get(k, k)] for k in cfg if called.get(k, k) in facts})
+    method = instantiate(cfg, **{k: facts[called.get(k, k)] for k in map(str, cfg) if called.get(k, k) in facts})
     counted = tensors["labels"][:, 1:] != IGNORED
     targets, places = tensors["labels"][:, 1:][counted], (counted.cumsum(1) - 1)[counted]
     logits = tensors["policy_logits"].clone().requires_grad_()

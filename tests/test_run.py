@@ -134,7 +134,9 @@ def _answers(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "origin"} for line in lines]
 
 
-@pytest.mark.parametrize("defense", [CYCLE[:2], ["align=t_vaccine", "align.method.active_layers=1", "method=ewc"]])
+@pytest.mark.parametrize(
+    "defense", [CYCLE[:2], ["align=t_vaccine", "align.method.active_layers=1", "method=vlguard_loss"]]
+)
 def test_two_processes_equal_one_at_twice_the_batch(run: Run, defense: list[str]) -> None:
     small = [*defense, "optim.steps=8", "align.optim.steps=3", "evaluate.every=4"]
     name = defense[-1].rpartition("=")[2]

@@ -39,17 +39,18 @@ class Rows:
     harmless_prompts: list[str]
     """Harmless requests that look alarming."""
     defender: list[Row]
-    """Harmful rows that the provider has to defend with; none in most sources."""
+    """Harmful rows that the provider has to defend with, where they are asked for."""
     overlap: dict[str, int]
     """Set and set -> rows of the first whose prompt is in the second, as they were read."""
 
 
-def load_rows(source: Any, task: Any, allow_overlap: bool) -> Rows:
+def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = False) -> Rows:
     """Read all sets of `source` (conf/source) for `task` (a lisa_lightning.tasks.task.Task).
 
     Args:
         allow_overlap: keep training rows whose prompt is also held out, and alignment rows whose prompt is also a
             harmful row's, as the papers' sets have them. Otherwise those rows are left out.
+        defender: read the defender's rows too.
 
     Raises:
         UserError: see `read_records` and `read_hub`; a label that the task doesn't know; no row is left.
@@ -62,7 +63,7 @@ def load_rows(source: Any, task: Any, allow_overlap: bool) -> Rows:
         "alignment": _read(source, "alignment", PAIR, ("input",), _pair),
         "harmful": [replace(r, harmful=True) for r in _read(source, "harmful", PAIR, ("input",), _pair)],
     }
-    if source.defender.path is not None or source.defender.get("hub") is not None:
+    if defender:
         rows = _read(source, "defender", PAIR, ("input",), _pair)
         sets["defender"] = [replace(r, harmful=True) for r in rows]
     held_out = {
