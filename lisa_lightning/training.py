@@ -1,5 +1,6 @@
 """Fitting a LisaModule: Lightning's Trainer with the callbacks that evaluate, record and checkpoint."""
 
+import gc
 import os
 import warnings
 from pathlib import Path
@@ -200,7 +201,8 @@ class Checkpoint(Callback):
         """The clock starts."""
         self.started = perf_counter()
         self.device = pl_module.device
-        release_freed_memory()  # what earlier stages left to the allocator isn't this one's
+        gc.collect()  # what earlier stages and runs left behind isn't this one's
+        release_freed_memory()
         watch(self.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
