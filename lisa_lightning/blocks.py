@@ -1,6 +1,6 @@
 """Where a model's attention and MLP blocks are, told by its structure, for methods that look at their outputs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,12 +96,8 @@ def outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     A block whose output is a tuple gives its first element.
     """
     found: list[Tensor] = []
-    handles = [b.register_forward_hook(lambda _, __, out: found.append(_first(out))) for b in blocks]
-    try:
+    with _hooked(blocks, lambda _, out: found.append(_first(out))):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -112,24 +108,27 @@ def probed(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """
     found: list[Tensor] = []
 
-    def hook(_: nn.Module, __: Any, out: Any) -> Any:
+    def hook(_: int, out: Any) -> Any:
         found.append(torch.zeros_like(_first(out), requires_grad=True))
         return _added(out, found[-1])
 
-    handles = [block.register_forward_hook(hook) for block in blocks]
-    try:
+    with _hooked(blocks, hook):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def perturbed(blocks: Sequence[nn.Module], offsets: Sequence[Tensor]) -> Iterator[None]:
     """Add a constant to the output of each of these blocks in the pass within."""
+    with _hooked(blocks, lambda i, out: _added(out, offsets[i])):
+        yield
+
+
+@contextmanager
+def _hooked(blocks: Sequence[nn.Module], hook: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Call `hook` with a block's place and output; what it returns, unless None, takes the output's place."""
     handles = [
-        block.register_forward_hook(lambda _, __, out, offset=offset: _added(out, offset))
-        for block, offset in zip(blocks, offsets, strict=True)
+        block.register_forward_hook(lambda _, __, out, place=place: hook(place, out))
+        for place, block in enumerate(blocks)
     ]
     try:
         yield

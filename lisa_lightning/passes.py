@@ -18,7 +18,7 @@ from lisa_lightning.schedule import Stream
 
 Share = Callable[[Sequence[Pack]], Tensor]
 """Micro-batch -> its share of the batch's loss: summed over micro-batches and ranks it is the whole."""
-Gradient = list[Tensor | None]
+Gradient = Sequence[Tensor | None]
 """One for each trainable weight; None where the optimizer shall leave the weight and its moments alone."""
 
 
@@ -85,14 +85,6 @@ class Passes:
                         sum_.add_(own)
         total, *gradient = self.summed([total, *gradient])
         return total.item(), gradient
-
-    @torch.no_grad()
-    def loss(self, batch: Batch) -> float:
-        """The mean over the batch's supervised tokens."""
-        share = self.mean_loss(batch)
-        torch.manual_seed(self.seed)
-        shares = [share(packs) for packs in batch.micro_batches if packs]
-        return self.summed([torch.stack([torch.zeros((), device=self.device), *shares]).sum()])[0].item()
 
     def mean_loss(self, batch: Batch) -> Share:
         """Each micro-batch's share of the mean over the batch's supervised tokens."""

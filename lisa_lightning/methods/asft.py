@@ -60,7 +60,7 @@ class AsFT(Method):
             for i, own in zip((b, a), torch.autograd.grad(term, (left, right)), strict=True):
                 gradient[i] += own
             penalty += term.detach()
-        return Descent(loss, [*gradient], {"asft/penalty": penalty.item()})
+        return Descent(loss, gradient, {"asft/penalty": penalty.item()})
 
 
 def distance(a: Tensor, b: Tensor, delta: Delta) -> Tensor:

@@ -60,4 +60,4 @@ class Booster(Method):
         else:
             loss, gradient = passes.gradient(step.main)
         combined = [f + self.lamb * (h - n) for f, h, n in zip(gradient, here, there, strict=True)]
-        return Descent(loss, [*combined], {"harmful/loss": before, "booster/reduction": before - after})
+        return Descent(loss, combined, {"harmful/loss": before, "booster/reduction": before - after})

@@ -2,9 +2,7 @@
 
 from typing import final
 
-from lisa_lightning.data.interleave import Step
 from lisa_lightning.methods.method import Method
-from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.schedule import Schedule
 
 
@@ -17,8 +15,3 @@ class BSO(Method):
 
     def __init__(self, alignment_steps: int, user_steps: int) -> None:
         super().__init__(Schedule(alignment_steps, user_steps))
-
-    def gradient(self, passes: Passes, step: Step) -> Descent:
-        """Of the loss."""
-        loss, gradient = passes.gradient(step.main)
-        return Descent(loss, [*gradient])

@@ -52,7 +52,7 @@ class DPO(Method):
             return -F.logsigmoid(self.beta * (preferred - other)).sum() / pairs
 
         loss, gradient = passes.gradient(step.main, share)
-        return Descent(loss, [*gradient])
+        return Descent(loss, gradient)
 
 
 def log_likelihoods(model: Any, pack: Pack) -> Tensor:

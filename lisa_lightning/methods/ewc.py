@@ -44,7 +44,7 @@ class EWC(Method):
             penalty += self.lamb * (f * moved.square()).sum()
         if self.carry_over and left:
             gradient = [own + last for own, last in zip(gradient, left, strict=True)]
-        return Descent(loss, [*gradient], {"ewc/penalty": penalty.item()})
+        return Descent(loss, gradient, {"ewc/penalty": penalty.item()})
 
     def _fisher(self, passes: Passes) -> tuple[list[Tensor], list[Tensor]]:
         """The sum of squares, and the last batch's gradient."""

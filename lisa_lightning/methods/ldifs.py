@@ -66,9 +66,9 @@ class LDIFS(Method):
             alone.add_(loss.detach())
             return loss + (keep * terms).sum()
 
-        _, gradient = passes.gradient(batch, share if self.rho > 0 else None)
+        loss, gradient = passes.gradient(batch, share if self.rho > 0 else None)
         if self.rho == 0:
-            return Descent(_, [*gradient], {"ldifs/penalty": 0.0})
+            return Descent(loss, gradient, {"ldifs/penalty": 0.0})
         sums, alone = passes.summed([sums, alone])
         metrics = {"ldifs/penalty": (keep * sums).sum().item()}
         if self.inner_clip is not None:
@@ -78,7 +78,7 @@ class LDIFS(Method):
             metrics["ldifs/gradient_norm"] = length.item()
         if self.drop_threshold is not None:
             metrics["ldifs/layers_kept"] = keep.sum().item()
-        return Descent(alone.item(), [*gradient], metrics)
+        return Descent(alone.item(), gradient, metrics)
 
     def _terms_of(self, passes: Passes, micro_batches: Sequence[Sequence[Pack]]) -> Tensor:
         """[layers] the whole step's terms."""

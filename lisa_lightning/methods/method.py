@@ -1,6 +1,5 @@
 """What the training loop asks of a defense: which streams a step draws, and what gradient it makes of them."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import final
 
@@ -12,7 +11,7 @@ from lisa_lightning.proximal import add_gradient, snapshot, squared_distance
 from lisa_lightning.schedule import Draw, Schedule, Stream
 
 
-class Method(ABC):
+class Method:
     """A training-time defense, at alignment or at fine-tuning.
 
     The anchor is the trainable weights at the last switch (before the first: at the start). It is what the official
@@ -45,9 +44,12 @@ class Method(ABC):
         self.kept["anchor"] = snapshot(passes.weights)
         self.total_steps = total_steps
 
-    @abstractmethod
     def gradient(self, passes: Passes, step: Step) -> Descent:
-        """The gradient to descend along, before clipping. The weights must be what they were afterwards."""
+        """The gradient to descend along, before clipping: that of the loss, unless a method says another.
+
+        The weights must be what they were afterwards.
+        """
+        return Descent(*passes.gradient(step.main))
 
     @property
     @final
@@ -76,4 +78,4 @@ class Method(ABC):
         penalty = 0.0
         if rho > 0 and step.index > warmup_ratio * self.total_steps:
             penalty = add_gradient(gradient, passes.weights, self.anchor, rho).item()
-        return Descent(loss, [*gradient], {"proximal/penalty": penalty})
+        return Descent(loss, gradient, {"proximal/penalty": penalty})

@@ -2,9 +2,7 @@
 
 from typing import final
 
-from lisa_lightning.data.interleave import Step
 from lisa_lightning.methods.method import Method
-from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.schedule import Schedule, State
 
 
@@ -20,8 +18,3 @@ class SFT(Method):
 
     def __init__(self, stream: State = "user") -> None:
         super().__init__(Schedule(*((0, 1) if stream == "user" else (1, 0))))
-
-    def gradient(self, passes: Passes, step: Step) -> Descent:
-        """Of the loss."""
-        loss, gradient = passes.gradient(step.main)
-        return Descent(loss, [*gradient])

@@ -46,7 +46,7 @@ class Vaccine(Method):
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """Of the loss under the perturbation."""
         loss, gradient = perturbed_gradient(passes, step.main, self.blocks, self.rho)
-        return Descent(loss, [*gradient])
+        return Descent(loss, gradient)
 
 
 def perturbed_gradient(

@@ -2,9 +2,7 @@
 
 from typing import final
 
-from lisa_lightning.data.interleave import Step
 from lisa_lightning.methods.method import Method
-from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.schedule import Schedule
 
 
@@ -22,8 +20,3 @@ class VLGuard(Method):
     def __init__(self, safe_ratio: float) -> None:
         super().__init__(Schedule(alignment_steps=0, user_steps=1))
         self.safe_ratio = safe_ratio
-
-    def gradient(self, passes: Passes, step: Step) -> Descent:
-        """Of the loss."""
-        loss, gradient = passes.gradient(step.main)
-        return Descent(loss, [*gradient])
