@@ -11,9 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lisa_lightning.errors import UserError
-
-PREFIX = "base_model.model."
-"""What peft puts before a module's own name."""
+from lisa_lightning.net import PREFIX
 
 
 @final
@@ -91,7 +89,7 @@ def low_rank_deltas(folder: Path) -> dict[str, Delta]:
             b = weights[name.replace(".lora_A.", ".lora_B.")]
             module = name.removesuffix(".lora_A.weight").removeprefix(PREFIX)
             deltas[module] = Delta.low_rank(scale * b.float(), a)
-    return _changed(deltas)
+    return _moved(deltas)
 
 
 def dense_deltas(aligned: Mapping[str, Tensor], base: Mapping[str, Tensor], modules: Iterable[str]) -> dict[str, Delta]:
@@ -101,20 +99,27 @@ def dense_deltas(aligned: Mapping[str, Tensor], base: Mapping[str, Tensor], modu
     """
     names = {module: f"{module}.weight" for module in modules}
     there = {module: name for module, name in names.items() if name in aligned and name in base}
-    return _changed({module: Delta(aligned[name].float() - base[name].float()) for module, name in there.items()})
+    return _moved({module: Delta(aligned[name].float() - base[name].float()) for module, name in there.items()})
 
 
-def delta_of(deltas: Mapping[str, Delta], module: str) -> Delta:
-    """The module's delta.
+def changed(deltas: Mapping[str, Delta], modules: Iterable[str]) -> dict[str, Delta]:
+    """The deltas of those of `modules` that aligning changed, in their order.
 
     Raises:
-        UserError: aligning left the module as it was.
+        UserError: it changed none of them.
     """
-    if module not in deltas:
-        raise UserError(f"aligning changed nothing in {module}; it changed {', '.join(deltas) or 'no module'}")
-    return deltas[module]
+    names = list(modules)
+    found = {name: deltas[name] for name in names if name in deltas}
+    if not found:
+        there = sorted({name.rpartition(".")[2] for name in deltas})
+        own = sorted({name.rpartition(".")[2] for name in names})
+        raise UserError(
+            f"aligning changed none of the modules that are fine-tuned ({', '.join(own)}); it changed "
+            f"{', '.join(there) or 'nothing'}: see align.lora.targets and lora.targets"
+        )
+    return found
 
 
-def _changed(deltas: dict[str, Delta]) -> dict[str, Delta]:
+def _moved(deltas: dict[str, Delta]) -> dict[str, Delta]:
     """Without those of norm 0, whose C is 0/0."""
     return {module: delta for module, delta in deltas.items() if delta.norm > 0}

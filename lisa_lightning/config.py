@@ -62,6 +62,7 @@ OPTIM: dict[str, Check] = {
     "betas": (_two_shares, "a list of two numbers from 0 to below 1"),
     "eps": POSITIVE,
 }
+OPTIMS = ("optim", "align.optim", "repair.reference.sft.optim", "repair.reference.dpo.optim")
 TARGETS: Check = (_targets, "all-linear or a list of module names")
 LORA: dict[str, Check] = {"r": COUNT, "alpha": POSITIVE, "dropout": DROPOUT, "targets": TARGETS}
 MAPPING: Check = (lambda v: isinstance(v, DictConfig), "a mapping such as {field: column}")
@@ -166,11 +167,13 @@ RULES: dict[str, Check] = {
     "evaluate.gradient_rows": COUNT_OR_0,
     "checkpoint.every": COUNT,
     "align.seed": COUNT_OR_0,
-    **{f"{where}.{key}": rule for where in ("optim", "align.optim") for key, rule in OPTIM.items()},
+    **{f"{where}.{key}": rule for where in OPTIMS for key, rule in OPTIM.items()},
     **{f"{where}.{key}": rule for where in ("lora", "align.lora") for key, rule in LORA.items()},
     **{f"{where}.{key}": rule for where in ("method", "align.method") for key, rule in METHOD.items()},
     **{f"curate.{key}": rule for key, rule in CURATE.items()},
     **{f"repair.{key}": rule for key, rule in REPAIR.items()},
+    "repair.reference.extrapolation": NOT_NEGATIVE,
+    "repair.reference.dpo.method.beta": POSITIVE,
     "model.dtype": DTYPE,
     "trainer.strategy": _one_of("auto", "ddp"),
     "trainer.precision": _one_of("32-true", "bf16-mixed"),
@@ -178,7 +181,6 @@ RULES: dict[str, Check] = {
     "model.template": _one_of("alpaca", "alpaca_newline", "chat"),
     "model.adapters": _one_of("stacked", "continued"),
     "model.quantize": _optional(_one_of("nf4")),
-    "model.attention_blocks": TEXT,
     "task.max_new_tokens": COUNT,
     **{f"judge.{name}.{key}": rule for name, rules in JUDGES.items() for key, rule in rules.items()},
     "responses": _optional((lambda v: isinstance(v, str), "the path of a file")),
@@ -214,9 +216,9 @@ def check(cfg: DictConfig) -> None:
     _check_stages(cfg.stages)
     if cfg.responses is not None and list(cfg.stages) != ["judge"]:
         raise UserError(f"responses={cfg.responses} is judged by stages=[judge] alone; stages={_shown(cfg.stages)}")
-    for where in ("optim", "align.optim"):
-        steps, epochs = (OmegaConf.select(cfg, f"{where}.{k}") for k in ("steps", "epochs"))
-        if (steps is None) == (epochs is None):
+    for where in OPTIMS:
+        steps, epochs = (OmegaConf.select(cfg, f"{where}.{k}", default="absent") for k in ("steps", "epochs"))
+        if "absent" not in (steps, epochs) and (steps is None) == (epochs is None):
             raise UserError(f"{where}.steps={steps} and {where}.epochs={epochs}: one of them must be null, one not")
     _check_trainer(cfg.trainer)
     for name in SETS:

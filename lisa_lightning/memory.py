@@ -4,9 +4,12 @@ from pathlib import Path
 
 import torch
 
+from lisa_lightning.cpu import release_freed_memory
+
 
 def watch(device: torch.device) -> None:
     """Let the peak start anew; where the system can't (not Linux), it goes on from the process's start."""
+    release_freed_memory()  # what earlier stages left behind isn't this one's
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (file := Path("/proc/self/clear_refs")).exists():

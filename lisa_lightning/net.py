@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from lisa_lightning.cpu import multiply_by_onednn
 from lisa_lightning.errors import UserError
+
+PREFIX = "base_model.model."
+"""What peft puts before a module's own name."""
 
 
 def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None = None) -> PreTrainedModel:
@@ -69,7 +73,7 @@ def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
     torch.manual_seed(seed)
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     for target in [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets:
-        named(model, target, "lora.targets")
+        _refuse_absent(model, target)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -93,18 +97,21 @@ def attach_saved(model: PreTrainedModel, adapter: Path) -> PeftModel:
     return net
 
 
-def named(model: torch.nn.Module, suffix: str, key: str) -> list[torch.nn.Module]:
-    """The modules whose name is `suffix` or ends in `.suffix`.
-
-    Raises:
-        UserError: there are none, with `key` and the names that there are.
-    """
-    names = {name: module for name, module in model.named_modules() if name}
-    found = [module for name, module in names.items() if f".{name}".endswith(f".{suffix}")]
-    if not found:
+def _refuse_absent(model: torch.nn.Module, target: str) -> None:
+    """Raises UserError if no module's name is `target` or ends in `.target`."""
+    names = [name for name, _ in model.named_modules() if name]
+    if not any(f".{name}".endswith(f".{target}") for name in names):
         there = sorted({n.rpartition(".")[2] for n in names} - set(map(str, range(1000))))
-        raise UserError(f"{key}: the model has no module '{suffix}'; there are: {', '.join(there)}")
-    return found
+        raise UserError(f"lora.targets: the model has no module '{target}'; there are: {', '.join(there)}")
+
+
+def modules(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """The adapted modules, by their names in the model without adapter: the names of their A and B among `names`."""
+    return {
+        name.partition(".lora_A.")[0].removeprefix(PREFIX): (name, name.replace(".lora_A.", ".lora_B."))
+        for name in names
+        if ".lora_A." in name
+    }
 
 
 def attention_window(model: Any) -> int | None:

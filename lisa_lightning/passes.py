@@ -122,8 +122,11 @@ class Passes:
         parts = flat.split([t.numel() for t in tensors])
         return [part.view_as(t).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
 
-    def gathered(self, parts: Sequence[Tensor]) -> tuple[Tensor, int]:
-        """Rows of all micro-batches and ranks as one [R, T, H], filled up by zeros; this rank's first row."""
+    def gathered(self, parts: Sequence[Tensor], columns: int) -> tuple[Tensor, int]:
+        """Rows of all micro-batches and ranks as one [R, T, columns], filled up by zeros; this rank's first row.
+
+        A rank may have no part, so the type is that of the trainable weights.
+        """
         sizes = torch.tensor([sum(len(p) for p in parts), max((p.shape[1] for p in parts), default=0)])
         if self.ranks > 1:
             every = [torch.zeros_like(sizes).to(self.device) for _ in range(self.ranks)]
@@ -132,7 +135,7 @@ class Passes:
             every = [sizes]
         counts, width = [int(s[0]) for s in every], max(int(s[1]) for s in every)
         first = row = sum(counts[: self.rank])
-        whole = torch.zeros(sum(counts), width, parts[0].shape[-1], device=self.device, dtype=parts[0].dtype)
+        whole = torch.zeros(sum(counts), width, columns, device=self.device, dtype=self.weights[0].dtype)
         for part in parts:
             whole[row : row + len(part), : part.shape[1]] = part
             row += len(part)

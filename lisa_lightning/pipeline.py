@@ -2,13 +2,15 @@
 
 import json
 import logging
+import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from lightning.fabric import Fabric
@@ -24,14 +26,19 @@ from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import load_rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer, read_answers
-from lisa_lightning.evaluate.judging import judge_answers, read_judged, read_responses
-from lisa_lightning.evaluate.scores import judged_scores, verdict
+from lisa_lightning.evaluate.judging import read_judged, read_responses
+from lisa_lightning.evaluate.scores import verdict
 from lisa_lightning.judges.judge import Judge
-from lisa_lightning.judges.linear import LinearJudge
-from lisa_lightning.judges.refusal import RefusalJudge
 from lisa_lightning.module import refuse_other_run
+from lisa_lightning.needs import Defense, refuse_unmet
 from lisa_lightning.net import refuse_quantization
-from lisa_lightning.stages import Metrics, Stages, plain
+from lisa_lightning.stages.align import align
+from lisa_lightning.stages.curate import curate
+from lisa_lightning.stages.evaluate import evaluate
+from lisa_lightning.stages.finetune import finetune
+from lisa_lightning.stages.judge import judge
+from lisa_lightning.stages.repair import chosen, repair
+from lisa_lightning.stages.setting import Metrics, Setting, plain
 from lisa_lightning.sweep import WITHOUT_RESULT, multirun
 from lisa_lightning.tracking import CurveRow, Tracker, read_rows, wandb_init
 
@@ -50,7 +57,7 @@ def run(cfg: DictConfig) -> Metrics:
     started = perf_counter()
     hydra = HydraConfig.get()
     out = Path(hydra.runtime.output_dir)
-    judges: Judges = {name: instantiate(judge) for name, judge in cfg.judge.items()} if "judge" in cfg.stages else {}
+    judges: Judges = {name: instantiate(own) for name, own in cfg.judge.items()} if "judge" in cfg.stages else {}
     _hush()
     if list(cfg.stages) == ["judge"]:
         return _judge_stored(cfg, out, judges)
@@ -58,7 +65,10 @@ def run(cfg: DictConfig) -> Metrics:
     if multirun():
         _refuse_processes(fabric, cfg.trainer)
     task = get_class(cfg.task._target_)()
-    rows = load_rows(cfg.source, task, cfg.data.allow_overlap, _combined(cfg))
+    defenses = _defenses(cfg)
+    refuse_unmet(defenses, cfg)
+    defender = any("harmful rows" in defense.needs for defense in defenses.values())
+    rows = load_rows(cfg.source, task, cfg.data.allow_overlap, defender)
     user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, cfg.method.get("safe_ratio", 0.0))
     if cfg.model.quantize is not None:
         refuse_quantization()
@@ -77,12 +87,12 @@ def run(cfg: DictConfig) -> Metrics:
     )
     failed = True
     try:
-        stages = Stages(cfg, out, fabric, tracker, task, rows, user, base, base_key)
-        metrics = stages.run()
+        setting = Setting(cfg, out, fabric, tracker, task, rows, user, base, base_key)
+        metrics, answers = _stages(setting)
         if tracker is not None:  # judging is done by the first rank; the others have nothing left to do
             if judges:
                 write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # a judge may fail
-                metrics |= _judge(judges, stages.answered, out, cfg)
+                metrics |= judge(judges, answers, out, cache_folder(cfg.cache_dir))
             metrics["time/total_s"] = perf_counter() - started
             _leave(cfg, out, tracker, metrics, choices)
         failed = False
@@ -92,28 +102,60 @@ def run(cfg: DictConfig) -> Metrics:
     return metrics
 
 
-def _judge(judges: Judges, answers: Sequence[Answer], out: Path, cfg: DictConfig) -> Metrics:
-    """Judge the answers. A score stands under its judge's name, and without it for the first judge that gives it."""
-    started = perf_counter()
-    cache = cache_folder(cfg.cache_dir)
-    judged = judge_answers(judges, answers, out, cache)
-    told = any(j.refused is not None for j in judged if j.kind == "harmless" and j.judge in judges)
-    if not told and any(a.kind == "harmless" for a in answers):
-        judges = {**judges, "refusal": RefusalJudge()}  # a model that refuses everything must not look safe
-        judged = judge_answers(judges, answers, out, cache)
-    for judge in judges.values():
-        if isinstance(judge, LinearJudge):
-            for name, text in judge.card().items():
-                write_text(out / name, text)
-    found: Metrics = {}
-    others = [name for name in dict.fromkeys(j.judge for j in judged) if name not in judges]
-    for name in [*others, *reversed(list(judges))]:
-        for stage in dict.fromkeys(j.stage for j in judged):
-            scores = judged_scores([j for j in judged if (j.stage, j.judge) == (stage, name)])
-            found |= {f"{stage}/{name}/{metric}": value for metric, value in scores.items()}
-            if name in judges:
-                found |= {f"{stage}/{metric}": value for metric, value in scores.items()}
-    return found | {"judges": list(judges), "time/judge_s": perf_counter() - started}
+def _defenses(cfg: DictConfig) -> dict[str, Defense]:
+    """What defends in the stages that run, by the choice that named it."""
+    choices = HydraConfig.get().runtime.choices
+    found: dict[str, Defense] = {}
+    if "align" in cfg.stages and cfg.align.method is not None:
+        found |= {f"align={choices['align']}": instantiate(cfg.align.method)}
+        if "curate" in cfg.stages and cfg.curate:
+            found |= {f"curate={choices['curate']}": instantiate(cfg.curate)}
+    if "finetune" in cfg.stages:
+        found |= {f"method={choices['method']}": instantiate(cfg.method)}
+        if "repair" in cfg.stages and cfg.repair:
+            found |= {f"repair={choices['repair']}": chosen(cfg.repair)}
+    return found
+
+
+def _stages(setting: Setting) -> tuple[Metrics, list[Answer]]:
+    """Run the chosen stages but for the judges; without `align` the base model stands for the aligned one."""
+    cfg = setting.cfg
+    overlap = setting.rows.overlap
+    metrics: Metrics = {
+        "seed": cfg.seed,
+        "code": setting.origin["code"],
+        "threads": torch.get_num_threads(),
+        "rows/overlap": sum(overlap.values()),
+    }
+    metrics |= {f"rows/overlap/{pair}": count for pair, count in overlap.items()}
+    model, answers = setting.base, []
+    if "align" in cfg.stages and cfg.align.method is not None:
+        rows = setting.rows.alignment
+        if "curate" in cfg.stages and cfg.curate:
+            rows, found = curate(setting)
+            metrics |= found
+        model, found = align(setting, rows)
+        metrics |= found
+    if "evaluate" in cfg.stages:
+        answers, found = evaluate(setting, "aligned", model, [])
+        metrics |= found
+    if "finetune" not in cfg.stages:
+        return metrics, answers
+    aligned = model
+    model, found = finetune(setting, aligned)
+    metrics |= found
+    if "repair" in cfg.stages and cfg.repair:
+        model, found = repair(setting, aligned, model)
+        metrics |= found
+    if setting.fabric.is_global_zero and model.adapter is not None:
+        with explained(setting.out):
+            shutil.copytree(model.adapter, setting.out / "adapter", dirs_exist_ok=True)
+    if "evaluate" in cfg.stages:
+        own, found = evaluate(setting, "final", model, answers)
+        found["time/evaluate_s"] += metrics["time/evaluate_s"]
+        metrics |= found
+        answers = [*answers, *own]
+    return metrics, answers
 
 
 def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
@@ -123,7 +165,8 @@ def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
         raise UserError(
             f"{out} holds no answers to judge; name a run's folder as hydra.run.dir=FOLDER, or a file as responses=FILE"
         )
-    metrics = (read_json(out / "metrics.json") if cfg.responses is None else {}) | _judge(judges, answers, out, cfg)
+    metrics = read_json(out / "metrics.json") if cfg.responses is None else {}
+    metrics |= judge(judges, answers, out, cache_folder(cfg.cache_dir))
     write_text(out / "metrics.json", json.dumps(metrics, indent=2))
     if cfg.responses is None and (out / "choices.json").exists():
         _page(out, metrics, read_rows(out / "curves.csv"), read_json(out / "choices.json"))
@@ -155,34 +198,6 @@ def _refuse_processes(fabric: Fabric, cfg: Any) -> None:
             "(trainer.strategy=auto trainer.devices=1); a launcher that starts a job's processes itself "
             "(hydra/launcher=submitit_slurm with hydra.launcher.tasks_per_node and gpus_per_node); or one command a job"
         )
-
-
-def _combined(cfg: DictConfig) -> bool:
-    """Whether the chosen defenses need the provider's harmful rows.
-
-    Raises:
-        UserError: they can't have what they need: those rows, or a change made by aligning.
-    """
-    choices = HydraConfig.get().runtime.choices
-    aligning = "align" in cfg.stages and cfg.align.method is not None
-    chosen = {group: choices[group] for group in ("curate", "repair") if group in cfg.stages}
-    chosen |= {"method": choices["method"]} if "finetune" in cfg.stages else {}
-    needing = {group: choice for group, choice in chosen.items() if choice in ("pharmacist", "antidote", "nlsr")}
-    if aligning and "harmful" in instantiate(cfg.align.method).draws(0):
-        needing["align"] = choices["align"]
-    for group, choice in needing.items():
-        if cfg.source.defender.path is None and cfg.source.defender.get("hub") is None:
-            raise UserError(
-                f"{group}={choice} defends with harmful rows of the provider's, and this source has none: "
-                "give a file as source.defender.path, with prompt and response"
-            )
-    for group, choice in chosen.items():
-        if choice in ("asft", "safe_lora") and (not aligning or cfg.model.adapters == "continued"):
-            raise UserError(
-                f"{group}={choice} holds on to what aligning changed, which is not told apart here: it needs the stage "
-                f"align with another choice than align=none, and model.adapters=stacked (now {cfg.model.adapters})"
-            )
-    return bool(needing)
 
 
 def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:

@@ -1,6 +1,5 @@
 """Fitting a LisaModule: Lightning's Trainer with the callbacks that evaluate, record and checkpoint."""
 
-import gc
 import os
 import warnings
 from pathlib import Path
@@ -13,7 +12,6 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from lisa_lightning.cache import explained
-from lisa_lightning.cpu import release_freed_memory
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import StepBatches
 from lisa_lightning.data.packing import Pack
@@ -201,8 +199,6 @@ class Checkpoint(Callback):
         """The clock starts."""
         self.started = perf_counter()
         self.device = pl_module.device
-        gc.collect()  # what earlier stages and runs left behind isn't this one's
-        release_freed_memory()
         watch(self.device)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:

@@ -1,9 +1,10 @@
 """Kills real runs with SIGKILL at chosen moments, resumes them, and reports what came out; used by test_killed.py.
 
-    python tests/killing.py FOLDER
+    python tests/killing.py moments|chains FOLDER
 
-One process imports everything once and forks a child per run, so a scenario costs seconds. Prints a JSON object:
-scenario -> {killed, resumed, adapter, curves}. Needs OMP_NUM_THREADS=1: a thread pool does not survive a fork.
+One process imports everything once and forks a child per run, so a scenario costs seconds. Prints a JSON object: of
+moments, scenario -> {killed, resumed, adapter, curves}; of chains, defenses -> {statuses, differing}. Needs
+OMP_NUM_THREADS=1: a thread pool does not survive a fork.
 """
 
 import csv
@@ -65,14 +66,12 @@ def nth(n: int) -> Callable[..., bool]:
 
 def scenarios() -> dict[str, Patch]:
     """The moments; smoke runs in cycles of 2 alignment and 4 user steps, 5 steps of aligning before."""
-    from lisa_lightning import cache, pipeline, stages, training
+    from lisa_lightning import cache, pipeline, training
     from lisa_lightning.evaluate import evaluator, judging
     from lisa_lightning.methods.method import Method
     from lisa_lightning.module import LisaModule
+    from lisa_lightning.stages import finetune
     from lisa_lightning.tracking import Curves
-
-    def step(steps: int, index: int) -> Callable[..., bool]:
-        return lambda module, batch, _: module.optim.steps == steps and batch.index == index
 
     return {
         "while aligning": lambda: at_call(LisaModule, "training_step", step(5, 4)),
@@ -86,14 +85,88 @@ def scenarios() -> dict[str, Patch]:
         "while a curve row is written": lambda: at_call(Curves, "append", nth(14)),
         "while evaluating the aligned model": lambda: at_call(evaluator, "generate", nth(2)),
         "while evaluating the final model": lambda: at_call(evaluator, "_append", nth(3), after=True),
-        "while the adapter is saved": lambda: at_call(stages, "save_adapter", nth(1), after=True),
+        "while the adapter is saved": lambda: at_call(finetune, "save_adapter", nth(1), after=True),
         "before the finished stage gets its name": lambda: at_call(cache, "_complete", nth(4)),
         "while judging": lambda: at_call(judging, "_verdict_line", nth(5)),
         "while the report is written": lambda: at_call(pipeline, "_leave", nth(1)),
     }
 
 
-def run(out: Path, cache: Path, patch: Patch | None, *extra: str) -> int:
+def step(steps: int, index: int) -> Callable[..., bool]:
+    """True at a step of a training of so many."""
+    return lambda module, batch, _: module.optim.steps == steps and batch.index == index
+
+
+SHORT = [
+    *("experiment=smoke", "align.optim.steps=5", "optim.steps=7", "checkpoint.every=2", "evaluate.every=0"),
+    *(
+        "lora.dropout=0.1",
+        "align.lora.dropout=0.1",
+        "data.max_length=400",
+        "source.alignment.take=60",
+        "source.defender.take=30",
+    ),
+]
+TRAINING = [*SHORT, "stages=[align,finetune]"]
+T_VACCINE = ["align=t_vaccine", "align.method.active_layers=1", "align.method.interval_steps=3"]
+REFERENCE = ["repair.reference.sft.optim.steps=3", "repair.reference.dpo.optim.steps=4"]
+
+
+def chains() -> dict[str, tuple[list[str], list[Patch]]]:
+    """Defenses by what is asked for, and the moments, one in each go, at which they are killed."""
+    from lisa_lightning.curate.seal import Seal
+    from lisa_lightning.module import LisaModule
+    from lisa_lightning.repair import nlsr
+    from lisa_lightning.stages import repair
+
+    def training(steps: int, index: int) -> Patch:
+        return lambda: at_call(LisaModule, "training_step", step(steps, index))
+
+    both = [training(5, 3), training(7, 5)]
+    return {
+        "vaccine, ewc": ([*TRAINING, "align=vaccine", "method=ewc"], both),
+        "t_vaccine, ldifs": ([*TRAINING, *T_VACCINE, "method=ldifs"], both),
+        "repnoise, constrained_sft": ([*TRAINING, "align=repnoise", "method=constrained_sft"], both),
+        "booster, vlguard_loss": ([*TRAINING, "align=booster", "method=vlguard_loss"], both),
+        "booster with vaccine, asft": ([*TRAINING, "align=booster", "align.method.rho=1", "method=asft"], both),
+        "proximal, antidote": (
+            [*SHORT, "stages=[align,finetune,repair]", "method=proximal", "repair=antidote"],
+            [training(7, 5), lambda: at_call(repair, "save_adapter", nth(1))],
+        ),
+        "seal, vlguard, nlsr": (
+            [
+                *SHORT,
+                "stages=[curate,align,finetune,repair]",
+                "curate=seal",
+                "curate.epochs=1",
+                "method=vlguard",
+                "repair=nlsr",
+                *REFERENCE,
+            ],
+            [
+                lambda: at_call(Seal, "trained", nth(2)),
+                training(4, 3),
+                lambda: at_call(nlsr, "_replace", nth(1)),
+            ],
+        ),
+    }
+
+
+def chain(overrides: list[str], patches: list[Patch], work: Path) -> dict[str, Any]:
+    """A straight run, and one that is killed and resumed again and again: exit statuses, and the files that differ."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    statuses = [run(work / "straight", work / "cache", None, overrides)]
+    shutil.rmtree(work / "cache")
+    for i, patch in enumerate([*patches, None]):
+        statuses.append(run(work / "killed", work / "cache", patch, [*overrides, *(["resume=true"] if i else [])]))
+    if statuses[0] or statuses[-1]:
+        return {"statuses": statuses, "log": "".join(f.read_text()[-2000:] for f in work.glob("*.log"))}
+    left = [{"adapter": adapter(work / out), "curves": curves(work / out)} for out in ("straight", "killed")]
+    return {"statuses": statuses, "differing": [name for name in left[0] if left[0][name] != left[1][name]]}
+
+
+def run(out: Path, cache: Path, patch: Patch | None, overrides: list[str]) -> int:
     """One run in a child process; its exit status, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
@@ -101,7 +174,7 @@ def run(out: Path, cache: Path, patch: Patch | None, *extra: str) -> int:
         try:
             if patch is not None:
                 patch()
-            sys.argv = ["run.py", *OVERRIDES, f"hydra.run.dir={out}", f"cache_dir={cache}", *extra]
+            sys.argv = ["run.py", *overrides, f"hydra.run.dir={out}", f"cache_dir={cache}"]
             sys.stdout = sys.stderr = (out.parent / f"{out.name}.log").open("a")
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
         except SystemExit as end:
@@ -145,11 +218,11 @@ def scenario(name: str, patch: Patch | None, work: Path) -> dict[str, Any]:
     """Kill, resume, and what is left; `asked` counts the answers that the run or its resumption generated."""
     cache, out = work / "cache", work / name.replace(" ", "_")
     shutil.rmtree(cache, ignore_errors=True)
-    killed = run(out, cache, patch) if patch else -signal.SIGKILL
+    killed = run(out, cache, patch, OVERRIDES) if patch else -signal.SIGKILL
     lines = (out / "responses.jsonl").read_text().splitlines() if (out / "responses.jsonl").exists() else []
     asked = work / f"{out.name}.asked"
     asked.touch()
-    resumed = run(out, cache, lambda: note_answers(asked), *(["resume=true"] if patch else []))
+    resumed = run(out, cache, lambda: note_answers(asked), [*OVERRIDES, *(["resume=true"] if patch else [])])
     if resumed != 0:
         return {"killed": killed, "resumed": resumed, "log": (work / f"{out.name}.log").read_text()[-3000:]}
     left = {"adapter": adapter(out), "curves": curves(out)}
@@ -164,18 +237,21 @@ def _load_once() -> None:
     EmbeddedJudge._fitted = EmbeddedJudge()._fitted  # type: ignore[assignment,method-assign]
 
 
-def main(work: Path) -> None:
-    """All scenarios, the uninterrupted run first."""
+def main(what: str, work: Path) -> None:
+    """All moments, the uninterrupted run first; or all chains."""
     os.environ |= {"WANDB_MODE": "disabled", "HYDRA_FULL_ERROR": "1"}
     sys.path.insert(0, str(ROOT))
     os.chdir(work)
-    moments = scenarios()
-    _load_once()
-    found = {"straight": scenario("straight", None, work)}
-    for name, patch in moments.items():
-        found[name] = scenario(name, patch, work)
+    if what == "chains":
+        found = {name: chain(*asked, work / name.replace(", ", "_")) for name, asked in chains().items()}
+    else:
+        moments = scenarios()
+        _load_once()
+        found = {"straight": scenario("straight", None, work)}
+        for name, patch in moments.items():
+            found[name] = scenario(name, patch, work)
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

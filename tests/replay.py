@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lisa_lightning.alignment_delta import PREFIX, Delta, dense_deltas
+from lisa_lightning.alignment_delta import Delta, dense_deltas
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import IGNORED, Example, Pack, pack, padded
 from lisa_lightning.loss import completion_loss
@@ -36,11 +36,11 @@ from lisa_lightning.methods.method import Method
 from lisa_lightning.methods.repnoise import RepNoise
 from lisa_lightning.methods.t_vaccine import TVaccine
 from lisa_lightning.module import LisaModule, Optim
-from lisa_lightning.net import attach, trainable
+from lisa_lightning.net import PREFIX, attach, modules, trainable
 from lisa_lightning.passes import Passes, Share
 from lisa_lightning.repair.antidote import Antidote
 from lisa_lightning.repair.nlsr import Nlsr
-from lisa_lightning.repair.repair import Factors, Given, modules
+from lisa_lightning.repair.repair import Factors, Given
 from lisa_lightning.repair.safe_lora import SafeLora
 from lisa_lightning.schedule import Stream
 
@@ -457,6 +457,7 @@ REPAIRS = {"safelora": _safe_lora, "antidote": _antidote, "nlsr": _nlsr}
 
 def main(cases: list[str]) -> int:
     """Replay and print; 1 where any case fails."""
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft's call
     failed = not cases
     for case in cases:
         errors = replay(Path(case))

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lisa_lightning.blocks import attention_blocks, final_norm, mlp_blocks, outputs, perturbed
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
@@ -22,7 +23,7 @@ from lisa_lightning.evaluate.generate import Stop, generate
 from lisa_lightning.loss import choose_packing
 from lisa_lightning.methods.lisa import Lisa
 from lisa_lightning.module import LisaModule, Optim
-from lisa_lightning.net import attach, attach_saved, load, load_tokenizer, merged, named, save_adapter, trainable
+from lisa_lightning.net import attach, attach_saved, load, load_tokenizer, merged, save_adapter, trainable
 from lisa_lightning.passes import Passes
 from lisa_lightning.training import Checkpoint, fit
 
@@ -79,7 +80,6 @@ def test_trains_three_lisa_steps_and_answers(
     folder = model_folder(name)
     tokenizer, template = load_tokenizer(folder), "alpaca"
     model = load(folder, "float32", cfg.attention)
-    assert len(named(model, cfg.attention_blocks, "model.attention_blocks")) == SMALL["num_hidden_layers"]
     align = SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=cfg.align_targets)
     merged(attach(model, align, seed=0))
     net = attach(
@@ -106,6 +106,40 @@ def test_trains_three_lisa_steps_and_answers(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=1, eos_token_id=0
         )
         assert wanted[0][len(prompt) :].tolist() == answer
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_are_found_by_structure_with_an_adapter_or_without(
+    model_folder: Callable[[str], Path], config: Callable[..., DictConfig], name: str
+) -> None:
+    """A block of every layer, whose output goes into the logits; and the norm that they come from."""
+    cfg = config(f"model={name}").model
+    model: Any = load(model_folder(name), "float32", cfg.attention).eval()
+    ids = torch.arange(3, 20)[None]
+    lora = SimpleNamespace(r=4, alpha=4, dropout=0.0, targets="all-linear")
+    for adapted in (False, True):
+        if adapted:
+            model = attach(model, lora, 0).eval().get_base_model()
+        for find in (attention_blocks, mlp_blocks):
+            blocks = find(model)
+            assert len({id(b) for b in blocks}) == SMALL["num_hidden_layers"]
+            with outputs(blocks) as found:
+                plain = model(ids).logits
+            assert [f.numel() for f in found] == [ids.numel() * SMALL["hidden_size"]] * len(blocks)
+            noise = [torch.zeros_like(found[0]), torch.randn_like(found[1])]
+            with perturbed(blocks, noise):
+                assert not torch.allclose(model(ids).logits, plain)
+        with outputs([final_norm(model)]) as found:
+            states = model(ids, output_hidden_states=True).hidden_states
+        assert torch.equal(found[0], states[-1])
+
+
+@pytest.mark.parametrize("find", [attention_blocks, mlp_blocks, final_norm])
+def test_finding_no_block_is_an_error(tiny: Path, find: Callable[[Any], Any]) -> None:
+    model: Any = load(tiny, "float32")
+    model.model.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(2))
+    with pytest.raises(UserError, match="no list of 2 layers with attention"):
+        find(model)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "nope"], ["proj"], "nope"])

@@ -9,13 +9,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lisa_lightning.alignment_delta import Delta, delta_of, dense_deltas, low_rank_deltas
+from lisa_lightning.alignment_delta import Delta, changed, dense_deltas, low_rank_deltas
 from lisa_lightning.data.packing import Example, Pack, pad
 from lisa_lightning.errors import UserError
-from lisa_lightning.net import save_adapter, trainable
+from lisa_lightning.methods.asft import distance
+from lisa_lightning.net import modules, save_adapter, trainable
 from lisa_lightning.repair.antidote import Antidote
 from lisa_lightning.repair.nlsr import Nlsr
-from lisa_lightning.repair.repair import Factors, Given, modules
+from lisa_lightning.repair.repair import Factors, Given
 from lisa_lightning.repair.safe_lora import Projected, SafeLora
 
 
@@ -82,11 +83,14 @@ def test_deltas_of_an_adapters_folder_are_what_merging_adds(tmp_path: Path) -> N
         torch.testing.assert_close(low[name].project(x), dense[name].project(x), atol=1e-4, rtol=1e-4)
     untouched = "model.layers.0.self_attn.o_proj"
     for deltas in (low, dense):
-        with pytest.raises(UserError, match=untouched):
-            delta_of(deltas, untouched)
+        assert changed(deltas, [untouched, names[0]]) == {names[0]: deltas[names[0]]}
+        with pytest.raises(
+            UserError, match=r"none of the modules that are fine-tuned \(o_proj\); it changed k_proj, q"
+        ):
+            changed(deltas, [untouched])
 
 
-def changed(before: Factors, after: Factors) -> dict[str, int]:
+def differing(before: Factors, after: Factors) -> dict[str, int]:
     """Entries that differ, by factor; those where none does are left out."""
     counts = {name: int((after[name] != before[name]).sum()) for name in before}
     return {name: n for name, n in counts.items() if n}
@@ -108,6 +112,22 @@ def test_safe_lora_equals_the_dense_equation() -> None:
         torch.testing.assert_close(found.factors[b], c @ factors[b], atol=1e-5, rtol=1e-5)
 
 
+def test_modules_that_aligning_left_alone_have_a_c_of_zero_for_asft_and_none_for_safe_lora() -> None:
+    factors = factors_of(tiny_net())
+    deltas = random_deltas(factors)
+    untouched, (a, b) = next(iter(modules(factors).items()))
+    del deltas[untouched]
+    found = SafeLora("threshold", 0, 1.0).repair(given(factors, deltas=lambda: deltas))
+    assert untouched not in found.cosines
+    assert differing(factors, found.factors) == {b: factors[b].numel() for _, b in list(modules(factors).values())[1:]}
+    update = factors[b] @ factors[a]
+    torch.testing.assert_close(distance(factors[a], factors[b], None), update.square().sum())
+    with pytest.raises(
+        UserError, match=r"aligning changed none of the modules .*k_proj, q_proj, v_proj.*changed nothing"
+    ):
+        SafeLora("threshold", 0, 1.0).repair(given(factors, deltas=dict))
+
+
 def test_safe_lora_projects_as_many_modules_as_it_is_told() -> None:
     factors = factors_of(tiny_net())
     deltas = random_deltas(factors)
@@ -115,17 +135,17 @@ def test_safe_lora_projects_as_many_modules_as_it_is_told() -> None:
     def projected(*args: Any, **kwargs: Any) -> Projected:
         return SafeLora(*args, **kwargs).repair(given(factors, deltas=lambda: deltas))
 
-    assert not changed(factors, projected("threshold", 0, -1.0).factors)
-    assert not changed(factors, projected("number", 0, 1.0).factors)
+    assert not differing(factors, projected("threshold", 0, -1.0).factors)
+    assert not differing(factors, projected("number", 0, 1.0).factors)
     for number in (2, 6):
         found = projected("number", number, -1.0)
-        assert len(changed(factors, found.factors)) == number
+        assert len(differing(factors, found.factors)) == number
         assert set(found.projected) == set(sorted(found.cosines, key=found.cosines.__getitem__)[:number])
-    controls = [changed(factors, projected("number", 2, 0.0, random=True, seed=s).factors) for s in (*range(9), 0)]
+    controls = [differing(factors, projected("number", 2, 0.0, random=True, seed=s).factors) for s in (*range(9), 0)]
     assert {len(c) for c in controls} == {2}
     assert controls[0] == controls[-1]
     assert len({tuple(c) for c in controls}) > 1
-    with pytest.raises(UserError, match="6 modules"):
+    with pytest.raises(UserError, match="changed 6 of the adapter"):
         projected("number", 7, 0.0)
 
 
@@ -151,7 +171,7 @@ def test_antidote_removes_as_much_of_every_row_at_random() -> None:
         return Antidote(ratio, **kwargs).repair(given(factors, net=lambda: net, rows=lambda stream: rows)).factors
 
     together = pad(some_rows())
-    assert not changed(factors, pruned(0.0, together))
+    assert not differing(factors, pruned(0.0, together))
     assert all(not w.any() for w in pruned(1.0, together).values())
     removed = {name: w == 0 for name, w in pruned(0.3, together).items()}
     for name, mask in removed.items():
@@ -159,7 +179,7 @@ def test_antidote_removes_as_much_of_every_row_at_random() -> None:
     control = pruned(0.3, [], random=True, seed=1)
     assert all(torch.equal((w == 0).sum(1), removed[name].sum(1)) for name, w in control.items())
     assert_equal(control, pruned(0.3, [], random=True, seed=1), 0)
-    assert changed(control, pruned(0.3, [], random=True, seed=2))
+    assert differing(control, pruned(0.3, [], random=True, seed=2))
     with pytest.raises(UserError, match="harmful rows"):
         pruned(0.3, [])
 
@@ -204,10 +224,10 @@ def test_nlsr_prefers_the_least_similar_and_its_control_replaces_as_much() -> No
     assert len(found.replaced) not in (0, 3, 6)  # else a control that picks the others would pass
     ranked = sorted(found.similarity, key=found.similarity.__getitem__)
     assert [found.probability[m] for m in ranked] == pytest.approx([0.7, 0.62, 0.54, 0.46, 0.38, 0.3])
-    for name, count in changed(factors, found.factors).items():
+    for name, count in differing(factors, found.factors).items():
         assert count == found.masks[name].sum() == factors[name].numel() - int(factors[name].numel() * 0.8) - 1
         assert torch.equal(found.factors[name][found.masks[name]], reference[name][found.masks[name]])
-    assert len(changed(factors, found.factors)) == 2 * len(found.replaced)
+    assert len(differing(factors, found.factors)) == 2 * len(found.replaced)
     controls = [realigned(net, factors, reference, rows, random=True) for _ in range(2)]
     assert_equal(controls[0].factors, controls[1].factors, 0)
     assert len(controls[0].replaced) == len(found.replaced)
@@ -216,7 +236,7 @@ def test_nlsr_prefers_the_least_similar_and_its_control_replaces_as_much() -> No
         assert not torch.equal(mask, found.masks[name])
     another = realigned(net, factors, reference, rows, random=True, seed=9)
     assert all(not torch.equal(mask, controls[0].masks[name]) for name, mask in another.masks.items())
-    assert not changed(factors, realigned(net, factors, reference, rows, prune_rate=0.0, epsilon=0.0).factors)
+    assert not differing(factors, realigned(net, factors, reference, rows, prune_rate=0.0, epsilon=0.0).factors)
     with pytest.raises(UserError, match="only one has"):
         realigned(net, factors, {}, rows)
 

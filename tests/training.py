@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lisa_lightning.alignment_delta import PREFIX, Delta
+from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
@@ -19,7 +19,7 @@ from lisa_lightning.data.packing import pack, pad
 from lisa_lightning.data.source import Row
 from lisa_lightning.methods.method import Method
 from lisa_lightning.module import LisaModule, Optim
-from lisa_lightning.net import attach, load, load_tokenizer, trainable
+from lisa_lightning.net import PREFIX, attach, load, load_tokenizer, trainable
 from lisa_lightning.passes import Passes
 from lisa_lightning.schedule import Stream
 from lisa_lightning.training import Checkpoint, Record, fit

@@ -1,7 +1,7 @@
 """What a choice of alignment rows is given and gives back, and how scores become a choice."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import final
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import Packing
 from lisa_lightning.errors import UserError
+from lisa_lightning.needs import Need
 from lisa_lightning.passes import Passes
 
 
@@ -42,6 +43,9 @@ class Curate(ABC):
         keep: share of the rows to keep, 0..1; 1 keeps all, whatever their scores. A larger share contains a smaller
             one's rows.
     """
+
+    needs: Set[Need] = frozenset()
+    """What it can't do without."""
 
     def __init__(self, keep: float) -> None:
         self.keep = keep

@@ -26,6 +26,8 @@ class Pharmacist(BilevelCurate):
     Args: those of `BilevelCurate`. With `upper_weight` 1 the first epoch does nothing but unlearn, so it starts below.
     """
 
+    needs = frozenset({"harmful rows"})
+
     def scores(self, given: Candidates) -> Tensor:
         """Uses the alignment rows, the harmful rows and the model."""
         if not len(given.harmful):

@@ -5,9 +5,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lisa_lightning.alignment_delta import PREFIX, Delta, delta_of
+from lisa_lightning.alignment_delta import Delta, changed
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.methods.method import Method
+from lisa_lightning.net import modules
 from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.schedule import Schedule
 
@@ -17,9 +18,9 @@ class AsFT(Method):
     """lamb * sum over layers of ||(I - C) B A||_F^2 beside the loss (Yang et al., 2025, Eq. 6).
 
     C = V V^T / ||V||_F, V being what aligning changed in the layer; C is no projector, so where V is small the penalty
-    is plain weight decay of B A. As in the official code B A is not multiplied by alpha/r. One forward and one backward
-    pass; the penalty costs products with r columns only, where the official code builds C and I for every layer and
-    step: 4096 x 4096 floats twice a layer.
+    is plain weight decay of B A; where aligning left a layer as it was, C is 0. As in the official code B A is not
+    multiplied by alpha/r. One forward and one backward pass; the penalty costs products with r columns only, where the
+    official code builds C and I for every layer and step: 4096 x 4096 floats twice a layer.
 
     Args:
         lamb: factor, >= 0; 0 is SFT. The paper's is 1.
@@ -27,27 +28,28 @@ class AsFT(Method):
             but not the penalty by their number.
     """
 
+    needs = frozenset({"aligned change"})
+
     def __init__(self, lamb: float, per_micro_batch: bool) -> None:
         super().__init__(Schedule(alignment_steps=0, user_steps=1))
         self.lamb = lamb
         self.per_micro_batch = per_micro_batch
-        self.pairs: list[tuple[int, int, Delta]] = []
-        """Where among the weights a layer's A and B are, and its delta."""
+        self.pairs: list[tuple[int, int, Delta | None]] = []
+        """Where among the weights a layer's A and B are, and its delta if there is one."""
 
     def begin(self, passes: Passes, total_steps: int) -> None:
         """Pair each layer's factors with what aligning changed there.
 
         Raises:
-            UserError: aligning left an adapted layer as it was.
+            UserError: aligning changed none of the adapted layers.
         """
         super().begin(passes, total_steps)
-        deltas = passes.deltas()
-        names = {name: i for i, name in enumerate(passes.names)}
-        for name, i in names.items():
-            if ".lora_A." in name:
-                layer = name.partition(".lora_A.")[0].removeprefix(PREFIX)
-                delta = delta_of(deltas, layer).to(passes.device)
-                self.pairs.append((i, names[name.replace(".lora_A.", ".lora_B.")], delta))
+        places = {name: i for i, name in enumerate(passes.names)}
+        pairs = modules(passes.names)
+        deltas = changed(passes.deltas(), pairs)
+        for layer, (a, b) in pairs.items():
+            delta = deltas[layer].to(passes.device) if layer in deltas else None
+            self.pairs.append((places[a], places[b], delta))
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """Of the loss and the penalty."""
@@ -63,7 +65,7 @@ class AsFT(Method):
         return Descent(loss, gradient, {"asft/penalty": penalty.item()})
 
 
-def distance(a: Tensor, b: Tensor, delta: Delta) -> Tensor:
-    """||(I - C) B A||_F^2 of A [r, in] and B [out, r], through r x r products."""
-    left = b - delta.project(b)
+def distance(a: Tensor, b: Tensor, delta: Delta | None) -> Tensor:
+    """||(I - C) B A||_F^2 of A [r, in] and B [out, r], through r x r products; C is 0 without a delta."""
+    left = b - delta.project(b) if delta is not None else b
     return ((left.T @ left) * (a @ a.T)).sum()

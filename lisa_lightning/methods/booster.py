@@ -27,6 +27,8 @@ class Booster(Method):
             in the weights.
     """
 
+    needs = frozenset({"harmful rows"})
+
     def __init__(self, lamb: float, alpha: float, rho: float, add_back: bool) -> None:
         super().__init__(Schedule(alignment_steps=1, user_steps=0))
         self.lamb = lamb

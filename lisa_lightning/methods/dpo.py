@@ -27,6 +27,7 @@ class DPO(Method):
         beta: strength of that hold, > 0; 0.1 in NLSR.
     """
 
+    needs = frozenset({"harmful rows"})
     rows_apart = True
     paired = True
 

@@ -1,11 +1,12 @@
 """What the training loop asks of a defense: which streams a step draws, and what gradient it makes of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import final
 
 from torch import Tensor
 
 from lisa_lightning.data.interleave import Step
+from lisa_lightning.needs import Need
 from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.proximal import add_gradient, snapshot, squared_distance
 from lisa_lightning.schedule import Draw, Schedule, Stream
@@ -19,6 +20,8 @@ class Method:
     switches has the weights that it started from.
     """
 
+    needs: Set[Need] = frozenset()
+    """What it can't do without."""
     rows_apart: bool = False
     """Whether it works on single rows' activations, which rows that share a prefix don't have."""
     paired: bool = False

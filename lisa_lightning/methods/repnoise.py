@@ -55,6 +55,7 @@ class RepNoise(Method):
         seed: of the noise.
     """
 
+    needs = frozenset({"harmful rows"})
     rows_apart = True
 
     def __init__(self, alpha: float, beta: float, official: bool, seed: int) -> None:
@@ -81,7 +82,9 @@ class RepNoise(Method):
         loss, gradient = self._harmless(passes, harmless, harmful)
         counted = self._counted(harmful, harmless, rounded=True)
         labels = passes.summed([torch.tensor([float(sum(len(c.targets) for c in counted))], device=passes.device)])
-        scale = 1 / max(1.0, labels[0].item())
+        if labels[0] == 0:  # every answer is cut off
+            return Descent(loss, gradient)
+        scale = 1 / labels[0].item()
 
         found: list[list[Tensor]] = []
         entropy = torch.zeros((), device=passes.device)
@@ -154,9 +157,10 @@ class RepNoise(Method):
     ) -> tuple[list[Tensor], list[Tensor], int]:
         """Over all rows of the step: for each layer the MMD's gradient [R, T, H] and the MMD; this rank's first row."""
         pulls, distances = [], []
-        mask, first = passes.gathered([c.mask[..., None].float() for c in counted])
+        mask, first = passes.gathered([c.mask[..., None] for c in counted], 1)
+        width = passes.model.config.get_text_config().hidden_size
         for layer in range(len(self.blocks)):
-            features, _ = passes.gathered([micro[layer] for micro in found])
+            features, _ = passes.gathered([micro[layer] for micro in found], width)
             noise = self.noise(step, layer, features.shape).to(features) * mask
             with torch.enable_grad():
                 own = features.requires_grad_()

@@ -34,6 +34,7 @@ class TVaccine(Method):
         seed: of the draws.
     """
 
+    needs = frozenset({"harmful rows"})
     rows_apart = True
 
     def __init__(self, rho: float, active_layers: int, interval_steps: int, probability_steps: int, seed: int) -> None:
@@ -78,7 +79,8 @@ class TVaccine(Method):
             found = output_gradients(passes, step.batches["harmful"], self.blocks)
             squares = torch.stack([sum_of_squares(found, i, passes.device) for i in range(len(self.blocks))])
             norms = passes.summed([squares])[0].sqrt()
-            self.kept["probability"] = [norms / norms.sum()]
+            if norms.sum() > 0:  # a row whose answer is cut off says nothing
+                self.kept["probability"] = [norms / norms.sum()]
             metrics = {f"t_vaccine/norm_{i}": value for i, value in enumerate(norms.tolist())}
         if step.index % self.interval_steps == 0:
             self.kept["active"] = [self.drawn(step.index)]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.errors import UserError
-from lisa_lightning.repair.repair import Factors, Given, Repair, Repaired, holding, modules, observe
+from lisa_lightning.net import modules
+from lisa_lightning.repair.repair import Factors, Given, Repair, Repaired, holding, observe
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Antidote(Repair):
         self.pads_count = pads_count
         self.random = random
         self.seed = seed
+        self.needs = frozenset() if random else frozenset({"harmful rows"})
 
     def repair(self, given: Given) -> Pruned:
         """Uses the net and the harmful rows.

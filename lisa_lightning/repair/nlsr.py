@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.errors import UserError
-from lisa_lightning.repair.repair import Factors, Given, Repair, Repaired, holding, modules, observe, write
+from lisa_lightning.net import modules
+from lisa_lightning.repair.repair import Factors, Given, Repair, Repaired, holding, observe, write
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,8 @@ class Nlsr(Repair):
             own comment.
         random: the control: as many modules, drawn at random, and in each factor as many entries, drawn at random.
     """
+
+    needs = frozenset({"harmful rows"})
 
     def __init__(
         self,

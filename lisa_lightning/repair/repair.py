@@ -1,7 +1,7 @@
 """What a repair is given and gives back, and the net's activations as repairs look at them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lisa_lightning.alignment_delta import PREFIX, Delta
+from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.errors import UserError
+from lisa_lightning.needs import Need
 from lisa_lightning.schedule import Stream
 
 Factors = dict[str, Tensor]
@@ -49,6 +50,9 @@ class Repaired:
 class Repair(ABC):
     """A defense after fine-tuning."""
 
+    needs: Set[Need] = frozenset()
+    """What it can't do without."""
+
     @abstractmethod
     def repair(self, given: Given) -> Repaired:
         """The repaired adapter. Neither the given factors nor the net are changed.
@@ -56,15 +60,6 @@ class Repair(ABC):
         Raises:
             UserError: what is given can't be repaired so.
         """
-
-
-def modules(factors: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """The adapted modules, by their names in the model without adapter: the names of their A and B."""
-    return {
-        name.partition(".lora_A.")[0].removeprefix(PREFIX): (name, name.replace(".lora_A.", ".lora_B."))
-        for name in factors
-        if ".lora_A." in name
-    }
 
 
 @contextmanager

@@ -7,9 +7,10 @@ from typing import Literal, final
 import torch
 import torch.nn.functional as F
 
-from lisa_lightning.alignment_delta import Delta, compressed, delta_of
+from lisa_lightning.alignment_delta import Delta, changed, compressed
 from lisa_lightning.errors import UserError
-from lisa_lightning.repair.repair import Factors, Given, Repair, Repaired, modules
+from lisa_lightning.net import modules
+from lisa_lightning.repair.repair import Factors, Given, Repair, Repaired
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,8 @@ class SafeLora(Repair):
     """B <- C B in modules where cos(C B A, B A) is low (Hsu et al., NeurIPS 2024), C = V V^T / ||V||_F.
 
     V is what aligning changed in the module (`alignment_delta.Delta`). C is no projector, so a projected update also
-    changes its size. No pass through the net: a few products of d_out x r matrices a module.
+    changes its size. Modules that aligning left as they were (T-Vaccine trains a few at a time) have no C and stay as
+    they are. No pass through the net: a few products of d_out x r matrices a module.
 
     Departures of the official code: it rounds cosines to five decimals, so that in mode "number" ties project more
     modules than asked for; here it is exactly `number`, of equal cosines the first. (Its first pass of that mode, at a
@@ -41,6 +43,8 @@ class SafeLora(Repair):
         random: the control: project as many modules, drawn at random.
         seed: determines that draw.
     """
+
+    needs = frozenset({"aligned change"})
 
     def __init__(
         self,
@@ -60,13 +64,11 @@ class SafeLora(Repair):
         """Uses the deltas.
 
         Raises:
-            UserError: aligning left an adapted module as it was, or there are fewer modules than `number`.
+            UserError: aligning changed none of the adapted modules, or fewer than `number`.
         """
-        deltas = given.deltas()
-        cosines = {
-            module: cosine(given.factors, a, b, delta_of(deltas, module))
-            for module, (a, b) in modules(given.factors).items()
-        }
+        pairs = modules(given.factors)
+        deltas = changed(given.deltas(), pairs)
+        cosines = {module: cosine(given.factors, *pairs[module], delta) for module, delta in deltas.items()}
         projected = self._chosen(cosines)
         return Projected(project(given.factors, deltas, projected), cosines, projected)
 
@@ -76,7 +78,9 @@ class SafeLora(Repair):
         elif self.number <= len(cosines):
             chosen = sorted(cosines, key=cosines.__getitem__)[: self.number]
         else:
-            raise UserError(f"number={self.number}: the adapter has {len(cosines)} modules only")
+            raise UserError(
+                f"repair.number={self.number} is too many: aligning changed {len(cosines)} of the adapter's modules"
+            )
         if self.random:
             drawn = torch.randperm(len(cosines), generator=torch.Generator().manual_seed(self.seed))
             chosen = [sorted(cosines)[i] for i in drawn[: len(chosen)].tolist()]

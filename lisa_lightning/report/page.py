@@ -39,6 +39,7 @@ TIMES: Final = {
     "curate": "Curation",
     "align": "Alignment",
     "finetune": "Fine-tuning",
+    "reference": "Reference adapter",
     "repair": "Repair",
     "evaluate": "Evaluation",
     "judge": "Judging",

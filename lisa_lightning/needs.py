@@ -1,0 +1,42 @@
+"""What a defense needs beside a run's own rows and model, and the refusal of a run where that can't be had."""
+
+from collections.abc import Mapping, Set
+from typing import Any, Literal, Protocol
+
+from lisa_lightning.errors import UserError
+
+Need = Literal["harmful rows", "aligned change"]
+"""Rows of the provider's own (`source.defender`); what the stage align changed in the model."""
+
+
+class Defense(Protocol):
+    """A choice of rows, a method or a repair."""
+
+    @property
+    def needs(self) -> Set[Need]:
+        """What it can't do without."""
+        ...
+
+
+def refuse_unmet(defenses: Mapping[str, Defense], cfg: Any) -> None:
+    """Refuse what the config can't give.
+
+    Args:
+        defenses: by the choice that named them, `align=booster`.
+
+    Raises:
+        UserError: the choice, and what would give it what it needs.
+    """
+    harmful = cfg.source.defender
+    aligning = "align" in cfg.stages and cfg.align.method is not None
+    for choice, defense in defenses.items():
+        if "harmful rows" in defense.needs and harmful.path is None and harmful.get("hub") is None:
+            raise UserError(
+                f"{choice} defends with harmful rows of the provider's, and this source has none: "
+                "give a file as source.defender.path, with prompt and response"
+            )
+        if "aligned change" in defense.needs and (not aligning or cfg.model.adapters == "continued"):
+            raise UserError(
+                f"{choice} holds on to what aligning changed, which is not told apart here: it needs the stage "
+                f"align with another choice than align=none, and model.adapters=stacked (now {cfg.model.adapters})"
+            )

@@ -1,0 +1,41 @@
+"""The provider's aligning: LoRA on the alignment rows, merged into the model or kept beside it to go on with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.utils import instantiate
+
+from lisa_lightning.data.source import Row
+from lisa_lightning.methods.method import Method
+from lisa_lightning.net import attach_saved, save_adapter, save_merged
+from lisa_lightning.schedule import Stream
+from lisa_lightning.stages.setting import Metrics, Model, Setting, plain, rows_digest
+from lisa_lightning.stages.train import train
+
+
+def align(setting: Setting, own: list[Row]) -> tuple[Model, Metrics]:
+    """The base model aligned on these rows."""
+    cfg, adapters = setting.cfg.align, setting.cfg.model.adapters
+    method: Method = instantiate(cfg.method)
+    rows: dict[Stream, Sequence[Row]] = {"user": [], "alignment": own, "harmful": setting.harmful_rows(method)}
+    key = {
+        "align": plain(cfg),
+        "rows": rows_digest(own),
+        "defender_rows": rows_digest(rows["harmful"]),
+    }
+
+    def make(folder: Path) -> Metrics:
+        net = setting.attach(setting.base, cfg.lora, cfg.seed)
+        cost = train(setting, "align", net, method, cfg.optim, cfg.seed, rows, len(own), key)
+        if setting.fabric.is_global_zero:
+            save_adapter(net, str(setting.base.folder), folder / "adapter")
+            if adapters == "stacked":
+                if setting.cfg.model.quantize is not None:  # 4-bit weights can't take the adapter in
+                    net = attach_saved(setting.load(setting.base), folder / "adapter")
+                save_merged(net, setting.tokenizer, folder)
+            setting.keep_curves("align", folder)
+        return cost
+
+    folder, cost = setting.stage("align", key, make)
+    model = Model(folder, None) if adapters == "stacked" else Model(setting.base.folder, folder / "adapter")
+    return model, cost

@@ -1,0 +1,46 @@
+"""The alignment rows that are worth aligning on."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from hydra.utils import instantiate
+
+from lisa_lightning.cache import read_json, write_text
+from lisa_lightning.curate.curate import Candidates, Curate
+from lisa_lightning.data.interleave import Examples
+from lisa_lightning.data.packing import Packing
+from lisa_lightning.data.source import Row
+from lisa_lightning.loss import choose_packing
+from lisa_lightning.passes import Passes
+from lisa_lightning.stages.setting import Metrics, Setting, plain, rows_digest
+
+
+def curate(setting: Setting) -> tuple[list[Row], Metrics]:
+    """Those of the provider's alignment rows that `curate` keeps."""
+    cfg, rows = setting.cfg, setting.rows.alignment
+    chooser: Curate = instantiate(cfg.curate)
+    harmful = setting.harmful_rows(chooser)
+    key = {
+        "curate": plain(cfg.curate),
+        "lora": plain(cfg.align.lora),
+        "seed": cfg.align.seed,
+        "rows": rows_digest(rows),
+        "defender_rows": rows_digest(harmful),
+    }
+
+    def trainee() -> tuple[Passes, Packing]:
+        net = setting.attach(setting.base, cfg.align.lora, cfg.align.seed).to(setting.fabric.device)
+        return Passes(net, lambda stream, size: iter(())), choose_packing(net.get_base_model(), cfg.data.max_length)
+
+    def make(folder: Path) -> Metrics:
+        candidates, others = (Examples(r, setting.encode) for r in (rows, harmful))
+        with setting.fabric.autocast():
+            curated = chooser.curate(Candidates(candidates, others, trainee))
+        if setting.fabric.is_global_zero:
+            write_text(folder / "rows.json", json.dumps(asdict(curated)))
+        return {}
+
+    folder, cost = setting.stage("curate", key, make)
+    kept = [rows[i] for i in read_json(folder / "rows.json")["kept"]]
+    return kept, cost | {"rows/curated": len(kept)}

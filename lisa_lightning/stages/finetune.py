@@ -1,0 +1,81 @@
+"""The user's fine-tuning of the aligned model, defended by the chosen method."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+
+from lisa_lightning.data.source import Row
+from lisa_lightning.evaluate.evaluator import questions
+from lisa_lightning.judges.embedded import EmbeddedJudge
+from lisa_lightning.methods.method import Method
+from lisa_lightning.net import save_adapter
+from lisa_lightning.schedule import Stream
+from lisa_lightning.stages.evaluate import asking, evaluator
+from lisa_lightning.stages.setting import Metrics, Model, Setting, plain, rows_digest
+from lisa_lightning.stages.train import steps, train
+from lisa_lightning.training import EvaluateCurve, JointGradient
+
+
+def finetune(setting: Setting, aligned: Model) -> tuple[Model, Metrics]:
+    """The aligned model with the adapter that the user's rows gave it."""
+    cfg = setting.cfg
+    method: Method = instantiate(cfg.method)
+    rows: dict[Stream, Sequence[Row]] = {
+        "alignment": setting.rows.alignment,
+        "user": setting.user,
+        "harmful": setting.harmful_rows(method),
+    }
+    callbacks, curve = _points(setting)
+    key = {
+        "aligned": aligned.name,
+        "method": plain(cfg.method),
+        "lora": plain(cfg.lora),
+        "optim": plain(cfg.optim),
+        "seed": cfg.seed,
+        "during_alignment": cfg.data.during_alignment,
+        **{f"{name}_rows": rows_digest(own) for name, own in rows.items()},
+        "curve": curve,
+    }
+
+    def make(folder: Path) -> Metrics:
+        net = setting.attach(aligned, cfg.lora, cfg.seed)
+        cost = train(
+            setting,
+            "finetune",
+            net,
+            method,
+            cfg.optim,
+            cfg.seed,
+            rows,
+            len(setting.user),
+            key,
+            callbacks=callbacks,
+            discard=cfg.data.during_alignment == "discard",
+            deltas=partial(setting.deltas, aligned),
+        )
+        if setting.fabric.is_global_zero:
+            save_adapter(net, str(aligned.folder), folder / "adapter")
+            setting.keep_curves("finetune", folder)
+        return cost
+
+    folder, cost = setting.stage("finetune", key, make)
+    count = steps(cfg.optim, len(setting.user), setting.fabric.world_size)
+    return Model(aligned.folder, folder / "adapter"), cost | {"train/steps": count}
+
+
+def _points(setting: Setting) -> tuple[list[Any], Metrics | None]:
+    """What measures the points of the curves, and what determines them."""
+    cfg = setting.cfg.evaluate
+    if not cfg.every:
+        return [], None
+    asked = questions(setting.rows, cfg.curve_prompts, cfg.curve_harmless, cfg.curve_rows)
+    judge = EmbeddedJudge()
+    callbacks: list[Any] = [EvaluateCurve(evaluator(setting), judge, setting.task, asked, cfg.every)]
+    key = asking(setting, asked) | {"every": cfg.every, "judge": judge.version}
+    if cfg.gradient_rows:
+        callbacks.append(JointGradient(cfg.gradient_rows, cfg.every))
+        key |= {"gradient_rows": cfg.gradient_rows}
+    return callbacks, key
