@@ -49,6 +49,30 @@ def test_a_cell_carries_what_was_published(config: Callable[..., DictConfig], ta
         assert (cfg.source[name].hub, cfg.source[name].split, cfg.source[name].take) == (bt["hub"], split, take)
 
 
+DEFENSES = sorted(
+    f.stem for f in (ROOT / "conf" / "experiment" / "paper").glob("*.yaml") if f.stem.partition("_")[0] not in TASKS
+)
+
+
+def test_every_defense_has_its_papers_settings(config: Callable[..., DictConfig]) -> None:
+    """Those of choices that are a method of their own; `sft` and `none` are part of the others."""
+    chosen = {
+        f.stem for group in ("curate", "align", "method", "repair") for f in (ROOT / "conf" / group).glob("[!_]*")
+    }
+    own = chosen - {"sft", "none", "random", "bso", "lisa", "vlguard"}  # the last three are cells of the tables above
+    assert set(DEFENSES) == own | {"booster_vaccine"}
+    for name in DEFENSES:
+        text = (ROOT / "conf" / "experiment" / "paper" / f"{name}.yaml").read_text(encoding="utf-8")
+        needed = ["source.refusals=pairs.json"] if "source.refusals" in text else []
+        cfg = config(f"experiment=paper/{name}", *needed)
+        check(cfg)
+        for group in ("curate", "align", "method", "repair"):
+            file = ROOT / "conf" / group / f"{name.replace('booster_vaccine', 'booster')}.yaml"
+            if file.exists():
+                wanted, found = OmegaConf.load(file), cfg[group]
+                assert (found.method if group == "align" else found)._target_ in OmegaConf.to_yaml(wanted)
+
+
 BEAVERTAILS = [
     {"prompt": f"request {i // 2}", "response": f"answer {i}", "category": {"a": i % 2 == 1}, "is_safe": i % 2 == 0}
     for i in range(60)
