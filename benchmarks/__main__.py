@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks import generation, starting, training, workers
+from benchmarks import defenses, generation, starting, training, workers
 from benchmarks.setting import Result, Rows, embedded_model, machine
 from lisa_lightning.cache import write_text
 from lisa_lightning.cpu import keep_freed_memory
@@ -36,6 +36,7 @@ def main() -> None:
     overhead, profile = training.fit_against_bare(ours, folder, rows)
     add(overhead)
     del ours
+    add(*defenses.measure(folder, rows))
     add(*generation.measure(folder, rows), *starting.million_rows(rows))
 
     taken = perf_counter() - started
@@ -47,8 +48,10 @@ def main() -> None:
 
 def _line(result: Result) -> str:
     sign = "≥" if result.better == "higher" else "≤"
-    met = "yes" if result.met else "**no**"
-    return f"| {result.what} | {result.measured:.3g} {result.unit} | {sign} {result.target:g} | {met} | {result.note} |"
+    target, met = "–", "–"
+    if result.target is not None:
+        target, met = f"{sign} {result.target:g}", "yes" if result.met else "**no**"
+    return f"| {result.what} | {result.measured:.3g} {result.unit} | {target} | {met} | {result.note} |"
 
 
 def _table(results: list[Result], profile: dict[str, float], taken: float) -> str:

@@ -35,7 +35,8 @@ class Result:
 
     what: str
     measured: float
-    target: float
+    target: float | None
+    """None where nobody set one."""
     better: str
     """`higher` or `lower`."""
     unit: str
@@ -43,7 +44,9 @@ class Result:
 
     @property
     def met(self) -> bool:
-        """Whether the target is reached."""
+        """Whether the target, if there is one, is reached."""
+        if self.target is None:
+            return True
         return self.measured >= self.target if self.better == "higher" else self.measured <= self.target
 
 

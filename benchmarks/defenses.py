@@ -1,0 +1,117 @@
+"""What a step of each training-time defense costs against plain training on the same rows."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from benchmarks.setting import LORA, RHO, Result, Rows, spread
+from benchmarks.training import batch, stir
+from lisa_lightning.alignment_delta import Delta
+from lisa_lightning.data.interleave import Batch, Step
+from lisa_lightning.data.packing import Example, pack, pad
+from lisa_lightning.methods.asft import AsFT
+from lisa_lightning.methods.booster import Booster
+from lisa_lightning.methods.bso import BSO
+from lisa_lightning.methods.constrained_sft import ConstrainedSFT
+from lisa_lightning.methods.ewc import EWC
+from lisa_lightning.methods.ldifs import LDIFS
+from lisa_lightning.methods.lisa import Lisa
+from lisa_lightning.methods.method import Method
+from lisa_lightning.methods.proximal import Proximal
+from lisa_lightning.methods.repnoise import RepNoise
+from lisa_lightning.methods.sft import SFT
+from lisa_lightning.methods.t_vaccine import TVaccine
+from lisa_lightning.methods.vaccine import Vaccine
+from lisa_lightning.methods.vlguard import VLGuard
+from lisa_lightning.methods.vlguard_loss import VLGuardLoss
+from lisa_lightning.net import attach, load, modules, trainable
+from lisa_lightning.passes import Passes
+from lisa_lightning.schedule import Stream
+
+SIZE = 5
+REPEATED = 5
+METHODS: dict[str, tuple[str, Callable[[], Method]]] = {
+    "vaccine": ("2F 2B", lambda: Vaccine(2.0)),
+    "t_vaccine": ("2F 2B, B through 8 of 30 layers", lambda: TVaccine(3.0, 8, 20, 200, 0)),
+    "repnoise": ("3F 2B and every layer's unembedding", lambda: RepNoise(1.0, 0.001, False, 0)),
+    "booster": ("3F 3B", lambda: Booster(5.0, 0.1, 0.0, False)),
+    "booster with vaccine": ("4F 4B", lambda: Booster(5.0, 0.1, 2.0, False)),
+    "bso": ("1F 1B", lambda: BSO(0, 1)),
+    "lisa": ("1F 1B", lambda: Lisa(0, 1, RHO, 0.0)),
+    "proximal": ("1F 1B", lambda: Proximal(RHO, 0.0)),
+    "ewc": ("1F 1B; its first step is not counted", lambda: EWC(1e9, 10, False)),
+    "vlguard": ("1F 1B", lambda: VLGuard(0.2)),
+    "vlguard_loss": ("1F 1B over 5 and 4 rows", lambda: VLGuardLoss(1.0, 4)),
+    "ldifs": ("2F 1B", lambda: LDIFS(1e-4, None, None, False)),
+    "constrained_sft": ("2F 1B", lambda: ConstrainedSFT(0.1, 5, 20, 5)),
+    "asft": ("1F 1B", lambda: AsFT(1.0, False)),
+}
+"""The passes that a step makes, F forward and B backward, as docs/methods.md has them; at the papers' settings."""
+
+
+def measure(folder: Path, rows: Rows) -> list[Result]:
+    """One line a defense: its step over that of SFT, prefixes shared, on the same rows of the main stream.
+
+    All streams hold rows of SST-2, so that a pass costs the same on each; alignment rows are as many as user rows but
+    where the method says otherwise.
+    """
+    net = attach(load(folder, "float32"), LORA, seed=0)
+    stir(list(trainable(net).values()))
+
+    def whole(stream: Stream, size: int) -> list[Batch]:
+        return [_batch(stream, rows.sst2[:size], apart=False)]
+
+    passes = Passes(net, lambda stream, size: iter(whole(stream, size)), lambda: _deltas(net))
+    results = []
+    for name, (cost, made) in METHODS.items():
+        method, plain = made(), SFT()
+        for own in (method, plain):
+            own.begin(passes, total_steps=100)
+        found, like = [], []
+        for i in range(REPEATED + 1):
+            own = batch(rows.sst2, SIZE, i)
+            # Step 0 has what comes once: EWC's Fisher sum, T-Vaccine's harmful row.
+            taken = {
+                key: _seconds(passes, m, own, i, apart)
+                for key, m, apart in (("sft", plain, False), ("own", method, method.rows_apart), ("apart", plain, True))
+            }
+            if i:
+                found.append(taken["own"] / taken["sft"])
+                like.append(taken["own"] / taken["apart"])
+        beside = f", {median(like):.2f} times SFT's on rows padded as it needs them" if method.rows_apart else ""
+        note = f"{cost}; {spread(found)}{beside}"
+        results.append(Result(f"{name}: a step, of SFT's", median(found), None, "lower", "times", note))
+    return results
+
+
+def _seconds(passes: Passes, method: Method, rows: Sequence[Example], step: int, apart: bool) -> float:
+    """The method's gradient, the packing of its rows included."""
+    started = perf_counter()
+    batches: dict[Stream, Batch] = {
+        stream: _batch(stream, rows[: draw.rows], apart) for stream, draw in method.draws(step).items()
+    }
+    method.before_step(step, passes.weights)
+    method.gradient(passes, Step(step, batches))
+    method.drift(passes.weights)
+    return perf_counter() - started
+
+
+def _batch(stream: Stream, rows: Sequence[Example], apart: bool) -> Batch:
+    return Batch(stream, [pad(rows) if apart else pack(rows)], sum(r.supervised for r in rows))
+
+
+def _deltas(net: torch.nn.Module) -> dict[str, Delta]:
+    """What aligning changed in every adapted layer: random, of rank 16."""
+    weights = trainable(net)
+
+    def factor(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 0.02
+
+    return {
+        name: Delta.low_rank(factor(len(weights[b]), 16), factor(16, weights[a].shape[1]))
+        for name, (a, b) in modules(weights).items()
+    }
