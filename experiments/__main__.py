@@ -4,25 +4,22 @@ Numbers are merged into experiments/CLAIM/results.csv, a line a run, so that a c
 claim about the course of training also into curves.csv, a line a point.
 """
 
-import csv
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Final
 
 from experiments.pictures import course, one_each
-from experiments.tables import fill
-from lisa_lightning.cache import write_text
+from experiments.tables import Rows, by_key, fill, merged
+from experiments.tuned import measure
 from lisa_lightning.report.drawing import Plot, save_png
-from lisa_lightning.report.sweep import Run, in_order, read_runs, settings
+from lisa_lightning.report.sweep import Run, read_runs, settings
 from lisa_lightning.report.sweep_page import score_plots
 from lisa_lightning.tracking import read_rows
 
 ROOT: Final = Path(__file__).parents[1]
-Rows = list[dict[str, str]]
 SCORES: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy")
 SCORED: Final = tuple(f"final/{s}{end}" for s in SCORES for end in ("", "_low", "_high", "_answers"))
 
@@ -67,10 +64,12 @@ CLAIMS: Final = {
 
 def main(arguments: Sequence[str]) -> int:
     """The exit status: the sweep's."""
-    if not arguments or arguments[0] not in CLAIMS:
-        print(f"python -m experiments CLAIM [KEY=VALUE...]; claims: {', '.join(CLAIMS)}", file=sys.stderr)
+    if not arguments or arguments[0] not in (*CLAIMS, "defenses"):
+        print(f"python -m experiments CLAIM [KEY=VALUE...]; claims: {', '.join(CLAIMS)}, defenses", file=sys.stderr)
         return 2
     name, *more = arguments
+    if name == "defenses":
+        return measure(ROOT, more)
     claim, folder, out = CLAIMS[name], ROOT / "multirun" / "claims" / name, ROOT / "experiments" / name
     command = [sys.executable, "run.py", "-m", *claim.sweep, "experiment=sst2_lisa", f"hydra.sweep.dir={folder}", *more]
     status = subprocess.run(command, cwd=ROOT, check=False).returncode
@@ -79,9 +78,9 @@ def main(arguments: Sequence[str]) -> int:
     out.mkdir(exist_ok=True)
     runs = [run for run in read_runs([folder]) if run.status == "finished"]
     lines = {name: lines_of(runs, claim) for name, lines_of in (("results", _results), ("curves", _curves))}
-    found = {name: _merged(out / f"{name}.csv", new, claim.keys) for name, new in lines.items() if new}
+    found = {name: merged(out / f"{name}.csv", new, claim.keys) for name, new in lines.items() if new}
     if "results" in found:
-        fill(out / "README.md", found["results"], claim.keys)
+        fill(out / "README.md", by_key(found["results"], claim.keys))
         save_png(_plots(claim, found), out / "plot.png")
     return status
 
@@ -103,23 +102,6 @@ def _curves(runs: Sequence[Run], claim: Claim) -> Rows:
         for row in read_rows(run.folder / "curves.csv")
         if row["stage"] == "finetune" and any(row.get(name) for name in claim.curves)
     ]
-
-
-def _merged(path: Path, new: Rows, keys: Sequence[str]) -> Rows:
-    """The lines of a file and the new ones, in place of those of the same setting and seed; written back."""
-    keys = [*keys, "seed"]
-    replaced = {tuple(row[k] for k in keys) for row in new}
-    rows = new
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = new + [row for row in csv.DictReader(file) if tuple(row[k] for k in keys) not in replaced]
-    rows.sort(key=lambda row: [in_order(row[k]) for k in (*keys, "step") if k in row])
-    text = StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-    return rows
 
 
 def _plots(claim: Claim, found: dict[str, Rows]) -> list[Plot]:

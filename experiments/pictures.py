@@ -1,11 +1,12 @@
-"""Pictures of claims that are not a score against a swept key: the course of training, one figure a method."""
+"""Pictures of claims that are not a score against a swept key."""
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Final
 
-from lisa_lightning.report.drawing import Axis, Line, Plot, Points
+from lisa_lightning.report.drawing import BLUE, GREEN, ORANGE, Axis, Line, Plot, Points
 from lisa_lightning.report.sweep_page import LOOKS
 
 Rows = Sequence[dict[str, str]]
@@ -52,3 +53,29 @@ def one_each(rows: Rows, name: str, title: str, unit: str) -> Plot:
     ticks = [(float(x), method) for x, method in enumerate(methods)]
     lines.append(Line([(0.0, 0.0)], "none", opacity=0.0))  # the axis starts at 0
     return Plot(name, title, "", unit, lines, Axis("", -0.5, len(methods) - 0.5, ticks))
+
+
+def ranked(measured: Sequence[tuple[str, Rows]], path: Path) -> None:
+    """A line for each defense, the safest on top: mean, standard deviation and single seeds of three scores."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    scores = {"harmful_score": ORANGE, "over_refusal": BLUE, "accuracy": GREEN}
+    order = sorted(measured, key=lambda m: -fmean(float(row["harmful_score"]) for row in m[1]))
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        canvas = Canvas(figsize=(10, 0.8 + 0.24 * len(order)), dpi=140, layout="constrained")
+        for axes, (score, colour) in zip(canvas.subplots(1, 3, sharey=True), scores.items(), strict=True):
+            for y, (_, rows) in enumerate(order):
+                found = [float(row[score]) for row in rows]
+                off = stdev(found) if len(found) > 1 else 0.0
+                axes.plot(found, [y] * len(found), ".", color=colour, alpha=0.45)
+                axes.errorbar(fmean(found), y, xerr=off, fmt="o", color=colour, markersize=5, linewidth=1.2)
+            axes.set_title(score.replace("_", " ").capitalize() + ", percent", fontsize=11)
+            axes.set_xlim(-2, 102)
+            axes.set_yticks(range(len(order)), [name for name, _ in order])
+            axes.grid(axis="both", alpha=0.18)
+            axes.spines[["top", "right"]].set_visible(False)
+        aside = path.with_name(path.name + ".part")
+        canvas.savefig(aside, format="png")
+        aside.replace(path)

@@ -1,6 +1,8 @@
-"""The table of a claim's own numbers, written into its README between two marks, so that it can't grow stale."""
+"""A claim's own numbers: merged into its file run by run, and as a table between two marks of its README."""
 
+import csv
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Final
@@ -8,21 +10,47 @@ from typing import Final
 from lisa_lightning.cache import write_text
 from lisa_lightning.report.sweep import in_order
 
-Rows = Sequence[dict[str, str]]
+Rows = list[dict[str, str]]
 START: Final = "<!-- ours -->\n"
 END: Final = "<!-- end -->"
 PAIR: Final = ("harmful_score", "accuracy")
 DECIMALS: Final = {"time/finetune_s": 0, "memory/finetune_mib": 0, "train/steps": 0}
 
 
-def fill(readme: Path, rows: Rows, keys: Sequence[str]) -> None:
-    """Put the table of `rows` into the page, where it has the marks."""
+def read(path: Path) -> Rows:
+    """The lines of a file; none where it isn't there."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def merged(path: Path, new: Rows, keys: Sequence[str]) -> Rows:
+    """The lines of a file and the new ones, in place of those of the same setting and seed; written back."""
+    keys = [*keys, "seed"]
+    replaced = {tuple(row[k] for k in keys) for row in new}
+    rows = new + [row for row in read(path) if tuple(row[k] for k in keys) not in replaced]
+    rows.sort(key=lambda row: [in_order(row[k]) for k in (*keys, "step") if k in row])
+    text = StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+    return rows
+
+
+def fill(readme: Path, table: str) -> None:
+    """Put the table into the page, where it has the marks."""
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if start and end:
-        table = crossed(rows, keys) if len(keys) == 2 else listed(rows, keys)
         write_text(readme, f"{before}{start}\n{table}\n\n{end}{after}")
+
+
+def by_key(rows: Rows, keys: Sequence[str]) -> str:
+    """A crossed table of two keys, else a list."""
+    return crossed(rows, keys) if len(keys) == 2 else listed(rows, keys)
 
 
 def crossed(rows: Rows, keys: Sequence[str]) -> str:

@@ -46,7 +46,8 @@ def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     fixed = {str(o.key_or_group): str(o.input_line) for o in own if not o.is_sweep_override()}
     if FOLDER in given:  # which may hold other sweeps: a job's name says all that was asked for
         folder = Path(str(given[FOLDER].value()))
-        known = [key for key in given if key not in {*swept, *fixed}] + ["experiment", "sweep"]
+        named = [key for key in ("experiment", "sweep") if key not in swept]
+        known = [key for key in given if key not in {*swept, *fixed}] + named
     else:
         named = {key: str(given[key].value()) for key in ("experiment", "sweep") if key in fixed}
         rest = [line for key, line in sorted(fixed.items()) if key not in named]

@@ -3,11 +3,14 @@
 import csv
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf, open_dict
 
 from experiments import __main__ as experiments
+from experiments import tuned
 from lisa_lightning.config import check
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +45,29 @@ def test_every_claim_has_a_command_that_composes_and_a_folder_that_says_what_cam
     there = {f.name for f in folder.iterdir()}
     assert "README.md" in there
     assert ("results.csv" in there) == ("plot.png" in there)
+
+
+def test_every_arm_is_what_it_says_and_has_a_name_of_its_own(tmp_path: Path) -> None:
+    files = tmp_path / "experiment" / "defenses"
+    files.mkdir(parents=True)
+    defenses: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "experiments" / "defenses" / "defenses.yaml"))
+    tried = {name: tuned.arms(name, own) for name, own in defenses.items() if "like" not in own}
+    every = [arm for own in tried.values() for arm in own]
+    assert {len(own) for name, own in tried.items() if name != "sft"} == {3}
+    every += [tuned.control(name, own, tried[own["like"]][1]) for name, own in defenses.items() if "like" in own]
+    every.append(tried["booster_vaccine"][2] | tried["ewc"][0])
+    assert len({arm.name for arm in every}) == len(every)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for arm in every:
+            arm.write(files)
+            chosen = [f"experiment=defenses/{arm.name}", f"hydra.searchpath=[file://{tmp_path}]"]
+            cfg = compose("config", [*chosen, *tuned.VALIDATION], return_hydra_config=True)
+            found = {k: v for k, v in cfg.hydra.runtime.choices.items() if k in ("curate", "align", "method", "repair")}
+            assert found == {"curate": "none", "align": "sft", "method": "sft", "repair": "none", **arm.choices}
+            assert all(OmegaConf.select(cfg, key) == value for key, value in {**arm.fixed, **arm.tuned}.items())
+            with open_dict(cfg):
+                del cfg["hydra"]
+            check(cfg)
 
 
 @pytest.mark.slow
