@@ -1,7 +1,7 @@
 """What a choice of alignment rows is given and gives back, and how scores become a choice."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import final
 
@@ -24,16 +24,6 @@ class Candidates:
     """Harmful rows of the provider's; may be none."""
     trainee: Callable[[], tuple[Passes, Packing]]
     """A fresh adapter on the base model, where it is to be computed, and how that model takes its rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Curated:
-    """A choice of rows, and how it came about."""
-
-    kept: tuple[int, ...]
-    """The places of the rows to train on, in the rows' own order."""
-    scores: tuple[float, ...]
-    """Of all rows, the better the higher; what they are of is the class's to say."""
 
 
 class Curate(ABC):
@@ -59,16 +49,19 @@ class Curate(ABC):
         """
 
     @final
-    def curate(self, given: Candidates) -> Curated:
-        """The choice.
+    def count(self, size: int) -> int:
+        """How many of `size` rows are kept.
 
         Raises:
-            UserError: see `scores`; or no row is left.
+            UserError: none.
         """
-        size = len(given.alignment)
         count = round(self.keep * size)
         if not count:
             raise UserError(f"curate.keep={self.keep} leaves none of the {size} alignment rows")
-        scores = self.scores(given).float().cpu()
-        best = scores.argsort(descending=True, stable=True)[:count]
-        return Curated(tuple(sorted(best.tolist())), tuple(scores.tolist()))
+        return count
+
+    @final
+    def kept(self, scores: Sequence[float]) -> list[int]:
+        """The places of the rows to train on, in the rows' own order."""
+        best = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: of equal scores the first
+        return sorted(best[: self.count(len(scores))])

@@ -1,7 +1,6 @@
 """The alignment rows that are worth aligning on."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from hydra.utils import instantiate
@@ -17,12 +16,13 @@ from lisa_lightning.stages.setting import Metrics, Setting, plain, rows_digest
 
 
 def curate(setting: Setting) -> tuple[list[Row], Metrics]:
-    """Those of the provider's alignment rows that `curate` keeps."""
+    """Those of the provider's alignment rows that `curate` keeps; scores are cached, so another share costs nothing."""
     cfg, rows = setting.cfg, setting.rows.alignment
     chooser: Curate = instantiate(cfg.curate)
     harmful = setting.harmful_rows(chooser)
+    chooser.count(len(rows))  # before the long part
     key = {
-        "curate": plain(cfg.curate),
+        "curate": {name: value for name, value in plain(cfg.curate).items() if name != "keep"},
         "lora": plain(cfg.align.lora),
         "seed": cfg.align.seed,
         "rows": rows_digest(rows),
@@ -36,11 +36,11 @@ def curate(setting: Setting) -> tuple[list[Row], Metrics]:
     def make(folder: Path) -> Metrics:
         candidates, others = (Examples(r, setting.encode) for r in (rows, harmful))
         with setting.fabric.autocast():
-            curated = chooser.curate(Candidates(candidates, others, trainee))
+            scores = chooser.scores(Candidates(candidates, others, trainee))
         if setting.fabric.is_global_zero:
-            write_text(folder / "rows.json", json.dumps(asdict(curated)))
+            write_text(folder / "scores.json", json.dumps({"scores": scores.float().tolist()}))
         return {}
 
     folder, cost = setting.stage("curate", key, make)
-    kept = [rows[i] for i in read_json(folder / "rows.json")["kept"]]
+    kept = [rows[i] for i in chooser.kept(read_json(folder / "scores.json")["scores"])]
     return kept, cost | {"rows/curated": len(kept)}
