@@ -153,6 +153,7 @@ def _stages(setting: Setting) -> tuple[Metrics, list[Answer]]:
     if "evaluate" in cfg.stages:
         own, found = evaluate(setting, "final", model, answers)
         found["time/evaluate_s"] += metrics["time/evaluate_s"]
+        found["memory/evaluate_mib"] = max(found["memory/evaluate_mib"], metrics["memory/evaluate_mib"])
         metrics |= found
         answers = [*answers, *own]
     return metrics, answers

@@ -16,13 +16,8 @@ from lisa_lightning.cache import explained, write_text
 log = logging.getLogger(__name__)
 
 CurveRow = dict[str, str]
-AXES = {
-    "trainer/global_step": ("train", "alignment", "user", "proximal", "switch", "eval", "time"),
-    "stage/align_step": ("align",),
-}
-"""W&B's x axes, both counting optimizer steps, and the curves that are drawn over them."""
-
-
+AXES = {"finetune": "trainer/global_step", "align": "stage/align_step"}
+"""The stages with curves, and W&B's x axis of each, which counts its optimizer steps."""
 INTERVALS = ("_low", "_high", "_answers")
 """What stands beside a score in curves.csv; as charts of their own they would bury it."""
 
@@ -104,6 +99,7 @@ class Tracker:
         self.curves = Curves(out / "curves.csv")
         self.out = out
         self.run, self.logged = _start_wandb(out, wandb_init, resumed)
+        self._drawn: set[str] = set()
 
     def start(self, stage: str, step: int) -> None:
         """A stage begins, or goes on after `step` finished steps: later rows are dropped, earlier ones kept."""
@@ -131,13 +127,11 @@ class Tracker:
     def _to_wandb(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         if self.run is None or step <= self.logged.get(stage, -1):
             return
-        metrics = {name: value for name, value in metrics.items() if not name.endswith(INTERVALS)}
-        if stage == "finetune":
-            self.run.log(metrics | {"trainer/global_step": step})
-        else:
-            self.run.log(
-                {f"{stage}/{_last(name)}": value for name, value in metrics.items()} | {"stage/align_step": step}
-            )
+        metrics = {_of_stage(stage, k): v for k, v in metrics.items() if not k.endswith(INTERVALS)}
+        for prefix in {name.partition("/")[0] for name in metrics} - self._drawn:
+            self.run.define_metric(f"{prefix}/*", step_metric=AXES[stage])
+            self._drawn.add(prefix)
+        self.run.log(metrics | {AXES[stage]: step})
         self.logged[stage] = step
 
     def summarize(self, metrics: dict[str, Any], samples: Sequence[dict[str, str]]) -> None:
@@ -188,8 +182,11 @@ def wandb_init(cfg: dict[str, Any], choices: dict[str, str], name: str | None = 
     }
 
 
-def _last(name: str) -> str:
-    return name.rpartition("/")[2]
+def _of_stage(stage: str, name: str) -> str:
+    """A curve's name in W&B: fine-tuning's as it is, aligning's as align/loss, align/booster_reduction."""
+    if stage == "finetune":
+        return name
+    return f"{stage}/{name.removeprefix('train/').removeprefix('time/').replace('/', '_')}"
 
 
 def _numbers(row: CurveRow) -> dict[str, float]:
@@ -220,18 +217,15 @@ def _start_wandb(out: Path, init: dict[str, Any], resumed: bool) -> tuple[Any, d
             init = init | {"config": init["config"] | {"resumed_from": earlier["id"]}}
             log.warning("W&B can't continue an offline run: a new one starts with the curves of %s.", earlier["id"])
         run = wandb.init(dir=out, mode="offline", settings=settings, **init)
-    for axis, prefixes in AXES.items():
+    for axis in AXES.values():
         run.define_metric(axis, hidden=True)
-        for prefix in prefixes:
-            run.define_metric(f"{prefix}/*", step_metric=axis)
     write_text(record, json.dumps({"id": run.id, "online": online}))
     logged = {s: int(v) for s, v in _last_steps(run).items()} if goes_on else {}
     return run, logged
 
 
 def _last_steps(run: Any) -> dict[str, float]:
-    names = dict(zip(("finetune", "align"), AXES, strict=True))
-    return {stage: run.summary[name] for stage, name in names.items() if name in run.summary}
+    return {stage: run.summary[axis] for stage, axis in AXES.items() if axis in run.summary}
 
 
 def _has_api_key() -> bool:

@@ -24,7 +24,8 @@ from lisa_lightning.module import LisaModule
 from lisa_lightning.schedule import Stream
 from lisa_lightning.tracking import Tracker
 
-ALIGN_METRICS = ("train/loss", "train/lr", "time/step_s")
+SAYS_NOTHING = {"align": ("train/state", "alignment/loss", "proximal/drift")}
+"""Of a stage with one state, and no anchor but its start."""
 
 
 class AsideCheckpointIO(TorchCheckpointIO):
@@ -160,9 +161,8 @@ class Record(Callback):
 
     def _record(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, LisaModule)
-        metrics = module.metrics
-        if self.stage == "align":  # one stream and no penalty: states and drifts would say nothing
-            metrics = {name: value for name, value in metrics.items() if name in ALIGN_METRICS}
+        left_out = SAYS_NOTHING.get(self.stage, ())
+        metrics = {name: value for name, value in module.metrics.items() if name not in left_out}
         if self.tracker is not None and metrics:
             self.tracker.log(self.stage, trainer.global_step, metrics)
         module.metrics = {}

@@ -45,7 +45,7 @@ def run(arguments: list[str], folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_task_is_added_as_the_page_says(tmp_path: Path) -> None:
-    code, arguments = blocks("adding_a_task.md")
+    code, arguments = blocks("add_a_task.md")
     (tmp_path / "letters.py").write_text(code["python"])
     (tmp_path / "conf" / "task").mkdir(parents=True)
     (tmp_path / "conf" / "task" / "letters.yaml").write_text(code["yaml"])

@@ -55,8 +55,9 @@ def test_an_offline_run_holds_every_step_and_a_resumed_one_all_of_them(
     monkeypatch.setenv("HOME", str(tmp_path))
     init = {"project": "p", "group": "g", "config": {"method": {"rho": 1.0}}}
     first = Tracker(tmp_path, init, resumed=False)
+    first.log("align", 1, {"train/loss": 2.0, "harmful/loss": 3.0})
     for step in range(5):
-        first.log("finetune", step, {"user/loss": 10.0 - step})
+        first.log("finetune", step, {"user/loss": 10.0 - step, "ewc/penalty": 0.0})
     first.finish(failed=True)
     again = Tracker(tmp_path, init, resumed=True)
     again.start("finetune", 3)
@@ -67,5 +68,10 @@ def test_an_offline_run_holds_every_step_and_a_resumed_one_all_of_them(
     again.finish(failed=False)
     wandb = str(Path(sys.executable).with_name("wandb"))
     shown = subprocess.run([wandb, "leet", "inspect", "--summary", folder], capture_output=True, text=True, check=True)
-    assert "user/loss" in shown.stdout
-    assert "final/accuracy" in shown.stdout
+    for name in ("user/loss", "final/accuracy", "trainer/global_step"):
+        assert name in shown.stdout
+    first_run = subprocess.run(
+        [wandb, "leet", "inspect", "--summary", str(first.offline_folder)], capture_output=True, text=True, check=True
+    )
+    for name in ("align/loss", "align/harmful_loss", "ewc/penalty"):
+        assert name in first_run.stdout

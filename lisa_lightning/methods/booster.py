@@ -21,7 +21,7 @@ class Booster(Method):
 
     Args:
         lamb: lambda, >= 0; 0 is SFT on alignment rows. The paper's is 5 (its script for GSM8K has 25).
-        alpha: length of the harmful step, > 0. The paper's is 0.1.
+        alpha: length of the harmful step, >= 0; 0 is SFT too. The paper's is 0.1.
         rho: Vaccine's perturbation of f, >= 0; 0 leaves it out (the official option `perturb_aware`).
         add_back: undo the harmful step by adding it back, as the official code does, which leaves its rounding errors
             in the weights.

@@ -31,7 +31,7 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url
         console.print(scored)
     times = [
         f"{stage} {metrics[f'time/{stage}_s']:.0f} s"
-        for stage in ("curate", "align", "finetune", "repair", "evaluate", "judge")
+        for stage in ("curate", "align", "finetune", "reference", "repair", "evaluate", "judge")
         if f"time/{stage}_s" in metrics
     ]
     if "time/total_s" in metrics:

@@ -7,7 +7,7 @@ from lisa_lightning.data.source import Row
 
 
 class Task(Protocol):
-    """One small final class a file, named by `_target_` in conf/task/NAME.yaml (docs/adding_a_task.md)."""
+    """One small final class a file, named by `_target_` in conf/task/NAME.yaml (docs/add_a_task.md)."""
 
     fields: ClassVar[tuple[str, ...]]
     """What a record must hold."""
