@@ -11,7 +11,8 @@ import hydra
 from omegaconf import DictConfig
 
 from lisa_lightning import sweep
-from lisa_lightning.config import check, explain
+from lisa_lightning.config import check
+from lisa_lightning.explain import explain
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

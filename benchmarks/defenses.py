@@ -10,24 +10,24 @@ from torch import Tensor
 
 from benchmarks.setting import LORA, RHO, Result, Rows, spread
 from benchmarks.training import batch, stir
+from lisa_lightning.align.booster import Booster
+from lisa_lightning.align.repnoise import RepNoise
+from lisa_lightning.align.t_vaccine import TVaccine
+from lisa_lightning.align.vaccine import Vaccine
 from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import Example, pack, pad
-from lisa_lightning.methods.asft import AsFT
-from lisa_lightning.methods.booster import Booster
-from lisa_lightning.methods.bso import BSO
-from lisa_lightning.methods.constrained_sft import ConstrainedSFT
-from lisa_lightning.methods.ewc import EWC
-from lisa_lightning.methods.ldifs import LDIFS
-from lisa_lightning.methods.lisa import Lisa
-from lisa_lightning.methods.method import Method
-from lisa_lightning.methods.proximal import Proximal
-from lisa_lightning.methods.repnoise import RepNoise
-from lisa_lightning.methods.sft import SFT
-from lisa_lightning.methods.t_vaccine import TVaccine
-from lisa_lightning.methods.vaccine import Vaccine
-from lisa_lightning.methods.vlguard import VLGuard
-from lisa_lightning.methods.vlguard_loss import VLGuardLoss
+from lisa_lightning.method.asft import AsFT
+from lisa_lightning.method.bso import BSO
+from lisa_lightning.method.constrained_sft import ConstrainedSFT
+from lisa_lightning.method.ewc import EWC
+from lisa_lightning.method.ldifs import LDIFS
+from lisa_lightning.method.lisa import Lisa
+from lisa_lightning.method.method import Method
+from lisa_lightning.method.proximal import Proximal
+from lisa_lightning.method.sft import SFT
+from lisa_lightning.method.vlguard import VLGuard
+from lisa_lightning.method.vlguard_loss import VLGuardLoss
 from lisa_lightning.net import attach, load, modules, trainable
 from lisa_lightning.passes import Passes
 from lisa_lightning.schedule import Stream

@@ -20,7 +20,7 @@ from lisa_lightning.data.files import Reading, read_records
 from lisa_lightning.data.packing import Example
 from lisa_lightning.data.source import Row
 from lisa_lightning.net import load_tokenizer
-from lisa_lightning.tasks.sst2 import SST2
+from lisa_lightning.task.sst2 import SST2
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # public data sets, where a copy of them lies beside the project

@@ -20,9 +20,9 @@ from lisa_lightning.cpu import product_by_onednn
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import Batch, Examples, Step, StepBatches
 from lisa_lightning.data.packing import Example, Pack, pack
-from lisa_lightning.methods.lisa import Lisa
-from lisa_lightning.methods.method import Method
-from lisa_lightning.methods.sft import SFT
+from lisa_lightning.method.lisa import Lisa
+from lisa_lightning.method.method import Method
+from lisa_lightning.method.sft import SFT
 from lisa_lightning.module import LisaModule, Optim
 from lisa_lightning.net import attach, load, trainable
 from lisa_lightning.passes import Descent, Passes, Share

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lisa_lightning.config import flat
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.errors import UserError
-from lisa_lightning.methods.method import Method
+from lisa_lightning.method.method import Method
 from lisa_lightning.net import trainable
 from lisa_lightning.passes import Passes
 
@@ -35,6 +35,15 @@ class Optim:
     weight_decay: float
     betas: tuple[float, float]
     eps: float
+
+    @classmethod
+    def of(cls, cfg: Any, epoch: int, ranks: int) -> "Optim":
+        """As configured; epochs of so many rows as steps."""
+        settings: dict[str, Any] = {field.name: cfg[field.name] for field in fields(cls)}
+        if cfg.steps is None:
+            settings["steps"] = cfg.epochs * -(-epoch // (cfg.batch_size * cfg.accumulate * ranks))
+        settings["betas"] = tuple(cfg.betas)
+        return cls(**settings)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a 0-based step; `constant` has no warm-up, as in the official runs."""

@@ -18,24 +18,25 @@ class Defense(Protocol):
         ...
 
 
-def refuse_unmet(defenses: Mapping[str, Defense], cfg: Any) -> None:
+def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cfg: Any) -> None:
     """Refuse what the config can't give.
 
     Args:
-        defenses: by the choice that named them, `align=booster`.
+        defenses: those of the stages that run, by config group.
+        choices: config group -> what was chosen.
 
     Raises:
         UserError: the choice, and what would give it what it needs.
     """
     harmful = cfg.source.defender
-    aligning = "align" in cfg.stages and cfg.align.method is not None
-    for choice, defense in defenses.items():
+    for group, defense in defenses.items():
+        choice = f"{group}={choices[group]}"
         if "harmful rows" in defense.needs and harmful.path is None and harmful.get("hub") is None:
             raise UserError(
                 f"{choice} defends with harmful rows of the provider's, and this source has none: "
                 "give a file as source.defender.path, with prompt and response"
             )
-        if "aligned change" in defense.needs and (not aligning or cfg.model.adapters == "continued"):
+        if "aligned change" in defense.needs and ("align" not in defenses or cfg.model.adapters == "continued"):
             raise UserError(
                 f"{choice} holds on to what aligning changed, which is not told apart here: it needs the stage "
                 f"align with another choice than align=none, and model.adapters=stacked (now {cfg.model.adapters})"

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from lisa_lightning import report
 from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import cache_folder, explained, read_json, write_text
+from lisa_lightning.config import WITHOUT_RESULT
 from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import load_rows
@@ -28,18 +29,18 @@ from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer, read_answers
 from lisa_lightning.evaluate.judging import read_judged, read_responses
 from lisa_lightning.evaluate.scores import verdict
-from lisa_lightning.judges.judge import Judge
+from lisa_lightning.judge.judge import Judge
 from lisa_lightning.module import refuse_other_run
-from lisa_lightning.needs import Defense, refuse_unmet
+from lisa_lightning.needs import refuse_unmet
 from lisa_lightning.net import refuse_quantization
 from lisa_lightning.stages.align import align
 from lisa_lightning.stages.curate import curate
 from lisa_lightning.stages.evaluate import evaluate
 from lisa_lightning.stages.finetune import finetune
 from lisa_lightning.stages.judge import judge
-from lisa_lightning.stages.repair import chosen, repair
+from lisa_lightning.stages.repair import repair
 from lisa_lightning.stages.setting import Metrics, Setting, plain
-from lisa_lightning.sweep import WITHOUT_RESULT, multirun
+from lisa_lightning.sweep import multirun
 from lisa_lightning.tracking import CurveRow, Tracker, read_rows, wandb_init
 
 log = logging.getLogger(__name__)
@@ -65,15 +66,16 @@ def run(cfg: DictConfig) -> Metrics:
     if multirun():
         _refuse_processes(fabric, cfg.trainer)
     task = get_class(cfg.task._target_)()
+    choices = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
     defenses = _defenses(cfg)
-    refuse_unmet(defenses, cfg)
+    refuse_unmet(defenses, choices, cfg)
     defender = any("harmful rows" in defense.needs for defense in defenses.values())
     rows = load_rows(cfg.source, task, cfg.data.allow_overlap, defender)
-    user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, cfg.method.get("safe_ratio", 0.0))
+    safe_ratio = defenses["method"].safe_ratio if "method" in defenses else 0.0
+    user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, safe_ratio)
     if cfg.model.quantize is not None:
         refuse_quantization()
     keep_freed_memory()
-    choices = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
     if getattr(rank_zero_only, "rank", 0) == 0:  # before the other ranks are there to wait
         _claim(out, cfg, choices)
     fabric.launch()  # every rank runs all stages from here on, so that evaluation is shared out too
@@ -88,7 +90,7 @@ def run(cfg: DictConfig) -> Metrics:
     failed = True
     try:
         setting = Setting(cfg, out, fabric, tracker, task, rows, user, base, base_key)
-        metrics, answers = _stages(setting)
+        metrics, answers = _stages(setting, defenses)
         if tracker is not None:  # judging is done by the first rank; the others have nothing left to do
             if judges:
                 write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # a judge may fail
@@ -102,22 +104,21 @@ def run(cfg: DictConfig) -> Metrics:
     return metrics
 
 
-def _defenses(cfg: DictConfig) -> dict[str, Defense]:
-    """What defends in the stages that run, by the choice that named it."""
-    choices = HydraConfig.get().runtime.choices
-    found: dict[str, Defense] = {}
+def _defenses(cfg: DictConfig) -> dict[str, Any]:
+    """What defends in the stages that run, by config group: a Curate, two Methods, a Repair."""
+    configured: dict[str, Any] = {}
     if "align" in cfg.stages and cfg.align.method is not None:
-        found |= {f"align={choices['align']}": instantiate(cfg.align.method)}
+        configured["align"] = cfg.align.method
         if "curate" in cfg.stages and cfg.curate:
-            found |= {f"curate={choices['curate']}": instantiate(cfg.curate)}
+            configured["curate"] = cfg.curate
     if "finetune" in cfg.stages:
-        found |= {f"method={choices['method']}": instantiate(cfg.method)}
+        configured["method"] = cfg.method
         if "repair" in cfg.stages and cfg.repair:
-            found |= {f"repair={choices['repair']}": chosen(cfg.repair)}
-    return found
+            configured["repair"] = {name: own for name, own in plain(cfg.repair).items() if name != "reference"}
+    return {group: instantiate(own) for group, own in configured.items()}
 
 
-def _stages(setting: Setting) -> tuple[Metrics, list[Answer]]:
+def _stages(setting: Setting, defenses: Mapping[str, Any]) -> tuple[Metrics, list[Answer]]:
     """Run the chosen stages but for the judges; without `align` the base model stands for the aligned one."""
     cfg = setting.cfg
     overlap = setting.rows.overlap
@@ -129,23 +130,23 @@ def _stages(setting: Setting) -> tuple[Metrics, list[Answer]]:
     }
     metrics |= {f"rows/overlap/{pair}": count for pair, count in overlap.items()}
     model, answers = setting.base, []
-    if "align" in cfg.stages and cfg.align.method is not None:
+    if "align" in defenses:
         rows = setting.rows.alignment
-        if "curate" in cfg.stages and cfg.curate:
-            rows, found = curate(setting)
+        if "curate" in defenses:
+            rows, found = curate(setting, defenses["curate"])
             metrics |= found
-        model, found = align(setting, rows)
+        model, found = align(setting, rows, defenses["align"])
         metrics |= found
     if "evaluate" in cfg.stages:
         answers, found = evaluate(setting, "aligned", model, [])
         metrics |= found
-    if "finetune" not in cfg.stages:
+    if "method" not in defenses:
         return metrics, answers
     aligned = model
-    model, found = finetune(setting, aligned)
+    model, found = finetune(setting, aligned, defenses["method"])
     metrics |= found
-    if "repair" in cfg.stages and cfg.repair:
-        model, found = repair(setting, aligned, model)
+    if "repair" in defenses:
+        model, found = repair(setting, aligned, model, defenses["repair"])
         metrics |= found
     if setting.fabric.is_global_zero and model.adapter is not None:
         with explained(setting.out):

@@ -15,14 +15,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.cache import code_digest, read_json, write_text
-from lisa_lightning.config import check, explain
+from lisa_lightning.config import WITHOUT_RESULT, bookkeeping, check
+from lisa_lightning.explain import explain
+from lisa_lightning.report.sweep import FAILED, complete
 
 log = logging.getLogger(__name__)
 
-FAILED = "failed.json"
 FOLDER = "hydra.sweep.dir"
-WITHOUT_RESULT = ("resume", "cache_dir", "wandb", "checkpoint")
-"""Keys that may differ between a finished job and the one that is asked for."""
 LONGEST = 120  # characters of a sweep's folder
 LONGEST_JOB = 200  # of a job's, which says every value; file systems take 255 bytes
 
@@ -58,16 +57,6 @@ def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     if not swept and "sweep" not in fixed:
         more["hydra.sweep.subdir"] = "job"
     return [*arguments, *(f"{key}={value}" for key, value in more.items() if key not in given)], folder
-
-
-def bookkeeping(key: str) -> bool:
-    """Whether a key changes nothing of a result."""
-    return key.partition(".")[0].partition("/")[0] in ("hydra", *WITHOUT_RESULT)
-
-
-def complete(metrics: Mapping[str, Any]) -> bool:
-    """Whether the run whose metrics.json holds these got to its end."""
-    return "time/total_s" in metrics
 
 
 def _name(name: str) -> str:

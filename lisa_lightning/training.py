@@ -17,7 +17,7 @@ from lisa_lightning.data.interleave import StepBatches
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.evaluate.evaluator import Evaluator, Question
 from lisa_lightning.evaluate.scores import curve_scores
-from lisa_lightning.judges.embedded import EmbeddedJudge
+from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.loss import completion_loss
 from lisa_lightning.memory import peak_mib, watch
 from lisa_lightning.module import LisaModule

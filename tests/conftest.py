@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from chat_server import url  # noqa: F401  # a fixture
 from hydra import compose, initialize_config_dir
+from judge_models import classifier, guard  # noqa: F401  # fixtures
 from omegaconf import DictConfig
 from training import train  # noqa: F401  # a fixture
 

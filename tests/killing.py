@@ -68,7 +68,7 @@ def scenarios() -> dict[str, Patch]:
     """The moments; smoke runs in cycles of 2 alignment and 4 user steps, 5 steps of aligning before."""
     from lisa_lightning import cache, pipeline, training
     from lisa_lightning.evaluate import evaluator, judging
-    from lisa_lightning.methods.method import Method
+    from lisa_lightning.method.method import Method
     from lisa_lightning.module import LisaModule
     from lisa_lightning.stages import finetune
     from lisa_lightning.tracking import Curves
@@ -232,7 +232,7 @@ def scenario(name: str, patch: Patch | None, work: Path) -> dict[str, Any]:
 
 def _load_once() -> None:
     """What every run would spend seconds on: the judge is fitted here and comes along with the fork."""
-    from lisa_lightning.judges.embedded import EmbeddedJudge
+    from lisa_lightning.judge.embedded import EmbeddedJudge
 
     EmbeddedJudge._fitted = EmbeddedJudge()._fitted  # type: ignore[assignment,method-assign]
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lisa_lightning.curate._selector import BETAS, CLIP, START, row_losses, weights
 from lisa_lightning.curate.curate import Candidates, Curate
 from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
 from lisa_lightning.curate.random import Random
 from lisa_lightning.curate.seal import Seal
-from lisa_lightning.curate.selector import BETAS, CLIP, START, row_losses, weights
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import IGNORED, Example, Packing, pack, pad
 from lisa_lightning.errors import UserError

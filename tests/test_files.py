@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from lisa_lightning.data.files import Reading, read_records
 from lisa_lightning.data.source import load_rows
 from lisa_lightning.errors import UserError
-from lisa_lightning.tasks.sst2 import SST2
+from lisa_lightning.task.sst2 import SST2
 
 BOTH = Reading({"prompt": "prompt", "response": "response"})
 

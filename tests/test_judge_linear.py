@@ -12,8 +12,8 @@ from sklearn.metrics import roc_auc_score
 
 from lisa_lightning.config import check
 from lisa_lightning.errors import UserError
-from lisa_lightning.judges.judge import Pair
-from lisa_lightning.judges.linear import LinearJudge, folds
+from lisa_lightning.judge.judge import Pair
+from lisa_lightning.judge.linear import LinearJudge, folds
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "safe_rlhf_mini" / "filtered.dev.jsonl"
 SHIPPED: Any = OmegaConf.load(Path(__file__).parents[1] / "conf" / "judge" / "linear.yaml")

@@ -1,102 +1,27 @@
-"""Judges behind an endpoint, against a server on this machine that answers as such endpoints do."""
+"""The judge behind an endpoint, against a server on this machine that answers as such endpoints do."""
 
-import http.server
-import json
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+from chat_server import KEY, Reply, Server, settings, told
 
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import judge_answers
-from lisa_lightning.judges.judge import Pair, Verdict
-from lisa_lightning.judges.openai import OpenAIJudge, _score
-from lisa_lightning.judges.win_rate import WinRateJudge
+from lisa_lightning.judge.judge import Pair, Verdict
+from lisa_lightning.judge.openai import OpenAIJudge, _score
+from lisa_lightning.judge.win_rate import WinRateJudge
 
-KEY = "sk-test-0123456789"
-CONF = Path(__file__).parents[1] / "conf" / "judge"
 PAIRS = [Pair(f"request {i} {{response}}", f"answer {'x' * i}", "answer xxx") for i in range(8)]
-Reply = Callable[[str], tuple[int, str]]
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Chat completions; `reply` turns a question into status and content."""
-
-    protocol_version = "HTTP/1.1"
-    reply: ClassVar[Reply]
-    parameters: ClassVar[Callable[[dict[str, Any]], tuple[int, str] | None]]
-    asked: ClassVar[list[dict[str, Any]]] = []
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        body["authorization"], body["path"] = self.headers["Authorization"], self.path
-        Server.asked.append(body)
-        status, content = type(self).parameters(body) or type(self).reply(body["messages"][0]["content"])
-        answer: dict[str, Any] = {"error": {"message": content}}
-        if status == 200:
-            message = {"role": "assistant", "content": content}
-            choice = {"index": 0, "finish_reason": "stop", "message": message}
-            usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-            answer = {
-                "id": "1",
-                "object": "chat.completion",
-                "created": 0,
-                "model": "m",
-                "choices": [choice],
-                "usage": usage,
-            }
-        data = json.dumps(answer).encode()
-        self.send_response(status)
-        for name, value in (
-            ("Content-Type", "application/json"),
-            ("Content-Length", str(len(data))),
-            ("Retry-After", "0"),
-        ):
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    Server.asked, Server.parameters = [], staticmethod(lambda _: None)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}/v1"
-        running.shutdown()
-
-
-def settings(name: str, url: str, **more: Any) -> dict[str, Any]:
-    shipped: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"))
-    shipped = shipped[name]
-    del shipped["_target_"]
-    prices = {"usd_per_million_input": 1.0, "usd_per_million_output": 10.0}
-    return shipped | {"model": "m", "base_url": url, "retries": 2} | prices | more
 
 
 def judged(url: str, reply: Reply, pairs: list[Pair] = PAIRS, **more: Any) -> list[Verdict]:
     Server.reply = staticmethod(reply)
     return told(OpenAIJudge(**settings("openai", url, **more)).verdicts(pairs))
-
-
-def told(verdicts: Iterator[Verdict | None], count: int | None = None) -> list[Verdict]:
-    """The verdicts, or the first ones, none of which failed."""
-    found = list(islice(verdicts, count))
-    assert None not in found
-    return [v for v in found if v is not None]
 
 
 def test_the_rubric_goes_out_filled_and_the_score_comes_back(url: str) -> None:
@@ -210,18 +135,6 @@ def test_what_was_answered_is_kept_when_the_cap_is_reached(url: str, tmp_path: P
     assert given == Counter(range(8))
 
 
-def test_win_rate_keeps_what_was_answered_too(url: str) -> None:
-    def reply(text: str) -> tuple[int, str]:
-        time.sleep(0.2 * ("do 1" in text))  # the others are under way by then
-        return (400, "no") if "do 1" in text else (200, "Better: A")
-
-    Server.reply = staticmethod(reply)
-    verdicts = WinRateJudge(**settings("win_rate", url)).verdicts([Pair(f"do {i}", "a", "b") for i in range(4)])
-    assert [v is None for v in islice(verdicts, 4)] == [False, True, False, False]
-    with pytest.raises(UserError, match=r"judge\.win_rate at .* refuses the request"):
-        next(verdicts)
-
-
 def test_newer_parameters_are_learnt_once(url: str) -> None:
     """The words are OpenAI's."""
 
@@ -286,22 +199,3 @@ def test_no_key_no_judge_and_no_key_in_the_version(url: str, monkeypatch: pytest
     for make in (lambda: OpenAIJudge(**settings("openai", url)), lambda: WinRateJudge(**settings("win_rate", url))):
         with pytest.raises(UserError, match="needs a key: set the environment variable OPENAI_API_KEY"):
             make()
-
-
-def win_rate(url: str, reply: Reply, pairs: list[Pair]) -> float:
-    Server.reply = staticmethod(reply)
-    verdicts = told(WinRateJudge(**settings("win_rate", url)).verdicts(pairs))
-    assert all(v.score == float(v.flagged) for v in verdicts)
-    return sum(v.flagged for v in verdicts) / len(verdicts)
-
-
-def test_win_rate_follows_the_answers_and_not_their_places(url: str) -> None:
-    pairs = [Pair(f"do {i}", "long answer" if i % 4 else "-", "short") for i in range(60)]
-
-    def longer(text: str) -> tuple[int, str]:
-        a, b = (text.partition(f"<answer {x}>\n")[2].partition("\n</answer")[0] for x in "AB")
-        assert {a, b} in ({"long answer", "short"}, {"-", "short"})
-        return 200, f"Better: {'A' if len(a) > len(b) else 'B'}"
-
-    assert win_rate(url, longer, pairs) == 0.75
-    assert 0.3 < win_rate(url, lambda _: (200, "Better: A"), pairs) < 0.7

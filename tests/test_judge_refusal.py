@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lisa_lightning.data.files import EMBEDDED, Reading, read_records
-from lisa_lightning.judges.judge import Pair
-from lisa_lightning.judges.refusal import RefusalJudge, refusal_probability
+from lisa_lightning.judge.judge import Pair
+from lisa_lightning.judge.refusal import RefusalJudge, refusal_probability
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 LIST = "\n\n1. **First**, read about it.\n2. **Then**, ask a friend.\n3. Write down what you decided.\n"

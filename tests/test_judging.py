@@ -14,10 +14,10 @@ from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import judge_answers, read_judged, read_responses
 from lisa_lightning.evaluate.scores import judged_scores, named, share, task_scores
-from lisa_lightning.judges.judge import Metric, Pair, Verdict
-from lisa_lightning.judges.refusal import RefusalJudge
-from lisa_lightning.tasks.alpaca import Alpaca
-from lisa_lightning.tasks.sst2 import SST2
+from lisa_lightning.judge.judge import Metric, Pair, Verdict
+from lisa_lightning.judge.refusal import RefusalJudge
+from lisa_lightning.task.alpaca import Alpaca
+from lisa_lightning.task.sst2 import SST2
 
 
 class Shouting:

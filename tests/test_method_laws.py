@@ -13,19 +13,20 @@ import ranks
 import torch
 from training import Train, largest_difference
 
-from lisa_lightning.methods.asft import AsFT
-from lisa_lightning.methods.booster import Booster
-from lisa_lightning.methods.constrained_sft import ConstrainedSFT
-from lisa_lightning.methods.dpo import DPO
-from lisa_lightning.methods.ewc import EWC
-from lisa_lightning.methods.ldifs import LDIFS
-from lisa_lightning.methods.method import Method
-from lisa_lightning.methods.repnoise import RepNoise
-from lisa_lightning.methods.sft import SFT
-from lisa_lightning.methods.t_vaccine import TVaccine
-from lisa_lightning.methods.vaccine import Vaccine
-from lisa_lightning.methods.vlguard_loss import VLGuardLoss
+from lisa_lightning.align.booster import Booster
+from lisa_lightning.align.repnoise import RepNoise
+from lisa_lightning.align.sft import SFT as AlignmentSFT
+from lisa_lightning.align.t_vaccine import TVaccine
+from lisa_lightning.align.vaccine import Vaccine
+from lisa_lightning.method.asft import AsFT
+from lisa_lightning.method.constrained_sft import ConstrainedSFT
+from lisa_lightning.method.ewc import EWC
+from lisa_lightning.method.ldifs import LDIFS
+from lisa_lightning.method.method import Method
+from lisa_lightning.method.sft import SFT
+from lisa_lightning.method.vlguard_loss import VLGuardLoss
 from lisa_lightning.module import LisaModule
+from lisa_lightning.repair._dpo import DPO
 
 LAYERS = 2  # of the tiny model
 METHODS: dict[str, Callable[[], Method]] = {
@@ -47,11 +48,11 @@ ALIKE = {
     "vlguard_loss": (VLGuardLoss(0.0, 2), SFT()),
     "ldifs": (LDIFS(0.0, 0.1, None, False), SFT()),
     "asft": (AsFT(0.0, False), SFT()),
-    "vaccine": (Vaccine(0.0), SFT("alignment")),
-    "booster": (Booster(0.0, 0.1, 0.0, False), SFT("alignment")),
+    "vaccine": (Vaccine(0.0), AlignmentSFT()),
+    "booster": (Booster(0.0, 0.1, 0.0, False), AlignmentSFT()),
     "booster_vaccine": (Booster(0.0, 0.1, 2.0, False), Vaccine(2.0)),
     "t_vaccine": (TVaccine(2.0, LAYERS, 3, 4, 0), Vaccine(2.0)),
-    "repnoise": (RepNoise(0.0, 0.0, False, 0), SFT("alignment")),
+    "repnoise": (RepNoise(0.0, 0.0, False, 0), AlignmentSFT()),
 }
 
 
@@ -115,7 +116,7 @@ def test_resume_equals_the_straight_run_bit_for_bit_with_dropout(train: Train, n
 def test_dropout_is_the_same_in_all_passes_of_a_step(train: Train) -> None:
     """Else Vaccine without a perturbation and SFT would draw different masks."""
     assert (
-        largest_difference(train(Vaccine(0.0), 0.3, folder="a"), train(SFT("alignment"), 0.3, folder="b", apart=True))
+        largest_difference(train(Vaccine(0.0), 0.3, folder="a"), train(AlignmentSFT(), 0.3, folder="b", apart=True))
         == 0
     )
 

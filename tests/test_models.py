@@ -21,7 +21,7 @@ from lisa_lightning.data.templates import Template, alpaca, encode_prompt
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.generate import Stop, generate
 from lisa_lightning.loss import choose_packing
-from lisa_lightning.methods.lisa import Lisa
+from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.module import LisaModule, Optim
 from lisa_lightning.net import attach, attach_saved, load, load_tokenizer, merged, save_adapter, trainable
 from lisa_lightning.passes import Passes

@@ -65,7 +65,6 @@ def test_every_defense_has_its_papers_settings(config: Callable[..., DictConfig]
         text = (ROOT / "conf" / "experiment" / "paper" / f"{name}.yaml").read_text(encoding="utf-8")
         needed = ["source.refusals=pairs.json"] if "source.refusals" in text else []
         cfg = config(f"experiment=paper/{name}", *needed)
-        check(cfg)
         for group in ("curate", "align", "method", "repair"):
             file = ROOT / "conf" / group / f"{name.replace('booster_vaccine', 'booster')}.yaml"
             if file.exists():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lisa_lightning.data.interleave import Batch, Step
-from lisa_lightning.methods.lisa import Lisa
+from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.proximal import add_gradient, snapshot, squared_distance
 
 # Weights after step s and squared drifts at the switches of the official trainer: f = |w-(1,0)|^2/2 on alignment,

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lisa_lightning.alignment_delta import Delta, changed, dense_deltas, low_rank_deltas
 from lisa_lightning.data.packing import Example, Pack, pad
 from lisa_lightning.errors import UserError
-from lisa_lightning.methods.asft import distance
+from lisa_lightning.method.asft import distance
 from lisa_lightning.net import modules, save_adapter, trainable
 from lisa_lightning.repair.antidote import Antidote
 from lisa_lightning.repair.nlsr import Nlsr

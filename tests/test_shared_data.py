@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from lisa_lightning.data.files import Reading, read_records
-from lisa_lightning.tasks.agnews import AGNews
-from lisa_lightning.tasks.gsm8k import GSM8K
-from lisa_lightning.tasks.sst2 import SST2
+from lisa_lightning.task.agnews import AGNews
+from lisa_lightning.task.gsm8k import GSM8K
+from lisa_lightning.task.sst2 import SST2
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not here")

@@ -11,12 +11,12 @@ from training import STEPS, Train, largest_difference, weights
 
 from lisa_lightning.errors import UserError
 from lisa_lightning.loss import completion_loss
-from lisa_lightning.methods.bso import BSO
-from lisa_lightning.methods.lisa import Lisa
-from lisa_lightning.methods.method import Method
-from lisa_lightning.methods.proximal import Proximal
-from lisa_lightning.methods.sft import SFT
-from lisa_lightning.methods.vlguard import VLGuard
+from lisa_lightning.method.bso import BSO
+from lisa_lightning.method.lisa import Lisa
+from lisa_lightning.method.method import Method
+from lisa_lightning.method.proximal import Proximal
+from lisa_lightning.method.sft import SFT
+from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.module import Optim
 from lisa_lightning.net import attach, load, trainable
 from lisa_lightning.training import JointGradient

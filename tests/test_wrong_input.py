@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.config import JUDGES, RULES, check
 from lisa_lightning.errors import UserError
@@ -132,7 +132,12 @@ def test_two_states_of_length_zero_are_refused(config: Config) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_is_accepted(config: Config, experiment: str) -> None:
-    check(config(f"experiment={experiment}"))
+    cfg = config(f"experiment={experiment}")
+    if OmegaConf.is_missing(cfg.source, "refusals"):  # a file that the user has to have
+        with pytest.raises(UserError, match=r"^source\.refusals has no value; give one as source\.refusals=\.\.\.$"):
+            check(cfg)
+        cfg = config(f"experiment={experiment}", "source.refusals=pairs.json")
+    check(cfg)
 
 
 def test_local_files_are_asked_for_by_key(config: Config) -> None:
@@ -141,8 +146,6 @@ def test_local_files_are_asked_for_by_key(config: Config) -> None:
 
 
 def test_every_rule_is_about_a_key_that_exists(config: Config) -> None:
-    from omegaconf import OmegaConf
-
     absent = {rule.replace("align.method.", "method.") for rule in set(RULES) - HARMLESS}  # a method is asked for once
     judges = (f"judge=[{','.join(JUDGES)}]", *(override for needed in NEEDED.values() for override in needed))
     groups = ("method", "align", "repair", "curate")

@@ -17,7 +17,7 @@ from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.packing import pack, pad
 from lisa_lightning.data.source import Row
-from lisa_lightning.methods.method import Method
+from lisa_lightning.method.method import Method
 from lisa_lightning.module import LisaModule, Optim
 from lisa_lightning.net import PREFIX, attach, load, load_tokenizer, trainable
 from lisa_lightning.passes import Passes

@@ -5,8 +5,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from lisa_lightning.curate._selector import BilevelCurate
 from lisa_lightning.curate.curate import Candidates
-from lisa_lightning.curate.selector import BilevelCurate
 from lisa_lightning.errors import UserError
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lisa_lightning.curate._selector import BilevelCurate
 from lisa_lightning.curate.curate import Candidates
-from lisa_lightning.curate.selector import BilevelCurate
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.errors import UserError
 

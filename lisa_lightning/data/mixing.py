@@ -13,7 +13,7 @@ def user_rows(rows: Rows, n: int, harmful_ratio: float, order: str, seed: int, s
         order: `seeded` draws rows at random and counts exactly; `head` takes the first rows and truncates the counts
             in floating point as the official code does (0.9 of 1000 leaves 99 benign rows). Either way a larger
             harmful ratio's harmful rows contain a smaller one's.
-        safe_ratio: share of the n rows that are alignment rows, in place of task rows (methods/vlguard.py).
+        safe_ratio: share of the n rows that are alignment rows, in place of task rows (method/vlguard.py).
 
     Raises:
         UserError: there are fewer rows than asked for.

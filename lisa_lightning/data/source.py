@@ -45,7 +45,7 @@ class Rows:
 
 
 def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = False) -> Rows:
-    """Read all sets of `source` (conf/source) for `task` (a lisa_lightning.tasks.task.Task).
+    """Read all sets of `source` (conf/source) for `task` (a lisa_lightning.task.task.Task).
 
     Args:
         allow_overlap: keep training rows whose prompt is also held out, and alignment rows whose prompt is also a

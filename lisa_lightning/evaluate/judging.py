@@ -13,7 +13,7 @@ from lisa_lightning.cache import digest, explained, locked, write_text
 from lisa_lightning.data.files import Reading, read_records
 from lisa_lightning.data.templates import joined
 from lisa_lightning.evaluate.evaluator import Answer
-from lisa_lightning.judges.judge import Judge, Pair, Verdict
+from lisa_lightning.judge.judge import Judge, Pair, Verdict
 
 log = logging.getLogger(__name__)
 

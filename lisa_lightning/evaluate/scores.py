@@ -8,9 +8,9 @@ import numpy as np
 
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import Judged
-from lisa_lightning.judges.embedded import EmbeddedJudge
-from lisa_lightning.judges.judge import Pair
-from lisa_lightning.tasks.task import Scored
+from lisa_lightning.judge.embedded import EmbeddedJudge
+from lisa_lightning.judge.judge import Pair
+from lisa_lightning.task.task import Scored
 
 RESAMPLES: Final = 10_000
 Z: Final = 1.959963984540054  # of the normal distribution, for 95 %

@@ -11,11 +11,11 @@ from statistics import fmean, stdev
 from typing import Any, Final, Literal
 
 from lisa_lightning.cache import explained, read_json, write_text
-from lisa_lightning.config import flat
+from lisa_lightning.config import bookkeeping, flat
 from lisa_lightning.errors import UserError
-from lisa_lightning.report.page import SCORES
-from lisa_lightning.sweep import FAILED, bookkeeping, complete
+from lisa_lightning.report.scores import SCORES
 
+FAILED: Final = "failed.json"
 Status = Literal["finished", "unfinished", "failed"]
 GROUPS: Final = ("method", "curate", "align", "repair", "model", "task", "source")
 """Config groups by which runs are told apart, before any single key."""
@@ -101,6 +101,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     if not found:
         raise UserError(f"{', '.join(map(str, folders))}: there is no run in it")
     return [_read(folder) for folder in found]
+
+
+def complete(metrics: Mapping[str, Any]) -> bool:
+    """Whether the run whose metrics.json holds these got to its end."""
+    return "time/total_s" in metrics
 
 
 def _read(folder: Path) -> Run:

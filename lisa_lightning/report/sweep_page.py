@@ -20,8 +20,9 @@ from lisa_lightning.report.drawing import (
     Points,
     figure,
 )
-from lisa_lightning.report.page import SCORES, rendered
+from lisa_lightning.report.page import rendered
 from lisa_lightning.report.plots import points, smooth
+from lisa_lightning.report.scores import SCORES
 from lisa_lightning.report.sweep import (
     Run,
     Setting,

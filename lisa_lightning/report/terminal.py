@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lisa_lightning.report.page import SCORES, score_keys
+from lisa_lightning.report.scores import SCORES, score_keys
 
 STAGES = {"aligned": "aligned model", "final": "after fine-tuning", "responses": "responses"}
 

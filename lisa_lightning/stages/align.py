@@ -3,20 +3,19 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.utils import instantiate
-
 from lisa_lightning.data.source import Row
-from lisa_lightning.methods.method import Method
+from lisa_lightning.method.method import Method
+from lisa_lightning.module import Optim
 from lisa_lightning.net import attach_saved, save_adapter, save_merged
 from lisa_lightning.schedule import Stream
 from lisa_lightning.stages.setting import Metrics, Model, Setting, plain, rows_digest
 from lisa_lightning.stages.train import train
 
 
-def align(setting: Setting, own: list[Row]) -> tuple[Model, Metrics]:
+def align(setting: Setting, own: list[Row], method: Method) -> tuple[Model, Metrics]:
     """The base model aligned on these rows."""
     cfg, adapters = setting.cfg.align, setting.cfg.model.adapters
-    method: Method = instantiate(cfg.method)
+    optim = Optim.of(cfg.optim, len(own), setting.fabric.world_size)
     rows: dict[Stream, Sequence[Row]] = {"user": [], "alignment": own, "harmful": setting.harmful_rows(method)}
     key = {
         "align": plain(cfg),
@@ -26,7 +25,7 @@ def align(setting: Setting, own: list[Row]) -> tuple[Model, Metrics]:
 
     def make(folder: Path) -> Metrics:
         net = setting.attach(setting.base, cfg.lora, cfg.seed)
-        cost = train(setting, "align", net, method, cfg.optim, cfg.seed, rows, len(own), key)
+        cost = train(setting, "align", net, method, optim, cfg.seed, rows, key)
         if setting.fabric.is_global_zero:
             save_adapter(net, str(setting.base.folder), folder / "adapter")
             if adapters == "stacked":

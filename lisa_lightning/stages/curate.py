@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from hydra.utils import instantiate
-
 from lisa_lightning.cache import read_json, write_text
 from lisa_lightning.curate.curate import Candidates, Curate
 from lisa_lightning.data.interleave import Examples
@@ -15,10 +13,9 @@ from lisa_lightning.passes import Passes
 from lisa_lightning.stages.setting import Metrics, Setting, plain, rows_digest
 
 
-def curate(setting: Setting) -> tuple[list[Row], Metrics]:
+def curate(setting: Setting, chooser: Curate) -> tuple[list[Row], Metrics]:
     """Those of the provider's alignment rows that `curate` keeps; scores are cached, so another share costs nothing."""
     cfg, rows = setting.cfg, setting.rows.alignment
-    chooser: Curate = instantiate(cfg.curate)
     harmful = setting.harmful_rows(chooser)
     chooser.count(len(rows))  # before the long part
     key = {

@@ -13,7 +13,7 @@ from lisa_lightning.evaluate.evaluator import Answer, Evaluator, Question, quest
 from lisa_lightning.evaluate.scores import task_scores
 from lisa_lightning.net import merged
 from lisa_lightning.stages.setting import Metrics, Model, Setting
-from lisa_lightning.tasks.task import Scored
+from lisa_lightning.task.task import Scored
 
 
 def evaluate(setting: Setting, stage: str, model: Model, before: Sequence[Answer]) -> tuple[list[Answer], Metrics]:

@@ -5,24 +5,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
-
 from lisa_lightning.data.source import Row
 from lisa_lightning.evaluate.evaluator import questions
-from lisa_lightning.judges.embedded import EmbeddedJudge
-from lisa_lightning.methods.method import Method
+from lisa_lightning.judge.embedded import EmbeddedJudge
+from lisa_lightning.method.method import Method
+from lisa_lightning.module import Optim
 from lisa_lightning.net import save_adapter
 from lisa_lightning.schedule import Stream
 from lisa_lightning.stages.evaluate import asking, evaluator
 from lisa_lightning.stages.setting import Metrics, Model, Setting, plain, rows_digest
-from lisa_lightning.stages.train import steps, train
+from lisa_lightning.stages.train import train
 from lisa_lightning.training import EvaluateCurve, JointGradient
 
 
-def finetune(setting: Setting, aligned: Model) -> tuple[Model, Metrics]:
+def finetune(setting: Setting, aligned: Model, method: Method) -> tuple[Model, Metrics]:
     """The aligned model with the adapter that the user's rows gave it."""
     cfg = setting.cfg
-    method: Method = instantiate(cfg.method)
+    optim = Optim.of(cfg.optim, len(setting.user), setting.fabric.world_size)
     rows: dict[Stream, Sequence[Row]] = {
         "alignment": setting.rows.alignment,
         "user": setting.user,
@@ -47,10 +46,9 @@ def finetune(setting: Setting, aligned: Model) -> tuple[Model, Metrics]:
             "finetune",
             net,
             method,
-            cfg.optim,
+            optim,
             cfg.seed,
             rows,
-            len(setting.user),
             key,
             callbacks=callbacks,
             discard=cfg.data.during_alignment == "discard",
@@ -62,8 +60,7 @@ def finetune(setting: Setting, aligned: Model) -> tuple[Model, Metrics]:
         return cost
 
     folder, cost = setting.stage("finetune", key, make)
-    count = steps(cfg.optim, len(setting.user), setting.fabric.world_size)
-    return Model(aligned.folder, folder / "adapter"), cost | {"train/steps": count}
+    return Model(aligned.folder, folder / "adapter"), cost | {"train/steps": optim.steps}
 
 
 def _points(setting: Setting) -> tuple[list[Any], Metrics | None]:

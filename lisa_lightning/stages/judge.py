@@ -8,9 +8,9 @@ from lisa_lightning.cache import write_text
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import judge_answers
 from lisa_lightning.evaluate.scores import judged_scores
-from lisa_lightning.judges.judge import Judge
-from lisa_lightning.judges.linear import LinearJudge
-from lisa_lightning.judges.refusal import RefusalJudge
+from lisa_lightning.judge.judge import Judge
+from lisa_lightning.judge.linear import LinearJudge
+from lisa_lightning.judge.refusal import RefusalJudge
 from lisa_lightning.stages.setting import Metrics
 
 

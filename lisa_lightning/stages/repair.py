@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from lisa_lightning.data.source import Row
 from lisa_lightning.errors import UserError
+from lisa_lightning.module import Optim
 from lisa_lightning.net import attach, attach_saved, save_adapter, trainable
 from lisa_lightning.repair.repair import Given, Repair, write
 from lisa_lightning.schedule import Stream
@@ -16,11 +17,10 @@ from lisa_lightning.stages.setting import Metrics, Model, Setting, plain, rows_d
 from lisa_lightning.stages.train import train
 
 
-def repair(setting: Setting, aligned: Model, tuned: Model) -> tuple[Model, Metrics]:
+def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple[Model, Metrics]:
     """The fine-tuned model with its adapter repaired, by the first rank alone."""
     assert tuned.adapter is not None
     cfg, adapter = setting.cfg.repair, tuned.adapter
-    own = chosen(cfg)
     rows = {"harmful": setting.harmful_rows(own), "alignment": setting.rows.alignment}
     key = {
         "tuned": tuned.name,
@@ -49,11 +49,6 @@ def repair(setting: Setting, aligned: Model, tuned: Model) -> tuple[Model, Metri
     return Model(tuned.folder, folder / "adapter"), cost | made
 
 
-def chosen(cfg: Any) -> Repair:
-    """The repair that the config names, without what makes its reference."""
-    return instantiate({name: value for name, value in plain(cfg).items() if name != "reference"})
-
-
 def _reference(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
     """The folder of a safe adapter, extrapolated from plain fine-tuning on alignment rows through DPO."""
     cfg, seed = setting.cfg.repair.reference, setting.cfg.align.seed
@@ -71,8 +66,9 @@ def _reference(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
         net = attach(setting.load(aligned), setting.cfg.lora, seed)
 
         def trained(name: str, own: Any, rows: dict[Stream, Sequence[Row]]) -> Metrics:
-            epoch, method = len(rows["alignment"]), instantiate(own.method)
-            return train(setting, f"reference_{name}", net, method, own.optim, seed, rows, epoch, key, curves=False)
+            optim = Optim.of(own.optim, len(rows["alignment"]), setting.fabric.world_size)
+            method = instantiate(own.method)
+            return train(setting, f"reference_{name}", net, method, optim, seed, rows, key, curves=False)
 
         costs = [trained("sft", cfg.sft, {"alignment": setting.rows.alignment})]
         before = {name: w.detach().clone() for name, w in trainable(net).items()}

@@ -11,11 +11,11 @@ from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.packing import pad
 from lisa_lightning.data.source import Row
 from lisa_lightning.loss import choose_packing
-from lisa_lightning.methods.method import Method
+from lisa_lightning.method.method import Method
 from lisa_lightning.module import LisaModule, Optim
 from lisa_lightning.passes import Passes
 from lisa_lightning.schedule import Stream
-from lisa_lightning.stages.setting import Metrics, Setting, plain
+from lisa_lightning.stages.setting import Metrics, Setting
 from lisa_lightning.training import Checkpoint, Record, fit
 
 
@@ -24,10 +24,9 @@ def train(
     stage: str,
     net: PeftModel,
     method: Method,
-    optim: Any,
+    optim: Optim,
     seed: int,
     rows: Mapping[Stream, Sequence[Row]],
-    epoch: int,
     key: Metrics,
     *,
     callbacks: Sequence[Any] = (),
@@ -38,39 +37,27 @@ def train(
     """Train the adapter of `net` under a method; what it cost.
 
     Args:
-        optim: as in the config.
-        epoch: rows of an epoch.
         key: what determines the result; a checkpoint of another is refused.
         discard: throw the user's rows of alignment steps away.
         deltas: what aligning changed.
         curves: whether its steps are points of the run's curves.
     """
-    settings: dict[str, Any] = plain(optim) | {"steps": steps(optim, epoch, setting.fabric.world_size)}
-    del settings["epochs"]
-    own = Optim(**settings)
     streams: dict[Stream, Examples] = {name: Examples(found, setting.encode) for name, found in rows.items()}
     packing = pad if method.rows_apart else choose_packing(net.get_base_model(), setting.cfg.data.max_length)
     batches = StepBatches(
         streams,
         packing,
         method,
-        own.steps,
-        own.batch_size,
-        own.accumulate,
+        optim.steps,
+        optim.batch_size,
+        optim.accumulate,
         seed,
         discard=discard,
         paired=method.paired,
     )
-    module = LisaModule(Passes(net, batches.whole, deltas), method, own, seed, setting.origin | key)
+    module = LisaModule(Passes(net, batches.whole, deltas), method, optim, seed, setting.origin | key)
     path = setting.out / "checkpoints" / f"{stage}.ckpt"
-    checkpoint = Checkpoint(path, setting.cfg.checkpoint.every, own.steps)
+    checkpoint = Checkpoint(path, setting.cfg.checkpoint.every, optim.steps)
     record = Record(setting.tracker if curves else None, stage)
     fit(module, LisaDataModule(batches), setting.cfg.trainer, checkpoint, [*callbacks, record], stage)
     return checkpoint.cost
-
-
-def steps(optim: Any, epoch: int, ranks: int) -> int:
-    """Optimizer steps: as many as asked for, or as the epochs of so many rows have."""
-    if optim.steps is not None:
-        return optim.steps
-    return optim.epochs * -(-epoch // (optim.batch_size * optim.accumulate * ranks))

@@ -1,0 +1,1 @@
+"""Ways of aligning, one file each: conf/align/NAME.yaml names the class, a `lisa_lightning.method.method.Method`."""

@@ -1,0 +1,65 @@
+"""Booster: alignment that also flattens how much a step towards harmful rows would gain."""
+
+from typing import final
+
+from torch import nn
+
+from lisa_lightning.align.vaccine import EPSILON, perturbed_gradient
+from lisa_lightning.blocks import attention_blocks
+from lisa_lightning.data.interleave import Step
+from lisa_lightning.method.method import Method
+from lisa_lightning.passes import Descent, Passes, norm
+from lisa_lightning.schedule import Draw, Schedule, Stream
+
+
+@final
+class Booster(Method):
+    """min_w f(w) + lambda * (h(w) - h(w - alpha * grad h(w) / ||grad h(w)||)) (Huang et al., ICLR 2025, Eq. 1 and 3).
+
+    f is the loss on alignment rows, h that on harmful ones, as many a step. Three forward and three backward passes,
+    five with `rho`; second derivatives are dropped as in the paper.
+
+    Args:
+        lamb: lambda, >= 0; 0 is SFT on alignment rows. The paper's is 5 (its script for GSM8K has 25).
+        alpha: length of the harmful step, >= 0; 0 is SFT too. The paper's is 0.1.
+        rho: Vaccine's perturbation of f, >= 0; 0 leaves it out (the official option `perturb_aware`).
+        add_back: undo the harmful step by adding it back, as the official code does, which leaves its rounding errors
+            in the weights.
+    """
+
+    needs = frozenset({"harmful rows"})
+
+    def __init__(self, lamb: float, alpha: float, rho: float, add_back: bool) -> None:
+        super().__init__(Schedule(alignment_steps=1, user_steps=0))
+        self.lamb = lamb
+        self.alpha = alpha
+        self.rho = rho
+        self.add_back = add_back
+        self.rows_apart = rho > 0
+        self.blocks: list[nn.Module] = []
+
+    def draws(self, step: int) -> dict[Stream, Draw]:
+        """Both streams."""
+        return {"alignment": Draw(step), "harmful": Draw(step)}
+
+    def begin(self, passes: Passes, total_steps: int) -> None:
+        """Find the blocks that Vaccine's perturbation needs."""
+        super().begin(passes, total_steps)
+        self.blocks = attention_blocks(passes.model) if self.rho > 0 else []
+
+    def gradient(self, passes: Passes, step: Step) -> Descent:
+        """grad f(w) + lambda * (grad h(w) - grad h(w'))."""
+        harmful = step.batches["harmful"]
+        before, here = passes.gradient(harmful)
+        length = self.alpha / (norm(here) + EPSILON)
+        away = [w.detach() - length * g for w, g in zip(passes.weights, here, strict=True)]
+        with passes.at(away):
+            after, there = passes.gradient(harmful)
+        if self.add_back:
+            passes.move([w + length * g for w, g in zip(away, here, strict=True)])
+        if self.rho > 0:
+            loss, gradient = perturbed_gradient(passes, step.main, self.blocks, self.rho)
+        else:
+            loss, gradient = passes.gradient(step.main)
+        combined = [f + self.lamb * (h - n) for f, h, n in zip(gradient, here, there, strict=True)]
+        return Descent(loss, combined, {"harmful/loss": before, "booster/reduction": before - after})

@@ -1,0 +1,29 @@
+"""The proximal penalty alone: fine-tuning on the user's rows, tied to where it began."""
+
+from typing import final
+
+from lisa_lightning.data.interleave import Step
+from lisa_lightning.method.method import Method
+from lisa_lightning.passes import Descent, Passes
+from lisa_lightning.schedule import Schedule
+
+
+@final
+class Proximal(Method):
+    """rho/2 * ||w - w_aligned||^2 on top of plain fine-tuning: the "only proximal" of the Lisa paper's Table 10.
+
+    Equal to Lisa with alignment_steps=0, whose anchor never moves. One forward and one backward pass a step.
+
+    Args:
+        rho: proximal factor, >= 0; 0 is SFT.
+        warmup_ratio: share of all steps before the penalty starts (strictly after), 0..1.
+    """
+
+    def __init__(self, rho: float, warmup_ratio: float) -> None:
+        super().__init__(Schedule(alignment_steps=0, user_steps=1))
+        self.rho = rho
+        self.warmup_ratio = warmup_ratio
+
+    def gradient(self, passes: Passes, step: Step) -> Descent:
+        """Of the loss and the proximal penalty."""
+        return self.pulled(passes, step, self.rho, self.warmup_ratio)

@@ -1,0 +1,14 @@
+"""Supervised fine-tuning on the user's rows alone: no defense."""
+
+from typing import final
+
+from lisa_lightning.method.method import Method
+from lisa_lightning.schedule import Schedule
+
+
+@final
+class SFT(Method):
+    """Plain training on the user's rows, the papers' undefended baseline. One forward and one backward pass a step."""
+
+    def __init__(self) -> None:
+        super().__init__(Schedule(alignment_steps=0, user_steps=1))

@@ -1,1 +1,0 @@
-"""Training-time defenses, one file each; `conf/method/NAME.yaml` names the class."""

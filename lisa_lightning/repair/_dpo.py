@@ -1,0 +1,62 @@
+"""DPO: the refusal of a request is to become likelier than the harmful answer to it."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lisa_lightning.data.interleave import Step
+from lisa_lightning.data.packing import Pack
+from lisa_lightning.loss import token_losses
+from lisa_lightning.method.method import Method
+from lisa_lightning.passes import Descent, Passes
+from lisa_lightning.schedule import Draw, Schedule, Stream
+
+
+@final
+class DPO(Method):
+    """Direct preference optimization (Rafailov et al., NeurIPS 2023, Eq. 7), for the reference adapter of NLSR.
+
+    Row i of the streams `alignment` and `harmful` are the preferred and the other answer to one request
+    (`paired`). The policy that it is held to is the one at the start. Two forward passes over both streams
+    and one backward.
+
+    Args:
+        beta: strength of that hold, > 0; 0.1 in NLSR.
+    """
+
+    needs = frozenset({"harmful rows"})
+    rows_apart = True
+    paired = True
+
+    def __init__(self, beta: float) -> None:
+        super().__init__(Schedule(alignment_steps=1, user_steps=0))
+        self.beta = beta
+
+    def draws(self, step: int) -> dict[Stream, Draw]:
+        """Both streams."""
+        return {"alignment": Draw(step), "harmful": Draw(step)}
+
+    def gradient(self, passes: Passes, step: Step) -> Descent:
+        """Of -log sigmoid(beta * (preferred's gain - the other's gain)), the mean over the pairs."""
+        others = iter([packs for packs in step.batches["harmful"].micro_batches if packs])
+        own = torch.tensor([float(sum(len(p.ids) for packs in step.main.micro_batches for p in packs))])
+        pairs = passes.summed([own.to(passes.device)])[0].item()
+
+        def share(packs: Sequence[Pack]) -> Tensor:
+            both = packs[0], next(others)[0]
+            with passes.aside(), passes.at(self.anchor):
+                held = [log_likelihoods(passes.model, pack) for pack in both]
+            preferred, other = (log_likelihoods(passes.model, p) - h for p, h in zip(both, held, strict=True))
+            return -F.logsigmoid(self.beta * (preferred - other)).sum() / pairs
+
+        loss, gradient = passes.gradient(step.main, share)
+        return Descent(loss, gradient)
+
+
+def log_likelihoods(model: Any, pack: Pack) -> Tensor:
+    """[R] of padded rows' labels."""
+    losses = token_losses(model, [pack])
+    return torch.zeros(len(pack.ids), device=losses.device).index_add(0, pack.predictors // pack.ids.shape[1], -losses)

@@ -1,0 +1,62 @@
+"""Replays golden cases of repairs: the recorded adapter, repaired by this project's own code."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from replay_case import deltas_of, rows_of, tiny_net, under
+from replay_errors import Errors
+from torch import Tensor
+
+from lisa_lightning.net import PREFIX, modules
+from lisa_lightning.repair.antidote import Antidote
+from lisa_lightning.repair.nlsr import Nlsr
+from lisa_lightning.repair.repair import Factors, Given
+from lisa_lightning.repair.safe_lora import SafeLora
+
+
+def _safe_lora(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> None:
+    init, deltas = under("init.", tensors), deltas_of(tensors)
+    named = {b: module for module, (_, b) in modules(init).items()}
+    prefixes: dict[Literal["threshold", "number"], str] = {"threshold": "final.", "number": "final_number."}
+    for mode, prefix in prefixes.items():
+        wanted = facts["results"][mode]
+        repair = SafeLora(mode, facts["num_proj_layers"], facts["threshold"])
+        found = repair.repair(_given(init, deltas=lambda: deltas))
+        cosines = {named[b]: c for b, c in wanted["cosines"].items()}
+        errors.same("cosines", {m: round(c, 5) for m, c in found.cosines.items()}, cosines)
+        errors.same("projected", sorted(found.projected), sorted(named[b] for b in wanted["projected"]))
+        errors.each("weights", found.factors, under(prefix, tensors))
+
+
+def _antidote(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> None:
+    net, rows = tiny_net(facts, tensors), rows_of(tensors, "harmful")
+    repair = Antidote(facts["dense_ratio"], pads_count=facts["padded"])
+    found = repair.repair(_given(under("init.", tensors), net=lambda: net, rows=lambda stream: rows))
+    errors.each("scores", found.scores, under("score.", tensors))
+    for name, mask in under("mask.", tensors).items():
+        errors.same("masks", found.masks[name].tolist(), mask.bool().tolist())
+    errors.each("weights", found.factors, under("final.", tensors))
+
+
+def _nlsr(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> None:
+    net, rows, reference = tiny_net(facts, tensors), rows_of(tensors, "safety"), under("reference.", tensors)
+    settings = (facts[k] for k in ("sparsity_ratio", "prune_rate", "epsilon", "draw_seed"))
+    given = _given(under("init.", tensors), net=lambda: net, rows=lambda stream: rows, reference=lambda: reference)
+    found = Nlsr(*settings, most_similar_first=True).repair(given)
+    errors.each("low rank", found.low_rank, under("lowrank.", tensors))
+    for name, mask in under("mask.", tensors).items():
+        errors.same("masks", found.masks[f"{name}.weight"].tolist(), mask.bool().tolist())
+    for what, values in (("similarity", found.similarity), ("probability", found.probability)):
+        errors.add(what, [values[name.removeprefix(PREFIX)] for name in facts["modules"]], facts[what])
+    errors.same("replaced", sorted(found.replaced), sorted(name.removeprefix(PREFIX) for name in facts["replaced"]))
+    errors.each("weights", found.factors, under("final.", tensors))
+
+
+def _given(factors: Factors, **rest: Callable[..., Any]) -> Given:
+    def never() -> Any:
+        raise AssertionError("not needed")
+
+    return Given(factors, **{**dict.fromkeys(("net", "rows", "deltas", "reference"), never), **rest})
+
+
+REPAIRS = {"safelora": _safe_lora, "antidote": _antidote, "nlsr": _nlsr}

@@ -1,0 +1,49 @@
+"""The judge that is asked for a word: a tiny random one, its verdict checked against its logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from judge_models import PAIRS, guarding
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from lisa_lightning.errors import UserError
+from lisa_lightning.judge.judge import Pair
+from lisa_lightning.net import load_tokenizer
+
+
+def test_the_verdict_is_the_softmax_of_the_two_words(guard: Path) -> None:
+    tokenizer = load_tokenizer(guard)
+    model = LlamaForCausalLM.from_pretrained(guard).eval()
+    safe, unsafe = (tokenizer(word)["input_ids"][0] for word in ("s", "u"))
+    verdicts = guarding(guard, PAIRS)
+    for pair, verdict in zip(PAIRS, verdicts, strict=True):
+        text = f"<user>{pair.prompt}<assistant>{pair.response}<verdict>\n\n"
+        with torch.no_grad():
+            logits: Tensor = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
+        wanted = float((logits[unsafe] - logits[safe]).sigmoid())
+        assert verdict.score == pytest.approx(wanted, abs=1e-5)
+        assert (verdict.flagged, verdict.cut) == (wanted > 0.5, False)
+    turned = guarding(guard, PAIRS, safe="unsafe", unsafe="safe")
+    assert [v.score for v in turned] == pytest.approx([1 - v.score for v in verdicts], abs=1e-6)
+    assert all(a.flagged != b.flagged for a, b in zip(verdicts, turned, strict=True))
+
+
+def test_a_long_answer_is_cut_and_the_template_is_not(guard: Path) -> None:
+    tokenizer = load_tokenizer(guard)
+    pair = PAIRS[3]
+    room = 100 - len(tokenizer(f"<user>{pair.prompt}<assistant><verdict>\n\n")["input_ids"])
+    short = Pair(pair.prompt, pair.response[:room])
+    (whole,), (cut,) = guarding(guard, [short]), guarding(guard, [pair], max_length=100)
+    assert cut.cut
+    assert cut.score == pytest.approx(whole.score, abs=1e-6)
+    with pytest.raises(UserError, match="max_length=20 is too small: template and request alone take"):
+        guarding(guard, [pair], max_length=20)
+
+
+def test_words_that_can_not_be_told_apart_and_models_that_are_no_guards(guard: Path, tiny: Path) -> None:
+    with pytest.raises(UserError, match="'safe' and 'sound' begin with the same token"):
+        guarding(guard, PAIRS, unsafe="sound")
+    with pytest.raises(UserError, match="its tokenizer has no chat template"):
+        guarding(tiny, PAIRS)

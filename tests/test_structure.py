@@ -1,0 +1,86 @@
+"""The project's own rules: what `conf/` chooses lies in a file of that name, files and functions stay short."""
+
+import ast
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CHOICES = ("align", "curate", "judge", "method", "repair", "task")
+"""Config groups whose files name a class."""
+OURS = [f for d in ("lisa_lightning", "benchmarks", "experiments", "tests") for f in sorted((ROOT / d).rglob("*.py"))]
+LONGEST_FILE, LONGEST_FUNCTION = 300, 60
+
+
+@pytest.mark.parametrize("group", CHOICES)
+def test_a_choice_is_the_file_of_its_name(group: str) -> None:
+    """What begins with an underscore is no choice, in either folder; GROUP.py says what a choice is."""
+    conf = {f.stem: f.read_text() for f in (ROOT / "conf" / group).glob("[!_]*.yaml") if f.stem != "none"}
+    code = {f.stem for f in (ROOT / "lisa_lightning" / group).glob("[!_]*.py")} - {group}
+    assert set(conf) == code
+    for name, text in conf.items():
+        assert f"_target_: lisa_lightning.{group}.{name}." in text
+
+
+def test_files_and_functions_are_short_and_say_what_they_are() -> None:
+    long = {str(f.relative_to(ROOT)): n for f in OURS if (n := len(f.read_text().splitlines())) > LONGEST_FILE}
+    assert not long
+    for file in OURS:
+        tree = ast.parse(file.read_text())
+        assert ast.get_docstring(tree), file
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < LONGEST_FUNCTION, (file, node.name)
+
+
+def test_lightning_is_in_five_files_at_most() -> None:
+    found = [f for f in OURS if "lisa_lightning/" in f.as_posix() and "lightning" in _imported(f)]
+    assert len(found) <= 5, found
+
+
+def test_the_picture_of_the_architecture_is_the_code() -> None:
+    """Every file stands in a room of docs/architecture.md with its first line; arrows are imports, and no circle."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms: dict[str, str] = {}
+    room = ""
+    for line in page.splitlines():
+        if found := re.fullmatch(r"\| `(\w+)` \| \|", line):
+            room = found[1]
+        elif found := re.fullmatch(r"\| \[(.+)\]\(\.\./lisa_lightning/(.+)\) \| (.+) \|", line):
+            file = ROOT / "lisa_lightning" / found[2]
+            assert found[1] == found[2].removesuffix(".py")
+            assert found[3] == (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()[0]
+            rooms[found[2]] = room
+    code = {
+        f.relative_to(ROOT / "lisa_lightning").as_posix(): f for f in OURS if f.is_relative_to(ROOT / "lisa_lightning")
+    }
+    code = {name: file for name, file in code.items() if not name.endswith("__init__.py")}
+    assert set(rooms) == set(code)
+    of = {name.removesuffix(".py").partition("/")[0]: room for name, room in rooms.items()}
+    arrows = {
+        (rooms[name], of[other]) for name, file in code.items() for other in _imported_of_ours(file) if other in of
+    }
+    arrows = {(a, b) for a, b in arrows if a != b and b != "vocabulary"}
+    assert set(re.findall(r"^    (\w+) --> (\w+)$", page, re.MULTILINE)) == arrows
+    tuple(TopologicalSorter({a: {b for x, b in arrows if x == a} for a, _ in arrows}).static_order())
+
+
+def _imported_of_ours(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lisa_lightning":
+            parts = (node.module or "").split(".")
+            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return names
+
+
+def _imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    return names
