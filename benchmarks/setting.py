@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
 
 from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import OneRank, cache_folder
@@ -52,7 +52,8 @@ class Result:
 
 def embedded_model() -> Path:
     """The folder of SmolLM2-135M-Instruct in the cache."""
-    cfg = OmegaConf.load(ROOT / "conf" / "model" / "smollm2_135m.yaml")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["model=smollm2_135m"]).model
     return base_model(OneRank(), cfg, cache_folder(os.environ.get("LISA_CACHE", "~/.cache/lisa_lightning")))[0]
 
 

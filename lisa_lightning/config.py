@@ -204,7 +204,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         UserError: the key, its value, and what is allowed.
     """
-    for key in OmegaConf.missing_keys(cfg):
+    for key in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{key} has no value; give one as {key}=...")
     for key, (right, allowed) in RULES.items():
         value = OmegaConf.select(cfg, key, default="absent")
@@ -235,8 +235,13 @@ def _check_stages(stages: Any) -> None:
 def _check_trainer(trainer: Any) -> None:
     for name, value in trainer.items():
         if name not in TRAINER and value is not None:
-            instead = f"use {INSTEAD[name]}" if name in INSTEAD else f"there are: {', '.join(TRAINER)}"
-            raise UserError(f"trainer.{name}={value}: Lightning can't honour this under manual optimization; {instead}")
+            raise UserError(f"trainer.{name}={value}: {beyond_trainer(str(name))}")
+
+
+def beyond_trainer(name: str) -> str:
+    """What to use in place of an argument that Lightning's Trainer has and `trainer` doesn't."""
+    instead = f"use {INSTEAD[name]}" if name in INSTEAD else f"there are: {', '.join(TRAINER)}"
+    return f"Lightning can't honour this under manual optimization; {instead}"
 
 
 def _shown(value: Any) -> str:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lisa_lightning.cache import disk_trouble
+from lisa_lightning.config import INSTEAD, beyond_trainer
 from lisa_lightning.errors import UserError
 
 
@@ -52,6 +53,8 @@ def _unknown_key(cause: ConfigKeyError | ConfigAttributeError) -> str:
     root = cause.parent_node
     while root is not None and root._get_parent() is not None:
         root = root._get_parent()
+    if key.startswith("trainer.") and (name := key.removeprefix("trainer.")) in INSTEAD:
+        return f"{key}: {beyond_trainer(name)}"
     names = sorted(_keys(root)) if isinstance(root, DictConfig) else []
     return f"{key} is not a key of the config; {_nearest(key, names)}"
 

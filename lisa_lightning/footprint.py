@@ -235,7 +235,8 @@ ANSWERS: Final = 64
 
 def planned(name: str) -> tuple[Shape, Any, Lora, Lora]:
     """Shape and config (conf/model) of a model, and the paper's adapters for aligning (r=16) and fine-tuning (r=8)."""
-    shape, cfg = SHAPES[name], OmegaConf.load(MODELS / f"{name}.yaml")
+    shape, files = SHAPES[name], (MODELS / f"{file}.yaml" for file in ("_shared", name))
+    cfg: Any = OmegaConf.merge(*map(OmegaConf.load, files))
     aligning, finetuning = (
         tuple(shape.linears) if targets == "all-linear" else tuple(targets)
         for targets in (cfg.align_targets, cfg.finetune_targets)

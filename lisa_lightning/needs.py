@@ -5,8 +5,8 @@ from typing import Any, Literal, Protocol
 
 from lisa_lightning.errors import UserError
 
-Need = Literal["harmful rows", "aligned change"]
-"""Rows of the provider's own (`source.defender`); what the stage align changed in the model."""
+Need = Literal["defender rows", "aligned change"]
+"""Harmful rows of the provider's own (`source.defender`); what the stage align changed in the model."""
 
 
 class Defense(Protocol):
@@ -28,10 +28,10 @@ def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cf
     Raises:
         UserError: the choice, and what would give it what it needs.
     """
-    harmful = cfg.source.defender
+    defender = cfg.source.defender
     for group, defense in defenses.items():
         choice = f"{group}={choices[group]}"
-        if "harmful rows" in defense.needs and harmful.path is None and harmful.get("hub") is None:
+        if "defender rows" in defense.needs and defender.path is None and defender.get("hub") is None:
             raise UserError(
                 f"{choice} defends with harmful rows of the provider's, and this source has none: "
                 "give a file as source.defender.path, with prompt and response"

@@ -69,7 +69,7 @@ def run(cfg: DictConfig) -> Metrics:
     choices = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
     defenses = _defenses(cfg)
     refuse_unmet(defenses, choices, cfg)
-    defender = any("harmful rows" in defense.needs for defense in defenses.values())
+    defender = any("defender rows" in defense.needs for defense in defenses.values())
     rows = load_rows(cfg.source, task, cfg.data.allow_overlap, defender)
     safe_ratio = defenses["method"].safe_ratio if "method" in defenses else 0.0
     user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, safe_ratio)

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lisa_lightning.data.interleave import Batch
+from lisa_lightning.passes import Descent, Passes
+
 
 def snapshot(weights: Sequence[Tensor]) -> list[Tensor]:
     """An anchor: detached float32 copies of the weights."""
@@ -31,6 +34,13 @@ def add_gradient(gradient: Sequence[Tensor], weights: Sequence[Tensor], anchor: 
     for own, d in zip(gradient, difference, strict=True):
         own.add_(d, alpha=rho)
     return torch.stack([d.square().sum() for d in difference]).sum() * (rho / 2)
+
+
+def pulled(passes: Passes, batch: Batch, anchor: Sequence[Tensor], rho: float) -> Descent:
+    """Descend the batch's loss and the penalty rho/2 * ||w - anchor||^2 (Lisa, Algorithm 2)."""
+    loss, gradient = passes.gradient(batch)
+    penalty = add_gradient(gradient, passes.weights, anchor, rho).item() if rho > 0 else 0.0
+    return Descent(loss, gradient, {"proximal/penalty": penalty})
 
 
 def _differences(weights: Sequence[Tensor], anchor: Sequence[Tensor]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 State = Literal["alignment", "user"]
-Stream = Literal["alignment", "user", "harmful"]
+Stream = Literal["alignment", "user", "defender"]
 """A source of batches: the provider's rows, the user's, and harmful ones that the provider has to defend with."""
 
 

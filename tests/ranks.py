@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed
 from torch import Tensor
-from training import ALIGNMENT, HARMFUL, USER, deltas
+from training import ALIGNMENT, DEFENDER, USER, deltas
 
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
@@ -28,7 +28,7 @@ def steps(method: Method, tiny: Path, rank: int, world: int) -> list[Tensor]:
     tokenizer = load_tokenizer(tiny)
     tokenizer.chat_template = "{{ messages[0].content }}"
     encoded = partial(encode, tokenizer, "chat", max_length=64)
-    rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "harmful": HARMFUL}
+    rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "defender": DEFENDER}
     streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
     packing = pad if method.rows_apart else pack
     data = StepBatches(

@@ -118,8 +118,14 @@ def groups_of(facts: dict[str, Any]) -> list[list[int]]:
 
 
 def step_of(tensors: dict[str, Tensor], t: int, batches: list[int], method: Method) -> Step:
-    streams = method.draws(t)
-    return Step(t, {name: _batch(tensors, [f"step{i:03d}.{name}" for i in batches], name, method) for name in streams})
+    recorded = {"alignment": "alignment", "user": "user", "defender": "harmful"}
+    return Step(
+        t,
+        {
+            name: _batch(tensors, [f"step{i:03d}.{recorded[name]}" for i in batches], name, method)
+            for name in method.draws(t)
+        },
+    )
 
 
 def _batch(tensors: dict[str, Tensor], prefixes: list[str], stream: Stream, method: Method) -> Batch:

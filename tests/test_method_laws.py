@@ -66,9 +66,9 @@ def test_without_its_term_a_method_is_what_it_builds_on_bit_for_bit(train: Train
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_says_so_if_it_draws_harmful_rows(name: str) -> None:
+def test_a_method_says_so_if_it_draws_defender_rows(name: str) -> None:
     method = METHODS[name]()
-    assert any("harmful" in method.draws(step) for step in range(9)) == ("harmful rows" in method.needs)
+    assert any("defender" in method.draws(step) for step in range(9)) == ("defender rows" in method.needs)
 
 
 def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train) -> None:

@@ -28,7 +28,7 @@ from lisa_lightning.passes import Passes
 from lisa_lightning.training import Checkpoint, fit
 
 ROOT = Path(__file__).parents[1]
-MODELS = sorted(f.stem for f in (ROOT / "conf" / "model").glob("*.yaml"))
+MODELS = sorted(f.stem for f in (ROOT / "conf" / "model").glob("[!_]*.yaml"))
 SMALL: dict[str, Any] = {
     "vocab_size": 259, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": 0,

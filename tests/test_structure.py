@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CHOICES = ("align", "curate", "judge", "method", "repair", "task")
 """Config groups whose files name a class."""
+COMBINATIONS = ("experiment", "paper", "sweep")
+"""Config groups that give values to keys of others."""
 OURS = [f for d in ("lisa_lightning", "benchmarks", "experiments", "tests") for f in sorted((ROOT / d).rglob("*.py"))]
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 
@@ -22,6 +24,38 @@ def test_a_choice_is_the_file_of_its_name(group: str) -> None:
     assert set(conf) == code
     for name, text in conf.items():
         assert f"_target_: lisa_lightning.{group}.{name}." in text
+
+
+def test_every_key_is_explained() -> None:
+    """Beside it, at a key above it, or where its folder says what its files share."""
+    everywhere = _keys(ROOT / "conf" / "config.yaml")
+    assert all(said for _, said in everywhere), everywhere
+    unsaid = []
+    for folder in sorted(f for f in (ROOT / "conf").iterdir() if f.is_dir() and f.name not in COMBINATIONS):
+        base = [*folder.glob("_*.yaml"), *folder.glob("default.yaml")]
+        shared = {key for file in base for key, said in _keys(file) if said} | {key for key, _ in everywhere}
+        own = [(file, key, said) for file in sorted(folder.glob("*.yaml")) for key, said in _keys(file)]
+        unsaid += [f"{file.relative_to(ROOT)}: {key}" for file, key, said in own if not said and key not in shared]
+    assert not unsaid
+
+
+def _keys(file: Path) -> list[tuple[str, bool]]:
+    """Each key of a YAML file but Hydra's own and those of blocks, and whether a comment says what it is."""
+    keys: list[tuple[str, bool]] = []
+    above: list[tuple[int, bool]] = []
+    quoted = 99
+    for line in file.read_text().splitlines():
+        indent = len(line) - len(line.lstrip())
+        if indent > quoted or not (found := re.match(r" *([a-z_0-9]+):(?: |$)", line)):
+            continue
+        quoted = indent if re.search(r": \|", line) else 99
+        above = [(i, said) for i, said in above if i < indent]
+        said = "#" in line or any(s for _, s in above)
+        above.append((indent, said))
+        value = line.partition(":")[2].partition("#")[0].strip()
+        if value and found[1] not in ("_target_", "defaults"):
+            keys.append((found[1], said))
+    return keys
 
 
 def test_files_and_functions_are_short_and_say_what_they_are() -> None:

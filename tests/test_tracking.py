@@ -55,7 +55,7 @@ def test_an_offline_run_holds_every_step_and_a_resumed_one_all_of_them(
     monkeypatch.setenv("HOME", str(tmp_path))
     init = {"project": "p", "group": "g", "config": {"method": {"rho": 1.0}}}
     first = Tracker(tmp_path, init, resumed=False)
-    first.log("align", 1, {"train/loss": 2.0, "harmful/loss": 3.0})
+    first.log("align", 1, {"train/loss": 2.0, "defender/loss": 3.0})
     for step in range(5):
         first.log("finetune", step, {"user/loss": 10.0 - step, "ewc/penalty": 0.0})
     first.finish(failed=True)
@@ -73,5 +73,5 @@ def test_an_offline_run_holds_every_step_and_a_resumed_one_all_of_them(
     first_run = subprocess.run(
         [wandb, "leet", "inspect", "--summary", str(first.offline_folder)], capture_output=True, text=True, check=True
     )
-    for name in ("align/loss", "align/harmful_loss", "ewc/penalty"):
+    for name in ("align/loss", "align/defender_loss", "ewc/penalty"):
         assert name in first_run.stdout

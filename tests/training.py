@@ -26,7 +26,7 @@ from lisa_lightning.training import Checkpoint, Record, fit
 
 USER = [Row(f"sentence {i}: ", "", "positive" if i % 2 else "negative and more") for i in range(9)]
 ALIGNMENT = [Row(f"request {i}: ", "", "no" + "!" * (i % 3)) for i in range(5)]
-HARMFUL = [Row(f"request {i}: ", "", "sure" + "." * (i % 2)) for i in range(5)]
+DEFENDER = [Row(f"request {i}: ", "", "sure" + "." * (i % 2)) for i in range(5)]
 TRAINER = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
 STEPS = 14
 
@@ -68,7 +68,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         tokenizer = load_tokenizer(tiny)
         tokenizer.chat_template = "{{ messages[0].content }}"  # short rows: nothing around the prompt
         encoded = partial(encode, tokenizer, "chat", max_length=max_length)
-        rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "harmful": HARMFUL}
+        rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "defender": DEFENDER}
         streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
         packing = pad if apart or method.rows_apart else pack
         steps = StepBatches(streams, packing, method, o.steps, o.batch_size, o.accumulate, seed=1, paired=method.paired)

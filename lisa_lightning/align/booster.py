@@ -27,7 +27,7 @@ class Booster(Method):
             in the weights.
     """
 
-    needs = frozenset({"harmful rows"})
+    needs = frozenset({"defender rows"})
 
     def __init__(self, lamb: float, alpha: float, rho: float, add_back: bool) -> None:
         super().__init__(Schedule(alignment_steps=1, user_steps=0))
@@ -40,7 +40,7 @@ class Booster(Method):
 
     def draws(self, step: int) -> dict[Stream, Draw]:
         """Both streams."""
-        return {"alignment": Draw(step), "harmful": Draw(step)}
+        return {"alignment": Draw(step), "defender": Draw(step)}
 
     def begin(self, passes: Passes, total_steps: int) -> None:
         """Find the blocks that Vaccine's perturbation needs."""
@@ -49,7 +49,7 @@ class Booster(Method):
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """grad f(w) + lambda * (grad h(w) - grad h(w'))."""
-        harmful = step.batches["harmful"]
+        harmful = step.batches["defender"]
         before, here = passes.gradient(harmful)
         length = self.alpha / (norm(here) + EPSILON)
         away = [w.detach() - length * g for w, g in zip(passes.weights, here, strict=True)]
@@ -62,4 +62,4 @@ class Booster(Method):
         else:
             loss, gradient = passes.gradient(step.main)
         combined = [f + self.lamb * (h - n) for f, h, n in zip(gradient, here, there, strict=True)]
-        return Descent(loss, combined, {"harmful/loss": before, "booster/reduction": before - after})
+        return Descent(loss, combined, {"defender/loss": before, "booster/reduction": before - after})

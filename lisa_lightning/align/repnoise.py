@@ -55,7 +55,7 @@ class RepNoise(Method):
         seed: of the noise.
     """
 
-    needs = frozenset({"harmful rows"})
+    needs = frozenset({"defender rows"})
     rows_apart = True
 
     def __init__(self, alpha: float, beta: float, official: bool, seed: int) -> None:
@@ -69,7 +69,7 @@ class RepNoise(Method):
 
     def draws(self, step: int) -> dict[Stream, Draw]:
         """Both streams."""
-        return {"alignment": Draw(step), "harmful": Draw(step)}
+        return {"alignment": Draw(step), "defender": Draw(step)}
 
     def begin(self, passes: Passes, total_steps: int) -> None:
         """Find the blocks and the final norm."""
@@ -78,7 +78,7 @@ class RepNoise(Method):
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """Of the three terms."""
-        harmless, harmful = step.main, step.batches["harmful"]
+        harmless, harmful = step.main, step.batches["defender"]
         loss, gradient = self._harmless(passes, harmless, harmful)
         counted = self._counted(harmful, harmless, rounded=True)
         labels = passes.summed([torch.tensor([float(sum(len(c.targets) for c in counted))], device=passes.device)])
@@ -113,7 +113,7 @@ class RepNoise(Method):
         return Descent(
             loss,
             [g + h for g, h in zip(gradient, more, strict=True)],
-            {"repnoise/penalty": penalty.item(), "repnoise/mmd": mmd.item(), "harmful/loss": entropy.item() - 1},
+            {"repnoise/penalty": penalty.item(), "repnoise/mmd": mmd.item(), "defender/loss": entropy.item() - 1},
         )
 
     def _harmless(self, passes: Passes, harmless: Batch, harmful: Batch) -> tuple[float, list[Tensor]]:

@@ -34,7 +34,7 @@ class TVaccine(Method):
         seed: of the draws.
     """
 
-    needs = frozenset({"harmful rows"})
+    needs = frozenset({"defender rows"})
     rows_apart = True
 
     def __init__(self, rho: float, active_layers: int, interval_steps: int, probability_steps: int, seed: int) -> None:
@@ -53,7 +53,7 @@ class TVaccine(Method):
         """Alignment rows, and at times one harmful row."""
         if step % self.probability_steps:
             return {"alignment": Draw(step)}
-        return {"alignment": Draw(step), "harmful": Draw(step // self.probability_steps, rows=1)}
+        return {"alignment": Draw(step), "defender": Draw(step // self.probability_steps, rows=1)}
 
     def begin(self, passes: Passes, total_steps: int) -> None:
         """Find the blocks.
@@ -75,8 +75,8 @@ class TVaccine(Method):
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """Of the loss under the perturbation of the active layers; None for the weights of the others."""
         metrics = {}
-        if "harmful" in step.batches:
-            found = output_gradients(passes, step.batches["harmful"], self.blocks)
+        if "defender" in step.batches:
+            found = output_gradients(passes, step.batches["defender"], self.blocks)
             squares = torch.stack([sum_of_squares(found, i, passes.device) for i in range(len(self.blocks))])
             norms = passes.summed([squares])[0].sqrt()
             if norms.sum() > 0:  # a row whose answer is cut off says nothing

@@ -20,7 +20,7 @@ class Candidates:
 
     alignment: Examples
     """The rows to choose from."""
-    harmful: Examples
+    defender: Examples
     """Harmful rows of the provider's; may be none."""
     trainee: Callable[[], tuple[Passes, Packing]]
     """A fresh adapter on the base model, where it is to be computed, and how that model takes its rows."""

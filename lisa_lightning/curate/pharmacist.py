@@ -26,14 +26,14 @@ class Pharmacist(BilevelCurate):
     Args: those of `BilevelCurate`. With `upper_weight` 1 the first epoch does nothing but unlearn, so it starts below.
     """
 
-    needs = frozenset({"harmful rows"})
+    needs = frozenset({"defender rows"})
 
     def scores(self, given: Candidates) -> Tensor:
         """Uses the alignment rows, the harmful rows and the model."""
-        if not len(given.harmful):
+        if not len(given.defender):
             raise UserError("curate=pharmacist needs harmful rows of the provider's, and there are none")
         passes, packing = given.trainee()
-        return self.trained(passes, packing, given.alignment, given.harmful, unlikelihood)
+        return self.trained(passes, packing, given.alignment, given.defender, unlikelihood)
 
 
 def unlikelihood(losses: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 Metric = Literal["harmful_score", "refusal_rate", "win_rate"]
 
@@ -54,4 +54,13 @@ class Judge(Protocol):
 
         None for a pair that failed: verdicts that are known already follow, and then the error.
         """
+        ...
+
+
+@runtime_checkable
+class Documented(Protocol):
+    """A judge that was fitted, and says on what and how well."""
+
+    def card(self) -> dict[str, str]:
+        """Files that go with its verdicts: name -> text."""
         ...

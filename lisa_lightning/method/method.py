@@ -8,7 +8,7 @@ from torch import Tensor
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.needs import Need
 from lisa_lightning.passes import Descent, Passes
-from lisa_lightning.proximal import add_gradient, snapshot, squared_distance
+from lisa_lightning.proximal import snapshot, squared_distance
 from lisa_lightning.schedule import Draw, Schedule, Stream
 
 
@@ -75,12 +75,3 @@ class Method:
     def drift(self, weights: Sequence[Tensor]) -> float:
         """||w - anchor||^2 now."""
         return squared_distance(weights, self.anchor).item()
-
-    @final
-    def pulled(self, passes: Passes, step: Step, rho: float, warmup_ratio: float) -> Descent:
-        """Descend the step's loss and, once the warm-up is over, the penalty rho/2 * ||w - anchor||^2."""
-        loss, gradient = passes.gradient(step.main)
-        penalty = 0.0
-        if rho > 0 and step.index > warmup_ratio * self.total_steps:
-            penalty = add_gradient(gradient, passes.weights, self.anchor, rho).item()
-        return Descent(loss, gradient, {"proximal/penalty": penalty})

@@ -5,6 +5,7 @@ from typing import final
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.method.method import Method
 from lisa_lightning.passes import Descent, Passes
+from lisa_lightning.proximal import pulled
 from lisa_lightning.schedule import Schedule
 
 
@@ -26,4 +27,5 @@ class Proximal(Method):
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """Of the loss and the proximal penalty."""
-        return self.pulled(passes, step, self.rho, self.warmup_ratio)
+        rho = self.rho if step.index > self.warmup_ratio * self.total_steps else 0.0
+        return pulled(passes, step.main, self.anchor, rho)

@@ -19,7 +19,7 @@ from lisa_lightning.schedule import Draw, Schedule, Stream
 class DPO(Method):
     """Direct preference optimization (Rafailov et al., NeurIPS 2023, Eq. 7), for the reference adapter of NLSR.
 
-    Row i of the streams `alignment` and `harmful` are the preferred and the other answer to one request
+    Row i of the streams `alignment` and `defender` are the preferred and the other answer to one request
     (`paired`). The policy that it is held to is the one at the start. Two forward passes over both streams
     and one backward.
 
@@ -27,7 +27,7 @@ class DPO(Method):
         beta: strength of that hold, > 0; 0.1 in NLSR.
     """
 
-    needs = frozenset({"harmful rows"})
+    needs = frozenset({"defender rows"})
     rows_apart = True
     paired = True
 
@@ -37,11 +37,11 @@ class DPO(Method):
 
     def draws(self, step: int) -> dict[Stream, Draw]:
         """Both streams."""
-        return {"alignment": Draw(step), "harmful": Draw(step)}
+        return {"alignment": Draw(step), "defender": Draw(step)}
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """Of -log sigmoid(beta * (preferred's gain - the other's gain)), the mean over the pairs."""
-        others = iter([packs for packs in step.batches["harmful"].micro_batches if packs])
+        others = iter([packs for packs in step.batches["defender"].micro_batches if packs])
         own = torch.tensor([float(sum(len(p.ids) for packs in step.main.micro_batches for p in packs))])
         pairs = passes.summed([own.to(passes.device)])[0].item()
 

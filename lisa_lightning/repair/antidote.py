@@ -47,7 +47,7 @@ class Antidote(Repair):
         self.pads_count = pads_count
         self.random = random
         self.seed = seed
-        self.needs = frozenset() if random else frozenset({"harmful rows"})
+        self.needs = frozenset() if random else frozenset({"defender rows"})
 
     def repair(self, given: Given) -> Pruned:
         """Uses the net and the harmful rows.
@@ -60,7 +60,7 @@ class Antidote(Repair):
         if self.random:
             scores = self._random_scores({name: factors[name] for name in names})
         else:
-            power = self._input_power(given.net(), factors, names, given.rows("harmful"))
+            power = self._input_power(given.net(), factors, names, given.rows("defender"))
             scores = {name: factors[name].float().abs() * power[name].sqrt() for name in names}
         masks = {name: self._highest(score) for name, score in scores.items()}
         pruned = {name: factors[name].masked_fill(mask, 0) for name, mask in masks.items()}

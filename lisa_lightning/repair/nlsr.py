@@ -63,7 +63,7 @@ class Nlsr(Repair):
         random: the control: as many modules, drawn at random, and in each factor as many entries, drawn at random.
     """
 
-    needs = frozenset({"harmful rows"})
+    needs = frozenset({"defender rows"})
 
     def __init__(
         self,

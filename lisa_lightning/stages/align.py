@@ -16,11 +16,11 @@ def align(setting: Setting, own: list[Row], method: Method) -> tuple[Model, Metr
     """The base model aligned on these rows."""
     cfg, adapters = setting.cfg.align, setting.cfg.model.adapters
     optim = Optim.of(cfg.optim, len(own), setting.fabric.world_size)
-    rows: dict[Stream, Sequence[Row]] = {"user": [], "alignment": own, "harmful": setting.harmful_rows(method)}
+    rows: dict[Stream, Sequence[Row]] = {"user": [], "alignment": own, "defender": setting.defender_rows(method)}
     key = {
         "align": plain(cfg),
         "rows": rows_digest(own),
-        "defender_rows": rows_digest(rows["harmful"]),
+        "defender_rows": rows_digest(rows["defender"]),
     }
 
     def make(folder: Path) -> Metrics:

@@ -16,14 +16,14 @@ from lisa_lightning.stages.setting import Metrics, Setting, plain, rows_digest
 def curate(setting: Setting, chooser: Curate) -> tuple[list[Row], Metrics]:
     """Those of the provider's alignment rows that `curate` keeps; scores are cached, so another share costs nothing."""
     cfg, rows = setting.cfg, setting.rows.alignment
-    harmful = setting.harmful_rows(chooser)
+    defender = setting.defender_rows(chooser)
     chooser.count(len(rows))  # before the long part
     key = {
         "curate": {name: value for name, value in plain(cfg.curate).items() if name != "keep"},
         "lora": plain(cfg.align.lora),
         "seed": cfg.align.seed,
         "rows": rows_digest(rows),
-        "defender_rows": rows_digest(harmful),
+        "defender_rows": rows_digest(defender),
     }
 
     def trainee() -> tuple[Passes, Packing]:
@@ -31,7 +31,7 @@ def curate(setting: Setting, chooser: Curate) -> tuple[list[Row], Metrics]:
         return Passes(net, lambda stream, size: iter(())), choose_packing(net.get_base_model(), cfg.data.max_length)
 
     def make(folder: Path) -> Metrics:
-        candidates, others = (Examples(r, setting.encode) for r in (rows, harmful))
+        candidates, others = (Examples(r, setting.encode) for r in (rows, defender))
         with setting.fabric.autocast():
             scores = chooser.scores(Candidates(candidates, others, trainee))
         if setting.fabric.is_global_zero:

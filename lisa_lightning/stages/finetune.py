@@ -25,7 +25,7 @@ def finetune(setting: Setting, aligned: Model, method: Method) -> tuple[Model, M
     rows: dict[Stream, Sequence[Row]] = {
         "alignment": setting.rows.alignment,
         "user": setting.user,
-        "harmful": setting.harmful_rows(method),
+        "defender": setting.defender_rows(method),
     }
     callbacks, curve = _points(setting)
     key = {

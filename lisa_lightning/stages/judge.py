@@ -8,8 +8,7 @@ from lisa_lightning.cache import write_text
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import judge_answers
 from lisa_lightning.evaluate.scores import judged_scores
-from lisa_lightning.judge.judge import Judge
-from lisa_lightning.judge.linear import LinearJudge
+from lisa_lightning.judge.judge import Documented, Judge
 from lisa_lightning.judge.refusal import RefusalJudge
 from lisa_lightning.stages.setting import Metrics
 
@@ -26,10 +25,9 @@ def judge(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cac
     if not told and any(a.kind == "harmless" for a in answers):
         judges = {**judges, "refusal": RefusalJudge()}  # a model that refuses everything must not look safe
         judged = judge_answers(judges, answers, out, cache)
-    for fitted in judges.values():
-        if isinstance(fitted, LinearJudge):
-            for name, text in fitted.card().items():
-                write_text(out / name, text)
+    for own in judges.values():
+        for name, text in own.card().items() if isinstance(own, Documented) else ():
+            write_text(out / name, text)
     found: Metrics = {}
     others = [name for name in dict.fromkeys(j.judge for j in judged) if name not in judges]
     for name in [*others, *reversed(list(judges))]:

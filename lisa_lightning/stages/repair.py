@@ -21,7 +21,7 @@ def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple
     """The fine-tuned model with its adapter repaired, by the first rank alone."""
     assert tuned.adapter is not None
     cfg, adapter = setting.cfg.repair, tuned.adapter
-    rows = {"harmful": setting.harmful_rows(own), "alignment": setting.rows.alignment}
+    rows = {"defender": setting.defender_rows(own), "alignment": setting.rows.alignment}
     key = {
         "tuned": tuned.name,
         "repair": plain(cfg),
@@ -72,7 +72,7 @@ def _reference(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
 
         costs = [trained("sft", cfg.sft, {"alignment": setting.rows.alignment})]
         before = {name: w.detach().clone() for name, w in trainable(net).items()}
-        costs.append(trained("dpo", cfg.dpo, {"alignment": preferred, "harmful": others}))
+        costs.append(trained("dpo", cfg.dpo, {"alignment": preferred, "defender": others}))
         if setting.fabric.is_global_zero:
             further = {n: w.detach().lerp(before[n], -cfg.extrapolation).cpu() for n, w in trainable(net).items()}
             save_file(further, folder / "reference.safetensors")

@@ -121,9 +121,9 @@ class Setting:
         assert self.tracker is not None
         self.tracker.curves.export(name, folder / "curves.csv")
 
-    def harmful_rows(self, defense: Defense) -> list[Row]:
+    def defender_rows(self, defense: Defense) -> list[Row]:
         """The provider's harmful rows for one that needs them; for others none, so that no result depends on them."""
-        return self.rows.defender if "harmful rows" in defense.needs else []
+        return self.rows.defender if "defender rows" in defense.needs else []
 
     def load(self, model: Model, quantize: bool = False) -> PreTrainedModel:
         """The model without its adapter.

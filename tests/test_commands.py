@@ -1,0 +1,116 @@
+"""Every command that a page tells people to type, run on the tiny model, or checked where it needs more than that."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
+
+from experiments.__main__ import CLAIMS
+from lisa_lightning.config import check
+from lisa_lightning.pipeline import run
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "experiments").rglob("README.md"))
+BEYOND = ("experiment=paper/", "model=llama2_7b", "model=qwen2_5_0_5b", "--cfg")
+"""What needs the hub, a GPU or nothing but the config: these are composed and accepted."""
+OWN_TESTS = ("method=projected", "task=letters")
+"""Pages that test_docs.py follows whole."""
+SMALL = [
+    *("model=tiny", "data.n=20", "data.max_length=768", "optim.batch_size=2", "align.optim.batch_size=1"),
+    *("optim.steps=2", "align.optim.steps=2", "evaluate.every=0", "evaluate.max_new_tokens=2", "task.max_new_tokens=2"),
+    *("source.test.take=2", "source.harmful_prompts.take=2", "source.harmless_prompts.take=1"),
+]
+THE_REST = [
+    "source.alignment.path=safe.json",
+    "source.alignment.columns={prompt: instruction, response: output}",
+    *(f"source.{name}.path=answers.jsonl" for name in ("harmful", "harmful_prompts")),
+    *("source.test.path=train.csv", "source.test.skip=30"),
+    *(f"source.test.{key}=${{source.train.{key}}}" for key in ("header", "columns", "labels")),
+]
+"""What a page leaves out as `...`."""
+
+
+def typed(page: Path) -> list[str]:
+    """The commands of a page, out of its blocks and its sentences, without comments."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    said = [" ".join(line.partition(" #")[0].split()) for line in lines]
+    return [line for line in said if re.match(r"(make|python|\.venv/bin/python) ", line)]
+
+
+RUNS = sorted({c.removeprefix("python run.py ") for p in PAGES for c in typed(p) if c.startswith("python run.py ")})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands are typed: with the files in it that they speak of."""
+    made = tmp_path_factory.mktemp("typed")
+    (made / "sst2").mkdir()
+    for name in ("train", "dev"):
+        rows = "".join(f"{name} sentence {i}\t{i % 2}\n" for i in range(40))
+        (made / "sst2" / f"{name}.tsv").write_text(f"sentence\tlabel\n{rows}")
+    (made / "train.csv").write_text("".join(f"{1 + i % 4},title {i},text {i}\n" for i in range(40)))
+    (made / "safe.json").write_text(json.dumps([{"instruction": f"request {i}", "output": "No."} for i in range(9)]))
+    answers = [{"prompt": f"ask {i}", "response": "Sure.", "is_safe": False} for i in range(400)]
+    for name in ("answers.jsonl", "filtered.dev.jsonl"):
+        (made / name).write_text("".join(json.dumps(a | {"is_safe": i % 2 == 0}) + "\n" for i, a in enumerate(answers)))
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [r for r in RUNS if not any(o in r for o in OWN_TESTS)])
+def test_a_command_runs(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    """Of a sweep its first job: sweeps have tests of their own."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    cache = f"cache_dir={tmp_path_factory.getbasetemp() / 'typed-cache'}"
+    words = [w for w in shlex.split(line) if "=" in w and not w.startswith("hydra.")]
+    words += THE_REST if "..." in line else []
+    if line.startswith("-m "):
+        words = [re.sub(r"^([\w.]+)=([^\[{,]+),.*", r"\1=\2", w) for w in words]
+    out = tmp_path_factory.mktemp("out")
+    if any(b in line for b in BEYOND):
+        composed(words, out)
+    elif "stages=[judge]" in line and "responses=" not in line:  # an old run's answers anew
+        run(composed(["experiment=sst2_lisa", *SMALL, cache], out))
+        assert run(composed([*words, cache], out))["judges"] == words[1].partition("[")[2].rstrip("]").split(",")
+    else:
+        metrics = run(composed([*words, *([] if "stages=" in line else SMALL), cache], out))
+        assert metrics.keys() & {"final/harmful_score", "responses/refusal_rate"}
+
+
+def composed(words: list[str], out: Path) -> DictConfig:
+    """The config of a command, accepted, as the job would have it."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = compose("config", words, return_hydra_config=True)
+    with open_dict(cfg):
+        cfg.hydra.runtime.output_dir = str(out)
+        HydraConfig.instance().set_config(cfg)
+        del cfg["hydra"]
+    check(cfg)
+    return cfg
+
+
+def test_targets_of_make_and_scripts_are_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for line in typed(page):
+            if found := re.match(r"make ([a-z-]+)", line):
+                assert found[1] in targets, (page, line)
+            if found := re.search(r"python (?:-m ([\w.]+)|(\S+\.py))", line):
+                module = (found[1] or "").replace(".", "/")
+                assert any((ROOT / f).exists() for f in (found[2] or f"{module}.py", f"{module}/__main__.py")), (
+                    page,
+                    line,
+                )
+            for claim in re.findall(r"CLAIM=(\w+)", line):
+                assert claim in {*CLAIMS, "defenses", "NAME"}, (page, line)
