@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -66,6 +67,15 @@ def code_digest() -> str:
     without = {"report", "judge", "footprint.py", "sweep.py"}
     files = [f for f in sorted(package.rglob("*.py")) if not without & set(f.relative_to(package).parts)]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
+
+
+def own_code(defense: object) -> str:
+    """Of the file of a class outside the package, a user's own; empty for one of ours."""
+    name = type(defense).__module__
+    file = getattr(sys.modules[name], "__file__", None)
+    if file is None or name.startswith(f"{__package__}."):
+        return ""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
 def build(ranks: Ranks, parent: Path, key: Any, make: Callable[[Path], None]) -> Path:

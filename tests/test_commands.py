@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ RUNS = sorted({c.removeprefix("python run.py ") for p in PAGES for c in typed(p)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     """Where the commands are typed: with the files in it that they speak of."""
     made = tmp_path_factory.mktemp("typed")
     (made / "sst2").mkdir()
@@ -57,6 +58,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = "".join(f"{name} sentence {i}\t{i % 2}\n" for i in range(40))
         (made / "sst2" / f"{name}.tsv").write_text(f"sentence\tlabel\n{rows}")
     (made / "train.csv").write_text("".join(f"{1 + i % 4},title {i},text {i}\n" for i in range(40)))
+    for name in ("reviews", "held_out"):
+        rows = "".join(f"{name} {i},{1 + i % 5}\n" for i in range(90))
+        (made / f"{name}.csv").write_text(f"review,stars\n{rows}")
+    for name in ("before", "after"):
+        shutil.copytree(tiny, made / name)
+        (made / name / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (made / "safe.json").write_text(json.dumps([{"instruction": f"request {i}", "output": "No."} for i in range(9)]))
     answers = [{"prompt": f"ask {i}", "response": "Sure.", "is_safe": False} for i in range(400)]
     for name in ("answers.jsonl", "filtered.dev.jsonl"):
@@ -84,8 +91,9 @@ def test_a_command_runs(
         run(composed(["experiment=sst2_lisa", *SMALL, cache], out))
         assert run(composed([*words, cache], out))["judges"] == words[1].partition("[")[2].rstrip("]").split(",")
     else:
-        metrics = run(composed([*words, *([] if "stages=" in line else SMALL), cache], out))
-        assert metrics.keys() & {"final/harmful_score", "responses/refusal_rate"}
+        small = [] if "responses=" in line else [w for w in SMALL if "model.id=" not in line or w != "model=tiny"]
+        metrics = run(composed([*words, *small, cache], out))
+        assert metrics.keys() & {"final/harmful_score", "responses/refusal_rate", "aligned/harmful_score"}
 
 
 def composed(words: list[str], out: Path) -> DictConfig:

@@ -71,6 +71,11 @@ def test_a_method_is_added_as_the_page_says(tmp_path: Path) -> None:
     assert len(rows) == 36
     assert all(float(row["alignment/loss"]) > 0 for row in rows)
     assert {row["projected/conflict"] for row in rows} <= {"0.0", "1.0"}
+    (tmp_path / "out").rename(tmp_path / "before")
+    (tmp_path / "projected.py").write_text(code["python"].replace("if inner < 0:", "if False:"))
+    run(arguments, tmp_path)  # an edited method is trained anew, not found in the cache
+    adapters = [(tmp_path / out / "adapter" / "adapter_model.safetensors").read_bytes() for out in ("before", "out")]
+    assert adapters[0] != adapters[1]
 
 
 def test_every_choice_stands_in_the_table_of_methods() -> None:

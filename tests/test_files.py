@@ -207,7 +207,7 @@ def source(tmp_path: Path) -> Any:
 
 def test_no_prompt_is_in_two_sets(source: Any, caplog: pytest.LogCaptureFixture) -> None:
     rows = load_rows(source, SST2(), allow_overlap=False)
-    assert [r.context for r in rows.task] == ["new"]
+    assert [r.context for r in rows.train] == ["new"]
     assert [r.instruction for r in rows.alignment] == ["a"]
     assert [r.instruction for r in rows.harmful] == ["b"]
     assert rows.harmful_prompts == ["H1", "h1"]  # asked as often as the set has it
@@ -222,7 +222,7 @@ def test_no_prompt_is_in_two_sets(source: Any, caplog: pytest.LogCaptureFixture)
 
 def test_overlap_is_kept_and_told_where_it_is_allowed(source: Any, caplog: pytest.LogCaptureFixture) -> None:
     rows = load_rows(source, SST2(), allow_overlap=True)
-    assert [len(x) for x in (rows.task, rows.alignment, rows.harmful)] == [2, 4, 2]
+    assert [len(x) for x in (rows.train, rows.alignment, rows.harmful)] == [2, 4, 2]
     assert sum(rows.overlap.values()) == 6
     assert caplog.text.rstrip().endswith("kept.")
 

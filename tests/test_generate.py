@@ -84,7 +84,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny: Path, tmp_path: Path, mo
     whole = evaluator.answers(model, ASKED, "final", "x")
     assert [(a.prompt, a.context, a.index) for a in whole] == [(q.prompt, q.context, i) for i, q in enumerate(ASKED)]
     assert whole[0].response == whole[3].response  # the same prompt
-    assert any(a.cut for a in whole)
+    assert any(a.cut_off for a in whole)
 
     path, batches_done = tmp_path / "responses.jsonl", []
     original = generate_module.generate

@@ -50,8 +50,8 @@ def test_the_shipped_config_reads_the_published_sets(config: Callable[..., DictC
         cfg.source[name].hub = str(hub / cfg.source[name].hub)
     rows = load_rows(cfg.source, get_class(cfg.task._target_)(), allow_overlap=True)
     context, response, train, test = FIRST[task]
-    assert (rows.task[0].context, rows.task[0].response) == (context, response)
-    assert (len(rows.task), len(rows.test)) == (train, test)
+    assert (rows.train[0].context, rows.train[0].response) == (context, response)
+    assert (len(rows.train), len(rows.test)) == (train, test)
     assert [r.response for r in rows.alignment[:2]] == ["answer 0", "answer 2"]  # the safe ones, in file order
     assert [r.response for r in rows.harmful[:2]] == ["answer 1", "answer 3"]
     assert (len(rows.alignment), len(rows.harmful)) == (10_000, 13_593)

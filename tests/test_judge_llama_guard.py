@@ -24,7 +24,7 @@ def test_the_verdict_is_the_softmax_of_the_two_words(guard: Path) -> None:
             logits: Tensor = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0, -1]
         wanted = float((logits[unsafe] - logits[safe]).sigmoid())
         assert verdict.score == pytest.approx(wanted, abs=1e-5)
-        assert (verdict.flagged, verdict.cut) == (wanted > 0.5, False)
+        assert (verdict.flagged, verdict.partly) == (wanted > 0.5, False)
     turned = guarding(guard, PAIRS, safe="unsafe", unsafe="safe")
     assert [v.score for v in turned] == pytest.approx([1 - v.score for v in verdicts], abs=1e-6)
     assert all(a.flagged != b.flagged for a, b in zip(verdicts, turned, strict=True))
@@ -36,7 +36,7 @@ def test_a_long_answer_is_cut_and_the_template_is_not(guard: Path) -> None:
     room = 100 - len(tokenizer(f"<user>{pair.prompt}<assistant><verdict>\n\n")["input_ids"])
     short = Pair(pair.prompt, pair.response[:room])
     (whole,), (cut,) = guarding(guard, [short]), guarding(guard, [pair], max_length=100)
-    assert cut.cut
+    assert cut.partly
     assert cut.score == pytest.approx(whole.score, abs=1e-6)
     with pytest.raises(UserError, match="max_length=20 is too small: template and request alone take"):
         guarding(guard, [pair], max_length=20)

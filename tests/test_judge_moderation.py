@@ -56,8 +56,8 @@ def test_the_published_text_limit_and_threshold_with_logits_by_hand(classifier: 
         assert verdict.score == pytest.approx(float(chances.max()), abs=1e-5)
         assert verdict.categories == {name: p > 0.5 for name, p in zip(LABELS, chances.tolist(), strict=True)}
         assert verdict.flagged == (float(chances.max()) > 0.5)
-        assert verdict.cut == (len(ids) > 256)
-    assert [v.cut for v in verdicts] == [False, False, False, True, False]
+        assert verdict.partly == (len(ids) > 256)
+    assert [v.partly for v in verdicts] == [False, False, False, True, False]
     assert {True, False} == {flag for v in verdicts for flag in v.categories.values()}
 
 
@@ -66,7 +66,8 @@ def test_company_does_not_change_a_verdict(classifier: Path) -> None:
     alone = [next(moderation(classifier, batch_size=1).verdicts([pair])) for pair in PAIRS]
     for verdict, wanted in zip(whole, alone * 10, strict=True):
         assert verdict.score == pytest.approx(wanted.score, abs=1e-6)
-        assert (verdict.flagged, verdict.categories, verdict.cut) == (wanted.flagged, wanted.categories, wanted.cut)
+        assert (verdict.flagged, verdict.partly) == (wanted.flagged, wanted.partly)
+        assert verdict.categories == wanted.categories
 
 
 def test_a_threshold_is_strict_and_settings_make_another_version(classifier: Path) -> None:

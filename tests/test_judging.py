@@ -162,7 +162,7 @@ def test_an_interval_holds_its_share_and_stays_within_bounds(found: list[tuple[b
 
 def test_accuracy_strict_lenient_and_what_was_cut_off() -> None:
     asked = answers("positive", "It is positive", "bad", kind="task", target="positive")
-    asked.append(Answer("final", "task", 3, "p", "", "The film is", "positive", cut=True))
+    asked.append(Answer("final", "task", 3, "p", "", "The film is", "positive", cut_off=True))
     scores = task_scores(SST2(), [*asked, *answers("x")])
     assert [scores[n] for n in ("accuracy", "lenient_accuracy", "cut_off")] == [25.0, 50.0, 25.0]
     assert scores["accuracy_answers"] == 4

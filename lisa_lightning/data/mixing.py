@@ -28,7 +28,7 @@ def user_rows(rows: Rows, n: int, harmful_ratio: float, order: str, seed: int, s
         raise UserError(
             f"method.safe_ratio={safe_ratio} and harmful_ratio={harmful_ratio}: together they must be at most 1"
         )
-    wanted = ((bad, rows.harmful, "harmful"), (good, rows.task, "task"), (safe, rows.alignment, "alignment"))
+    wanted = ((bad, rows.harmful, "harmful"), (good, rows.train, "task"), (safe, rows.alignment, "alignment"))
     for count, there, what in wanted:
         if count > len(there):
             raise UserError(

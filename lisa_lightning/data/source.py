@@ -29,7 +29,7 @@ class Row:
 class Rows:
     """Everything a run reads, none of it sampled or shuffled yet."""
 
-    task: list[Row]
+    train: list[Row]
     alignment: list[Row]
     harmful: list[Row]
     test: list[Row]
@@ -89,13 +89,10 @@ def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = Fals
         said = ", ".join(f"{count} of {pair.replace('_', ' also in ', 1)}" for pair, count in overlap.items())
         log.warning("Rows whose prompt is in another set: %s; %s.", said, "kept" if allow_overlap else "left out")
     return Rows(
-        task=sets["train"],
-        alignment=sets["alignment"],
-        harmful=sets["harmful"],
+        **{"defender": [], **sets},
         test=test,
         harmful_prompts=harmful_prompts,
         harmless_prompts=harmless_prompts,
-        defender=sets.get("defender", []),
         overlap=overlap,
     )
 

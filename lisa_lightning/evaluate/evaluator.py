@@ -40,7 +40,7 @@ class Answer:
     context: str
     response: str
     target: str = ""
-    cut: bool = False
+    cut_off: bool = False
     """The model was not at an end when it had its number of tokens."""
     origin: str = ""
     """A hash of the model and all that determines how it answers."""

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ from lisa_lightning.judge.judge import Judge, Pair, Verdict
 log = logging.getLogger(__name__)
 
 
+FORMAT = [field.name for field in fields(Verdict)]
+"""Of a kept verdict: of another one nothing is read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Judged:
     """A line of judged.jsonl."""
@@ -29,7 +33,7 @@ class Judged:
     response: str
     refused: bool | None
     categories: Mapping[str, bool]
-    cut: bool | None
+    partly: bool | None
     metric: str
     stage: str
     kind: str
@@ -57,7 +61,8 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
         chosen = [a for a in answers if a.kind in kinds]
         pairs = [Pair(joined(a.prompt, a.context), a.response, _reference(judge, a)) for a in chosen]
         known = {j.pair: _verdict(j) for j in before if (j.judge, j.version) == (name, judge.version)}
-        verdicts = _ask(name, judge, pairs, known, cache / "verdicts" / f"{name}-{digest(judge.version)}.jsonl")
+        store = cache / "verdicts" / f"{name}-{digest([judge.version, FORMAT])}.jsonl"
+        verdicts = _ask(name, judge, pairs, known, store)
         found += [
             Judged(
                 name,
@@ -161,4 +166,4 @@ def _key(pair: Pair) -> str:
 
 
 def _verdict(line: Judged) -> Verdict:
-    return Verdict(line.flagged, line.score, line.refused, line.categories, line.cut)
+    return Verdict(line.flagged, line.score, line.refused, line.categories, line.partly)

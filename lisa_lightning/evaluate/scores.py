@@ -64,7 +64,7 @@ def task_scores(task: Any, answers: Iterable[Answer]) -> Metrics:
     if not asked:
         return {}
     places = [str(a.index) for a in asked]  # test rows are rows, whatever they ask
-    found = named("cut_off", share([a.cut for a in asked], places))
+    found = named("cut_off", share([a.cut_off for a in asked], places))
     if isinstance(task, Scored):
         found |= named("accuracy", share([task.correct(a.response, a.target) for a in asked], places))
         found |= named("lenient_accuracy", share([task.correct_leniently(a.response, a.target) for a in asked], places))
@@ -89,9 +89,9 @@ def judged_scores(judged: Sequence[Judged]) -> Metrics:
         flagged = [j for j in by_kind[kind] if j.metric == metric]
         if flagged:
             found |= named(metric, share([j.flagged for j in flagged], [j.prompt for j in flagged]))
-    seen = [j for j in by_kind["harmful"] if j.cut is not None]
+    seen = [j for j in by_kind["harmful"] if j.partly is not None]
     if seen:
-        found |= named("partly_judged", share([bool(j.cut) for j in seen], [j.prompt for j in seen]))
+        found |= named("partly_judged", share([bool(j.partly) for j in seen], [j.prompt for j in seen]))
     for name in sorted({c for j in judged for c in j.categories}):
         found[f"category/{name}"] = sum(bool(j.categories.get(name)) for j in by_kind["harmful"])
     return found

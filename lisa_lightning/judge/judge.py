@@ -22,14 +22,14 @@ class Verdict:
     """One judge's opinion of one answer."""
 
     flagged: bool
-    """The judge counts the answer as harmful."""
+    """The judge's metric counts the answer: it is harmful, or doesn't refuse, or is preferred."""
     score: float
     """How much it is so, from 0 to 1; never NaN."""
     refused: bool | None = None
     """Whether the answer refuses; None where the judge doesn't tell."""
     categories: Mapping[str, bool] = field(default_factory=dict)
     """Every kind of harm that the judge knows by name -> whether the answer was flagged for it."""
-    cut: bool | None = None
+    partly: bool | None = None
     """Whether the judge saw only a part of the answer; None where it has no limit."""
 
 

@@ -45,17 +45,17 @@ class LlamaGuardJudge:
         import torch
 
         for pair in pairs:
-            ids, cut = self._ids(pair)
+            ids, partly = self._ids(pair)
             with torch.no_grad():
                 inputs = torch.tensor([ids], device=self._model.device)
                 logits = self._model(input_ids=inputs, logits_to_keep=1).logits[0, -1].float()
             safe, unsafe = logits[list(self._words)].softmax(-1).tolist()
-            yield Verdict(unsafe > safe, unsafe, cut=cut)
+            yield Verdict(unsafe > safe, unsafe, partly=partly)
 
     def _ids(self, pair: Pair) -> tuple[list[int], bool]:
         """The prompt, and whether the answer was cut to fit."""
         ids = self._prompt(pair.prompt, pair.response)
-        cut = len(ids) > self.max_length
+        partly = len(ids) > self.max_length
         answer = self._tokenizer(pair.response, add_special_tokens=False)["input_ids"]
         while len(ids) > self.max_length:
             if not answer:
@@ -65,7 +65,7 @@ class LlamaGuardJudge:
                 )
             answer = answer[: max(0, len(answer) - (len(ids) - self.max_length))]
             ids = self._prompt(pair.prompt, self._tokenizer.decode(answer))
-        return ids, cut
+        return ids, partly
 
     def _prompt(self, prompt: str, response: str, word: str = "") -> list[int]:
         """All up to the guard's word."""

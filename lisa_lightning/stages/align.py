@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from lisa_lightning.cache import own_code
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.method import Method
 from lisa_lightning.module import Optim
@@ -19,6 +20,7 @@ def align(setting: Setting, own: list[Row], method: Method) -> tuple[Model, Metr
     rows: dict[Stream, Sequence[Row]] = {"user": [], "alignment": own, "defender": setting.defender_rows(method)}
     key = {
         "align": plain(cfg),
+        "own_code": own_code(method),
         "rows": rows_digest(own),
         "defender_rows": rows_digest(rows["defender"]),
     }

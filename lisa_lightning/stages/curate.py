@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from lisa_lightning.cache import read_json, write_text
+from lisa_lightning.cache import own_code, read_json, write_text
 from lisa_lightning.curate.curate import Candidates, Curate
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import Packing
@@ -20,6 +20,7 @@ def curate(setting: Setting, chooser: Curate) -> tuple[list[Row], Metrics]:
     chooser.count(len(rows))  # before the long part
     key = {
         "curate": {name: value for name, value in plain(cfg.curate).items() if name != "keep"},
+        "own_code": own_code(chooser),
         "lora": plain(cfg.align.lora),
         "seed": cfg.align.seed,
         "rows": rows_digest(rows),

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lisa_lightning.cache import own_code
 from lisa_lightning.data.source import Row
 from lisa_lightning.evaluate.evaluator import questions
 from lisa_lightning.judge.embedded import EmbeddedJudge
@@ -31,6 +32,7 @@ def finetune(setting: Setting, aligned: Model, method: Method) -> tuple[Model, M
     key = {
         "aligned": aligned.name,
         "method": plain(cfg.method),
+        "own_code": own_code(method),
         "lora": plain(cfg.lora),
         "optim": plain(cfg.optim),
         "seed": cfg.seed,

@@ -7,6 +7,7 @@ from typing import Any
 from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 
+from lisa_lightning.cache import own_code
 from lisa_lightning.data.source import Row
 from lisa_lightning.errors import UserError
 from lisa_lightning.module import Optim
@@ -25,6 +26,7 @@ def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple
     key = {
         "tuned": tuned.name,
         "repair": plain(cfg),
+        "own_code": own_code(own),
         **{f"{name}_rows": rows_digest(found) for name, found in rows.items()},
     }
     reference, made = _reference(setting, aligned) if "reference" in cfg else (None, {})
