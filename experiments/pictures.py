@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Final
 
+from lisa_lightning.cache import beside
 from lisa_lightning.report.drawing import BLUE, GREEN, ORANGE, Axis, Line, Plot, Points
 from lisa_lightning.report.sweep_page import LOOKS
 
@@ -76,6 +77,5 @@ def ranked(measured: Sequence[tuple[str, Rows]], path: Path) -> None:
             axes.set_yticks(range(len(order)), [name for name, _ in order])
             axes.grid(axis="both", alpha=0.18)
             axes.spines[["top", "right"]].set_visible(False)
-        aside = path.with_name(path.name + ".part")
-        canvas.savefig(aside, format="png")
-        aside.replace(path)
+        with beside(path) as part:
+            canvas.savefig(part, format="png")

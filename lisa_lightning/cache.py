@@ -145,11 +145,18 @@ def _complete(aside: Path, final: Path, key: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file aside, then rename it, so that a reader never sees half of it."""
+    """Write a file so that a reader never sees half of it."""
+    with beside(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Another name to write under, which is renamed to `path` once that is done."""
     with explained(path):
-        aside = path.with_name(path.name + ".part")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        part = path.with_name(path.name + ".part")
+        yield part
+        part.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -7,12 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, open_dict
+from composing import composed
 
 from experiments.__main__ import CLAIMS
-from lisa_lightning.config import check
 from lisa_lightning.pipeline import run
 
 ROOT = Path(__file__).parents[1]
@@ -94,18 +91,6 @@ def test_a_command_runs(
         small = [] if "responses=" in line else [w for w in SMALL if "model.id=" not in line or w != "model=tiny"]
         metrics = run(composed([*words, *small, cache], out))
         assert metrics.keys() & {"final/harmful_score", "responses/refusal_rate", "aligned/harmful_score"}
-
-
-def composed(words: list[str], out: Path) -> DictConfig:
-    """The config of a command, accepted, as the job would have it."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        cfg = compose("config", words, return_hydra_config=True)
-    with open_dict(cfg):
-        cfg.hydra.runtime.output_dir = str(out)
-        HydraConfig.instance().set_config(cfg)
-        del cfg["hydra"]
-    check(cfg)
-    return cfg
 
 
 def test_targets_of_make_and_scripts_are_there() -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from composing import composed
+from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.config import check
 from lisa_lightning.pipeline import run
@@ -138,15 +137,7 @@ def test_a_cell_runs_to_its_end(
         *([] if method in ("sft", "vlguard_mix") else ["method.alignment_steps=2", "method.user_steps=3"]),
         f"cache_dir={tmp_path_factory.getbasetemp() / 'paper-cache'}",
     ]
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        cfg = compose(
-            "config", [f"experiment=paper/{task}_{method}", *small, *stand_ins[:-1]], return_hydra_config=True
-        )
-    with open_dict(cfg):
-        cfg.hydra.runtime.output_dir = str(tmp_path / "out")
-        HydraConfig.instance().set_config(cfg)
-        del cfg["hydra"]
-    check(cfg)
+    cfg = composed([f"experiment=paper/{task}_{method}", *small, *stand_ins[:-1]], tmp_path / "out")
     metrics = run(cfg)
     assert metrics["train/steps"] == 2 * -(-20 // 5)
     assert metrics["final/harmful_score_answers"] == 6

@@ -9,6 +9,8 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lisa_lightning.cache import beside
+
 if TYPE_CHECKING:  # matplotlib takes a second to import, and most commands draw nothing
     from matplotlib.axes import Axes
 
@@ -185,9 +187,8 @@ def save_png(plots: Sequence[Plot], path: Path) -> None:
                 ncols=min(len(labels), 6),
                 frameon=False,
             )
-        aside = path.with_name(path.name + ".part")
-        canvas.savefig(aside, format="png")
-        aside.replace(path)
+        with beside(path) as part:
+            canvas.savefig(part, format="png")
 
 
 def _style(font: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lisa_lightning.report.page import TIMES
 from lisa_lightning.report.scores import SCORES, score_keys
 
 STAGES = {"aligned": "aligned model", "final": "after fine-tuning", "responses": "responses"}
@@ -31,8 +32,8 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url
         console.print(scored)
     times = [
         f"{stage} {metrics[f'time/{stage}_s']:.0f} s"
-        for stage in ("curate", "align", "finetune", "reference", "repair", "evaluate", "judge")
-        if f"time/{stage}_s" in metrics
+        for stage in TIMES
+        if stage != "total" and f"time/{stage}_s" in metrics
     ]
     if "time/total_s" in metrics:
         console.print(
