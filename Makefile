@@ -25,10 +25,10 @@ run: setup ## align, fine-tune with Lisa on SST-2 with 10 % harmful rows, evalua
 	$(BIN)/python run.py experiment=sst2_lisa
 
 test: setup ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: setup ## the tests that start no processes of their own and load no real model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+test-fast: setup ## all but those that run whole commands, the real model or published sets
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 bench: setup ## measure against the published implementations, into benchmarks/results (a quarter of an hour)
 	$(BIN)/python -m benchmarks

@@ -1,16 +1,23 @@
-"""What the tests share: a tiny random Llama with a byte tokenizer, and composed configs."""
+"""What the tests share: a tiny random Llama with a byte tokenizer, composed configs, and commands in forks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from chat_server import url  # noqa: F401  # a fixture
+from forking import Forked
 from hydra import compose, initialize_config_dir
 from judge_models import classifier, guard  # noqa: F401  # fixtures
 from omegaconf import DictConfig
 from training import train  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +38,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, config: Callable[..., DictCon
     from lisa_lightning.cache import OneRank
 
     return base_model(OneRank(), config("model=tiny").model, tmp_path_factory.mktemp("cache"))[0]
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Forked]:
+    """Runs commands in forks of one process: `forked.run(arguments, cwd, env)`."""
+    process = Forked()
+    yield process
+    process.close()

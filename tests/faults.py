@@ -7,15 +7,20 @@ only faults of files that have one in their names. Prints what survives and the 
 where something survives that no reason here explains. `test_faults.py` holds the list to the code.
 """
 
+import importlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+LIBRARIES = ("torch", "lightning", "transformers", "peft", "datasets", "sklearn.linear_model", "hydra")
+QUIETLY = ("-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 COPIED = ("lisa_lightning", "conf", "tests", "experiments", "benchmarks", "docs", "run.py", "pyproject.toml")
 
 
@@ -195,13 +200,14 @@ FAULTS = [
     ),
     *_faults(
         "tracking.py",
-        "test_tracking.py test_run.py",
+        "test_tracking.py test_killed.py",
         ('int(r["step"]) <= after', 'int(r["step"]) < after'),
         ('if line.endswith("\\n")', "if line"),
     ),
     *_faults(
         "cache.py",
-        "test_run.py test_killed.py",
+        "test_sweep.py::test_jobs_that_start_together_align_once_and_a_killed_owner_blocks_nobody "
+        "test_run.py::test_a_second_run_finds_every_stage_and_another_method_the_aligned_model test_killed.py",
         ("    final = parent / digest(key)\n", "    final = parent / 'same'\n"),
         ("sort_keys=True, ensure_ascii=False", "ensure_ascii=False"),
         ("        fcntl.flock(handle, fcntl.LOCK_EX)\n", ""),
@@ -241,21 +247,41 @@ FAULTS = [
 
 
 def caught(fault: Fault, copy: Path) -> bool:
-    """Whether the tests fail in a copy that has the fault."""
+    """Whether the tests fail in a copy that has the fault; in a fork, which has imported the libraries."""
     file = copy / "lisa_lightning" / fault.file
     good = file.read_text(encoding="utf-8")
     file.write_text(good.replace(fault.old, fault.new, 1), encoding="utf-8")
     try:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        tests = [f"tests/{name}" for name in fault.tests.split()]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-        return subprocess.run([*command, *tests], cwd=copy, env=env, capture_output=True, check=False).returncode == 1
+        child = os.fork()
+        if child == 0:
+            status = 99
+            try:
+                os.chdir(copy)
+                sys.path[:0] = [str(copy), str(copy / "tests")]
+                for stream in (1, 2):
+                    os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+                status = pytest.main([*QUIETLY, *(f"tests/{t}" for t in fault.tests.split())])
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status not in (0, 1):
+            raise RuntimeError(f"{fault.file}: pytest ended with {status}:\n{(copy / 'log.txt').read_text()[-2000:]}")
+        return status == 1
     finally:
         file.write_text(good, encoding="utf-8")
 
 
 def main(words: list[str]) -> int:
     """Try all faults, print; 1 where one survives."""
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    sys.path = [folder for folder in sys.path if Path(folder).resolve() not in (ROOT, ROOT / "tests")]
+    sys.dont_write_bytecode = True
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     chosen = [fault for fault in FAULTS if not words or any(word in fault.file for word in words)]
     survivors = []
     with tempfile.TemporaryDirectory() as folder:

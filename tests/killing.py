@@ -2,15 +2,13 @@
 
     python tests/killing.py moments|chains FOLDER
 
-One process imports everything once and forks a child per run, so a scenario costs seconds. Prints a JSON object: of
-moments, scenario -> {killed, resumed, adapter, curves}; of chains, defenses -> {statuses, differing}. Needs
-OMP_NUM_THREADS=1: a thread pool does not survive a fork.
+Forks a child per run, so that a scenario costs seconds. Prints a JSON object: of moments, scenario -> {killed, resumed,
+adapter, curves}; of chains, defenses -> {statuses, differing}.
 """
 
 import csv
 import json
 import os
-import runpy
 import shutil
 import signal
 import sys
@@ -18,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from forking import fork, import_everything, wait
+
 OVERRIDES = [
     "experiment=smoke",
     "method.alignment_steps=2",
@@ -81,12 +80,12 @@ def scenarios() -> dict[str, Patch]:
             Method, "before_step", lambda m, t, _: m.total_steps == 16 and t == 8, after=True
         ),
         "before the first checkpoint": lambda: at_call(LisaModule, "training_step", step(16, 1)),
-        "while a checkpoint is written": lambda: at_call(training.os, "fsync", nth(5)),
-        "while a curve row is written": lambda: at_call(Curves, "append", nth(14)),
+        "while a checkpoint is written": lambda: at_call(training.os, "fsync", nth(3)),
+        "while a curve row is written": lambda: at_call(Curves, "append", nth(9)),
         "while evaluating the aligned model": lambda: at_call(evaluator, "generate", nth(2)),
         "while evaluating the final model": lambda: at_call(evaluator, "_append", nth(3), after=True),
         "while the adapter is saved": lambda: at_call(finetune, "save_adapter", nth(1), after=True),
-        "before the finished stage gets its name": lambda: at_call(cache, "_complete", nth(4)),
+        "before the finished stage gets its name": lambda: at_call(cache, "_complete", nth(2)),
         "while judging": lambda: at_call(judging, "_verdict_line", nth(5)),
         "while the report is written": lambda: at_call(pipeline, "_leave", nth(1)),
     }
@@ -161,32 +160,23 @@ def chain(overrides: list[str], patches: list[Patch], work: Path) -> dict[str, A
     for i, patch in enumerate([*patches, None]):
         statuses.append(run(work / "killed", work / "cache", patch, [*overrides, *(["resume=true"] if i else [])]))
     if statuses[0] or statuses[-1]:
-        return {"statuses": statuses, "log": "".join(f.read_text()[-2000:] for f in work.glob("*.log"))}
+        return {"statuses": statuses, "log": "".join(f.read_text()[-2000:] for f in work.glob("*.err"))}
     left = [{"adapter": adapter(work / out), "curves": curves(work / out)} for out in ("straight", "killed")]
     return {"statuses": statuses, "differing": [name for name in left[0] if left[0][name] != left[1][name]]}
 
 
 def run(out: Path, cache: Path, patch: Patch | None, overrides: list[str]) -> int:
-    """One run in a child process; its exit status, or minus the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            if patch is not None:
-                patch()
-            sys.argv = ["run.py", *overrides, f"hydra.run.dir={out}", f"cache_dir={cache}"]
-            sys.stdout = sys.stderr = (out.parent / f"{out.name}.log").open("a")
-            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
-        except SystemExit as end:
-            status = int(end.code or 0)
-        except BaseException:
-            import traceback
+    """One run, without a report, in a child process; its exit status, or minus the signal that ended it."""
 
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    def patched() -> None:
+        from lisa_lightning import pipeline
+
+        pipeline._page = lambda *_: []  # type: ignore[assignment]
+        if patch is not None:
+            patch()
+
+    arguments = [*overrides, f"hydra.run.dir={out}", f"cache_dir={cache}"]
+    return wait(fork(arguments, out.parent / out.name, patched))
 
 
 def adapter(out: Path) -> dict[str, str]:
@@ -215,38 +205,38 @@ def note_answers(file: Path) -> None:
 
 
 def scenario(name: str, patch: Patch | None, work: Path) -> dict[str, Any]:
-    """Kill, resume, and what is left; `asked` counts the answers that the run or its resumption generated."""
+    """Kill, resume, and what is left; `asked` counts the answers that the run or its resumption generated.
+
+    What comes after aligning finds the aligned model of the straight run, the first.
+    """
     cache, out = work / "cache", work / name.replace(" ", "_")
-    shutil.rmtree(cache, ignore_errors=True)
+    if patch and name != "while aligning":
+        for stage in cache.iterdir():
+            if stage.name not in ("models", "align"):
+                shutil.rmtree(stage)
+    else:
+        shutil.rmtree(cache, ignore_errors=True)
     killed = run(out, cache, patch, OVERRIDES) if patch else -signal.SIGKILL
     lines = (out / "responses.jsonl").read_text().splitlines() if (out / "responses.jsonl").exists() else []
     asked = work / f"{out.name}.asked"
     asked.touch()
     resumed = run(out, cache, lambda: note_answers(asked), [*OVERRIDES, *(["resume=true"] if patch else [])])
     if resumed != 0:
-        return {"killed": killed, "resumed": resumed, "log": (work / f"{out.name}.log").read_text()[-3000:]}
+        return {"killed": killed, "resumed": resumed, "log": (work / f"{out.name}.err").read_text()[-3000:]}
     left = {"adapter": adapter(out), "curves": curves(out)}
     left |= {name: (out / f"{name}.jsonl").read_text() for name in ("responses", "judged")}
     return {"killed": killed, "resumed": resumed, "answered": len(lines), "asked": asked.stat().st_size} | left
 
 
-def _load_once() -> None:
-    """What every run would spend seconds on: the judge is fitted here and comes along with the fork."""
-    from lisa_lightning.judge.embedded import EmbeddedJudge
-
-    EmbeddedJudge._fitted = EmbeddedJudge()._fitted  # type: ignore[assignment,method-assign]
-
-
 def main(what: str, work: Path) -> None:
     """All moments, the uninterrupted run first; or all chains."""
     os.environ |= {"WANDB_MODE": "disabled", "HYDRA_FULL_ERROR": "1"}
-    sys.path.insert(0, str(ROOT))
     os.chdir(work)
+    import_everything()
     if what == "chains":
         found = {name: chain(*asked, work / name.replace(", ", "_")) for name, asked in chains().items()}
     else:
         moments = scenarios()
-        _load_once()
         found = {"straight": scenario("straight", None, work)}
         for name, patch in moments.items():
             found[name] = scenario(name, patch, work)

@@ -2,14 +2,12 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import Forked
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,30 +19,17 @@ def blocks(page: str) -> tuple[dict[str, str], list[str]]:
     return dict(re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)), command.split()
 
 
-def run(arguments: list[str], folder: Path) -> dict[str, Any]:
+def run(forked: Forked, arguments: list[str], folder: Path) -> dict[str, Any]:
     """The metrics of a command whose Python and configs lie in `folder`."""
-    env = os.environ | {
-        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
-        "LISA_CACHE": str(folder / "cache"),
-        "WANDB_MODE": "disabled",
-        "OMP_NUM_THREADS": "1",
-    }
+    env = {"PYTHONPATH": str(folder), "LISA_CACHE": str(folder / "cache"), "WANDB_MODE": "disabled"}
     more = [f"hydra.searchpath=[file://{folder}/conf]", "hydra.run.dir=out"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / arguments[0]), *arguments[1:], *more],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = forked.run([*arguments[1:], *more], folder, env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out" / "metrics.json").read_text())
 
 
 @pytest.mark.slow
-def test_a_task_is_added_as_the_page_says(tmp_path: Path) -> None:
+def test_a_task_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> None:
     code, arguments = blocks("add_a_task.md")
     (tmp_path / "letters.py").write_text(code["python"])
     (tmp_path / "conf" / "task").mkdir(parents=True)
@@ -53,19 +38,19 @@ def test_a_task_is_added_as_the_page_says(tmp_path: Path) -> None:
     for name, count in (("train", 40), ("test", 3)):
         rows = [row | {"word": name[0] * n, "count": n} for n in range(1, count + 1)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert run(arguments, tmp_path)["final/accuracy_answers"] == 2
+    assert run(forked, arguments, tmp_path)["final/accuracy_answers"] == 2
     asked = [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
     assert {(a["context"], a["target"]) for a in asked if a["kind"] == "task"} == {("t", "1"), ("tt", "2")}
 
 
 @pytest.mark.slow
-def test_a_method_is_added_as_the_page_says(tmp_path: Path) -> None:
+def test_a_method_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> None:
     code, arguments = blocks("add_a_method.md")
     assert code["python"].count("\n") < 40
     (tmp_path / "projected.py").write_text(code["python"])
     (tmp_path / "conf" / "method").mkdir(parents=True)
     (tmp_path / "conf" / "method" / "projected.yaml").write_text(code["yaml"])
-    assert run(arguments, tmp_path)["train/steps"] == 36
+    assert run(forked, arguments, tmp_path)["train/steps"] == 36
     with (tmp_path / "out" / "curves.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["stage"] == "finetune"]
     assert len(rows) == 36
@@ -73,7 +58,7 @@ def test_a_method_is_added_as_the_page_says(tmp_path: Path) -> None:
     assert {row["projected/conflict"] for row in rows} <= {"0.0", "1.0"}
     (tmp_path / "out").rename(tmp_path / "before")
     (tmp_path / "projected.py").write_text(code["python"].replace("if inner < 0:", "if False:"))
-    run(arguments, tmp_path)  # an edited method is trained anew, not found in the cache
+    run(forked, arguments, tmp_path)  # an edited method is trained anew, not found in the cache
     adapters = [(tmp_path / out / "adapter" / "adapter_model.safetensors").read_bytes() for out in ("before", "out")]
     assert adapters[0] != adapters[1]
 

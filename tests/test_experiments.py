@@ -1,11 +1,11 @@
 """Claims of experiments/: every one's command composes; numbers are merged run by run and drawn."""
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import Forked
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
@@ -47,6 +47,7 @@ def test_every_claim_has_a_command_that_composes_and_a_folder_that_says_what_cam
     assert ("results.csv" in there) == ("plot.png" in there)
 
 
+@pytest.mark.slow
 def test_every_arm_is_what_it_says_and_has_a_name_of_its_own(tmp_path: Path) -> None:
     files = tmp_path / "experiment" / "defenses"
     files.mkdir(parents=True)
@@ -71,13 +72,14 @@ def test_every_arm_is_what_it_says_and_has_a_name_of_its_own(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_numbers_are_merged_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_merged_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: Forked) -> None:
+    """The claim's command in a fork."""
     for name in ("run.py", "conf"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "experiments").mkdir()
+    env = {"LISA_CACHE": str(tmp_path / "cache"), "WANDB_MODE": "disabled"}
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
-    monkeypatch.setenv("LISA_CACHE", os.environ.get("LISA_CACHE", str(tmp_path / "cache")))
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setattr(experiments.subprocess, "run", lambda said, cwd, check: forked.run(said[2:], cwd, env))
     out = tmp_path / "experiments" / "excess_drift"
 
     def lines(file: str) -> list[dict[str, str]]:

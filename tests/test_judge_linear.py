@@ -121,6 +121,7 @@ def test_one_class_alone_is_refused(tmp_path: Path) -> None:
         judge(tmp_path, [row | {"is_safe": True} for row in rows(noise=0.0)])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_held_out_answers_of_a_published_set(tmp_path: Path) -> None:
     """Fitted on all prompts but a fifth, and asked about those: what a user does who holds rows back."""

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forking import Forked, environment
 from omegaconf import DictConfig
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -31,23 +31,14 @@ CYCLE = ["method.alignment_steps=2", "method.user_steps=4", "optim.steps=24"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """`run(name, overrides...)`: an experiment in a process of its own; the output folder."""
+def run(tmp_path_factory: pytest.TempPathFactory, forked: Forked) -> Run:
+    """`run(name, overrides...)`: an experiment, as a command or in a fork; the output folder."""
     work = tmp_path_factory.mktemp("run")
 
-    def command(name: str, *overrides: str, cache: str = "cache", experiment: str = "smoke") -> Path:
+    def command(name: str, *overrides: str, cache: str = "cache", experiment: str = "smoke", fork: bool = True) -> Path:
         arguments = [f"experiment={experiment}", f"hydra.run.dir={name}", *overrides]
-        env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-        env |= {"LISA_CACHE": str(work / cache), "OMP_NUM_THREADS": "1", "HOME": str(work)}
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "run.py"), *arguments],
-            cwd=work,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
+        env = {"LISA_CACHE": str(work / cache), "HOME": str(work)}
+        done = forked.run(arguments, work, env) if fork else started(arguments, work, env)
         assert done.returncode == 0, done.stderr[-3000:]
         (work / name / "terminal.txt").write_text(done.stdout)
         return work / name
@@ -55,9 +46,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return command
 
 
+def started(arguments: list[str], cwd: Path, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """The command itself, in a process that a user would start."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        cwd=cwd,
+        env=environment(env),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+
+
 @pytest.fixture(scope="module")
 def out(run: Run) -> Path:
-    return run("first", *CYCLE)
+    return run("first", *CYCLE, fork=False)
 
 
 def test_a_run_leaves_everything_that_is_promised(out: Path) -> None:
@@ -142,7 +146,9 @@ def test_two_processes_equal_one_at_twice_the_batch(run: Run, defense: list[str]
     name = defense[-1].rpartition("=")[2]
     one = run(f"one {name}", *small, "optim.batch_size=4", "align.optim.batch_size=4", cache=f"one {name}")
     two = run(
-        *(f"two {name}", *small, "trainer=ddp", "optim.batch_size=2", "align.optim.batch_size=2"), cache=f"two {name}"
+        *(f"two {name}", *small, "trainer=ddp", "optim.batch_size=2", "align.optim.batch_size=2"),
+        cache=f"two {name}",
+        fork=False,
     )
     a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-6
@@ -272,13 +278,13 @@ def test_answers_of_the_embedded_model_are_those_of_one_prompt_at_a_time(
     """On at least 99 % of tokens; they part only where two tokens are all but equally likely."""
     folder, _ = base_model(OneRank(), config("model=smollm2_135m").model, real.parent / "real-cache")
     model, tokenizer = load(folder, "float32").eval(), load_tokenizer(folder)
-    asked = [json.loads(line)["prompt"] for line in (EMBEDDED / "harmless_prompts.jsonl").read_text().splitlines()[:12]]
+    asked = [json.loads(line)["prompt"] for line in (EMBEDDED / "harmless_prompts.jsonl").read_text().splitlines()[:6]]
     prompts = [encode_prompt(tokenizer, "alpaca", prompt) for prompt in asked]
     library: Any = model  # its stubs know no batch of ids
     same = total = 0
-    for prompt, answer in zip(prompts, generate(model, prompts, 24, Stop(tokenizer, model)), strict=True):
+    for prompt, answer in zip(prompts, generate(model, prompts, 20, Stop(tokenizer, model)), strict=True):
         ids = torch.tensor([prompt])
-        alone = library.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)[0]
+        alone = library.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)[0]
         alone = alone[len(prompt) :].tolist()[: len(answer)]
         equal = [x == y for x, y in zip(alone, answer, strict=True)]
         same, total = same + sum(equal), total + len(equal)
@@ -286,5 +292,5 @@ def test_answers_of_the_embedded_model_are_those_of_one_prompt_at_a_time(
             with torch.no_grad():
                 first, second = library(torch.tensor([prompt + answer[: equal.index(False)]])).logits[0, -1].topk(2)[0]
             assert first - second < 1e-3
-    assert total > 150
+    assert total > 60
     assert same >= 0.99 * total

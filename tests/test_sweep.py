@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from forking import Forked, environment
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from safetensors.torch import load_file
@@ -86,32 +87,42 @@ def test_a_sweep_of_weights_and_biases_starts_runs_of_ours(config: Callable[...,
         check(config(*(f"{key}={options[end]}" for key, options in values)))
 
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sweep")
 
 
-def environment(work: Path, **more: str) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    own = {"WANDB_MODE": "disabled", "LISA_CACHE": str(work / "cache"), "OMP_NUM_THREADS": "1", "HOME": str(work)}
-    return env | own | more
+Sweep = Callable[..., str]
 
 
-def sweep(work: Path, *arguments: str, status: int = 0, threads: str = "1") -> str:
-    """What `run.py -m` prints."""
+def settings(work: Path) -> dict[str, str]:
+    return {"WANDB_MODE": "disabled", "LISA_CACHE": str(work / "cache"), "HOME": str(work)}
+
+
+@pytest.fixture(scope="module")
+def sweep(work: Path, forked: Forked) -> Sweep:
+    """`sweep(arguments...)`: what `run.py -m` prints, in a fork."""
+
+    def command(*arguments: str, status: int = 0) -> str:
+        done = forked.run(["-m", *arguments], work, settings(work))
+        assert done.returncode == status, done.stderr[-3000:]
+        return done.stdout
+
+    return command
+
+
+def started(work: Path, *arguments: str, threads: str = "1") -> str:
+    """The same in a process of its own."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), "-m", *arguments],
         cwd=work,
-        env=environment(work, OMP_NUM_THREADS=threads),
+        env=environment(settings(work) | {"OMP_NUM_THREADS": threads}),
         capture_output=True,
         text=True,
         timeout=280,
         check=False,
     )
-    assert done.returncode == status, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
@@ -126,9 +137,9 @@ def written(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_a_failure_ends_one_job_and_the_same_command_repeats_it_alone(work: Path) -> None:
+def test_a_failure_ends_one_job_and_the_same_command_repeats_it_alone(work: Path, sweep: Sweep) -> None:
     arguments = [*SMALL, "method=sft,lisa", "data.n=60,4000", "seed=1"]
-    said = sweep(work, *arguments, status=1)
+    said = sweep(*arguments, status=1)
     folder = next((work / "multirun/smoke").iterdir())
     found = jobs(folder)
     assert {name: row["status"] for name, row in found.items()} == {
@@ -145,34 +156,31 @@ def test_a_failure_ends_one_job_and_the_same_command_repeats_it_alone(work: Path
     assert 'href="data.n%3D60%2Cmethod%3Dlisa/report.html"' in page
     before = written(folder)
     (folder / "data.n=60,method=sft" / "metrics.json").unlink()
-    sweep(work, *arguments, status=1)
+    sweep(*arguments, status=1)
     after = written(folder)
     assert after["data.n=60,method=lisa"] == before["data.n=60,method=lisa"]
     assert after["data.n=60,method=sft"] != before["data.n=60,method=sft"]
-    sweep(work, *arguments[:-2], "data.n=60", "seed=1", "hydra.sweep.dir=other")
+    sweep(*arguments[:-2], "data.n=60", "seed=1", "hydra.sweep.dir=other")
     assert {row["status"] for row in jobs(work / "other").values()} == {"finished"}
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_where_it_was(work: Path) -> None:
+def test_a_killed_sweep_goes_on_where_it_was(work: Path, sweep: Sweep, forked: Forked) -> None:
     arguments = [*SMALL, "optim.steps=60", "method=bso,lisa", "seed=7", "align.seed=1"]
     straight = work / "straight"
-    sweep(work, *arguments, f"hydra.sweep.dir={straight}")
+    sweep(*arguments, f"hydra.sweep.dir={straight}")
     shutil.rmtree(work / "cache" / "finetune")
     killed = work / "killed"
-    command = [sys.executable, str(ROOT / "run.py"), "-m", *arguments, f"hydra.sweep.dir={killed}"]
-    process = subprocess.Popen(
-        command, cwd=work, env=environment(work), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    process = forked.start(["-m", *arguments, f"hydra.sweep.dir={killed}"], work, settings(work))
     deadline = time.monotonic() + 120
     while not list(killed.glob("*method=lisa*/checkpoints/finetune.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.kill(process, signal.SIGKILL)
+    assert forked.wait(process).returncode == -signal.SIGKILL
     (first,) = killed.glob("*/metrics.json")
     assert "method=bso" in str(first)
     before = first.stat().st_mtime_ns
-    sweep(work, *arguments, f"hydra.sweep.dir={killed}")
+    sweep(*arguments, f"hydra.sweep.dir={killed}")
     assert first.stat().st_mtime_ns == before
     assert [row["status"] for row in jobs(killed).values()] == ["finished"] * 2
     for name in ("method=bso", "method=lisa"):
@@ -182,30 +190,27 @@ def test_a_killed_sweep_goes_on_where_it_was(work: Path) -> None:
 
 
 @pytest.mark.slow
-def test_jobs_that_start_together_align_once_and_a_killed_owner_blocks_nobody(work: Path) -> None:
+def test_jobs_that_start_together_align_once_and_a_killed_owner_blocks_nobody(work: Path, forked: Forked) -> None:
     own = [*SMALL, "align.optim.steps=40", "align.seed=3", "optim.steps=2"]
 
-    def start(name: str) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, str(ROOT / "run.py"), *own, f"hydra.run.dir={name}", f"seed={name[-1]}"]
-        return subprocess.Popen(
-            command, cwd=work, env=environment(work), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
+    def start(name: str) -> int:
+        return forked.start([*own, f"hydra.run.dir={name}", f"seed={name[-1]}"], work, settings(work))
 
     owner = start("owner1")
     deadline = time.monotonic() + 120
     while not (work / "owner1/checkpoints/align.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     others = [start("other2"), start("other3")]
-    owner.send_signal(signal.SIGKILL)
-    assert owner.wait() == -signal.SIGKILL
-    assert [process.wait(timeout=200) for process in others] == [0, 0]
+    os.kill(owner, signal.SIGKILL)
+    assert forked.wait(owner).returncode == -signal.SIGKILL
+    assert [forked.wait(process).returncode for process in others] == [0, 0]
     made = [name for name in ("other2", "other3") if (work / name / "checkpoints/align.ckpt").exists()]
     assert len(made) == 1
 
 
 @pytest.mark.slow
 def test_processes_of_one_machine_share_its_threads(work: Path) -> None:
-    sweep(
+    started(
         work,
         *SMALL,
         "seed=1,2",
@@ -222,13 +227,13 @@ def test_processes_of_one_machine_share_its_threads(work: Path) -> None:
 @pytest.mark.slow
 def test_a_cluster_runs_the_jobs(work: Path) -> None:
     local = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", "hydra.sweep.dir=cluster"]
-    sweep(work, *SMALL, "seed=1,2", *local)
+    started(work, *SMALL, "seed=1,2", *local)
     assert {row["status"] for row in jobs(work / "cluster").values()} == {"finished"}
 
 
 @pytest.mark.slow
-def test_several_processes_a_job_are_refused_with_the_ways_out(work: Path) -> None:
-    said = sweep(work, *SMALL, "trainer=ddp", "trainer.devices=2", "seed=1,2", "hydra.sweep.dir=ddp", status=1)
+def test_several_processes_a_job_are_refused_with_the_ways_out(work: Path, sweep: Sweep) -> None:
+    said = sweep(*SMALL, "trainer=ddp", "trainer.devices=2", "seed=1,2", "hydra.sweep.dir=ddp", status=1)
     assert "each of its 2 processes would start the whole sweep again" in said
     for way in ("trainer.devices=1", "hydra/launcher=submitit_slurm", "one command a job"):
         assert way in said
@@ -236,14 +241,14 @@ def test_several_processes_a_job_are_refused_with_the_ways_out(work: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_study_looks_for_the_best_and_goes_on(work: Path) -> None:
+def test_a_study_looks_for_the_best_and_goes_on(work: Path, sweep: Sweep) -> None:
     optuna: Any = pytest.importorskip("optuna")
     for trials in (3, 6):
-        sweep(work, *SMALL, "sweep=optuna", "hydra.sweeper.n_trials=3", "hydra.sweep.dir=study")
+        sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=3", "hydra.sweep.dir=study")
         study = optuna.load_study(study_name="smoke", storage=f"sqlite:///{work}/study/study.db")
         assert len(study.trials) == trials
     assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
-    sweep(work, *SMALL, "sweep=optuna", "hydra.sweeper.n_trials=1", "data.n=4000", "hydra.sweep.dir=study", status=1)
+    sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=1", "data.n=4000", "hydra.sweep.dir=study", status=1)
     assert optuna.load_study(study_name="smoke", storage=study._storage).trials[-1].state.name == "FAIL"
     assert study.direction.name == "MAXIMIZE"
     metrics = [json.loads(f.read_text()) for f in (work / "study").glob("*/metrics.json")]

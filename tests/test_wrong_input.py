@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forking import Forked
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.config import JUDGES, RULES, check
@@ -161,10 +162,8 @@ def test_every_rule_is_about_a_key_that_exists(config: Config) -> None:
     assert not absent
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "run.py"), *arguments]
-    env = os.environ | {"WANDB_MODE": "disabled", "LISA_CACHE": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
+def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return forked.run([*arguments], cwd, {"WANDB_MODE": "disabled", "LISA_CACHE": str(cwd / "cache")})
 
 
 @pytest.mark.slow
@@ -196,8 +195,10 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         (["stages=[judge]"], "holds no answers to judge"),
     ],
 )
-def test_the_command_says_a_sentence_and_exits_with_2(tmp_path: Path, arguments: list[str], sentence: str) -> None:
-    done = run(*arguments, cwd=tmp_path)
+def test_the_command_says_a_sentence_and_exits_with_2(
+    forked: Forked, tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    done = run(forked, tmp_path, *arguments)
     assert done.returncode == 2, done.stderr
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
@@ -222,10 +223,10 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing_half_written(tmp_path
 
 
 @pytest.mark.slow
-def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+def test_a_folder_that_holds_a_run_is_not_overwritten(forked: Forked, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.json").write_text("{}")
-    done = run("experiment=smoke", "hydra.run.dir=out", cwd=tmp_path)
+    done = run(forked, tmp_path, "experiment=smoke", "hydra.run.dir=out")
     assert done.returncode == 2
     assert "holds a run; add resume=true" in done.stderr
     assert (tmp_path / "out" / "metrics.json").read_text() == "{}"

@@ -32,7 +32,7 @@ class Example:
     @property
     def length(self) -> int:
         """Number of tokens that the model must see: none behind the last predictor counts for anything."""
-        return max((i for i, label in enumerate(self.labels) if label != IGNORED), default=0)
+        return next((i for i in range(len(self.labels) - 1, 0, -1) if self.labels[i] != IGNORED), 0)
 
 
 @dataclass(slots=True)
@@ -113,24 +113,24 @@ class _Trie:
 
     def new_tokens(self, example: Example) -> int:
         """How many nodes inserting `example` would add."""
-        node = -1
-        for depth in range(example.length):
+        node, length = -1, example.length
+        for depth in range(length):
             child = self.children.get((node, example.ids[depth]))
             if child is None:
-                return example.length - depth
+                return length - depth
             node = child
         return 0
 
     def insert(self, example: Example) -> None:
-        node, place = -1, 0
-        for depth in range(example.length + 1):
+        node, place, length = -1, 0, example.length
+        for depth in range(length + 1):
             label = example.labels[depth]
             if label != IGNORED and depth > 0:
                 self.predictors.append(node)
                 self.targets.append(label)
                 self.places.append(place)
                 place += 1
-            if depth < example.length:
+            if depth < length:
                 node = self._child(node, example.ids[depth], depth)
                 self.shared_by[node] += 1
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any, ClassVar, Final, final
@@ -53,20 +53,21 @@ class EmbeddedJudge:
     metric: ClassVar[Metric] = "harmful_score"
 
     def __init__(self) -> None:
-        self._rows = shipped_rows()
         code = [Path(str(file)).read_text() for file in (__file__, _embedded_signs.__file__, _embedded_rows.__file__)]
-        made_from = [code, [asdict(row) for row in self._rows]]
+        made_from = [code, [asdict(row) for row in shipped_rows()]]
         self.version = f"{digest(made_from)}-{package_version('scikit-learn')}"
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
         """Compliance flags; the score is its probability, 0 or 1 where a rule decides."""
         answers = [Answer(pair.prompt, pair.response) for pair in pairs]
-        for label, score in self._fitted.judge(answers):
+        for label, score in fitted().judge(answers):
             yield Verdict(label == "compliance", score, refused=label == "refusal")
 
-    @cached_property
-    def _fitted(self) -> "Fitted":
-        return Fitted(self._rows)
+
+@cache
+def fitted() -> "Fitted":
+    """Fitted on the shipped rows once a process, which takes a second."""
+    return Fitted(shipped_rows())
 
 
 class Fitted:
