@@ -35,7 +35,7 @@ TRAINER = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="a
 
 def lisa() -> Lisa:
     """The penalty on from the second step on, user rows only (the batches are given)."""
-    return Lisa(alignment_steps=0, user_steps=1, rho=RHO, warmup_ratio=0.0)
+    return Lisa(alignment_steps=0, user_steps=1, rho=RHO, proximal_after=0.0)
 
 
 class _TimedPasses(Passes):

@@ -15,7 +15,7 @@ from experiments.pictures import course, one_each
 from experiments.tables import Rows, by_key, fill, merged
 from experiments.tuned import measure
 from lisa_lightning.report.drawing import Plot, save_png
-from lisa_lightning.report.sweep import Run, read_runs, settings
+from lisa_lightning.report.sweep import Run, read_runs, seed_groups
 from lisa_lightning.report.sweep_page import score_plots
 from lisa_lightning.tracking import read_rows
 
@@ -124,7 +124,7 @@ def _plots(claim: Claim, found: dict[str, Rows]) -> list[Plot]:
         )
         for row in results
     ]
-    return score_plots(settings(runs, claim.keys), claim.keys)[:2]
+    return score_plots(seed_groups(runs, claim.keys), claim.keys)[:2]
 
 
 if __name__ == "__main__":

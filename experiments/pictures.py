@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Final
 
-from lisa_lightning.cache import beside
+from lisa_lightning.disk import beside
 from lisa_lightning.report.drawing import BLUE, GREEN, ORANGE, Axis, Line, Plot, Points
 from lisa_lightning.report.sweep_page import LOOKS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Final
 
-from lisa_lightning.cache import write_text
+from lisa_lightning.disk import write_text
 from lisa_lightning.report.sweep import in_order
 
 Rows = list[dict[str, str]]

@@ -1,4 +1,4 @@
-"""What aligning changed in a linear layer, and the map C built of it that SafeLoRA and AsFT hold a fine-tuning to."""
+"""What aligning changed in a linear layer, and the map C built of it that Safe LoRA and AsFT hold a fine-tuning to."""
 
 import json
 import math

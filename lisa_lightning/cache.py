@@ -1,11 +1,9 @@
 """Folders that are named by a hash of all that determines them, built aside, renamed when complete."""
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -14,9 +12,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
+from lisa_lightning.disk import disk_trouble, explained, write_text
 from lisa_lightning.errors import UserError
-
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class Ranks(Protocol):
@@ -142,51 +139,3 @@ def _complete(aside: Path, final: Path, key: Any) -> None:
         write_text(aside / "key.json", json.dumps(key, indent=1, sort_keys=True))
         aside.chmod(0o755)
         aside.replace(final)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader never sees half of it."""
-    with beside(path) as part:
-        part.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """Another name to write under, which is renamed to `path` once that is done."""
-    with explained(path):
-        part = path.with_name(path.name + ".part")
-        yield part
-        part.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, empty where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn a failing write (full disk, no permission) into a sentence that names the path."""
-    try:
-        yield
-    except shutil.Error as error:
-        raise UserError(f"{path} can't be written: {error.args[0][0][-1]}") from error
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from error
-    except RuntimeError as error:
-        if (reason := disk_trouble(error)) is None:
-            raise
-        raise UserError(f"{path} can't be written: {reason}") from error
-
-
-def disk_trouble(error: BaseException) -> str | None:
-    """The system's words if `error`, or what it came from, is a disk that takes no more.
-
-    Libraries that write for us hide the system's error in one of their own, as its context or in its text.
-    """
-    if isinstance(error, OSError) and error.errno in DISK:
-        return os.strerror(error.errno)
-    hidden = re.search(r"\(os error (\d+)\)", str(error))
-    if hidden and int(hidden[1]) in DISK:
-        return os.strerror(int(hidden[1]))
-    return disk_trouble(error.__context__) if error.__context__ is not None else None

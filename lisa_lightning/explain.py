@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lisa_lightning.cache import disk_trouble
 from lisa_lightning.config import INSTEAD, beyond_trainer
+from lisa_lightning.disk import disk_trouble
 from lisa_lightning.errors import UserError
 
 

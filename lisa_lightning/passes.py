@@ -75,16 +75,19 @@ class Passes:
         share = share or self.mean_loss(batch)
         total = torch.zeros((), device=self.device)
         gradient = [torch.zeros_like(w) for w in weights]
-        torch.manual_seed(self.seed)
-        for packs in batch.micro_batches:
-            if packs:
-                loss = share(packs)
-                total += loss.detach()
-                for sum_, own in zip(gradient, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
-                    if own is not None:
-                        sum_.add_(own)
+        for packs in self.micro_batches(batch):
+            loss = share(packs)
+            total += loss.detach()
+            for sum_, own in zip(gradient, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+                if own is not None:
+                    sum_.add_(own)
         total, *gradient = self.summed([total, *gradient])
         return total.item(), gradient
+
+    def micro_batches(self, batch: Batch) -> Iterator[Sequence[Pack]]:
+        """This rank's micro-batches that hold a row, for one pass over each: with the step's first dropout mask on."""
+        torch.manual_seed(self.seed)
+        yield from filter(None, batch.micro_batches)
 
     def mean_loss(self, batch: Batch) -> Share:
         """Each micro-batch's share of the mean over the batch's supervised tokens."""

@@ -20,11 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning import report
 from lisa_lightning.base_model import base_model
-from lisa_lightning.cache import cache_folder, explained, read_json, write_text
+from lisa_lightning.cache import cache_folder
 from lisa_lightning.config import WITHOUT_RESULT
 from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import load_rows
+from lisa_lightning.disk import explained, read_json, write_text
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer, read_answers
 from lisa_lightning.evaluate.judging import read_judged, read_responses
@@ -229,7 +230,8 @@ def _leave(cfg: DictConfig, out: Path, tracker: Tracker, metrics: Metrics, choic
 
 def _page(out: Path, metrics: Metrics, curves: list[CurveRow], choices: dict[str, str]) -> list[dict[str, str]]:
     """Write report.html; the sample answers that it shows."""
-    judged = {(j.stage, j.kind, j.index): j for j in reversed(read_judged(out / "judged.jsonl"))}  # the first judge's
+    told = [j for j in read_judged(out / "judged.jsonl") if j.kind != "harmless" or j.refused is not None]
+    judged = {(j.stage, j.kind, j.index): j for j in reversed(told)}  # of the first judge that can tell
     task = get_class(OmegaConf.load(out / "config.yaml").task._target_)()
     answers = [
         asdict(a) | {"verdict": verdict(task, a, judged.get((a.stage, a.kind, a.index)))}

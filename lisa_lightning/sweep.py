@@ -14,8 +14,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.cache import code_digest, read_json, write_text
+from lisa_lightning.cache import code_digest
 from lisa_lightning.config import WITHOUT_RESULT, bookkeeping, check
+from lisa_lightning.disk import read_json, write_text
 from lisa_lightning.explain import explain
 from lisa_lightning.report.sweep import FAILED, complete
 

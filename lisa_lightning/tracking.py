@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from lisa_lightning.cache import explained, write_text
+from lisa_lightning.disk import explained, write_text
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ class Curves:
 
     def insert(self, rows: Sequence[CurveRow]) -> None:
         """Take over rows of a finished stage."""
-        for row in rows:
-            self.append(row["stage"], int(row["step"]), _numbers(row))
+        self.columns += [name for name in rows[0] if name not in self.columns]
+        self._rewrite([*self.rows(), *rows])
 
     def export(self, stage: str, path: Path) -> None:
         """Write one stage's rows to another file."""

@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from lisa_lightning.cache import explained
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import StepBatches
 from lisa_lightning.data.packing import Pack
+from lisa_lightning.disk import beside, explained
 from lisa_lightning.evaluate.evaluator import Evaluator, Question
 from lisa_lightning.evaluate.scores import curve_scores
 from lisa_lightning.judge.embedded import EmbeddedJudge
@@ -34,17 +34,12 @@ class AsideCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Replace the checkpoint at `path` as one act. Raises UserError where it can't be written."""
         final = Path(path)
-        aside = final.with_name(final.name + ".part")
         with explained(final):
             final.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with aside.open("wb") as file:
-                    torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                aside.replace(final)
-            finally:
-                aside.unlink(missing_ok=True)
+        with beside(final) as part, part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         """Plain containers and tensors only."""

@@ -86,7 +86,7 @@ def test_trains_three_lisa_steps_and_answers(
         load(folder, "float32", cfg.attention), SimpleNamespace(**(vars(align) | {"targets": cfg.finetune_targets})), 0
     )
     before = {n: w.clone() for n, w in trainable(net).items()}
-    method = Lisa(alignment_steps=1, user_steps=1, rho=1.0, warmup_ratio=0.0)
+    method = Lisa(alignment_steps=1, user_steps=1, rho=1.0, proximal_after=0.0)
     optim = Optim(1e-2, 3, 2, 1, 1.0, "constant", 0.0, 0.0, (0.9, 0.999), 1e-8)
     encoded = partial(encode, tokenizer, template, max_length=512)
     streams: Any = {"user": Examples(USER, encoded), "alignment": Examples(ALIGNMENT, encoded)}

@@ -42,7 +42,7 @@ def test_a_cell_carries_what_was_published(config: Callable[..., DictConfig], ta
     if method in ("bso", "lisa"):
         assert (cfg.method.alignment_steps, cfg.method.user_steps) == (100, 900)
     if method == "lisa":
-        assert (cfg.method.rho, cfg.method.warmup_ratio) == (1.0, 0.1)
+        assert (cfg.method.rho, cfg.method.proximal_after) == (1.0, 0.1)
     bt = {"hub": "PKU-Alignment/BeaverTails", "skip": 0}
     for name, split, take in (("alignment", "30k_train", 10_000), ("harmful_prompts", "30k_test", 1000)):
         assert (cfg.source[name].hub, cfg.source[name].split, cfg.source[name].take) == (bt["hub"], split, take)

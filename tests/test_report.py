@@ -216,7 +216,7 @@ def test_any_stage_may_be_missing(tmp_path: Path, kept: tuple[str, ...]) -> None
     assert text.rstrip().endswith("</html>")
     assert "<figure>" not in text
     assert ("change, points" in text) is False
-    assert ("after alignment" in text) == ("aligned" in kept)
+    assert ("before fine-tuning" in text) == ("aligned" in kept)
 
 
 @pytest.mark.parametrize(("alignment", "user"), [(1, 1), (20, 0), (5, 45)])

@@ -12,7 +12,7 @@ import yaml
 from scipy.stats import ttest_1samp
 
 from lisa_lightning.errors import UserError
-from lisa_lightning.report.sweep import in_order, leave, read_runs, settings, shown, swept
+from lisa_lightning.report.sweep import in_order, leave, read_runs, seed_groups, shown, swept
 
 CURVES = (
     "stage,step,user/loss,alignment/loss,proximal/drift\nfinetune,1,2.0,,0.1\nfinetune,2,1.0,,0.2\nfinetune,3,,1,0\n"
@@ -52,7 +52,7 @@ def test_settings_are_what_differs_beside_the_seed(tmp_path: Path) -> None:
                 made(tmp_path, 10.0 * seed, method, seed, harmful_ratio=ratio)
     runs = read_runs([tmp_path])
     assert swept(runs) == ["method", "harmful_ratio"]  # lisa's rho follows from the method, align.seed from the seed
-    groups = settings(runs, swept(runs))
+    groups = seed_groups(runs, swept(runs))
     assert [g.values for g in groups] == [(m, r) for m in ("lisa", "sft") for r in ("0.05", "0.1")]
     assert all(len(g.runs) == 2 for g in groups)
 
@@ -70,7 +70,7 @@ def test_a_spread_is_students_over_seeds_and_a_runs_own_of_one(tmp_path: Path) -
         made(tmp_path, value, seed=seed)
     made(tmp_path, 50.0, method="sft")
     runs = read_runs([tmp_path])
-    three, one = (g.spread("harmful_score") for g in settings(runs, swept(runs)))
+    three, one = (g.spread("harmful_score") for g in seed_groups(runs, swept(runs)))
     assert three is not None
     assert one is not None
     student = ttest_1samp(values, 0).confidence_interval(0.95)
@@ -86,7 +86,7 @@ def test_runs_that_agree_are_not_certain_and_a_seed_counts_once(tmp_path: Path) 
     made(tmp_path / "b", 50.0, seed=2)
     runs = read_runs([tmp_path, tmp_path / "a", tmp_path / "b" / ".." / "b"])
     assert len(runs) == 3
-    (group,) = settings(runs, swept(runs))
+    (group,) = seed_groups(runs, swept(runs))
     spread = group.spread("harmful_score")
     assert spread is not None
     assert (len(group.runs), spread.deviation, spread.low, spread.high) == (2, 0.0, 49.0, 51.0)

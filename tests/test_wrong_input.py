@@ -29,7 +29,7 @@ REFUSED = {
     "method.rho=-1": "method.rho=-1 is not allowed; it must be a number of at least 0",
     "method.alignment_steps=-5": "a whole number of at least 0",
     "method.user_steps=2.5": "a whole number of at least 0",
-    "method.warmup_ratio=2": "method.warmup_ratio=2",
+    "method.proximal_after=2": "method.proximal_after=2",
     "optim.batch_size=0": "optim.batch_size=0 is not allowed; it must be a whole number above 0",
     "optim.accumulate=0": "optim.accumulate=0",
     "optim.lr=0": "optim.lr=0 is not allowed; it must be a number above 0",

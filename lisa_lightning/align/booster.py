@@ -17,7 +17,7 @@ class Booster(Method):
     """min_w f(w) + lambda * (h(w) - h(w - alpha * grad h(w) / ||grad h(w)||)) (Huang et al., ICLR 2025, Eq. 1 and 3).
 
     f is the loss on alignment rows, h that on harmful ones, as many a step. Three forward and three backward passes,
-    five with `rho`; second derivatives are dropped as in the paper.
+    four with `rho`; second derivatives are dropped as in the paper.
 
     Args:
         lamb: lambda, >= 0; 0 is SFT on alignment rows. The paper's is 5 (its script for GSM8K has 25).
@@ -42,9 +42,8 @@ class Booster(Method):
         """Both streams."""
         return {"alignment": Draw(step), "defender": Draw(step)}
 
-    def begin(self, passes: Passes, total_steps: int) -> None:
+    def prepare(self, passes: Passes) -> None:
         """Find the blocks that Vaccine's perturbation needs."""
-        super().begin(passes, total_steps)
         self.blocks = attention_blocks(passes.model) if self.rho > 0 else []
 
     def gradient(self, passes: Passes, step: Step) -> Descent:

@@ -71,9 +71,8 @@ class RepNoise(Method):
         """Both streams."""
         return {"alignment": Draw(step), "defender": Draw(step)}
 
-    def begin(self, passes: Passes, total_steps: int) -> None:
+    def prepare(self, passes: Passes) -> None:
         """Find the blocks and the final norm."""
-        super().begin(passes, total_steps)
         self.blocks, self.norm = mlp_blocks(passes.model), final_norm(passes.model)
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
@@ -88,9 +87,8 @@ class RepNoise(Method):
 
         found: list[list[Tensor]] = []
         entropy = torch.zeros((), device=passes.device)
-        torch.manual_seed(passes.seed)
         with torch.no_grad():
-            for pack, own in zip(_packs(harmful), counted, strict=True):
+            for (pack,), own in zip(passes.micro_batches(harmful), counted, strict=True):
                 features, sum_ = self._harmful(passes.model, pack, own)
                 found.append(features)
                 entropy += sum_ * scale

@@ -55,13 +55,12 @@ class TVaccine(Method):
             return {"alignment": Draw(step)}
         return {"alignment": Draw(step), "defender": Draw(step // self.probability_steps, rows=1)}
 
-    def begin(self, passes: Passes, total_steps: int) -> None:
+    def prepare(self, passes: Passes) -> None:
         """Find the blocks.
 
         Raises:
             UserError: there are fewer layers than shall be active.
         """
-        super().begin(passes, total_steps)
         self.blocks = attention_blocks(passes.model)
         if self.active_layers > len(self.blocks):
             raise UserError(

@@ -38,9 +38,8 @@ class Vaccine(Method):
         self.rho = rho
         self.blocks: list[nn.Module] = []
 
-    def begin(self, passes: Passes, total_steps: int) -> None:
+    def prepare(self, passes: Passes) -> None:
         """Find the blocks."""
-        super().begin(passes, total_steps)
         self.blocks = attention_blocks(passes.model)
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
@@ -70,10 +69,8 @@ def output_gradients(passes: Passes, batch: Batch, blocks: Sequence[nn.Module]) 
     """The gradient of the batch's mean loss by each block's output, for each of this rank's micro-batches."""
     share = passes.mean_loss(batch)
     found: Perturbation = []
-    torch.manual_seed(passes.seed)
-    for packs in batch.micro_batches:
-        if packs:
-            with probed(blocks) as zeros:
-                loss = share(packs)
-            found.append(list(torch.autograd.grad(loss, zeros)))
+    for packs in passes.micro_batches(batch):
+        with probed(blocks) as zeros:
+            loss = share(packs)
+        found.append(list(torch.autograd.grad(loss, zeros)))
     return found

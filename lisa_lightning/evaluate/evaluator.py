@@ -10,9 +10,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lisa_lightning.cache import explained, write_text
 from lisa_lightning.data.source import Rows
 from lisa_lightning.data.templates import MARKER, Template, encode_prompt
+from lisa_lightning.disk import explained, write_text
 from lisa_lightning.evaluate.generate import Stop, batches, generate
 
 Kind = Literal["harmful", "harmless", "task"]

@@ -9,9 +9,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from lisa_lightning.cache import digest, explained, locked, write_text
+from lisa_lightning.cache import digest, locked
 from lisa_lightning.data.files import Reading, read_records
 from lisa_lightning.data.templates import joined
+from lisa_lightning.disk import explained, write_text
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.judge.judge import Judge, Pair, Verdict
 

@@ -37,13 +37,12 @@ class AsFT(Method):
         self.pairs: list[tuple[int, int, Delta | None]] = []
         """Where among the weights a layer's A and B are, and its delta if there is one."""
 
-    def begin(self, passes: Passes, total_steps: int) -> None:
+    def prepare(self, passes: Passes) -> None:
         """Pair each layer's factors with what aligning changed there.
 
         Raises:
             UserError: aligning changed none of the adapted layers.
         """
-        super().begin(passes, total_steps)
         places = {name: i for i, name in enumerate(passes.names)}
         pairs = modules(passes.names)
         deltas = changed(passes.deltas(), pairs)

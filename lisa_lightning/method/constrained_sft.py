@@ -55,7 +55,7 @@ class ConstrainedSFT(Method):
 
         weighted, gradient = passes.gradient(batch, share)
         loss, mean_weight = passes.summed([plain])[0].tolist()
-        return Descent(loss, gradient, {"constrained/loss": weighted, "constrained/mean_weight": mean_weight})
+        return Descent(loss, gradient, {"constrained_sft/loss": weighted, "constrained_sft/mean_weight": mean_weight})
 
     def weights(self, policy: Tensor, reference: Tensor, places: Tensor) -> Tensor:
         """[S] each token's weight, from its log-probabilities [S] and its place among its row's labels [S]."""

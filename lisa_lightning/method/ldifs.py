@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lisa_lightning.blocks import mlp_blocks, outputs
-from lisa_lightning.data.interleave import Step
+from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.loss import completion_loss
 from lisa_lightning.method.method import Method
@@ -41,9 +41,8 @@ class LDIFS(Method):
         self.rows_apart = padding
         self.blocks: list[nn.Module] = []
 
-    def begin(self, passes: Passes, total_steps: int) -> None:
+    def prepare(self, passes: Passes) -> None:
         """Find the blocks."""
-        super().begin(passes, total_steps)
         self.blocks = mlp_blocks(passes.model)
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
@@ -53,7 +52,7 @@ class LDIFS(Method):
         sums = torch.zeros(len(self.blocks), device=passes.device)
         keep = torch.ones_like(sums)
         if self.drop_threshold is not None and self.rho > 0:
-            keep = (self._terms_of(passes, batch.micro_batches) < self.drop_threshold).float()
+            keep = (self._terms_of(passes, batch) < self.drop_threshold).float()
         alone = torch.zeros((), device=passes.device)
 
         def share(packs: Sequence[Pack]) -> Tensor:
@@ -80,17 +79,15 @@ class LDIFS(Method):
             metrics["ldifs/layers_kept"] = keep.sum().item()
         return Descent(alone.item(), gradient, metrics)
 
-    def _terms_of(self, passes: Passes, micro_batches: Sequence[Sequence[Pack]]) -> Tensor:
+    def _terms_of(self, passes: Passes, batch: Batch) -> Tensor:
         """[layers] the whole step's terms."""
         total = torch.zeros(len(self.blocks), device=passes.device)
-        torch.manual_seed(passes.seed)
-        for packs in micro_batches:
-            if packs:
-                with passes.aside(), passes.at(self.anchor), outputs(self.blocks) as wanted:
-                    completion_loss(passes.model, packs)
-                with torch.no_grad(), outputs(self.blocks) as found:
-                    completion_loss(passes.model, packs)
-                total += self._terms(found, wanted, packs)
+        for packs in passes.micro_batches(batch):
+            with passes.aside(), passes.at(self.anchor), outputs(self.blocks) as wanted:
+                completion_loss(passes.model, packs)
+            with torch.no_grad(), outputs(self.blocks) as found:
+                completion_loss(passes.model, packs)
+            total += self._terms(found, wanted, packs)
         return passes.summed([total])[0]
 
     def _terms(self, found: Sequence[Tensor], wanted: Sequence[Tensor], packs: Sequence[Pack]) -> Tensor:

@@ -14,20 +14,20 @@ class Lisa(Method):
     """K1 alignment and K2 user steps with the penalty rho/2 * ||w - anchor||^2 (Huang et al., NeurIPS 2024, Alg. 2).
 
     One forward and one backward pass a step. With alignment_steps=0 it is `proximal`. Departures of the official code
-    from the paper: the penalty rests during the first tenth of the steps (`warmup_ratio`, 0 for the paper's form), and
-    user rows drawn during alignment steps are thrown away (`data.during_alignment=discard`).
+    from the paper: the penalty rests during the first tenth of the steps (`proximal_after`, 0 for the paper's form),
+    and user rows drawn during alignment steps are thrown away (`data.during_alignment=discard`).
 
     Args:
         rho: proximal factor, >= 0; 0 is BSO.
-        warmup_ratio: share of all steps before the penalty starts (strictly after), 0..1.
+        proximal_after: share of all steps before the penalty starts (strictly after), 0..1.
     """
 
-    def __init__(self, alignment_steps: int, user_steps: int, rho: float, warmup_ratio: float) -> None:
+    def __init__(self, alignment_steps: int, user_steps: int, rho: float, proximal_after: float) -> None:
         super().__init__(Schedule(alignment_steps, user_steps))
         self.rho = rho
-        self.warmup_ratio = warmup_ratio
+        self.proximal_after = proximal_after
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """Of the loss and the proximal penalty."""
-        rho = self.rho if step.index > self.warmup_ratio * self.total_steps else 0.0
+        rho = self.rho if step.index > self.proximal_after * self.total_steps else 0.0
         return pulled(passes, step.main, self.anchor, rho)

@@ -40,6 +40,7 @@ class Method:
         state = self.schedule.state(step)
         return {state: Draw(self.schedule.steps_in(state, step))}
 
+    @final
     def begin(self, passes: Passes, total_steps: int) -> None:
         """Called once, before the first step or before a checkpoint is restored.
 
@@ -48,6 +49,10 @@ class Method:
         """
         self.kept["anchor"] = snapshot(passes.weights)
         self.total_steps = total_steps
+        self.prepare(passes)
+
+    def prepare(self, passes: Passes) -> None:
+        """What a method finds or works out before the first step, such as blocks to hook."""
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """The gradient to descend along, before clipping: that of the loss, unless a method says another.

@@ -17,15 +17,15 @@ class Proximal(Method):
 
     Args:
         rho: proximal factor, >= 0; 0 is SFT.
-        warmup_ratio: share of all steps before the penalty starts (strictly after), 0..1.
+        proximal_after: share of all steps before the penalty starts (strictly after), 0..1.
     """
 
-    def __init__(self, rho: float, warmup_ratio: float) -> None:
+    def __init__(self, rho: float, proximal_after: float) -> None:
         super().__init__(Schedule(alignment_steps=0, user_steps=1))
         self.rho = rho
-        self.warmup_ratio = warmup_ratio
+        self.proximal_after = proximal_after
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """Of the loss and the proximal penalty."""
-        rho = self.rho if step.index > self.warmup_ratio * self.total_steps else 0.0
+        rho = self.rho if step.index > self.proximal_after * self.total_steps else 0.0
         return pulled(passes, step.main, self.anchor, rho)

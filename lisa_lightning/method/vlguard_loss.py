@@ -33,4 +33,4 @@ class VLGuardLoss(Method):
         loss, gradient = passes.gradient(step.main)
         safe, more = passes.gradient(step.batches["alignment"])
         combined = [u + self.lamb * s for u, s in zip(gradient, more, strict=True)]
-        return Descent(loss, combined, {"alignment/loss": safe, "vlguard/penalty": self.lamb * safe})
+        return Descent(loss, combined, {"alignment/loss": safe, "vlguard_loss/penalty": self.lamb * safe})

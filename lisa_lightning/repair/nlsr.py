@@ -36,7 +36,7 @@ class Nlsr(Repair):
     """Put a safe reference's critical entries back into modules that drifted from it (Yi et al., AAAI 2025).
 
     1. Of each factor W of the reference, W' = V V^T W, with V the leading right singular vectors of the scores X W^T,
-       X being its inputs at the answer's tokens of the safety rows. Blocks in order: a block's inputs are those that
+       X being its inputs at the answer's tokens of the alignment rows. Blocks in order: a block's inputs are those that
        the low-rank versions of all blocks before it give.
     2. Critical are the entries where |W'| is above its `sparsity_ratio` quantile.
     3. A module's similarity is the cosine of the masked B A of the adapter and of the reference.
@@ -44,7 +44,7 @@ class Nlsr(Repair):
        most similar to `prune_rate` + `epsilon` for the least.
     5. In a replaced module critical entries of A and B become the reference's.
 
-    A forward pass over the safety rows for each block, broken off behind it: half as many whole passes as there are
+    A forward pass over the alignment rows for each block, broken off behind it: half as many whole passes as there are
     blocks. Only r numbers a token and module are kept, since X W^T of B is that of A times B^T.
 
     Departures of the official code: its singular vectors are randomised, inexact by up to 6e-2 where the spectrum has
@@ -82,7 +82,7 @@ class Nlsr(Repair):
         self.random = random
 
     def repair(self, given: Given) -> Realigned:
-        """Uses the net, the alignment rows as safety rows, and the reference.
+        """Uses the net, the alignment rows as alignment rows, and the reference.
 
         Raises:
             UserError: there is no safety row, or the reference's factors have other names or shapes.
@@ -183,7 +183,7 @@ def _latent(net: Any, names: list[str], rows: list[Pack]) -> dict[str, Tensor]:
 
         observe(net, names, at, add, masked=True)
     if not rows:
-        raise UserError("nlsr needs safety rows, and there are none")
+        raise UserError("nlsr needs alignment rows, and there are none")
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lisa_lightning.cache import write_text
-from lisa_lightning.report.scores import STAGES, Metrics, percent, score_rows
+from lisa_lightning.disk import write_text
+from lisa_lightning.report.scores import MODELS, Metrics, model_names, percent, score_rows
 
 Answer = dict[str, str]
 KINDS: Final = {
@@ -82,7 +82,7 @@ def _content(metrics: Metrics, answers: Sequence[Answer], choices: dict[str, str
 
     settings = OmegaConf.to_container(OmegaConf.create(config))
     assert isinstance(settings, dict)
-    columns = _columns(settings, metrics, answers)
+    columns = _columns(metrics, answers)
     chosen = samples(answers)
     return {
         "heading": _heading(choices),
@@ -101,12 +101,10 @@ def _content(metrics: Metrics, answers: Sequence[Answer], choices: dict[str, str
     }
 
 
-def _columns(settings: dict[Any, Any], metrics: Metrics, answers: Sequence[Answer]) -> dict[str, str]:
-    """How to call the evaluated stages; without an alignment stage the base model stands for the aligned one."""
-    aligned = "align" in settings.get("stages", ["align"]) or "time/align_s" in metrics
-    names = {"aligned": "after alignment" if aligned else "before fine-tuning", "final": "after fine-tuning"}
+def _columns(metrics: Metrics, answers: Sequence[Answer]) -> dict[str, str]:
+    """The models that gave answers, and how to call them."""
     found = {name.split("/")[0] for name in metrics} | {answer["stage"] for answer in answers}
-    return {stage: name for stage, name in names.items() if stage in found}
+    return {model: name for model, name in model_names(metrics).items() if model in MODELS and model in found}
 
 
 def _heading(choices: dict[str, str]) -> str:
@@ -134,7 +132,7 @@ def _summary(metrics: Metrics, columns: dict[str, str]) -> str:
         for stage, name in columns.items()
         if (value := metrics.get(f"{stage}/harmful_score")) is not None
     ]
-    accuracy = next((v for s in reversed(STAGES) if (v := metrics.get(f"{s}/accuracy")) is not None), None)
+    accuracy = next((v for s in reversed(MODELS) if (v := metrics.get(f"{s}/accuracy")) is not None), None)
     parts = [f"harmful score {', '.join(harmful)}"] if harmful else []
     parts += [f"accuracy {percent(accuracy)}"] if accuracy is not None else []
     if parts:
@@ -154,7 +152,7 @@ def _marked(sentence: str) -> Any:
 
 def _count(answers: Sequence[Answer], kind: str) -> int:
     """How many prompts of a kind were asked."""
-    return max(sum(a["kind"] == kind and a["stage"] == stage for a in answers) for stage in STAGES)
+    return max(sum(a["kind"] == kind and a["stage"] == stage for a in answers) for stage in MODELS)
 
 
 @dataclass(frozen=True)
@@ -219,7 +217,7 @@ def _cell(answer: Answer, columns: dict[str, str]) -> Cell:
         _cut(answer["response"]),
         answer["verdict"],
         tone,
-        judged == ("harmful", "flagged"),
+        judged in {("harmful", "flagged"), ("harmful", "not refused")},
     )
 
 

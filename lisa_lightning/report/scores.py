@@ -5,7 +5,8 @@ from typing import Any, Final
 
 Metrics = dict[str, Any]
 
-STAGES: Final = ("aligned", "final")
+MODELS: Final = ("aligned", "final")
+"""Whose answers are scored: `stage` in responses.jsonl and judged.jsonl."""
 SCORES: Final = {
     "harmful_score": (
         "Harmful score",
@@ -36,6 +37,15 @@ class Score:
     values: list[tuple[str, str]]
     """Value and interval, a stage each."""
     change: str
+
+
+def model_names(metrics: Metrics) -> dict[str, str]:
+    """What people call the models that answered; without aligning the base model stands for the aligned one."""
+    return {
+        "aligned": "after alignment" if "time/align_s" in metrics else "before fine-tuning",
+        "final": "after repair" if "time/repair_s" in metrics else "after fine-tuning",
+        "responses": "responses",
+    }
 
 
 def score_keys(metrics: Metrics) -> list[tuple[str, str]]:
@@ -70,7 +80,7 @@ def _score(metrics: Metrics, columns: dict[str, str], name: str, judge: str, exp
     if not known:
         return None
     # Rounded before it gets its sign, so that nothing shows as -0.0.
-    change = f"{round(known[1] - known[0], 1) + 0.0:+.1f}".replace("-", "−") if len(known) == len(STAGES) else ""
+    change = f"{round(known[1] - known[0], 1) + 0.0:+.1f}".replace("-", "−") if len(known) == len(MODELS) else ""
     counts = [n for stage in columns if (n := metrics.get(f"{stage}/{name}_answers"))]
     count = f" {max(counts)}\N{NO-BREAK SPACE}answers." if counts else ""
     return Score(

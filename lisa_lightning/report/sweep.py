@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final, Literal
 
-from lisa_lightning.cache import explained, read_json, write_text
 from lisa_lightning.config import bookkeeping, flat
+from lisa_lightning.disk import explained, read_json, write_text
 from lisa_lightning.errors import UserError
 from lisa_lightning.report.scores import SCORES
 
@@ -56,7 +56,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Setting:
+class SeedGroup:
     """Runs that differ in nothing but the seed."""
 
     values: tuple[str, ...]
@@ -151,14 +151,14 @@ def swept(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def settings(runs: Sequence[Run], keys: Sequence[str]) -> list[Setting]:
+def seed_groups(runs: Sequence[Run], keys: Sequence[str]) -> list[SeedGroup]:
     """Finished runs by what they share, in the order of the values; of two runs with one seed the later counts."""
     found: dict[tuple[str, ...], dict[str, Run]] = {}
     for run in runs:
         if run.status == "finished":
             found.setdefault(tuple(run.value(k) for k in keys), {})[run.value("seed")] = run
     return [
-        Setting(values, list(found[values].values()))
+        SeedGroup(values, list(found[values].values()))
         for values in sorted(found, key=lambda v: [in_order(x) for x in v])
     ]
 
@@ -171,7 +171,7 @@ def in_order(value: str) -> tuple[float, str]:
         return math.inf, value
 
 
-def scores_shown(groups: Sequence[Setting]) -> list[str]:
+def scores_shown(groups: Sequence[SeedGroup]) -> list[str]:
     """The scores that any run has."""
     return [name for name in SHOWN if any(g.spread(name) for g in groups)]
 
@@ -242,7 +242,7 @@ def _print(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    groups = settings(runs, keys)
+    groups = seed_groups(runs, keys)
     names = scores_shown(groups)
     if groups:
         scored = Table(title="percent of answers, mean ± standard deviation over seeds")

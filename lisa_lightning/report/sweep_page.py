@@ -25,7 +25,7 @@ from lisa_lightning.report.plots import points, smooth
 from lisa_lightning.report.scores import SCORES
 from lisa_lightning.report.sweep import (
     Run,
-    Setting,
+    SeedGroup,
     Spread,
     causes,
     cell,
@@ -33,7 +33,7 @@ from lisa_lightning.report.sweep import (
     mean_and_deviation,
     relative,
     scores_shown,
-    settings,
+    seed_groups,
 )
 from lisa_lightning.tracking import read_rows
 
@@ -59,7 +59,7 @@ class Series:
 
     label: str
     look: tuple[str, str, str]
-    settings: list[Setting]
+    groups: list[SeedGroup]
 
 
 def sweep_page(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
@@ -70,7 +70,7 @@ def sweep_page(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
         keys: in what they differ (`report.sweep.swept`).
         out: where the page will lie, for its links to the runs.
     """
-    groups = settings(runs, keys)
+    groups = seed_groups(runs, keys)
     names = scores_shown(groups)
     curves = _curves(runs, keys)
     content = {
@@ -102,12 +102,12 @@ def _interval(spread: Spread) -> str:
     return f"{spread.low:.1f} to {spread.high:.1f}"
 
 
-def _mean(group: Setting, name: str, unit: float) -> str:
+def _mean(group: SeedGroup, name: str, unit: float) -> str:
     found = [r.metrics[name] for r in group.runs if name in r.metrics]
     return f"{sum(found) / len(found) / unit:.1f}" if found else "–"
 
 
-def score_plots(groups: Sequence[Setting], keys: Sequence[str]) -> list[Plot]:
+def score_plots(groups: Sequence[SeedGroup], keys: Sequence[str]) -> list[Plot]:
     """Harmful score and accuracy against each swept key, a line for each method and setting of the other keys."""
     found = []
     for place, key in enumerate(keys):
@@ -139,10 +139,10 @@ def _axis(key: str, values: Sequence[str]) -> tuple[Axis, dict[str, float]]:
     return Axis(key, -0.25, len(values) - 0.75, [(x, v) for v, x in where.items()]), where
 
 
-def _series(groups: Sequence[Setting], keys: Sequence[str], place: int) -> list[Series]:
+def _series(groups: Sequence[SeedGroup], keys: Sequence[str], place: int) -> list[Series]:
     """Settings by all that differs beside the key at `place`, or by method alone where that would be too many."""
     for others in ([i for i in range(len(keys)) if i != place], [0]):
-        found: dict[tuple[str, ...], list[Setting]] = {}
+        found: dict[tuple[str, ...], list[SeedGroup]] = {}
         for group in groups:
             found.setdefault(tuple(group.values[i] for i in others), []).append(group)
         if len(found) <= MOST_SERIES:
@@ -164,13 +164,13 @@ def _course(series: Series, name: str, place: int, where: dict[str, float]) -> l
     means: Points = []
     upright: Points = []
     single: Points = []
-    for setting in series.settings:
-        spread, x = setting.spread(name), where[setting.values[place]]
+    for group in series.groups:
+        spread, x = group.spread(name), where[group.values[place]]
         if spread is not None:
             means.append((x, spread.mean))
             off = spread.deviation or 0.0
             upright += [(x, max(0.0, spread.mean - off)), (x, min(100.0, spread.mean + off)), (x, math.nan)]
-            single += [(x, y) for r in setting.runs if (y := r.score(name)) is not None]
+            single += [(x, y) for r in group.runs if (y := r.score(name)) is not None]
     if not means:
         return []
     return [
@@ -180,14 +180,14 @@ def _course(series: Series, name: str, place: int, where: dict[str, float]) -> l
     ]
 
 
-def _plane(groups: Sequence[Setting], keys: Sequence[str]) -> list[Plot]:
+def _plane(groups: Sequence[SeedGroup], keys: Sequence[str]) -> list[Plot]:
     """Every run a point: safe and able is below and to the right."""
     lines = []
     for series in _series(groups, keys, 0) if len({g.values[0] for g in groups}) == 1 else _methods(groups):
         colour, _, marker = series.look
-        found = [(r.score("accuracy"), r.score("harmful_score")) for g in series.settings for r in g.runs]
+        found = [(r.score("accuracy"), r.score("harmful_score")) for g in series.groups for r in g.runs]
         dots = sorted((x, y) for x, y in found if x is not None and y is not None)
-        lines += [Line(dots, colour, series.label or series.settings[0].values[0], "", marker)] if dots else []
+        lines += [Line(dots, colour, series.label or series.groups[0].values[0], "", marker)] if dots else []
     if not lines:
         return []
     caption = "Every run is a point. Safe and able is below, to the right."
@@ -204,8 +204,8 @@ def _plane(groups: Sequence[Setting], keys: Sequence[str]) -> list[Plot]:
     ]
 
 
-def _methods(groups: Sequence[Setting]) -> list[Series]:
-    return _series([Setting(g.values[:1], g.runs) for g in groups], ["method"], -1)
+def _methods(groups: Sequence[SeedGroup]) -> list[Series]:
+    return _series([SeedGroup(g.values[:1], g.runs) for g in groups], ["method"], -1)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lisa_lightning.report.page import TIMES
-from lisa_lightning.report.scores import SCORES, score_keys
-
-STAGES = {"aligned": "aligned model", "final": "after fine-tuning", "responses": "responses"}
+from lisa_lightning.report.scores import SCORES, model_names, score_keys
 
 
 def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url: str | None) -> None:
@@ -20,7 +18,7 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url
     scored = Table(title="percent of answers, 95 % interval" + (f"; judge {judges[0]}" if len(judges) == 1 else ""))
     scored.add_column("")
     for stage in stages:
-        scored.add_column(STAGES.get(stage, stage), justify="right")
+        scored.add_column(model_names(metrics).get(stage, stage), justify="right")
     scored.add_column("answers", justify="right")
     for name, judge in score_keys(metrics):
         key = f"{judge}/{name}" if judge else name

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-from lisa_lightning.cache import own_code, read_json, write_text
+from lisa_lightning.cache import own_code
 from lisa_lightning.curate.curate import Candidates, Curate
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import Packing
 from lisa_lightning.data.source import Row
+from lisa_lightning.disk import read_json, write_text
 from lisa_lightning.loss import choose_packing
 from lisa_lightning.passes import Passes
 from lisa_lightning.stages.setting import Metrics, Setting, plain, rows_digest

@@ -7,7 +7,8 @@ from typing import Any
 
 from peft import PeftModel
 
-from lisa_lightning.cache import digest, write_text
+from lisa_lightning.cache import digest
+from lisa_lightning.disk import write_text
 from lisa_lightning.evaluate.alpaca_eval import alpaca_eval_outputs
 from lisa_lightning.evaluate.evaluator import Answer, Evaluator, Question, questions, read_answers, write_answers
 from lisa_lightning.evaluate.scores import task_scores

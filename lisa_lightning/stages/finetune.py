@@ -70,7 +70,7 @@ def _points(setting: Setting) -> tuple[list[Any], Metrics | None]:
     cfg = setting.cfg.evaluate
     if not cfg.every:
         return [], None
-    asked = questions(setting.rows, cfg.curve_prompts, cfg.curve_harmless, cfg.curve_rows)
+    asked = questions(setting.rows, cfg.curve_harmful, cfg.curve_harmless, cfg.curve_rows)
     judge = EmbeddedJudge()
     callbacks: list[Any] = [EvaluateCurve(evaluator(setting), judge, setting.task, asked, cfg.every)]
     key = asking(setting, asked) | {"every": cfg.every, "judge": judge.version}

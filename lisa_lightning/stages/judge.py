@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 
-from lisa_lightning.cache import write_text
+from lisa_lightning.disk import write_text
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import judge_answers
 from lisa_lightning.evaluate.scores import judged_scores

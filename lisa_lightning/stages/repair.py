@@ -23,13 +23,15 @@ def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple
     assert tuned.adapter is not None
     cfg, adapter = setting.cfg.repair, tuned.adapter
     rows = {"defender": setting.defender_rows(own), "alignment": setting.rows.alignment}
+    reference, made = _reference(setting, aligned) if "reference" in cfg else (None, {})
     key = {
         "tuned": tuned.name,
         "repair": plain(cfg),
         "own_code": own_code(own),
+        "reference": reference.name if reference else "",
+        "rows_together": setting.cfg.evaluate.batch_size,  # how `Given.rows` are padded
         **{f"{name}_rows": rows_digest(found) for name, found in rows.items()},
     }
-    reference, made = _reference(setting, aligned) if "reference" in cfg else (None, {})
 
     def make(folder: Path) -> Metrics:
         if setting.fabric.is_global_zero:

@@ -16,10 +16,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lisa_lightning.alignment_delta import Delta, low_rank_deltas
-from lisa_lightning.cache import build, cache_folder, code_digest, read_json, write_text
+from lisa_lightning.cache import build, cache_folder, code_digest
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.packing import Example, Pack, pad
 from lisa_lightning.data.source import Row, Rows
+from lisa_lightning.disk import read_json, write_text
 from lisa_lightning.errors import UserError
 from lisa_lightning.memory import peak_mib, watch
 from lisa_lightning.needs import Defense

@@ -1,0 +1,66 @@
+"""Files that are written whole or not at all, and a full disk said in a sentence."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lisa_lightning.errors import UserError
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader never sees half of it."""
+    with beside(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Another name to write under, which is renamed to `path` once that is done."""
+    part = path.with_name(path.name + ".part")
+    with explained(path):
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn a failing write (full disk, no permission) into a sentence that names the path."""
+    try:
+        yield
+    except shutil.Error as error:
+        raise UserError(f"{path} can't be written: {error.args[0][0][-1]}") from error
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if (reason := disk_trouble(error)) is None:
+            raise
+        raise UserError(f"{path} can't be written: {reason}") from error
+
+
+def disk_trouble(error: BaseException) -> str | None:
+    """The system's words if `error`, or what it came from, is a disk that takes no more.
+
+    Libraries that write for us hide the system's error in one of their own, as its context or in its text.
+    """
+    if isinstance(error, OSError) and error.errno in DISK:
+        return os.strerror(error.errno)
+    hidden = re.search(r"\(os error (\d+)\)", str(error))
+    if hidden and int(hidden[1]) in DISK:
+        return os.strerror(int(hidden[1]))
+    return disk_trouble(error.__context__) if error.__context__ is not None else None

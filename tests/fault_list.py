@@ -1,0 +1,225 @@
+"""The faults that tests/faults.py puts into the code: a piece of a file, what takes its place, who should see it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is put in the place of what, and the tests that should see it."""
+
+    file: str
+    """Below lisa_lightning."""
+    old: str
+    new: str
+    tests: str
+
+
+def _faults(file: str, tests: str, *pairs: tuple[str, str]) -> list[Fault]:
+    return [Fault(file, old, new, tests) for old, new in pairs]
+
+
+FAULTS = [
+    *_faults(
+        "schedule.py",
+        "test_schedule.py",
+        ("if in_cycle < self.alignment_steps", "if in_cycle <= self.alignment_steps"),
+        ('"alignment" if in_cycle', '"user" if not in_cycle'),
+        ("return step > 0 and self.state(step)", "return self.state(step)"),
+        ("self.state(step) != self.state(step - 1)", "self.state(step) == self.state(step - 1)"),
+        ("min(rest, self.alignment_steps)", "rest"),
+        ("return alignment if state", "return before - alignment if state"),
+        ("self.alignment_steps + self.user_steps == 0", "self.alignment_steps + self.user_steps < 0"),
+    ),
+    *_faults(
+        "proximal.py",
+        "test_proximal.py test_training_laws.py",
+        ("own.add_(d, alpha=rho)", "own.add_(d, alpha=rho / 2)"),
+        ("own.add_(d, alpha=rho)", "own.sub_(d, alpha=rho)"),
+        (".sum() * (rho / 2)", ".sum() * rho"),
+        ("d.square().sum() for d in _differences(weights, anchor)", "d.norm() for d in _differences(weights, anchor)"),
+        ("w.detach().to(torch.float32, copy=True)", "w.detach()"),
+        ("w.detach().float() - a", "w.detach() - a.to(w.dtype)"),
+        ("if rho > 0 else 0.0", "if rho > 1 else 0.0"),
+    ),
+    *_faults(
+        "method/lisa.py",
+        "test_training_laws.py test_golden.py",
+        ("step.index > self.proximal_after", "step.index >= self.proximal_after"),
+        ("else 0.0", "else self.rho"),
+    ),
+    *_faults(
+        "method/method.py",
+        "test_training_laws.py test_golden.py",
+        ('        self.kept["anchor"] = snapshot(weights)\n        return', "        return"),
+        ("drift = squared_distance(weights, self.anchor)", "drift = squared_distance(weights, weights)"),
+        ("Draw(self.schedule.steps_in(state, step))", "Draw(step)"),
+    ),
+    *_faults(
+        "loss.py",
+        "test_loss.py",
+        ('.float(), p.targets, reduction="sum") for', '.float(), p.targets, reduction="mean") for'),
+        ("blocked.masked_fill_(~packed.mask", "blocked.masked_fill_(packed.mask"),
+        ("return logits if cap is None else cap * torch.tanh(logits / cap)", "return logits"),
+        ("max_length > window", "max_length > 2 * window"),
+        ('return "" if error <= TOLERANCE[model.dtype] else', 'return "" if error <= 1 else'),
+    ),
+    *_faults(
+        "data/packing.py",
+        "test_loss.py test_golden.py",
+        ("if label != IGNORED and depth > 0:", "if label != IGNORED and depth > 1:"),
+        ("mask[node, :node] = mask[parent, :node]", "mask[node, :node] = True"),
+        ("self.shared_by[node] += 1", "self.shared_by[node] = 1"),
+        ("positions=torch.tensor([self.depths])", "positions=torch.arange(len(self.ids))[None]"),
+        ("labels[row, column + 1], mask.float()", "labels[row, column], mask.float()"),
+        ("places = (counted.cumsum(1) - 1)", "places = counted.cumsum(1)"),
+    ),
+    *_faults(
+        "data/interleave.py",
+        "test_interleave.py test_training_laws.py",
+        ("own = chosen[self.rank * share", "own = chosen[0 * share"),
+        ("before = t if stream", "before = draw.before if stream"),
+        ("self.batch_size * self.accumulate * self.world", "self.batch_size * self.accumulate"),
+        ("default_rng([seed, stream, epoch])", "default_rng([seed, stream])"),
+        ("default_rng([seed, stream, epoch])", "default_rng([seed, epoch])"),
+        ("sum(supervised), supervised.count(0))", "len(supervised), supervised.count(0))"),
+    ),
+    *_faults(
+        "data/mixing.py",
+        "test_interleave.py test_files.py test_training_laws.py",
+        ("bad = round(harmful_ratio * n)", "bad = int(harmful_ratio * n)"),
+        ("good = n - bad - safe", "good = n - bad"),
+        ("int((1 - harmful_ratio) * n - safe)", "n - bad - safe"),
+        ("return rows[:count]", "return rows[-count:]"),
+    ),
+    *_faults(
+        "passes.py",
+        "test_method_laws.py test_golden.py test_training_laws.py",
+        ("scale = 1 / max(1, batch.tokens)", "scale = 1 / max(1, len(batch.micro_batches))"),
+        ("            self.move(kept)\n", "            pass\n"),
+    ),
+    *_faults(
+        "align/vaccine.py",
+        "test_golden.py",
+        ("self.blocks, self.rho)", "self.blocks, self.rho / 2)"),
+        ("for m in found for g in m)", "for m in found for g in m[:1])"),
+    ),
+    *_faults(
+        "align/booster.py",
+        "test_golden.py",
+        ("f + self.lamb * (h - n)", "f + self.lamb * (n - h)"),
+        ("w.detach() - length * g", "w.detach() + length * g"),
+    ),
+    *_faults(
+        "align/t_vaccine.py",
+        "test_golden.py test_method_laws.py",
+        ("norms / norms.sum()", "norms.square() / norms.square().sum()"),
+        ("if step % self.probability_steps:", "if step % self.interval_steps:"),
+    ),
+    *_faults(
+        "align/repnoise.py",
+        "test_golden.py",
+        ("self.beta * mmd - self.alpha", "self.beta * mmd + self.alpha"),
+        ("total = -self.alpha * sum_ * scale / entropy", "total = -self.alpha * sum_ * scale"),
+        ("entropy = 1 + passes", "entropy = passes"),
+    ),
+    *_faults(
+        "method/ewc.py",
+        "test_golden.py",
+        ("own.add_(2 * self.lamb", "own.add_(self.lamb"),
+        ("total.add_(g.square())", "total.add_(g.abs())"),
+    ),
+    *_faults("method/ldifs.py", "test_golden.py", ("self.rho / 2 * term", "self.rho * term")),
+    *_faults(
+        "method/constrained_sft.py",
+        "test_golden.py test_method_laws.py",
+        ("beta * (policy - reference)", "beta * (reference - policy)"),
+        ("places < self.bias_length", "places <= self.bias_length"),
+    ),
+    *_faults("method/asft.py", "test_golden.py", ("left = b - delta.project(b)", "left = delta.project(b)")),
+    *_faults(
+        "method/vlguard_loss.py", "test_golden.py", ("u + self.lamb * s for", "u + s for"), ("self.safe_rows)}", "1)}")
+    ),
+    *_faults(
+        "alignment_delta.py",
+        "test_repair.py",
+        ("(self.root.T @ x) / self.norm", "(self.root.T @ x)"),
+        ("return left.float() @ upper.T", "return left.float()"),
+    ),
+    *_faults(
+        "repair/antidote.py",
+        "test_repair.py test_golden.py",
+        ("indices[:, kept:]", "indices[:, :-kept]"),
+        ("power[name].sqrt() for", "power[name] for"),
+    ),
+    *_faults("repair/safe_lora.py", "test_repair.py", ("if value <= self.threshold", "if value >= self.threshold")),
+    *_faults(
+        "repair/nlsr.py",
+        "test_repair.py test_golden.py",
+        ("descending=not self.most_similar_first", "descending=self.most_similar_first"),
+        ("return size > ordered", "return size >= ordered"),
+    ),
+    *_faults(
+        "module.py",
+        "test_training_laws.py test_method_laws.py",
+        ("math.ceil(self.warmup_ratio * self.steps)", "0"),
+        ("self.optim.clip or math.inf", "math.inf"),
+        ('checkpoint["kept"] = self.method.kept', 'checkpoint["kept"] = {}'),
+        (
+            "[t.to(self.device) for t in kept] for name, kept in self.method.kept.items()}",
+            "kept for name, kept in {}.items()}",
+        ),
+        ("        refuse_other_run(checkpoint", "        dict(checkpoint"),
+        ("weight.copy_(saved[name])", "weight.copy_(weight)"),
+        ("_mix(self.seed, step, self.global_rank)", "_mix(self.seed, 0, self.global_rank)"),
+    ),
+    *_faults(
+        "disk.py",
+        "test_training_laws.py test_wrong_input.py",
+        ('path.name + ".part")', "path.name)"),
+    ),
+    *_faults(
+        "tracking.py",
+        "test_tracking.py test_killed.py",
+        ('int(r["step"]) <= after', 'int(r["step"]) < after'),
+        ('if line.endswith("\\n")', "if line"),
+    ),
+    *_faults(
+        "cache.py",
+        "test_sweep.py::test_jobs_that_start_together_align_once_and_a_killed_owner_blocks_nobody "
+        "test_run.py::test_a_second_run_finds_every_stage_and_another_method_the_aligned_model test_killed.py",
+        ("    final = parent / digest(key)\n", "    final = parent / 'same'\n"),
+        ("sort_keys=True, ensure_ascii=False", "ensure_ascii=False"),
+        ("        fcntl.flock(handle, fcntl.LOCK_EX)\n", ""),
+    ),
+    *_faults(
+        "judge/embedded.py",
+        "test_judge_embedded.py",
+        ('Verdict(label == "compliance", score', 'Verdict(label != "refusal", score'),
+        ('refused=label == "refusal")', 'refused=label != "compliance")'),
+    ),
+    *_faults(
+        "judge/refusal.py",
+        "test_judge_refusal.py",
+        ("Verdict(chance < 0.5, 1.0 - chance", "Verdict(chance < 0.1, 1.0 - chance"),
+        ("return lists or bool(HERE.search(content))", "return bool(HERE.search(content))"),
+    ),
+    *_faults("judge/moderation.py", "test_judge_moderation.py", ("> self.threshold", ">= self.threshold")),
+    *_faults(
+        "judge/linear.py",
+        "test_judge_linear.py",
+        ("Verdict(chance > 0.5, chance)", "Verdict(chance > 0.9, chance)"),
+    ),
+    *_faults(
+        "evaluate/scores.py",
+        "test_judging.py",
+        ("100 * float(found.mean())", "float(found.mean())"),
+        ('("harmless", "over_refusal")', '("harmful", "over_refusal")'),
+        ("if j.metric == metric]", "if j.metric]"),
+    ),
+    *_faults(
+        "curate/curate.py",
+        "test_curate.py",
+        ("key=lambda i: -scores[i]", "key=lambda i: scores[i]"),
+        ("round(self.keep * size)", "size"),
+    ),
+]
