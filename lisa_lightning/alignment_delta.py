@@ -89,17 +89,7 @@ def low_rank_deltas(folder: Path) -> dict[str, Delta]:
             b = weights[name.replace(".lora_A.", ".lora_B.")]
             module = name.removesuffix(".lora_A.weight").removeprefix(PREFIX)
             deltas[module] = Delta.low_rank(scale * b.float(), a)
-    return _moved(deltas)
-
-
-def dense_deltas(aligned: Mapping[str, Tensor], base: Mapping[str, Tensor], modules: Iterable[str]) -> dict[str, Delta]:
-    """The deltas of those of `modules` (names as in the model) that the state dicts of two models tell apart.
-
-    Each keeps V, [d_out, d_in] float32. Weights must lie as in nn.Linear, output first.
-    """
-    names = {module: f"{module}.weight" for module in modules}
-    there = {module: name for module, name in names.items() if name in aligned and name in base}
-    return _moved({module: Delta(aligned[name].float() - base[name].float()) for module, name in there.items()})
+    return {module: delta for module, delta in deltas.items() if delta.norm > 0}  # else C is 0/0
 
 
 def changed(deltas: Mapping[str, Delta], modules: Iterable[str]) -> dict[str, Delta]:
@@ -118,8 +108,3 @@ def changed(deltas: Mapping[str, Delta], modules: Iterable[str]) -> dict[str, De
             f"{', '.join(there) or 'nothing'}: see align.lora.targets and lora.targets"
         )
     return found
-
-
-def _moved(deltas: dict[str, Delta]) -> dict[str, Delta]:
-    """Without those of norm 0, whose C is 0/0."""
-    return {module: delta for module, delta in deltas.items() if delta.norm > 0}

@@ -37,11 +37,11 @@ class Optim:
     eps: float
 
     @classmethod
-    def of(cls, cfg: Any, epoch: int, ranks: int) -> "Optim":
-        """As configured; epochs of so many rows as steps."""
+    def of(cls, cfg: Any, rows: int, ranks: int) -> "Optim":
+        """As configured; epochs over so many rows as steps."""
         settings: dict[str, Any] = {field.name: cfg[field.name] for field in fields(cls)}
         if cfg.steps is None:
-            settings["steps"] = cfg.epochs * -(-epoch // (cfg.batch_size * cfg.accumulate * ranks))
+            settings["steps"] = cfg.epochs * -(-rows // (cfg.batch_size * cfg.accumulate * ranks))
         settings["betas"] = tuple(cfg.betas)
         return cls(**settings)
 
@@ -173,12 +173,12 @@ class LisaModule(L.LightningModule):
 
 
 def refuse_other_run(saved: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> None:
-    """Raise UserError naming the first few settings in which a checkpoint's run differs from this one."""
+    """Raise UserError naming the first few settings in which the run that left something here differs from this one."""
     old, new = dict(flat(saved)), dict(flat(wanted))
     other = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if other:
         shown = "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in other[:3])
-        raise UserError(f"The checkpoint is of another run ({shown}). Start anew in another hydra.run.dir.")
+        raise UserError(f"What lies here is of another run ({shown}). Start anew in another hydra.run.dir.")
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

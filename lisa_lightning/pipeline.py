@@ -5,7 +5,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,6 +23,7 @@ from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import cache_folder
 from lisa_lightning.config import WITHOUT_RESULT
 from lisa_lightning.cpu import keep_freed_memory
+from lisa_lightning.curate.curate import Curate
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import load_rows
 from lisa_lightning.disk import explained, read_json, write_text
@@ -31,9 +32,11 @@ from lisa_lightning.evaluate.evaluator import Answer, read_answers
 from lisa_lightning.evaluate.judging import read_judged, read_responses
 from lisa_lightning.evaluate.scores import verdict
 from lisa_lightning.judge.judge import Judge
+from lisa_lightning.method.method import Method
 from lisa_lightning.module import refuse_other_run
-from lisa_lightning.needs import refuse_unmet
+from lisa_lightning.needs import Defense, refuse_unmet
 from lisa_lightning.net import refuse_quantization
+from lisa_lightning.repair.repair import Repair
 from lisa_lightning.stages.align import align
 from lisa_lightning.stages.curate import curate
 from lisa_lightning.stages.evaluate import evaluate
@@ -69,10 +72,10 @@ def run(cfg: DictConfig) -> Metrics:
     task = get_class(cfg.task._target_)()
     choices = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
     defenses = _defenses(cfg)
-    refuse_unmet(defenses, choices, cfg)
-    defender = any("defender rows" in defense.needs for defense in defenses.values())
+    refuse_unmet(defenses.there, choices, cfg)
+    defender = any("defender rows" in defense.needs for defense in defenses.there.values())
     rows = load_rows(cfg.source, task, cfg.data.allow_overlap, defender)
-    safe_ratio = defenses["method"].safe_ratio if "method" in defenses else 0.0
+    safe_ratio = defenses.method.safe_ratio if defenses.method else 0.0
     user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, safe_ratio)
     if cfg.model.quantize is not None:
         refuse_quantization()
@@ -105,8 +108,22 @@ def run(cfg: DictConfig) -> Metrics:
     return metrics
 
 
-def _defenses(cfg: DictConfig) -> dict[str, Any]:
-    """What defends in the stages that run, by config group: a Curate, two Methods, a Repair."""
+@dataclass(frozen=True)
+class Defenses:
+    """What defends in the stages that run, by config group."""
+
+    curate: Curate | None = None
+    align: Method | None = None
+    method: Method | None = None
+    repair: Repair | None = None
+
+    @property
+    def there(self) -> dict[str, Defense]:
+        """Those that there are."""
+        return {group: defense for group, defense in vars(self).items() if defense is not None}
+
+
+def _defenses(cfg: DictConfig) -> Defenses:
     configured: dict[str, Any] = {}
     if "align" in cfg.stages and cfg.align.method is not None:
         configured["align"] = cfg.align.method
@@ -116,10 +133,10 @@ def _defenses(cfg: DictConfig) -> dict[str, Any]:
         configured["method"] = cfg.method
         if "repair" in cfg.stages and cfg.repair:
             configured["repair"] = {name: own for name, own in plain(cfg.repair).items() if name != "reference"}
-    return {group: instantiate(own) for group, own in configured.items()}
+    return Defenses(**{group: instantiate(own) for group, own in configured.items()})
 
 
-def _stages(setting: Setting, defenses: Mapping[str, Any]) -> tuple[Metrics, list[Answer]]:
+def _stages(setting: Setting, defenses: Defenses) -> tuple[Metrics, list[Answer]]:
     """Run the chosen stages but for the judges; without `align` the base model stands for the aligned one."""
     cfg = setting.cfg
     overlap = setting.rows.overlap
@@ -131,23 +148,23 @@ def _stages(setting: Setting, defenses: Mapping[str, Any]) -> tuple[Metrics, lis
     }
     metrics |= {f"rows/overlap/{pair}": count for pair, count in overlap.items()}
     model, answers = setting.base, []
-    if "align" in defenses:
+    if defenses.align:
         rows = setting.rows.alignment
-        if "curate" in defenses:
-            rows, found = curate(setting, defenses["curate"])
+        if defenses.curate:
+            rows, found = curate(setting, defenses.curate)
             metrics |= found
-        model, found = align(setting, rows, defenses["align"])
+        model, found = align(setting, rows, defenses.align)
         metrics |= found
     if "evaluate" in cfg.stages:
         answers, found = evaluate(setting, "aligned", model, [])
         metrics |= found
-    if "method" not in defenses:
+    if defenses.method is None:
         return metrics, answers
     aligned = model
-    model, found = finetune(setting, aligned, defenses["method"])
+    model, found = finetune(setting, aligned, defenses.method)
     metrics |= found
-    if "repair" in defenses:
-        model, found = repair(setting, aligned, model, defenses["repair"])
+    if defenses.repair:
+        model, found = repair(setting, aligned, model, defenses.repair)
         metrics |= found
     if setting.fabric.is_global_zero and model.adapter is not None:
         with explained(setting.out):

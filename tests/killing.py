@@ -113,7 +113,7 @@ REFERENCE = ["repair.reference.sft.optim.steps=3", "repair.reference.dpo.optim.s
 
 def chains() -> dict[str, tuple[list[str], list[Patch]]]:
     """Defenses by what is asked for, and the moments, one in each go, at which they are killed."""
-    from lisa_lightning.curate.seal import Seal
+    from lisa_lightning.curate.seal import SEAL
     from lisa_lightning.module import LisaModule
     from lisa_lightning.repair import nlsr
     from lisa_lightning.stages import repair
@@ -143,7 +143,7 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
                 *REFERENCE,
             ],
             [
-                lambda: at_call(Seal, "trained", nth(2)),
+                lambda: at_call(SEAL, "trained", nth(2)),
                 training(4, 3),
                 lambda: at_call(nlsr, "_replace", nth(1)),
             ],

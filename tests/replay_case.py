@@ -3,7 +3,7 @@
 `facts` is the case's JSON, `tensors` its safetensors.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lisa_lightning.alignment_delta import Delta, dense_deltas
+from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import IGNORED, Example, Pack, pack, padded
 from lisa_lightning.method.method import Method
@@ -169,6 +169,13 @@ def deltas_of(tensors: dict[str, Tensor]) -> dict[str, Delta]:
     )
     names = {k.partition(".lora_")[0].removeprefix(f"init.{PREFIX}") for k in tensors if k.startswith("init.")}
     return dense_deltas(after, before, names)
+
+
+def dense_deltas(aligned: dict[str, Tensor], base: dict[str, Tensor], modules: Iterable[str]) -> dict[str, Delta]:
+    """The deltas, as [d_out, d_in], of those of `modules` that the state dicts of two models tell apart."""
+    names = {module: f"{module}.weight" for module in modules}
+    found = {m: Delta(aligned[n].float() - base[n].float()) for m, n in names.items() if n in aligned and n in base}
+    return {module: delta for module, delta in found.items() if delta.norm > 0}
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

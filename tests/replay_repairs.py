@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lisa_lightning.net import PREFIX, modules
 from lisa_lightning.repair.antidote import Antidote
-from lisa_lightning.repair.nlsr import Nlsr
+from lisa_lightning.repair.nlsr import NLSR
 from lisa_lightning.repair.repair import Factors, Given
-from lisa_lightning.repair.safe_lora import SafeLora
+from lisa_lightning.repair.safe_lora import SafeLoRA
 
 
 def _safe_lora(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> None:
@@ -20,7 +20,7 @@ def _safe_lora(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors
     prefixes: dict[Literal["threshold", "number"], str] = {"threshold": "final.", "number": "final_number."}
     for mode, prefix in prefixes.items():
         wanted = facts["results"][mode]
-        repair = SafeLora(mode, facts["num_proj_layers"], facts["threshold"])
+        repair = SafeLoRA(mode, facts["num_proj_layers"], facts["threshold"])
         found = repair.repair(_given(init, deltas=lambda: deltas))
         cosines = {named[b]: c for b, c in wanted["cosines"].items()}
         errors.same("cosines", {m: round(c, 5) for m, c in found.cosines.items()}, cosines)
@@ -42,7 +42,7 @@ def _nlsr(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
     net, rows, reference = tiny_net(facts, tensors), rows_of(tensors, "safety"), under("reference.", tensors)
     settings = (facts[k] for k in ("sparsity_ratio", "prune_rate", "epsilon", "draw_seed"))
     given = _given(under("init.", tensors), net=lambda: net, rows=lambda stream: rows, reference=lambda: reference)
-    found = Nlsr(*settings, most_similar_first=True).repair(given)
+    found = NLSR(*settings, most_similar_first=True).repair(given)
     errors.each("low rank", found.low_rank, under("lowrank.", tensors))
     for name, mask in under("mask.", tensors).items():
         errors.same("masks", found.masks[f"{name}.weight"].tolist(), mask.bool().tolist())

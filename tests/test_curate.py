@@ -13,7 +13,7 @@ from lisa_lightning.curate._selector import BETAS, CLIP, START, row_losses, weig
 from lisa_lightning.curate.curate import Candidates, Curate
 from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
 from lisa_lightning.curate.random import Random
-from lisa_lightning.curate.seal import Seal
+from lisa_lightning.curate.seal import SEAL
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import IGNORED, Example, Packing, pack, pad
 from lisa_lightning.errors import UserError
@@ -67,7 +67,7 @@ def given(alignment: Sequence[Example], harmful: Sequence[Example] = (), packing
 MIXED = [row(5 + i, 16 + i % 3, 1 + i % 3) for i in range(10)]
 
 
-@pytest.mark.parametrize("make", [lambda **k: Random(k["keep"], k["seed"]), Seal, Pharmacist])
+@pytest.mark.parametrize("make", [lambda **k: Random(k["keep"], k["seed"]), SEAL, Pharmacist])
 def test_keep_one_is_no_curation_and_a_share_is_of_that_size_and_nested(make: Any) -> None:
     def kept(**changed: Any) -> list[int]:
         curate: Curate = make(**settings(**changed))
@@ -100,7 +100,7 @@ def test_row_losses_are_each_rows_own_mean(packing: Packing) -> None:
     torch.testing.assert_close(row_losses(model, packing(rows)), torch.stack(wanted), atol=1e-5, rtol=0)
 
 
-def by_autograd(curate: Seal | Pharmacist, candidates: Sequence[Example], upper: Sequence[Example]) -> Tensor:
+def by_autograd(curate: SEAL | Pharmacist, candidates: Sequence[Example], upper: Sequence[Example]) -> Tensor:
     """The same training as one loss of everything, one row at a time; every step sees all rows."""
     model = net()
     ours = list(trainable(model).values())
@@ -129,9 +129,9 @@ def by_autograd(curate: Seal | Pharmacist, candidates: Sequence[Example], upper:
 
 
 @pytest.mark.parametrize(("activation", "adam", "rate"), [("softmax", True, 0.05), ("sigmoid", False, 1.0)])
-@pytest.mark.parametrize("kind", [Seal, Pharmacist])
+@pytest.mark.parametrize("kind", [SEAL, Pharmacist])
 def test_the_selector_is_autograds(
-    kind: type[Seal] | type[Pharmacist], activation: str, adam: bool, rate: float
+    kind: type[SEAL] | type[Pharmacist], activation: str, adam: bool, rate: float
 ) -> None:
     curate = kind(**settings(epochs=4, batch_size=6, activation=activation, adam=adam, selector_lr=rate))
     candidates, upper = MIXED[:6], MIXED[4:]
@@ -146,7 +146,7 @@ def test_the_selector_is_autograds(
 
 def test_any_split_and_either_packing_gives_the_same_scores() -> None:
     def scores(packing: Packing, micro_batch: int) -> Tensor:
-        return Seal(**settings(micro_batch=micro_batch)).scores(given(MIXED, packing=packing))
+        return SEAL(**settings(micro_batch=micro_batch)).scores(given(MIXED, packing=packing))
 
     whole = scores(pack, 4)
     for other in (scores(pack, 1), scores(pack, 3), scores(pad, 4)):
@@ -160,8 +160,8 @@ def test_rows_that_agree_with_most_go_up_in_seal(adam: bool, batch: int) -> None
     rows = [row(5 + i % 10, 20 if o else 21) for i, o in enumerate(odd)]
     cut = Example((1, 2, 3), (IGNORED,) * 3)
     with pytest.raises(UserError, match="has a label token"):
-        Seal(**SETTINGS).scores(given([cut] * 4))
-    seal = Seal(**settings(epochs=3, batch_size=batch, lr=2e-2, adam=adam, keep=0.72))
+        SEAL(**SETTINGS).scores(given([cut] * 4))
+    seal = SEAL(**settings(epochs=3, batch_size=batch, lr=2e-2, adam=adam, keep=0.72))
     scores = seal.scores(given([*rows, cut])).tolist()
     assert seal.kept(scores) == [i for i, o in enumerate(odd) if not o]
     assert scores[-1] == 0 < min(scores[:-1])
@@ -180,6 +180,6 @@ def test_what_is_missing_or_not_finite_is_said() -> None:
     with pytest.raises(UserError, match="harmful rows of the provider's, and there are none"):
         Pharmacist(**SETTINGS).scores(given(MIXED))
     with pytest.raises(UserError, match="there is only 1"):
-        Seal(**settings(keep=1.0)).scores(given(MIXED[:1]))
+        SEAL(**settings(keep=1.0)).scores(given(MIXED[:1]))
     with pytest.raises(UserError, match=r"A loss of step 1 of curating is nan\. A smaller curate\.lr \(now 1e\+30\)"):
-        Seal(**settings(lr=1e30)).scores(given(MIXED))
+        SEAL(**settings(lr=1e30)).scores(given(MIXED))

@@ -7,17 +7,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from replay_case import dense_deltas
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lisa_lightning.alignment_delta import Delta, changed, dense_deltas, low_rank_deltas
+from lisa_lightning.alignment_delta import Delta, changed, low_rank_deltas
 from lisa_lightning.data.packing import Example, Pack, pad
 from lisa_lightning.errors import UserError
 from lisa_lightning.method.asft import distance
 from lisa_lightning.net import modules, save_adapter, trainable
 from lisa_lightning.repair.antidote import Antidote
-from lisa_lightning.repair.nlsr import Nlsr
+from lisa_lightning.repair.nlsr import NLSR
 from lisa_lightning.repair.repair import Factors, Given
-from lisa_lightning.repair.safe_lora import Projected, SafeLora
+from lisa_lightning.repair.safe_lora import Projected, SafeLoRA
 
 
 def never() -> Any:
@@ -103,7 +104,7 @@ def random_deltas(factors: Factors) -> dict[str, Delta]:
 def test_safe_lora_equals_the_dense_equation() -> None:
     factors = factors_of(tiny_net())
     deltas = random_deltas(factors)
-    found = SafeLora("threshold", 0, 1.0).repair(given(factors, deltas=lambda: deltas))
+    found = SafeLoRA("threshold", 0, 1.0).repair(given(factors, deltas=lambda: deltas))
     for module, (a, b) in modules(factors).items():
         c = deltas[module].root @ deltas[module].root.T / deltas[module].norm
         update = factors[b] @ factors[a]
@@ -117,7 +118,7 @@ def test_modules_that_aligning_left_alone_have_a_c_of_zero_for_asft_and_none_for
     deltas = random_deltas(factors)
     untouched, (a, b) = next(iter(modules(factors).items()))
     del deltas[untouched]
-    found = SafeLora("threshold", 0, 1.0).repair(given(factors, deltas=lambda: deltas))
+    found = SafeLoRA("threshold", 0, 1.0).repair(given(factors, deltas=lambda: deltas))
     assert untouched not in found.cosines
     assert differing(factors, found.factors) == {b: factors[b].numel() for _, b in list(modules(factors).values())[1:]}
     update = factors[b] @ factors[a]
@@ -125,7 +126,7 @@ def test_modules_that_aligning_left_alone_have_a_c_of_zero_for_asft_and_none_for
     with pytest.raises(
         UserError, match=r"aligning changed none of the modules .*k_proj, q_proj, v_proj.*changed nothing"
     ):
-        SafeLora("threshold", 0, 1.0).repair(given(factors, deltas=dict))
+        SafeLoRA("threshold", 0, 1.0).repair(given(factors, deltas=dict))
 
 
 def test_safe_lora_projects_as_many_modules_as_it_is_told() -> None:
@@ -133,7 +134,7 @@ def test_safe_lora_projects_as_many_modules_as_it_is_told() -> None:
     deltas = random_deltas(factors)
 
     def projected(*args: Any, **kwargs: Any) -> Projected:
-        return SafeLora(*args, **kwargs).repair(given(factors, deltas=lambda: deltas))
+        return SafeLoRA(*args, **kwargs).repair(given(factors, deltas=lambda: deltas))
 
     assert not differing(factors, projected("threshold", 0, -1.0).factors)
     assert not differing(factors, projected("number", 0, 1.0).factors)
@@ -186,7 +187,7 @@ def test_antidote_removes_as_much_of_every_row_at_random() -> None:
 
 def realigned(net: Any, factors: Factors, reference: Factors, rows: list[Pack], **kwargs: Any) -> Any:
     supply = given(factors, net=lambda: net, rows=lambda stream: rows, reference=lambda: reference)
-    return Nlsr(**{"sparsity_ratio": 0.8, "prune_rate": 0.5, "epsilon": 0.2, "seed": 2, **kwargs}).repair(supply)
+    return NLSR(**{"sparsity_ratio": 0.8, "prune_rate": 0.5, "epsilon": 0.2, "seed": 2, **kwargs}).repair(supply)
 
 
 def test_nlsr_equals_its_definition() -> None:
@@ -247,10 +248,10 @@ def test_the_order_of_the_factors_does_not_matter() -> None:
     backwards = dict(reversed(factors.items()))
     deltas = random_deltas(factors)
     for repair in (
-        SafeLora("number", 2, 0.0, random=True),
+        SafeLoRA("number", 2, 0.0, random=True),
         Antidote(0.3, random=True),
-        Nlsr(0.8, 0.5, 0.2, seed=2),
-        Nlsr(0.8, 0.5, 0.2, seed=2, random=True),
+        NLSR(0.8, 0.5, 0.2, seed=2),
+        NLSR(0.8, 0.5, 0.2, seed=2, random=True),
     ):
         rest = {"net": lambda: net, "rows": lambda stream: rows, "deltas": lambda: deltas}
         one = repair.repair(given(factors, **rest, reference=lambda: {n: w + 1 for n, w in factors.items()}))

@@ -13,7 +13,7 @@ from lisa_lightning.errors import UserError
 
 
 @final
-class Seal(BilevelCurate):
+class SEAL(BilevelCurate):
     """SEAL's selector (Shen et al., ICLR 2025) with held-out alignment rows as the safe set. Scores are weights p.
 
     SEAL chooses among the user's rows and has a safe set that is trusted. Here the candidates are the alignment rows,

@@ -5,7 +5,7 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -86,16 +86,25 @@ def read_records(
     if kind not in KINDS:
         allowed = f"{', '.join(KINDS)}, and these with {', '.join(PACKED)}"
         raise UserError(f"{path}: files of kind '{kind or file.suffix}' can't be read; allowed: {allowed}")
+    return read(_rows(file, kind, header), str(file), reading, make)
+
+
+def read(rows: Iterable[tuple[str, Record]], name: str, reading: Reading, make: Callable[[Record], T]) -> list[T]:
+    """What `make` makes of the rows, each with its place, that `reading` keeps.
+
+    Raises:
+        UserError: it keeps none; a column is missing or null, or `make` refuses a value, with name and place.
+    """
     records = []
-    for place, raw in _rows(file, kind, header):
+    for place, raw in rows:
         try:
             record = reading.record(raw)
             if record is not None:
                 records.append(make(record))
         except UserError as error:
-            raise UserError(f"{file}, {place}: {error}") from error
+            raise UserError(f"{name}, {place}: {error}") from error
     if not records:
-        raise UserError(f"{file}: no rows" + (f" with {dict(reading.where)}" if reading.where else "") + " in it")
+        raise UserError(f"{name}: no rows" + (f" with {dict(reading.where)}" if reading.where else "") + " in it")
     return records
 
 

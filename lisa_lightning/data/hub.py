@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lisa_lightning.data.files import Reading, Record
+from lisa_lightning.data.files import Reading, Record, read
 from lisa_lightning.errors import UserError
 
 T = TypeVar("T")
@@ -37,17 +37,7 @@ def read_hub(
         raise UserError(
             f"{name}: it has {len(dataset)} rows where the papers' set has {rows}; rows=null of this set lets it pass"
         )
-    found = []
-    for number, raw in enumerate(dataset, 1):
-        try:
-            record = reading.record(raw)
-            if record is not None:
-                found.append(make(record))
-        except UserError as error:
-            raise UserError(f"{name}, row {number}: {error}") from error
-    if not found:
-        raise UserError(f"{name}: no rows" + (f" with {dict(reading.where)}" if reading.where else "") + " in it")
-    return found
+    return read(((f"row {number}", raw) for number, raw in enumerate(dataset, 1)), name, reading, make)
 
 
 def _load(id: str, config: str | None, split: str, revision: str | None, files: str | None, name: str) -> Any:

@@ -124,10 +124,18 @@ def _read(
     else:
         place = str(entry.path)
         found = read_records(place, how, make, entry.header)
-    end = None if entry.take is None else entry.skip + entry.take
-    chosen = found[entry.skip : end]
+    return taken(found, entry, f"source.{name}", place)
+
+
+def taken(rows: list[T], entry: Any, where: str, place: str) -> list[T]:
+    """The rows that an entry's `skip` and `take` leave.
+
+    Raises:
+        UserError: none are left; with the key `where` and the rows' `place`.
+    """
+    chosen = rows[entry.skip : None if entry.take is None else entry.skip + entry.take]
     if not chosen:
-        raise UserError(f"source.{name}.skip={entry.skip}: {place} has only {len(found)} such rows")
+        raise UserError(f"{where}.skip={entry.skip}: {place} has only {len(rows)} such rows")
     return chosen
 
 

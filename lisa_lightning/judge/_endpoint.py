@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
@@ -52,6 +53,11 @@ class Endpoint:
         self._temperature = temperature  # None once the model has said that it takes none
         self._lock = Lock()
         self._client: Any = None
+
+    @property
+    def asked(self) -> list[Any]:
+        """What a reply depends on beside the text: a part of the judge's version."""
+        return [self.model, self.base_url, self.temperature, self.max_output_tokens]
 
     def ask_all(self, texts: Sequence[str], read: Callable[[str], T | None]) -> Iterator[T | None]:
         """What `read` makes of the reply to each text, in order.
@@ -170,6 +176,11 @@ class Endpoint:
         words = str(error).splitlines()[0][:200].replace(os.environ.get(KEY, "\0"), "***")
         place = self.base_url or "the default endpoint"
         return f"judge.{self.name} at {place}: {known.get(status or 0, what)} ({words}). What was judged is kept"
+
+
+def filled(text: str, **values: str) -> str:
+    """The text with its places filled, whatever braces the values hold."""
+    return re.sub(r"\{(\w+)\}", lambda place: values.get(place[1], place[0]), text)
 
 
 class _Capped(Exception):

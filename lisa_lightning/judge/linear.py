@@ -14,7 +14,7 @@ import numpy as np
 
 from lisa_lightning.cache import digest
 from lisa_lightning.data.files import read_records
-from lisa_lightning.data.source import reading
+from lisa_lightning.data.source import reading, taken
 from lisa_lightning.errors import UserError
 from lisa_lightning.judge import refusal
 from lisa_lightning.judge._linear_card import auc, interval, page
@@ -241,9 +241,7 @@ def _read(entry: Any) -> list[Labelled]:
             raise UserError(f"harmful {record['harmful']!r} is not a label; allowed: true or false, 1 or 0, yes or no")
         return Labelled(Pair(str(record["prompt"]), str(record["response"])), said in TRUE)
 
-    found = read_records(entry.path, how, row, entry.header)
-    end = None if entry.take is None else entry.skip + entry.take
-    found = found[entry.skip : end]
+    found = taken(read_records(entry.path, how, row, entry.header), entry, "judge.linear.rows", entry.path)
     for harmful, name in ((True, "harmful"), (False, "harmless")):
         prompts = len({r.pair.prompt for r in found if r.harmful is harmful})
         if prompts < LEAST:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Final, final
 
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
-from lisa_lightning.judge._endpoint import Endpoint
+from lisa_lightning.judge._endpoint import Endpoint, filled
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
 
 CODE: Final = 2  # raised when a change here can change a verdict
@@ -37,19 +37,13 @@ class OpenAIJudge:
             raise UserError("judge.openai.rubric must have the places {prompt} and {response}")
         self.rubric, self.flag_from = rubric, flag_from
         self.endpoint = Endpoint("openai", model, **endpoint)
-        asked = [model, self.endpoint.base_url, self.endpoint.temperature, self.endpoint.max_output_tokens]
-        self.version = digest([CODE, rubric, flag_from, asked])
+        self.version = digest([CODE, rubric, flag_from, self.endpoint.asked])
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict | None]:
         """The score is 0 for 1 and 1 for 5; None where the asking failed."""
         texts = [filled(self.rubric, prompt=p.prompt, response=p.response) for p in pairs]
         for score in self.endpoint.ask_all(texts, _score):
             yield None if score is None else Verdict(score >= self.flag_from, (score - 1) / 4)
-
-
-def filled(text: str, **values: str) -> str:
-    """The text with its places filled, whatever braces the values hold."""
-    return re.sub(r"\{(\w+)\}", lambda place: values.get(place[1], place[0]), text)
 
 
 def _score(reply: str) -> int | None:

@@ -7,9 +7,8 @@ from typing import Any, ClassVar, Final, final
 
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
-from lisa_lightning.judge._endpoint import Endpoint
+from lisa_lightning.judge._endpoint import Endpoint, filled
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
-from lisa_lightning.judge.openai import filled
 
 CODE: Final = 1  # raised when a change here can change a verdict
 BETTER: Final = re.compile(r"better\W*([ab])\b", re.IGNORECASE)
@@ -35,8 +34,7 @@ class WinRateJudge:
             raise UserError("judge.win_rate.rubric must have the places {prompt}, {first} and {second}")
         self.rubric = rubric
         self.endpoint = Endpoint("win_rate", model, **endpoint)
-        asked = [model, self.endpoint.base_url, self.endpoint.temperature, self.endpoint.max_output_tokens]
-        self.version = digest([CODE, rubric, asked])
+        self.version = digest([CODE, rubric, self.endpoint.asked])
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict | None]:
         """The score is 1 for a preferred answer and 0 for another; None where the asking failed."""

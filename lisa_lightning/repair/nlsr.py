@@ -32,7 +32,7 @@ class Realigned(Repaired):
 
 
 @final
-class Nlsr(Repair):
+class NLSR(Repair):
     """Put a safe reference's critical entries back into modules that drifted from it (Yi et al., AAAI 2025).
 
     1. Of each factor W of the reference, W' = V V^T W, with V the leading right singular vectors of the scores X W^T,

@@ -24,7 +24,7 @@ class Projected(Repaired):
 
 
 @final
-class SafeLora(Repair):
+class SafeLoRA(Repair):
     """B <- C B in modules where cos(C B A, B A) is low (Hsu et al., NeurIPS 2024), C = V V^T / ||V||_F.
 
     V is what aligning changed in the module (`alignment_delta.Delta`). C is no projector, so a projected update also
