@@ -65,8 +65,8 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def settings(name: str, url: str, **more: Any) -> dict[str, Any]:
-    own, shared = (OmegaConf.load(CONF / f"{file}.yaml") for file in (name, "_endpoint"))
-    shipped: Any = OmegaConf.to_container(OmegaConf.merge(shared, own[name]))
+    own: Any = OmegaConf.load(CONF / f"{name}.yaml")
+    shipped: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(CONF / "_endpoint.yaml"), own[name]))
     del shipped["_target_"]
     prices = {"usd_per_million_input": 1.0, "usd_per_million_output": 10.0}
     return shipped | {"model": "m", "base_url": url, "retries": 2} | prices | more

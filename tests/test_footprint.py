@@ -106,6 +106,7 @@ def test_what_a_layer_keeps(family: str, targets: str, dropout: bool, dtype: str
     assert found[1] == pytest.approx(formula(3), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["alignment", "fine-tuning"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_peak_of_a_step_of_the_true_widths(name: str, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,7 @@ def test_names_from_outside_stay_words(tmp_path: Path, capsys: pytest.CaptureFix
     assert "[red]" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_folders_together_from_the_command_line(tmp_path: Path) -> None:
     made(tmp_path / "one", 20.0, seed=1)
     made(tmp_path / "two", 30.0, seed=2)
