@@ -148,7 +148,6 @@ def test_two_processes_equal_one_at_twice_the_batch(run: Run, defense: list[str]
     two = run(
         *(f"two {name}", *small, "trainer=ddp", "optim.batch_size=2", "align.optim.batch_size=2"),
         cache=f"two {name}",
-        fork=False,
     )
     a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-6
