@@ -49,7 +49,7 @@ FAULTS = [
     ),
     *_faults(
         "method/method.py",
-        "test_training_laws.py test_golden.py",
+        "test_interleave.py test_training_laws.py test_golden.py",
         ('        self.kept["anchor"] = snapshot(weights)\n        return', "        return"),
         ("drift = squared_distance(weights, self.anchor)", "drift = squared_distance(weights, weights)"),
         ("Draw(self.schedule.steps_in(state, step))", "Draw(step)"),

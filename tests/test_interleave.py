@@ -11,7 +11,8 @@ from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.packing import Example, pack
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.errors import UserError
-from lisa_lightning.schedule import Draw, Schedule, Stream
+from lisa_lightning.method.method import Method
+from lisa_lightning.schedule import Schedule
 
 SIZES = {"alignment": 7, "user": 11}
 
@@ -28,19 +29,8 @@ def rows(step: Step) -> list[int]:
     return sorted(t - 10 for packs in step.main.micro_batches for p in packs for t in p.targets.tolist())
 
 
-class _Of:
-    """What a method draws that follows a schedule."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-
-    def draws(self, step: int) -> dict[Stream, Draw]:
-        state = self.schedule.state(step)
-        return {state: Draw(self.schedule.steps_in(state, step))}
-
-
 def batches(schedule: Schedule, size: int, accumulate: int = 1, **kwargs: object) -> StepBatches:
-    return StepBatches(streams(), pack, _Of(schedule), 60, size, accumulate, seed=3, **kwargs)  # type: ignore[arg-type]
+    return StepBatches(streams(), pack, Method(schedule), 60, size, accumulate, seed=3, **kwargs)  # type: ignore[arg-type]
 
 
 @settings(deadline=None, max_examples=30)
@@ -81,7 +71,7 @@ def test_discard_throws_user_rows_of_alignment_steps_away() -> None:
 
 
 def test_seed_changes_the_order() -> None:
-    other = StepBatches(streams(), pack, _Of(Schedule(0, 1)), 60, 1, 1, seed=4)
+    other = StepBatches(streams(), pack, Method(Schedule(0, 1)), 60, 1, 1, seed=4)
     assert [rows(other[t]) for t in range(11)] != [rows(batches(Schedule(0, 1), 1)[t]) for t in range(11)]
 
 

@@ -95,3 +95,9 @@ def test_a_snapshot_does_not_follow_the_weights() -> None:
     anchor = snapshot([w])
     w += 1
     assert squared_distance([w], anchor) == 2
+
+
+def test_a_distance_of_half_precision_weights_is_told_in_float32() -> None:
+    """1 - 0.0001 is 1 in bfloat16."""
+    w, anchor = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1e-4], dtype=torch.bfloat16).float()
+    assert squared_distance([w], [anchor]).item() == pytest.approx((1 - anchor.item()) ** 2, abs=1e-6)

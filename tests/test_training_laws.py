@@ -30,6 +30,12 @@ def test_no_alignment_steps_and_rho_zero_is_sft_bit_for_bit(train: Train) -> Non
     assert largest_difference(train(Lisa(0, 3, 0.0, 0.1), folder="a"), train(SFT(), folder="b")) == 0
 
 
+@pytest.mark.parametrize("method", [Lisa(0, 1, 1.0, 0.5), Proximal(1.0, 0.5)])
+def test_the_penalty_rests_up_to_its_share_of_the_steps_and_no_longer(train: Train, method: Method) -> None:
+    assert largest_difference(train(method, folder="a", steps=2), train(SFT(), folder="b", steps=2)) == 0
+    assert largest_difference(train(method, folder="c", steps=4), train(SFT(), folder="d", steps=4)) > 1e-6
+
+
 def test_the_penalty_alone_is_lisa_without_alignment_steps_bit_for_bit(train: Train) -> None:
     alone = train(Proximal(1.0, 0.1), folder="a")
     assert largest_difference(alone, train(Lisa(0, 1, 1.0, 0.1), folder="b")) == 0
