@@ -163,6 +163,7 @@ def test_a_short_sliding_window_takes_padded_rows(said: pytest.LogCaptureFixture
     assert together is pad
     assert said.text.count("attention window of 8 tokens") == 1
     assert_equal_to_the_models_own(net, [e for rows in BATCHES.values() for e in rows], together)
+    assert choose_packing(net.get_base_model(), max_length=9) is pad
     assert choose_packing(net.get_base_model(), max_length=8) is pack
 
 
