@@ -223,3 +223,11 @@ def test_packs_stay_short_where_little_is_shared() -> None:
 @pytest.mark.parametrize("together", [pack, pad])
 def test_nothing_to_learn_gives_no_pack(together: Any) -> None:
     assert together([Example((5, 6), (IGNORED, IGNORED)), Example((5,), (5,))]) == []
+
+
+def test_a_pack_tells_how_many_rows_a_token_stands_for_and_each_targets_place() -> None:
+    rows = [Example((1, 2, 3, 4), (IGNORED, IGNORED, 3, 4)), Example((1, 2, 5, 6), (IGNORED, IGNORED, 5, 6))]
+    (trie,), (padded,) = pack(rows), pad(rows)
+    assert dict(zip(trie.ids[0].tolist(), trie.shared_by[0].tolist(), strict=True)) == {1: 2, 2: 2, 3: 1, 5: 1}
+    assert sorted(zip(trie.targets.tolist(), trie.places.tolist(), strict=True)) == [(3, 0), (4, 1), (5, 0), (6, 1)]
+    assert padded.places.tolist() == [0, 1, 0, 1]
