@@ -70,6 +70,12 @@ def test_discard_throws_user_rows_of_alignment_steps_away() -> None:
             assert rows(thrown[t]) == rows(kept[t])
 
 
+def test_a_batch_counts_its_supervised_tokens_and_the_rows_without_any() -> None:
+    of = {"user": Examples(range(4), lambda i: Example((1, 2, 3), (-100, 2 if i % 2 else -100, 3 if i > 0 else -100)))}
+    batch = StepBatches(of, pack, Method(Schedule(0, 1)), 1, 4, 1, seed=0)[0].main  # type: ignore[arg-type]
+    assert (batch.tokens, batch.unlabelled) == (5, 1)
+
+
 def test_seed_changes_the_order() -> None:
     other = StepBatches(streams(), pack, Method(Schedule(0, 1)), 60, 1, 1, seed=4)
     assert [rows(other[t]) for t in range(11)] != [rows(batches(Schedule(0, 1), 1)[t]) for t in range(11)]
@@ -81,11 +87,12 @@ SAFE = [Row(f"safe {i}", "", "c") for i in range(1000)]
 ROWS = Rows(GOOD, SAFE, BAD, [], [], [], [], {})
 
 
-@pytest.mark.parametrize("p", [0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 1])
+@pytest.mark.parametrize("p", [0, 0.05, 0.1, 0.2, 0.29, 0.3, 0.5, 0.9, 1])
 def test_harmful_share_is_exact_and_nested(p: float) -> None:
     found = user_rows(ROWS, 1000, p, "seeded", seed=1)
     harmful = {row for row in found if row.harmful}
     assert (len(found), len(harmful)) == (1000, round(1000 * p))
+    assert sum(row.harmful for row in user_rows(ROWS, 15, p, "seeded", seed=1)) == round(15 * p)
     assert len(set(found)) == 1000
     assert harmful <= set(user_rows(ROWS, 1000, 1, "seeded", seed=1))
     assert found == user_rows(ROWS, 1000, p, "seeded", seed=1)
