@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lisa_lightning.data.interleave import Batch
+from lisa_lightning.data.interleave import Step
 from lisa_lightning.passes import Descent, Passes
 
 
@@ -36,10 +36,11 @@ def add_gradient(gradient: Sequence[Tensor], weights: Sequence[Tensor], anchor: 
     return torch.stack([d.square().sum() for d in difference]).sum() * (rho / 2)
 
 
-def pulled(passes: Passes, batch: Batch, anchor: Sequence[Tensor], rho: float) -> Descent:
-    """Descend the batch's loss and the penalty rho/2 * ||w - anchor||^2 (Lisa, Algorithm 2)."""
-    loss, gradient = passes.gradient(batch)
-    penalty = add_gradient(gradient, passes.weights, anchor, rho).item() if rho > 0 else 0.0
+def pulled(passes: Passes, step: Step, anchor: Sequence[Tensor], rho: float, rests: float) -> Descent:
+    """Descend the step's loss and, behind step `rests`, the penalty rho/2 * ||w - anchor||^2 (Lisa, Algorithm 2)."""
+    loss, gradient = passes.gradient(step.main)
+    pulls = rho > 0 and step.index > rests
+    penalty = add_gradient(gradient, passes.weights, anchor, rho).item() if pulls else 0.0
     return Descent(loss, gradient, {"proximal/penalty": penalty})
 
 

@@ -59,9 +59,9 @@ class Curves:
         self._rewrite([r for r in self.rows() if r["stage"] != stage or int(r["step"]) <= after])
 
     def insert(self, rows: Sequence[CurveRow]) -> None:
-        """Take over rows of a finished stage."""
+        """Take over the rows of a finished stage, in place of those that are here."""
         self.columns += [name for name in rows[0] if name not in self.columns]
-        self._rewrite([*self.rows(), *rows])
+        self._rewrite([*(r for r in self.rows() if r["stage"] != rows[0]["stage"]), *rows])
 
     def export(self, stage: str, path: Path) -> None:
         """Write one stage's rows to another file."""
@@ -119,7 +119,6 @@ class Tracker:
             return
         stage = rows[0]["stage"]
         if [_numbers(r) for r in self.curves.rows(stage)] != [_numbers(r) for r in rows]:
-            self.curves.forget(stage, -1)
             self.curves.insert(rows)
         for row in rows:
             self._to_wandb(stage, int(row["step"]), _numbers(row))

@@ -112,6 +112,21 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"} | dict(more)
 
 
+def started(arguments: list[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """The command in a process of its own, as a user starts it; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        cwd=cwd,
+        env=environment(env),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def serve() -> None:
     """Answer requests until there are none: a start with the process id, a wait with the exit status."""
     import_everything()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from forking import Forked, environment
+from forking import Forked, started
 from omegaconf import DictConfig
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -44,19 +44,6 @@ def run(tmp_path_factory: pytest.TempPathFactory, forked: Forked) -> Run:
         return work / name
 
     return command
-
-
-def started(arguments: list[str], cwd: Path, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    """The command itself, in a process that a user would start."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *arguments],
-        cwd=cwd,
-        env=environment(env),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from forking import Forked, environment
+from forking import Forked, started
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from safetensors.torch import load_file
@@ -111,21 +109,6 @@ def sweep(work: Path, forked: Forked) -> Sweep:
     return command
 
 
-def started(work: Path, *arguments: str, threads: str = "1") -> str:
-    """The same in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "-m", *arguments],
-        cwd=work,
-        env=environment(settings(work) | {"OMP_NUM_THREADS": threads}),
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def jobs(folder: Path) -> dict[str, dict[str, str]]:
     """Folder of a job -> its line of sweep.csv."""
     with (folder / "sweep.csv").open(newline="") as file:
@@ -210,15 +193,8 @@ def test_jobs_that_start_together_align_once_and_a_killed_owner_blocks_nobody(wo
 
 @pytest.mark.slow
 def test_processes_of_one_machine_share_its_threads(work: Path) -> None:
-    started(
-        work,
-        *SMALL,
-        "seed=1,2",
-        "hydra/launcher=joblib",
-        "hydra.launcher.n_jobs=2",
-        "hydra.sweep.dir=joblib",
-        threads="",
-    )
+    both = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=joblib"]
+    started(["-m", *SMALL, "seed=1,2", *both], work, settings(work) | {"OMP_NUM_THREADS": ""})
     found = jobs(work / "joblib")
     assert [(row["seed"], row["status"]) for row in found.values()] == [("1", "finished"), ("2", "finished")]
     assert {row["threads"] for row in found.values()} == {str(max(1, (os.cpu_count() or 1) // 2))}
@@ -227,7 +203,7 @@ def test_processes_of_one_machine_share_its_threads(work: Path) -> None:
 @pytest.mark.slow
 def test_a_cluster_runs_the_jobs(work: Path) -> None:
     local = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", "hydra.sweep.dir=cluster"]
-    started(work, *SMALL, "seed=1,2", *local)
+    started(["-m", *SMALL, "seed=1,2", *local], work, settings(work))
     assert {row["status"] for row in jobs(work / "cluster").values()} == {"finished"}
 
 

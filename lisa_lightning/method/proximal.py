@@ -27,5 +27,4 @@ class Proximal(Method):
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """Of the loss and the proximal penalty."""
-        rho = self.rho if step.index > self.proximal_after * self.total_steps else 0.0
-        return pulled(passes, step.main, self.anchor, rho)
+        return pulled(passes, step, self.anchor, self.rho, rests=self.proximal_after * self.total_steps)
