@@ -33,7 +33,7 @@ def test_every_claim_has_a_command_that_composes_and_a_folder_that_says_what_cam
 ) -> None:
     monkeypatch.setenv("PUBLIC_ROWS", "rows")
     folder = ROOT / "experiments" / name
-    sweep = list(experiments.CLAIMS[name].sweep)
+    sweep = [*experiments.CLAIMS[name].sweep, *experiments.CLAIMS[name].apart]
     overrides = [s if "[" in s else s.partition(",")[0] for s in sweep if "=" in s]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         where = [f"hydra.searchpath=[file://{folder}]"] if "--config-dir" in sweep else []
