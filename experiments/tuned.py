@@ -34,7 +34,7 @@ TRAINED: Final = ("curate", "align", "finetune", "reference", "repair")
 COMBINED: Final = ("align", "method", "repair")
 """Stages whose two best defenses each are tried together."""
 KEPT: Final = 3  # combinations that are measured
-TOGETHER: Final = 8  # arms between two writings of a table
+TOGETHER: Final = 2  # jobs of one sweep: with two at a time each has a fresh process, as memory left by others would count
 
 
 @dataclass(frozen=True)
@@ -136,23 +136,22 @@ def _measured(root: Path, path: Path, tried: Sequence[Arm], seeds: Sequence[int]
     files = folder / "config" / "experiment" / "defenses"
     files.mkdir(parents=True, exist_ok=True)
     rows = read(path)
-    there = {(row["arm"], row["seed"]) for row in rows}
-    missing = [arm for arm in tried if any((arm.name, str(seed)) not in there for seed in seeds)]
-    for start in range(0, len(missing), TOGETHER):
-        some = missing[start : start + TOGETHER]
-        for arm in some:
-            arm.write(files)
-        command = [
-            *(sys.executable, "run.py", "-m", "--config-dir", str(folder / "config"), f"hydra.sweep.dir={folder}"),
-            f"experiment={','.join(f'defenses/{arm.name}' for arm in some)}",
-            f"seed={','.join(map(str, seeds))}",
-            "evaluate.every=0",
-            *more,
-        ]
-        status = subprocess.run(command, cwd=root, check=False).returncode
-        rows = merged(path, [_row(run) for run in read_runs([folder]) if run.status == "finished"], ["arm"])
-        if status:
-            raise SystemExit(status)
+    for seed in seeds:
+        there = {row["arm"] for row in rows if row["seed"] == str(seed)}
+        missing = [arm for arm in tried if arm.name not in there]
+        for start in range(0, len(missing), TOGETHER):
+            some = missing[start : start + TOGETHER]
+            for arm in some:
+                arm.write(files)
+            command = [
+                *(sys.executable, "run.py", "-m", "--config-dir", str(folder / "config"), f"hydra.sweep.dir={folder}"),
+                *(f"experiment={','.join(f'defenses/{arm.name}' for arm in some)}", f"seed={seed}", "evaluate.every=0"),
+                *more,
+            ]
+            status = subprocess.run(command, cwd=root, check=False).returncode
+            rows = merged(path, [_row(run) for run in read_runs([folder]) if run.status == "finished"], ["arm"])
+            if status:
+                raise SystemExit(status)
     return rows
 
 
