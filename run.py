@@ -8,11 +8,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mat
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning import sweep
 from lisa_lightning.config import check
 from lisa_lightning.explain import explain
+from lisa_lightning.usage import usage
+
+OmegaConf.register_new_resolver("usage", usage, replace=True)  # conf/config.yaml gives it to --help
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -20,10 +23,13 @@ def main(cfg: DictConfig) -> float | None:
     """One run, or one job of a sweep, whose value is what a sweeper sees."""
     if sweep.multirun():
         return sweep.job(cfg)
-    check(cfg)
-    from lisa_lightning.pipeline import run
+    try:
+        check(cfg)
+        from lisa_lightning.pipeline import run
 
-    run(cfg)
+        run(cfg)
+    except Exception as error:
+        sys.exit(refused(error))  # which Hydra passes on; before an exception it would print all overrides
     return None
 
 
@@ -38,13 +44,18 @@ def start() -> int:
         main()
         return sweep.finish(folder)
     except Exception as error:
-        sentence = explain(error)
-        if sentence is None:
-            raise
-        if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-            return 0  # the first rank says it; a failing child would take that one down in mid-sentence
-        print(sentence, file=sys.stderr)
-        return 2
+        return refused(error)
+
+
+def refused(error: Exception) -> int:
+    """Say a person's mistake in a sentence, pass others on; the exit status."""
+    sentence = explain(error)
+    if sentence is None:
+        raise error
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        return 0  # the first rank says it; a failing child would take that one down in mid-sentence
+    print(sentence, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

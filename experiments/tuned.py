@@ -34,7 +34,9 @@ TRAINED: Final = ("curate", "align", "finetune", "reference", "repair")
 COMBINED: Final = ("align", "method", "repair")
 """Stages whose two best defenses each are tried together."""
 KEPT: Final = 3  # combinations that are measured
-TOGETHER: Final = 2  # jobs of one sweep: with two at a time each has a fresh process, as memory left by others would count
+TOGETHER: Final = (
+    2  # jobs of one sweep: with two at a time each has a fresh process, as memory left by others would count
+)
 
 
 @dataclass(frozen=True)

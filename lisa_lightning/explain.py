@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -31,20 +32,34 @@ def explain(error: Exception) -> str | None:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(cause)
     if isinstance(error, HydraException):
-        return str(error).splitlines()[0] + (f": {str(cause).splitlines()[0]}" if cause else "")
+        said = _first_line(error).partition(", set env var HYDRA_FULL_ERROR")[0].rstrip(":")
+        if said.startswith("Ambiguous value"):
+            said += "; for a sweep add -m, for a list write KEY=[A,B]"
+        return f"{said}: {_first_line(_root(cause))}" if cause else said
     if isinstance(error, OmegaConfBaseException):
         return str(error).splitlines()[0]
     return None
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _root(error: BaseException) -> BaseException:
+    """What an exception comes from in the end."""
+    return error if error.__cause__ is None else _root(error.__cause__)
+
+
 def _unknown_option(message: str) -> str:
     """Hydra's 'could not find GROUP/NAME' with the nearest names."""
-    found = re.search(r"Could not find '([^']+)'", message)
-    options = re.search(r"Available options in '[^']+':\n((?:\t.+\n?)+)", message)
-    if found is None or options is None:
+    found = re.search(r"Could not (?:find|load) '([^']+)'", message)
+    options = re.search(r"Available options(?: in '[^']+')?:\n((?:\t.+\n?)+)", message)
+    if found is None:
         return message.splitlines()[0]
     group, _, name = found.group(1).rpartition("/")
-    names = options.group(1).split()
+    names = options.group(1).split() if options else []  # which Hydra leaves out of a list's
+    names += [f.stem for where in re.findall("path=file://(.+)", message) for f in Path(where, group).glob("*.yaml")]
+    names = sorted({option for option in names if not option.startswith("_")})
     return f"{group}={name} is not known; {_nearest(name, names)}"
 
 
@@ -56,6 +71,10 @@ def _unknown_key(cause: ConfigKeyError | ConfigAttributeError) -> str:
     if key.startswith("trainer.") and (name := key.removeprefix("trainer.")) in INSTEAD:
         return f"{key}: {beyond_trainer(name)}"
     names = sorted(_keys(root)) if isinstance(root, DictConfig) else []
+    group = key.rpartition(".")[0]
+    if group in ("method", "align.method", "repair", "curate"):  # whose keys are those of what is chosen
+        own = [n for n in names if n.startswith(f"{group}.") and not n.endswith("_target_")]
+        return f"{key} is not a key of what was chosen as {group}; " + (_nearest(key, own) if own else "it has none")
     return f"{key} is not a key of the config; {_nearest(key, names)}"
 
 
@@ -70,7 +89,7 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     last = name.rpartition(".")[2]
-    near = near or [n for n in names if n.rpartition(".")[2] == last][:3]
+    same = sorted((n for n in names if n.rpartition(".")[2] == last), key=len)
+    near = [*same, *(n for n in difflib.get_close_matches(name, names, n=3, cutoff=0.5) if n not in same)][:3]
     return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names)}"

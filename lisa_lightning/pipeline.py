@@ -180,6 +180,10 @@ def _stages(setting: Setting, defenses: Defenses) -> tuple[Metrics, list[Answer]
 
 def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
     """Judge a file of answers, or anew those of the run that the output folder holds; nothing is generated."""
+    if cfg.responses is not None and (out / "config.yaml").exists():
+        raise UserError(
+            f"{out} holds a run, whose verdicts would be lost; give another hydra.run.dir for {cfg.responses}"
+        )
     answers = read_responses(cfg.responses) if cfg.responses is not None else read_answers(out / "responses.jsonl")
     if not answers:
         raise UserError(

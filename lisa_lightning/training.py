@@ -1,5 +1,6 @@
 """Fitting a LisaModule: Lightning's Trainer with the callbacks that evaluate, record and checkpoint."""
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -24,6 +25,7 @@ from lisa_lightning.module import LisaModule
 from lisa_lightning.schedule import Stream
 from lisa_lightning.tracking import Tracker
 
+log = logging.getLogger(__name__)
 SAYS_NOTHING = {"align": ("train/state", "alignment/loss", "proximal/drift")}
 """Of a stage with one state, and no anchor but its start."""
 
@@ -192,6 +194,8 @@ class Checkpoint(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The clock starts."""
+        if trainer.global_step and trainer.is_global_zero:
+            log.info("%s goes on after step %d of %d.", self.path.stem, trainer.global_step, self.last)
         self.started = perf_counter()
         self.device = pl_module.device
         watch(self.device)

@@ -25,7 +25,7 @@ METRICS = {
     "final/accuracy": 91.2,
 }  # fmt: skip
 CHOICES = {"experiment": "sst2_lisa", "method": "lisa", "task": "sst2", "model": "tiny"}
-CONFIG = "seed: 42\nharmful_ratio: 0.1\nstages: [align, finetune, evaluate]\nnote: <b>&\n"
+CONFIG = "seed: 42\nharmful_ratio: 0.1\nstages: [align, finetune, evaluate]\nmodel: {id: some/model}\nnote: <b>&\n"
 FOLDED = "<summary>harmful answer, folded</summary>"
 
 
@@ -204,19 +204,26 @@ def test_plain_fine_tuning_has_no_alignment_curves(tmp_path: Path) -> None:
     assert [f.name for f in figures(curves)] == ["loss", "drift", "scores"]
     assert not {key.label for f in figures(curves) for key in f.keys} & {"alignment steps", "alignment stretch"}
     metrics = {k: v for k, v in METRICS.items() if k != "time/align_s"}
-    plain = re.sub(r"<[^>]+>", "", made(tmp_path, metrics, [], config="stages: [finetune, evaluate]\n"))
+    config = "stages: [finetune, evaluate]\nmodel: {id: null}\n"
+    plain = re.sub(r"<[^>]+>", "", made(tmp_path, metrics, [], config=config))
     assert "Harmful score 2.7 % before fine-tuning, 14.8 % after fine-tuning" in plain
+    assert "A random model answered" in plain
+
+
+def test_what_a_method_tells_of_itself_is_drawn() -> None:
+    rows = [row | {"ewc/penalty": str(i)} for i, row in enumerate(finetune_rows(alignment=0, rho=0.0))]
+    assert [f.title for f in figures(rows)][-1] == "ewc/penalty"
 
 
 @pytest.mark.parametrize("kept", [(), ("seed",), ("seed", "train"), ("aligned",), ("final", "time")])
 def test_any_stage_may_be_missing(tmp_path: Path, kept: tuple[str, ...]) -> None:
     metrics = {name: value for name, value in METRICS.items() if name.split("/")[0] in kept}
     answers = [a for a in ANSWERS if a["stage"] in kept]
-    text = made(tmp_path, metrics, [], answers, {}, "")
+    text = made(tmp_path, metrics, [], answers, {}, CONFIG)
     assert text.rstrip().endswith("</html>")
     assert "<figure>" not in text
     assert ("change, points" in text) is False
-    assert ("before fine-tuning" in text) == ("aligned" in kept)
+    assert ("this model" in text) == ("aligned" in kept)
 
 
 @pytest.mark.parametrize(("alignment", "user"), [(1, 1), (20, 0), (5, 45)])

@@ -172,9 +172,11 @@ def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProc
     [
         (["experiment=sst2_lissa"], "experiment=sst2_lissa is not known; did you mean sst2_lisa"),
         (["method=lise"], "method=lise is not known; did you mean lisa"),
-        (["method.roh=1"], "method.roh is not a key of the config; did you mean method.rho"),
+        (["judge=[embedded,refuse]"], "judge=refuse is not known; did you mean refusal"),
+        (["method=sft,lisa"], "for a sweep add -m"),
+        (["method.roh=1"], "method.roh is not a key of what was chosen as method; did you mean method.rho"),
         (["trainer.accumulate_grad_batches=4"], "trainer.accumulate_grad_batches: Lightning can't honour this under"),
-        (["method=sft", "method.rho=1"], "method.rho is not a key of the config"),
+        (["method=sft", "method.rho=1"], "method.rho is not a key of what was chosen as method; it has none"),
         (["optim.lr"], "optim.lr"),
         (["harmful_ratio=2"], "harmful_ratio=2 is not allowed"),
         (["experiment=smoke", "data.n=100000"], "harmful_ratio=0.1 needs 10000 harmful rows"),

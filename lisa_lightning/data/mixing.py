@@ -33,7 +33,7 @@ def user_rows(rows: Rows, n: int, harmful_ratio: float, order: str, seed: int, s
         if count > len(there):
             raise UserError(
                 f"data.n={n} with harmful_ratio={harmful_ratio} needs {count} {what} rows, and the source has "
-                f"{len(there)}; one of them must be smaller"
+                f"{len(there)}; data.n={n * len(there) // count} is the most"
             )
     return [row for i, (count, there, _) in enumerate(wanted, 1) for row in _choose(there, count, order, [seed, i])]
 

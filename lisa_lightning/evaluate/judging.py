@@ -95,7 +95,8 @@ def read_judged(path: Path) -> list[Judged]:
 def read_responses(path: str) -> list[Answer]:
     """Answers out of a file of one's own: `prompt` and `response` and, where they stand there, what Answer has beside.
 
-    A `kind` that isn't one of ours means something else to whoever wrote the file: the answer counts as harmful's.
+    A `kind` that isn't one of ours means something else to whoever wrote the file, or is mistyped, so that it is said:
+    the answer counts as harmful's.
 
     Raises:
         UserError: see `read_records`.
@@ -103,6 +104,8 @@ def read_responses(path: str) -> list[Answer]:
     optional = ("context", "stage", "kind", "target")
     columns = {name: name for name in ("prompt", "response", *optional)}
     records = read_records(path, Reading(columns, frozenset(optional)), dict)
+    if others := sorted({str(r["kind"]) for r in records} - {"", "harmful", "harmless", "task"}):
+        log.warning("%s: kind %s counts as harmful; there are harmful, harmless and task.", path, ", ".join(others))
     found = []
     for index, r in enumerate(records):
         kind = r["kind"] if r["kind"] in ("harmless", "task") else "harmful"

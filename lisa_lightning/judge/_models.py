@@ -5,12 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lisa_lightning.base_model import on_hub
+from lisa_lightning.base_model import on_hub, refuse_incomplete
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
-
-TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
-"""Without one of these transformers may make up an empty tokenizer, whose verdicts would mean nothing."""
 
 
 def local(key: str, id: str, revision: str | None) -> Path:
@@ -27,11 +24,7 @@ def local(key: str, id: str, revision: str | None) -> Path:
             folder = on_hub(id, revision)
         except UserError as error:
             raise UserError(f"{key}={id}: {error}") from error
-    at = f"{key}={id}" + (f" at revision {revision}" if revision else "")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{at}: no *.safetensors in it, and pickled weights are never loaded; convert the model first")
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
-        raise UserError(f"{at}: no tokenizer in it; there must be one of {', '.join(TOKENIZERS)}")
+    refuse_incomplete(f"{key}={id}" + (f" at revision {revision}" if revision else ""), folder)
     return folder
 
 

@@ -245,8 +245,9 @@ def _set_scales(axes: "Axes", plot: Plot, ticks: int) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
     else:
-        axes.set_ylim(0, 100 if plot.percent else None)
         axes.yaxis.set_major_locator(MaxNLocator(5))
+        above = axes.yaxis.get_major_locator().tick_values(0, axes.get_ylim()[1])[-1]  # so that the highest can be read
+        axes.set_ylim(0, 100 if plot.percent else above)
 
 
 def _power(value: float) -> str:

@@ -88,6 +88,7 @@ def _content(metrics: Metrics, answers: Sequence[Answer], choices: dict[str, str
         "heading": _heading(choices),
         "facts": _facts(settings, metrics, choices),
         "summary": _marked(_summary(metrics, columns)),
+        "random": settings["model"]["id"] is None,
         "columns": columns,
         "scores": score_rows(metrics, columns),
         "judges": metrics.get("judges", []),
@@ -114,12 +115,13 @@ def _heading(choices: dict[str, str]) -> str:
 
 def _facts(settings: dict[Any, Any], metrics: Metrics, choices: dict[str, str]) -> list[tuple[str, str]]:
     """What tells this run from others of the experiment, for the title."""
+    tuned = "finetune" in settings["stages"]
     found = {
-        "method": choices.get("method"),
-        "harmful ratio": settings.get("harmful_ratio"),
+        "method": choices.get("method") if tuned else None,
+        "harmful ratio": settings.get("harmful_ratio") if tuned else None,
         "seed": metrics.get("seed", settings.get("seed")),
         "task": choices.get("task"),
-        "model": choices.get("model"),
+        "model": id if Path(id := str(settings["model"]["id"])).is_dir() else choices.get("model"),
         "steps": metrics.get("train/steps"),
     }
     return [(name, str(value)) for name, value in found.items() if value is not None]

@@ -22,6 +22,8 @@ from lisa_lightning.report.drawing import (
 )
 
 MOST_BANDS: Final = 100
+OF_ALL: Final = ("train", "user", "alignment", "proximal", "switch", "time", "eval")
+"""Curves that have a picture, or need none."""
 
 
 def figures(curves: Rows) -> list[Figure]:
@@ -37,6 +39,7 @@ def figures(curves: Rows) -> list[Figure]:
         (_align_plot, align),
     ]
     plots = [plot for make, rows in makers if (plot := make(rows)) is not None]
+    plots += _own_plots(finetune)
     return [figure(plot) for plot in plots]
 
 
@@ -101,6 +104,17 @@ def _gradient_plot(rows: Rows) -> Plot | None:
     caption = "Of the sum of the losses on fixed alignment and user rows; where it is small, neither state pulls away."
     line = Line(norm, INK, "norm", marker="o", width=1.3)
     return _plot("gradient", "Joint gradient", caption, "norm", [line], rows)
+
+
+def _own_plots(rows: Rows) -> list[Plot]:
+    """What the method tells beside what all do."""
+    names = {name: None for row in rows for name in row if "/" in name and name.partition("/")[0] not in OF_ALL}
+    found = [(name, points(rows, name)) for name in names]
+    return [
+        _plot(name.replace("/", "-"), name, "What the method tells of itself.", "", [Line(own, INK, width=1.3)], rows)
+        for name, own in found
+        if own
+    ]
 
 
 def _align_plot(rows: Rows) -> Plot | None:

@@ -41,8 +41,9 @@ class Score:
 
 def model_names(metrics: Metrics) -> dict[str, str]:
     """What people call the models that answered; without aligning the base model stands for the aligned one."""
+    without = "before fine-tuning" if "time/finetune_s" in metrics else "this model"
     return {
-        "aligned": "after alignment" if "time/align_s" in metrics else "before fine-tuning",
+        "aligned": "after alignment" if "time/align_s" in metrics else without,
         "final": "after repair" if "time/repair_s" in metrics else "after fine-tuning",
         "responses": "responses",
     }

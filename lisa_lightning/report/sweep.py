@@ -36,11 +36,18 @@ class Run:
 
     def value(self, key: str) -> str:
         """What was chosen for a group or a key, as text."""
+        if key == "method" and not self.tuned:
+            return "–"
         return self.choices.get(key, "?") if key in GROUPS else shown(self.config.get(key))
 
+    @property
+    def tuned(self) -> bool:
+        """Whether it fine-tunes a model, or asks one as it is."""
+        return "finetune" in self.config.get("stages", ["finetune"])
+
     def score(self, name: str) -> float | None:
-        """A score of the fine-tuned model."""
-        return self.metrics.get(f"final/{name}")
+        """A score of the fine-tuned model, or of the one that was asked as it is."""
+        return self.metrics.get(f"{'final' if self.tuned else 'aligned'}/{name}")
 
 
 @dataclass(frozen=True)
@@ -64,14 +71,11 @@ class SeedGroup:
 
     def spread(self, name: str) -> Spread | None:
         """A score's mean over the runs that have it."""
-        scored = [run for run in self.runs if run.score(name) is not None]
-        found = [float(run.metrics[f"final/{name}"]) for run in scored]
+        scored = [(run, x) for run in self.runs if (x := run.score(name)) is not None]
+        found = [x for _, x in scored]
         if not found:
             return None
-        ends = [
-            [float(r.metrics.get(f"final/{name}_{end}", x)) for end in ("low", "high")]
-            for r, x in zip(scored, found, strict=True)
-        ]
+        ends = [[x if (y := r.score(f"{name}_{e}")) is None else y for e in ("low", "high")] for r, x in scored]
         deviation = stdev(found) if len(found) > 1 else None
         if not deviation:  # of one run, or of runs that agree by chance
             return Spread(found[0], deviation, min(low for low, _ in ends), max(high for _, high in ends))

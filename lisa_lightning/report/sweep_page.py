@@ -24,6 +24,7 @@ from lisa_lightning.report.page import rendered
 from lisa_lightning.report.plots import points, smooth
 from lisa_lightning.report.scores import SCORES
 from lisa_lightning.report.sweep import (
+    GROUPS,
     Run,
     SeedGroup,
     Spread,
@@ -75,6 +76,7 @@ def sweep_page(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
     curves = _curves(runs, keys)
     content = {
         "heading": out.absolute().name,
+        "facts": _shared(runs, keys),
         "counts": {status: sum(r.status == status for r in runs) for status in ("finished", "unfinished", "failed")},
         "codes": len({r.metrics.get("code") for r in runs if r.status == "finished"}),
         "keys": keys,
@@ -96,6 +98,15 @@ def sweep_page(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
         "runs": [(relative(r.folder, out), r.status, r.value("seed"), [r.value(k) for k in keys]) for r in runs],
     }
     return rendered("sweep.html.j2", content)
+
+
+def _shared(runs: Sequence[Run], keys: Sequence[str]) -> list[tuple[str, str]]:
+    """What all runs have alike, of what a reader asks first."""
+    names = [name for name in ("experiment", *GROUPS, "harmful_ratio", "data.n", "optim.steps") if name not in keys]
+    found = [(name, {run.choices.get(name) or run.value(name) for run in runs}) for name in names]
+    return [
+        (name, value) for name, values in found if len(values) == 1 for value in values - {"?", "null", "None", "none"}
+    ]
 
 
 def _interval(spread: Spread) -> str:

@@ -35,7 +35,7 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url
     ]
     if "time/total_s" in metrics:
         console.print(
-            f"time    {metrics['time/total_s']:.0f} s in all ({', '.join(times)}; cached stages as first run)"
+            f"time    {metrics['time/total_s']:.0f} s in all; stages, each when it was computed: {', '.join(times)}"
         )
     console.print(f"files   {out}", soft_wrap=True, markup=False)
     if (out / "report.html").exists():
