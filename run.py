@@ -2,16 +2,19 @@
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us as exceptions, and we say them in a sentence
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning import sweep
 from lisa_lightning.config import check
+from lisa_lightning.disk import drop_unused
 from lisa_lightning.explain import explain
 from lisa_lightning.usage import usage
 
@@ -29,7 +32,9 @@ def main(cfg: DictConfig) -> float | None:
 
         run(cfg)
     except Exception as error:
-        sys.exit(refused(error))  # which Hydra passes on; before an exception it would print all overrides
+        status = refused(error)
+        drop_unused(Path(HydraConfig.get().runtime.output_dir))
+        sys.exit(status)  # which Hydra passes on; before an exception it would print all overrides
     return None
 
 

@@ -60,7 +60,7 @@ CLAIMS: Final = {
     ),
     "public_rows": Claim(
         ["--config-dir", "experiments/public_rows", "+public=sst2,agnews", METHODS, "seed=1", "evaluate.every=0"],
-        ["task", "method"],
+        ["method", "task"],
         measured=(*SCORED, "final/linear/harmful_score", "final/lenient_accuracy"),
     ),
 }

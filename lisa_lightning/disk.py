@@ -38,6 +38,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def drop_unused(folder: Path) -> None:
+    """Remove the folder of a refused run, if it holds no more than Hydra puts into every one."""
+    there = {file.name for file in folder.iterdir()}
+    if there <= {".hydra", "run.log"} and not any(f.stat().st_size for f in folder.glob("run.log")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turn a failing write (full disk, no permission) into a sentence that names the path."""

@@ -4,7 +4,21 @@ import pytest
 import torch
 from torch import nn
 
+from lisa_lightning import cpu
 from lisa_lightning.cpu import multiply_by_onednn
+
+
+@pytest.fixture(autouse=True)
+def _not_by_intel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "made_by_intel", lambda: False)
+
+
+def test_where_the_usual_way_is_faster_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "made_by_intel", lambda: True)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    layer = nn.Linear(7, 5).requires_grad_(False)
+    multiply_by_onednn(layer)
+    assert type(layer) is nn.Linear
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -120,13 +120,16 @@ def test_a_file_of_ones_own_keeps_its_order(tmp_path: Path, name: str, content: 
     ]
 
 
-def test_columns_of_ones_own_that_are_called_like_ours_change_nothing(tmp_path: Path) -> None:
+def test_columns_of_ones_own_that_are_called_like_ours_change_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     row = {"prompt": "p", "response": "r", "kind": "homonyms", "context": "of theirs"}
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(r) for r in (row, row | {"kind": "harmless"})))
     assert [(a.prompt, a.context, a.kind) for a in read_responses(str(tmp_path / "a.jsonl"))] == [
         ("p", "", "harmful"),
         ("p", "", "harmless"),
     ]
+    assert "kind homonyms counts as harmful" in caplog.text
 
 
 def test_verdicts_on_other_answers_are_not_kept_among_these(tmp_path: Path) -> None:

@@ -57,6 +57,20 @@ def test_settings_are_what_differs_beside_the_seed(tmp_path: Path) -> None:
     assert all(len(g.runs) == 2 for g in groups)
 
 
+def test_models_asked_as_they_are_stand_side_by_side(tmp_path: Path) -> None:
+    for name, score in (("before", 10.0), ("after", 60.0)):
+        run = made(tmp_path, score, model={"id": name}, stages=["evaluate", "judge"])
+        own = json.loads((run / "metrics.json").read_text())
+        (run / "metrics.json").write_text(json.dumps({k.replace("final/", "aligned/"): v for k, v in own.items()}))
+    runs = read_runs([tmp_path])
+    assert swept(runs) == ["method", "model.id"]
+    found = [(g.values, g.spread("harmful_score")) for g in seed_groups(runs, swept(runs))]
+    assert [(values, s.mean, s.low) for values, s in found if s] == [
+        (("–", "after"), 60.0, 59.0),
+        (("–", "before"), 10.0, 9.0),
+    ]
+
+
 def test_coupled_keys_are_one(tmp_path: Path) -> None:
     for k1, k2 in ((10, 40), (25, 25)):
         made(tmp_path, 1.0, split=[k1, k2], steps={"k1": k1, "k2": k2})

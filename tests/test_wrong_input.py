@@ -1,6 +1,7 @@
 """Wrong input: a sentence that names the key, the value and what is allowed; exit status 2; nothing half-written."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,6 +196,11 @@ def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProc
             "judge.moderation.id=no/such: The model",
         ),
         (["stages=[judge]"], "holds no answers to judge"),
+        (
+            ["experiment=smoke", "method._target_=nowhere.M"],
+            "Error locating target 'nowhere.M': No module named 'nowhere'",
+        ),
+        (["experiment=smoke", "model.id=."], "model.id=.: no *.safetensors in it"),
     ],
 )
 def test_the_command_says_a_sentence_and_exits_with_2(
@@ -202,9 +208,34 @@ def test_the_command_says_a_sentence_and_exits_with_2(
 ) -> None:
     done = run(forked, tmp_path, *arguments)
     assert done.returncode == 2, done.stderr
-    assert sentence in done.stderr
+    assert sentence in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
+    assert "Error executing job" not in done.stderr
     assert not list(tmp_path.rglob("metrics.json")) + list(tmp_path.rglob("*.part*"))
+    assert not [log for log in tmp_path.rglob("run.log") if not log.read_text()]
+
+
+@pytest.mark.slow
+def test_verdicts_on_a_file_go_into_no_runs_folder(forked: Forked, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "metrics.json", "judged.jsonl"):
+        (tmp_path / "run" / name).write_text("{}\n")
+    (tmp_path / "answers.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
+    asked = ("stages=[judge]", "judge=refusal", "responses=answers.jsonl", "hydra.run.dir=")
+    done = run(forked, tmp_path, *asked[:3], asked[3] + "run")
+    assert (done.returncode, "run holds a run, whose verdicts would be lost" in done.stderr) == (2, True)
+    assert (tmp_path / "run" / "metrics.json").read_text() == "{}\n"
+    for _ in range(2):  # another judge may follow
+        assert run(forked, tmp_path, *asked[:3], asked[3] + "other").returncode == 0
+
+
+@pytest.mark.slow
+def test_help_names_what_can_be_chosen_and_says_what_keys_mean(forked: Forked, tmp_path: Path) -> None:
+    shown = run(forked, tmp_path, "--help").stdout
+    (judges,) = re.findall(r"^  judge  +(.+)$", shown, re.MULTILINE)
+    assert judges.split(", ") == sorted(f.stem for f in (ROOT / "conf" / "judge").glob("[!_]*.yaml"))
+    assert "harmful_ratio: 0.1          # share p of harmful rows" in shown
+    assert "${model.finetune_targets}" in shown
 
 
 @pytest.mark.slow

@@ -172,6 +172,7 @@ def _series(groups: Sequence[SeedGroup], keys: Sequence[str], place: int) -> lis
 def _course(series: Series, name: str, place: int, where: dict[str, float]) -> list[Line]:
     """Means as a line, deviations upright, single runs faint."""
     colour, dash, marker = series.look
+    words = not any(math.isfinite(in_order(group.values[place])[0]) for group in series.groups)
     means: Points = []
     upright: Points = []
     single: Points = []
@@ -187,7 +188,7 @@ def _course(series: Series, name: str, place: int, where: dict[str, float]) -> l
     return [
         Line(single, colour, dash="", marker=".", opacity=0.45),
         Line(upright, colour, width=1.2, opacity=0.6),
-        Line(sorted(means), colour, series.label, dash, marker),
+        Line(sorted(means), colour, series.label, "" if words else dash, marker),  # between words nothing is
     ]
 
 
