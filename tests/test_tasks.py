@@ -83,6 +83,12 @@ def test_agnews_numbers_sections_as_the_hub_does() -> None:
         AGNews().row({"text": "t", "label": "4"})
 
 
+def test_a_row_without_its_text_is_refused() -> None:
+    for task, record in ((SST2(), {"sentence": " ", "label": 1}), (AGNews(), {"text": "", "label": 1})):
+        with pytest.raises(UserError, match="is empty"):
+            task.row(record)
+
+
 def test_gsm8k_spells_its_mark_out_with_two_blanks() -> None:
     row = GSM8K().row({"question": "How many?", "answer": "2*3=<<2*3=6>>6\n#### 6"})
     assert row.response == "2*3=<<2*3=6>>6\nThe final answer is:  6"

@@ -26,12 +26,15 @@ class AGNews:
     optional: ClassVar = ()
 
     def row(self, record: Mapping[str, Any]) -> Row:
-        """The article and the name of its section. Raises UserError on another label."""
+        """The article and the name of its section. Raises UserError on another label, or no article."""
+        article = str(record["text"]).strip()
+        if not article:
+            raise UserError("the text of an AG News row is empty")
         wanted = str(record["label"]).strip().lower()
         found = [name for i, name in enumerate(LABELS) if wanted in (str(i), name.lower())]
         if not found:
             raise UserError(f"label {record['label']!r} of an AG News row; allowed: 0 to 3, {', '.join(LABELS)}")
-        return Row(INSTRUCTION, str(record["text"]).strip(), found[0])
+        return Row(INSTRUCTION, article, found[0])
 
     def correct(self, answer: str, target: str) -> bool:
         """The name alone, or in lower case; `sci` counts for Sci/Tech and `sci/tech` doesn't."""

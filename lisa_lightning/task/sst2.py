@@ -19,11 +19,14 @@ class SST2:
     optional: ClassVar = ()
 
     def row(self, record: Mapping[str, Any]) -> Row:
-        """The sentence and the word for its label. Raises UserError on another label."""
+        """The sentence and the word for its label. Raises UserError on another label, or no sentence."""
+        sentence = str(record["sentence"]).strip()
+        if not sentence:
+            raise UserError("the sentence of an SST-2 row is empty")
         label = LABELS.get(str(record["label"]).strip().lower())
         if label is None:
             raise UserError(f"label {record['label']!r} of an SST-2 row; allowed: {', '.join(LABELS)}")
-        return Row(INSTRUCTION, str(record["sentence"]).strip(), label)
+        return Row(INSTRUCTION, sentence, label)
 
     def correct(self, answer: str, target: str) -> bool:
         """The word alone, in lower case or capitalized."""
