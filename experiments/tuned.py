@@ -147,7 +147,11 @@ def _measured(root: Path, path: Path, tried: Sequence[Arm], seeds: Sequence[int]
                 arm.write(files)
             command = [
                 *(sys.executable, "run.py", "-m", "--config-dir", str(folder / "config"), f"hydra.sweep.dir={folder}"),
-                *(f"experiment={','.join(f'defenses/{arm.name}' for arm in some)}", f"seed={seed}", "evaluate.every=0"),
+                *(
+                    f"experiment=choice({','.join(f'defenses/{arm.name}' for arm in some)})",
+                    f"seed={seed}",
+                    "evaluate.every=0",
+                ),
                 *more,
             ]
             status = subprocess.run(command, cwd=root, check=False).returncode

@@ -23,6 +23,8 @@ from lisa_lightning.report.sweep import FAILED, complete
 log = logging.getLogger(__name__)
 
 FOLDER = "hydra.sweep.dir"
+WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
+"""Hydra's flags that another argument belongs to."""
 LONGEST = 120  # characters of a sweep's folder
 LONGEST_JOB = 200  # of a job's, which says every value; file systems take 255 bytes
 
@@ -35,7 +37,8 @@ def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """
     if not {"-m", "--multirun"} & set(arguments) or {"--help", "-h", "--cfg", "-c", "--info"} & set(arguments):
         return list(arguments), None
-    lines = [a for a in arguments if re.match(r"^[~+]{0,2}[a-zA-Z_]", a)]
+    after = zip(("", *arguments), arguments, strict=False)
+    lines = [a for flag, a in after if flag not in WITH_VALUE and re.match(r"^[~+]{0,2}[a-zA-Z_]", a)]
     try:
         overrides = OverridesParser.create().parse_overrides(lines)
     except Exception:  # Hydra says it better
@@ -48,14 +51,16 @@ def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
         folder = Path(str(given[FOLDER].value()))
         named = [key for key in ("experiment", "sweep") if key not in swept]
         known = [key for key in given if key not in {*swept, *fixed}] + named
+        told = bool({*swept, *fixed} - {*named})
     else:
         named = {key: str(given[key].value()) for key in ("experiment", "sweep") if key in fixed}
         rest = [line for key, line in sorted(fixed.items()) if key not in named]
         name = ",".join([*([named["sweep"]] if "sweep" in named else []), *swept, *rest])
         folder = Path("multirun", *filter(None, (named.get("experiment"), _name(name) or "one")))
         known = [key for key in given if key not in swept]
+        told = bool(swept)
     more = {FOLDER: f"'{folder}'", "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(known)}]"}
-    if not swept and "sweep" not in fixed:
+    if not told and "sweep" not in fixed:
         more["hydra.sweep.subdir"] = "job"
     return [*arguments, *(f"{key}={value}" for key, value in more.items() if key not in given)], folder
 

@@ -51,6 +51,9 @@ def test_a_jobs_name_says_what_its_folder_does_not() -> None:
     assert placed(both)[0][-1] == f"{named}=[experiment,optim.lr,resume]"
     assert placed([*both, "hydra.sweep.dir=here"])[0][-1] == f"{named}=[resume,hydra.sweep.dir,experiment,sweep]"
     assert placed(["-m", "experiment=smoke"])[0][-1] == "hydra.sweep.subdir=job"
+    assert placed(["-m", "experiment=smoke", "hydra.sweep.dir=here"])[0][-1] == "hydra.sweep.subdir=job"
+    assert placed(["-m", "--config-dir", "mine", "seed=1,2"])[1] == Path("multirun", "seed")
+    assert placed(["-m", "seed=1", "hydra.sweep.dir=here"])[0][-1].startswith(named)  # another seed may follow
 
 
 def test_what_is_no_sweep_is_left_alone() -> None:
