@@ -212,7 +212,8 @@ def test_the_command_says_a_sentence_and_exits_with_2(
     assert "Traceback" not in done.stderr
     assert "Error executing job" not in done.stderr
     assert not list(tmp_path.rglob("metrics.json")) + list(tmp_path.rglob("*.part*"))
-    assert not [log for log in tmp_path.rglob("run.log") if not log.read_text()]
+    left = [log.parent for log in tmp_path.rglob("run.log") if not log.read_text()]
+    assert all((folder / "config.yaml").exists() for folder in left)  # refused after it had begun
 
 
 @pytest.mark.slow
