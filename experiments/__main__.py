@@ -78,7 +78,8 @@ def main(arguments: Sequence[str]) -> int:
     parted = (override.partition("=") for override in claim.apart)
     each = product(*([f"{key}={value}" for value in values.split(",")] for key, _, values in parted))
     command = [sys.executable, "run.py", "-m", *claim.sweep, "experiment=sst2_lisa", f"hydra.sweep.dir={folder}"]
-    status = max(subprocess.run([*command, *one, *more], cwd=ROOT, check=False).returncode for one in each)
+    ends = [subprocess.run([*command, *one, *more], cwd=ROOT, check=False).returncode for one in each]
+    status = max(ends, key=abs)  # a signal's is below 0
     if status not in (0, 1):  # refused before any run
         return status
     out.mkdir(exist_ok=True)

@@ -34,9 +34,8 @@ TRAINED: Final = ("curate", "align", "finetune", "reference", "repair")
 COMBINED: Final = ("align", "method", "repair")
 """Stages whose two best defenses each are tried together."""
 KEPT: Final = 3  # combinations that are measured
-TOGETHER: Final = (
-    2  # jobs of one sweep: with two at a time each has a fresh process, as memory left by others would count
-)
+TOGETHER: Final = 2
+"""Jobs of one sweep: with two at a time each has a fresh process, since memory left by others would count."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +146,8 @@ def _measured(root: Path, path: Path, tried: Sequence[Arm], seeds: Sequence[int]
                 arm.write(files)
             command = [
                 *(sys.executable, "run.py", "-m", "--config-dir", str(folder / "config"), f"hydra.sweep.dir={folder}"),
-                *(
-                    f"experiment=choice({','.join(f'defenses/{arm.name}' for arm in some)})",
-                    f"seed={seed}",
-                    "evaluate.every=0",
-                ),
-                *more,
+                f"experiment=choice({','.join(f'defenses/{arm.name}' for arm in some)})",
+                *(f"seed={seed}", "evaluate.every=0", *more),
             ]
             status = subprocess.run(command, cwd=root, check=False).returncode
             rows = merged(path, [_row(run) for run in read_runs([folder]) if run.status == "finished"], ["arm"])
