@@ -34,8 +34,6 @@ TRAINED: Final = ("curate", "align", "finetune", "reference", "repair")
 COMBINED: Final = ("align", "method", "repair")
 """Stages whose two best defenses each are tried together."""
 KEPT: Final = 3  # combinations that are measured
-TOGETHER: Final = 2
-"""Jobs of one sweep: with two at a time each has a fresh process, since memory left by others would count."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +138,11 @@ def _measured(root: Path, path: Path, tried: Sequence[Arm], seeds: Sequence[int]
     for seed in seeds:
         there = {row["arm"] for row in rows if row["seed"] == str(seed)}
         missing = [arm for arm in tried if arm.name not in there]
-        for start in range(0, len(missing), TOGETHER):
-            some = missing[start : start + TOGETHER]
-            for arm in some:
-                arm.write(files)
+        for arm in missing:  # each in a process of its own, since memory left by others would count
+            arm.write(files)
             command = [
                 *(sys.executable, "run.py", "-m", "--config-dir", str(folder / "config"), f"hydra.sweep.dir={folder}"),
-                f"experiment=choice({','.join(f'defenses/{arm.name}' for arm in some)})",
-                *(f"seed={seed}", "evaluate.every=0", *more),
+                *(f"experiment=defenses/{arm.name}", f"seed={seed}", "evaluate.every=0", *more),
             ]
             status = subprocess.run(command, cwd=root, check=False).returncode
             rows = merged(path, [_row(run) for run in read_runs([folder]) if run.status == "finished"], ["arm"])
