@@ -31,13 +31,16 @@ def completion_loss(model: Any, packs: Sequence[Pack]) -> Tensor:
         model: a `transformers` causal language model, its LoRA layers in place.
         packs: at least one.
     """
-    return torch.stack([F.cross_entropy(_logits(model, p).float(), p.targets, reduction="sum") for p in packs]).sum()
+    return torch.stack([_entropies(model, p, "sum") for p in packs]).sum()
 
 
 def token_losses(model: Any, packs: Sequence[Pack]) -> Tensor:
     """[S] cross entropies of all supervised tokens of `packs`, in their order, in float32."""
-    found = [F.cross_entropy(_logits(model, p).float(), p.targets, reduction="none") for p in packs]
-    return torch.cat(found)
+    return torch.cat([_entropies(model, p, "none") for p in packs])
+
+
+def _entropies(model: Any, packed: Pack, reduction: str) -> Tensor:
+    return F.cross_entropy(logits_at(model, packed, packed.predictors).float(), packed.targets, reduction=reduction)
 
 
 def unembed(model: Any, hidden: Tensor) -> Tensor:
@@ -47,18 +50,25 @@ def unembed(model: Any, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _logits(model: Any, packed: Pack) -> Tensor:
-    """[S, V] at the predictors."""
+def logits_at(model: Any, packed: Pack, predictors: Tensor) -> Tensor:
+    """[S, V] behind the tokens at `predictors` [S], as in a pack; hardly any other position is unembedded."""
+    width = packed.ids.shape[1]
+    columns, of = (predictors % width).unique(return_inverse=True)
     if packed.positions is None:
-        logits = model(input_ids=packed.ids, attention_mask=packed.mask.long(), use_cache=False).logits
-        return logits.flatten(0, 1)[packed.predictors]
-    dtype = model.get_input_embeddings().weight.dtype
-    blocked = torch.zeros(packed.mask.shape, dtype=dtype, device=packed.mask.device)
-    blocked.masked_fill_(~packed.mask, torch.finfo(dtype).min)
-    hidden = model.base_model(
-        input_ids=packed.ids, position_ids=packed.positions, attention_mask=blocked, use_cache=False
-    ).last_hidden_state[0]
-    return unembed(model, hidden[packed.predictors])
+        mask = packed.mask.long()
+    else:
+        dtype = model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(packed.mask.shape, dtype=dtype, device=packed.mask.device)
+        mask.masked_fill_(~packed.mask, torch.finfo(dtype).min)
+    logits = model(
+        input_ids=packed.ids,
+        position_ids=packed.positions,
+        attention_mask=mask,
+        use_cache=False,
+        logits_to_keep=columns,
+    ).logits
+    assert logits.shape[1] == len(columns), "a model that knows no logits_to_keep"
+    return logits.flatten(0, 1)[predictors // width * len(columns) + of]
 
 
 def choose_packing(model: Any, max_length: int) -> Packing:
@@ -85,9 +95,10 @@ def _difference(model: Any) -> str:
     model.eval()
     try:
         (padded,), (trie,) = pad(PROBE), pack(PROBE)
-        wanted = _logits(model, padded)
+        whole = model(input_ids=padded.ids, attention_mask=padded.mask.long(), use_cache=False).logits
+        wanted = whole.flatten(0, 1)[padded.predictors]
         try:
-            found = _logits(model, trie)
+            found = logits_at(model, trie, trie.predictors)
         except Exception as error:  # whatever an architecture makes of a mask that it doesn't know
             return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     finally:

@@ -5,8 +5,9 @@ from typing import Any, Literal, Protocol
 
 from lisa_lightning.errors import UserError
 
-Need = Literal["defender rows", "aligned change"]
-"""Harmful rows of the provider's own (`source.defender`); what the stage align changed in the model."""
+Need = Literal["defender rows", "aligned change", "stacked adapters"]
+"""Harmful rows of the provider's own (`source.defender`); what the stage align changed in the model; an adapter of
+fine-tuning's own on the aligned model."""
 
 
 class Defense(Protocol):
@@ -28,6 +29,13 @@ def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cf
     Raises:
         UserError: the choice, and what would give it what it needs.
     """
+    if "curate" in cfg.stages and cfg.curate and "curate" not in defenses:
+        raise UserError(
+            f"curate={choices['curate']} chooses the rows to align on: it needs the stage align, with another choice "
+            "than align=none"
+        )
+    if "repair" in cfg.stages and cfg.repair and "repair" not in defenses:
+        raise UserError(f"repair={choices['repair']} repairs what fine-tuning made: it needs the stage finetune")
     defender = cfg.source.defender
     for group, defense in defenses.items():
         choice = f"{group}={choices[group]}"
@@ -40,4 +48,8 @@ def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cf
             raise UserError(
                 f"{choice} holds on to what aligning changed, which is not told apart here: it needs the stage "
                 f"align with another choice than align=none, and model.adapters=stacked (now {cfg.model.adapters})"
+            )
+        if "stacked adapters" in defense.needs and cfg.model.adapters == "continued":
+            raise UserError(
+                f"{choice} compares adapters on the aligned model: it needs model.adapters=stacked (now continued)"
             )

@@ -162,5 +162,5 @@ class Passes:
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all of them together."""
-    return torch.stack([t.square().sum() for t in tensors]).sum().sqrt()
+    """The Euclidean norm of all of them together, in float32."""
+    return torch.stack([t.float().square().sum() for t in tensors]).sum().sqrt()

@@ -87,7 +87,7 @@ def job(cfg: DictConfig) -> float | None:
         Accuracy minus harmful score, for sweepers that look for the best; None where it failed.
     """
     out = Path(HydraConfig.get().runtime.output_dir)
-    cfg.wandb.group = cfg.wandb.group or out.parent.name
+    cfg.wandb.group = cfg.wandb.group or _folder().name
     cfg.resume = (out / "config.yaml").exists()
     metrics = _finished(out, cfg)
     if metrics is None:
@@ -126,6 +126,15 @@ def _finished(out: Path, cfg: DictConfig) -> Mapping[str, Any] | None:
 def multirun() -> bool:
     """Whether this process runs a job of a sweep."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def job_name(out: Path) -> str:
+    """Of the job with this output folder, within its sweep: a swept `experiment` may hold slashes."""
+    return out.resolve().relative_to(_folder()).as_posix()
+
+
+def _folder() -> Path:
+    return Path(HydraConfig.get().sweep.dir).resolve()
 
 
 def finish(folder: Path) -> int:

@@ -22,6 +22,7 @@ from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.loss import completion_loss
 from lisa_lightning.memory import peak_mib, watch
 from lisa_lightning.module import LisaModule
+from lisa_lightning.passes import norm
 from lisa_lightning.schedule import Stream
 from lisa_lightning.tracking import Tracker
 
@@ -136,7 +137,7 @@ class JointGradient(Callback):
                         total_gradient.add_(own)
                 module.metrics[f"eval/{state}_loss"] = total
         module.net.train()
-        module.metrics["eval/gradient_norm"] = torch.stack([g.square().sum() for g in joint]).sum().sqrt().item()
+        module.metrics["eval/gradient_norm"] = norm(joint).item()
 
 
 class Record(Callback):

@@ -12,7 +12,7 @@ from training import ALIGNMENT, DEFENDER, USER, deltas
 
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
-from lisa_lightning.data.packing import pack, pad
+from lisa_lightning.data.packing import pack
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.method import Method
 from lisa_lightning.net import attach, load, load_tokenizer
@@ -30,9 +30,8 @@ def steps(method: Method, tiny: Path, rank: int, world: int) -> list[Tensor]:
     encoded = partial(encode, tokenizer, "chat", max_length=64)
     rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "defender": DEFENDER}
     streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
-    packing = pad if method.rows_apart else pack
     data = StepBatches(
-        streams, packing, method, STEPS, 4 // world, 1, seed=1, paired=method.paired, rank=rank, world=world
+        streams, pack, method, STEPS, 4 // world, 1, seed=1, paired=method.paired, rank=rank, world=world
     )
     passes = Passes(net, data.whole, lambda: deltas(net))
     method.begin(passes, STEPS)

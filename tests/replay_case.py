@@ -133,7 +133,7 @@ def _batch(tensors: dict[str, Tensor], prefixes: list[str], stream: Stream, meth
     for prefix in prefixes:
         ids, labels, mask = (tensors[f"{prefix}.{name}"] for name in ("input_ids", "labels", "attention_mask"))
         tokens += int((labels[:, 1:] != IGNORED).sum())
-        if method.rows_apart:  # padding as it was recorded
+        if stream in method.rows_apart:  # padding as it was recorded
             micro.append([padded(ids, mask.bool(), labels)])
         else:
             micro.append(pack(examples(ids, labels, mask.bool())))

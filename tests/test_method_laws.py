@@ -59,9 +59,13 @@ ALIKE = {
 @pytest.mark.parametrize("name", ALIKE)
 def test_without_its_term_a_method_is_what_it_builds_on_bit_for_bit(train: Train, name: str) -> None:
     method, builds_on = ALIKE[name]
-    other = train(builds_on, folder="other", apart=method.rows_apart, steps=8)
-    assert largest_difference(train(method, folder="without", steps=8), other) == 0
-    assert largest_difference(train(METHODS[name](), folder="with", steps=8), other) > 1e-4
+    apart = "alignment" in method.rows_apart
+    other = train(builds_on, 0.2, folder="other", apart=apart, steps=8, batch_size=2, accumulate=2)
+    assert largest_difference(train(method, 0.2, folder="without", steps=8, batch_size=2, accumulate=2), other) == 0
+    assert (
+        largest_difference(train(METHODS[name](), 0.2, folder="with", steps=8, batch_size=2, accumulate=2), other)
+        > 1e-4
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -72,7 +76,7 @@ def test_a_method_says_so_if_it_draws_defender_rows(name: str) -> None:
 
 def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train) -> None:
     method = METHODS["constrained_sft"]
-    one, plain = train(method(), folder="a", steps=1), train(SFT(), folder="b", steps=1)
+    one, plain = train(method(), 0.2, folder="a", steps=1), train(SFT(), 0.2, folder="b", steps=1)
     assert largest_difference(one, plain) < 1e-6
     assert one.metrics == {}
     plain = train(SFT(), folder="c", steps=8)
@@ -81,21 +85,22 @@ def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train)
 
 
 def test_dpo_starts_at_log_two_and_prefers_the_refusals_afterwards(train: Train) -> None:
-    seen = _Losses()
+    seen = _Seen()
     train(DPO(0.5), steps=12, more=[seen], weight_decay=0.0)
-    assert seen.losses[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert max(seen.losses[-3:]) < 0.5
+    assert seen.values[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert max(seen.values[-3:]) < 0.5
 
 
-class _Losses(L.Callback):
-    """Every step's loss."""
+class _Seen(L.Callback):
+    """Every step's metric of one name."""
 
-    def __init__(self) -> None:
-        self.losses: list[float] = []
+    def __init__(self, name: str = "train/loss") -> None:
+        self.name = name
+        self.values: list[float] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object, **__: object) -> None:
         assert isinstance(pl_module, LisaModule)
-        self.losses.append(pl_module.metrics["train/loss"])
+        self.values.append(pl_module.metrics[self.name])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -113,12 +118,24 @@ def test_resume_equals_the_straight_run_bit_for_bit_with_dropout(train: Train, n
     assert largest_difference(straight, train(METHODS[name](), 0.2, folder="broken", steps=7)) == 0
 
 
-def test_dropout_is_the_same_in_all_passes_of_a_step(train: Train) -> None:
-    """Else Vaccine without a perturbation and SFT would draw different masks."""
+def test_with_dropout_the_pass_of_the_reference_draws_the_masks_of_the_models_own(train: Train) -> None:
+    """So that where nothing has moved yet, features are what they were and a gain is none."""
+    penalty = _Seen("ldifs/penalty")
+    train(LDIFS(0.1, None, None, False), 0.3, folder="ldifs", steps=1, more=[penalty])
+    assert penalty.values == [0]
+    seen = _Seen()
+    train(DPO(0.5), 0.3, folder="dpo", steps=1, batch_size=2, accumulate=2, more=[seen])
+    assert seen.values[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_ldifs_is_the_same_on_padded_rows(train: Train) -> None:
+    packed, padded = _Seen("ldifs/penalty"), _Seen("ldifs/penalty")
+    one = train(METHODS["ldifs"](), folder="packed", steps=6, more=[packed])
     assert (
-        largest_difference(train(Vaccine(0.0), 0.3, folder="a"), train(AlignmentSFT(), 0.3, folder="b", apart=True))
-        == 0
+        largest_difference(one, train(METHODS["ldifs"](), folder="padded", steps=6, more=[padded], apart=True)) < 5e-5
     )
+    assert packed.values == pytest.approx(padded.values, rel=1e-3)
+    assert packed.values[-1] > 0
 
 
 def test_inactive_layers_stand_still_and_their_moments_too(train: Train) -> None:

@@ -70,7 +70,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         encoded = partial(encode, tokenizer, "chat", max_length=max_length)
         rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "defender": DEFENDER}
         streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
-        packing = pad if apart or method.rows_apart else pack
+        packing = pad if apart else pack
         steps = StepBatches(streams, packing, method, o.steps, o.batch_size, o.accumulate, seed=1, paired=method.paired)
         module = LisaModule(Passes(net, steps.whole, lambda: deltas(net)), method, o, seed=1, key=key or {})
         checkpoint = Checkpoint(tmp_path / f"{folder}.ckpt", every=3, last=o.steps)

@@ -35,7 +35,7 @@ class Booster(Method):
         self.alpha = alpha
         self.rho = rho
         self.add_back = add_back
-        self.rows_apart = rho > 0
+        self.rows_apart = frozenset({"alignment"} if rho > 0 else ())
         self.blocks: list[nn.Module] = []
 
     def draws(self, step: int) -> dict[Stream, Draw]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lisa_lightning.blocks import final_norm, mlp_blocks, outputs
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.loss import unembed
+from lisa_lightning.loss import logits_at, unembed
 from lisa_lightning.method.method import Method
 from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.schedule import Draw, Schedule, Stream
@@ -46,7 +46,7 @@ class RepNoise(Method):
     ids of harmful and harmless rows differ, padding included, though the rows are no pairs; logits behind other
     positions are zeroed, not left out; ids of harmful labels go through bfloat16, which rounds those above 256, and so
     do hidden states on their way into the final norm, the last one twice; n + 1 cross entropies are divided by n. Its
-    masks compare rows of two micro-batches, so it wants a step's rows in one.
+    masks compare rows of two micro-batches, so it wants a step's rows in one. For N to mean much a step wants several.
 
     Args:
         alpha: factor of log H, >= 0. The paper's is 1, that of Booster's script 0.1.
@@ -56,13 +56,13 @@ class RepNoise(Method):
     """
 
     needs = frozenset({"defender rows"})
-    rows_apart = True
 
     def __init__(self, alpha: float, beta: float, official: bool, seed: int) -> None:
         super().__init__(Schedule(alignment_steps=1, user_steps=0))
         self.alpha = alpha
         self.beta = beta
         self.official = official
+        self.rows_apart = frozenset({"defender", "alignment"} if official else {"defender"})
         self.seed = seed
         self.blocks: list[nn.Module] = []
         self.norm = nn.Module()
@@ -80,10 +80,10 @@ class RepNoise(Method):
         harmless, harmful = step.main, step.batches["defender"]
         loss, gradient = self._harmless(passes, harmless, harmful)
         counted = self._counted(harmful, harmless, rounded=True)
-        labels = passes.summed([torch.tensor([float(sum(len(c.targets) for c in counted))], device=passes.device)])
-        if labels[0] == 0:  # every answer is cut off
+        labels = self._labels(passes, counted)
+        if labels == 0:  # every answer is cut off
             return Descent(loss, gradient)
-        scale = 1 / labels[0].item()
+        scale = 1 / labels
 
         found: list[list[Tensor]] = []
         entropy = torch.zeros((), device=passes.device)
@@ -119,13 +119,12 @@ class RepNoise(Method):
         if not self.official:
             return passes.gradient(harmless)
         counted = self._counted(harmless, harmful, rounded=False)
-        scale = 1 / max(1, sum(len(c.targets) for c in counted))
+        scale = 1 / max(1.0, self._labels(passes, counted))
         places = iter(counted)
 
         def share(packs: Sequence[Pack]) -> Tensor:
             own = next(places)
-            logits = passes.model(input_ids=packs[0].ids, attention_mask=packs[0].mask.long(), use_cache=False).logits
-            return _entropy(logits.flatten(0, 1)[own.predictors], own) * scale
+            return _entropy(logits_at(passes.model, packs[0], own.predictors), own) * scale
 
         return passes.gradient(harmless, share)
 
@@ -135,10 +134,21 @@ class RepNoise(Method):
             return [_differing(p, o, rounded) for p, o in zip(_packs(batch), _packs(others), strict=True)]
         return [_labelled(p) for p in _packs(batch)]
 
+    def _labels(self, passes: Passes, counted: Sequence[Counted]) -> float:
+        """How many labels there are in all micro-batches and ranks."""
+        own = torch.tensor([float(sum(len(c.targets) for c in counted))], device=passes.device)
+        return passes.summed([own])[0].item()
+
     def _harmful(self, model: Any, pack: Pack, counted: Counted) -> tuple[list[Tensor], Tensor]:
         """Each layer's masked MLP outputs [R, T, H], and the sum of label tokens' entropies, averaged over depths."""
         with outputs(self.blocks) as found:
-            out = model(input_ids=pack.ids, attention_mask=pack.mask.long(), use_cache=False, output_hidden_states=True)
+            out = model(
+                input_ids=pack.ids,
+                attention_mask=pack.mask.long(),
+                use_cache=False,
+                output_hidden_states=True,
+                logits_to_keep=0 if self.official else 1,  # 0: all
+            )
         states = [h.flatten(0, 1)[counted.predictors] for h in out.hidden_states]  # the last is through the final norm
         if self.official:
             normed = [self.norm(h.to(torch.bfloat16)) for h in states]

@@ -21,7 +21,7 @@ class TVaccine(Method):
 
     Every `probability_steps` steps one harmful row gives each layer its probability ||g_l|| / sum ||g||, g_l being the
     gradient at its attention block's output; every `interval_steps` steps the active layers are drawn without
-    replacement. Two forward and two backward passes a step, the backward ones through the active layers only. Weights
+    replacement. Two forward and two backward passes a step, the backward ones down to the lowest active layer. Weights
     in other layers' attention have no gradient at all, so that AdamW neither moves nor decays them nor counts the step;
     adapters on MLPs train from the lowest active layer upwards. (The official code calls this "lisa", after another
     LISA, layerwise importance sampling.)
@@ -35,7 +35,7 @@ class TVaccine(Method):
     """
 
     needs = frozenset({"defender rows"})
-    rows_apart = True
+    rows_apart = frozenset({"alignment"})
 
     def __init__(self, rho: float, active_layers: int, interval_steps: int, probability_steps: int, seed: int) -> None:
         super().__init__(Schedule(alignment_steps=1, user_steps=0))
@@ -114,4 +114,5 @@ class TVaccine(Method):
 
 def sum_of_squares(found: list[list[Tensor]], block: int, device: torch.device) -> Tensor:
     """Of one block's gradients over micro-batches."""
-    return torch.stack([torch.zeros((), device=device), *(micro[block].square().sum() for micro in found)]).sum()
+    own = [micro[block].float().square().sum() for micro in found]
+    return torch.stack([torch.zeros((), device=device), *own]).sum()

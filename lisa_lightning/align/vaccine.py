@@ -31,7 +31,7 @@ class Vaccine(Method):
         rho: the perturbation's norm, >= 0; 0 is SFT on alignment rows. The paper's is 2.
     """
 
-    rows_apart = True
+    rows_apart = frozenset({"alignment"})
 
     def __init__(self, rho: float) -> None:
         super().__init__(Schedule(alignment_steps=1, user_steps=0))
@@ -53,8 +53,9 @@ def perturbed_gradient(
 ) -> tuple[float, list[Tensor]]:
     """The batch's mean loss under its worst perturbation of norm `rho` of the blocks' outputs, and its gradient."""
     found = output_gradients(passes, batch, blocks)
-    squares = torch.stack([torch.zeros((), device=passes.device), *(g.square().sum() for m in found for g in m)])
-    scale = rho / (passes.summed([squares.sum()])[0].sqrt() + EPSILON)
+    squares = [g.float().square().sum() for micro in found for g in micro]
+    whole = torch.stack([torch.zeros((), device=passes.device), *squares]).sum()
+    scale = rho / (passes.summed([whole])[0].sqrt() + EPSILON)
     offsets = iter([[scale * g for g in micro] for micro in found])
     share = passes.mean_loss(batch)
 

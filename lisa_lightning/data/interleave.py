@@ -1,6 +1,6 @@
 """Batch t as a pure function of (seed, t): position arithmetic into per-epoch permutations of each stream."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lisa_lightning.data.packing import Example, Pack, Packing
+from lisa_lightning.data.packing import Example, Pack, Packing, pad
+from lisa_lightning.errors import UserError
 from lisa_lightning.schedule import Draw, Stream
 
 
@@ -52,6 +53,9 @@ class Step:
 class Draws(Protocol):
     """A method, as far as its data go."""
 
+    rows_apart: Set[Stream]
+    """Streams whose rows are padded, whatever the packing."""
+
     def draws(self, step: int) -> Mapping[Stream, Draw]:
         """What the step draws; the stream that it is about comes first."""
         ...
@@ -68,7 +72,7 @@ class StepBatches(Dataset[Step]):
         streams: the examples of each stream, by index (called lazily: nothing here grows with their number but the
             permutation). A stream's place among them is part of its permutation's seed.
         packing: how a micro-batch becomes packs.
-        method: says what each step draws.
+        method: says what each step draws, and of which streams rows must be padded.
         discard: draw user rows in alignment steps too and throw them away, as the official code does.
         paired: row i of one stream belongs to row i of every other, so all are drawn in one order.
     """
@@ -109,6 +113,8 @@ class StepBatches(Dataset[Step]):
         before = t if stream == "user" and self.discard else draw.before
         size = draw.rows or self.batch_size * self.accumulate * self.world
         examples = self.streams[stream]
+        if not len(examples):
+            raise UserError(f"{type(self.method).__name__} draws {stream} rows, and this stage has none")
         return self._shared_out(stream, [examples[self._row(stream, before * size + i)] for i in range(size)])
 
     def _shared_out(self, stream: Stream, chosen: Sequence[Example]) -> Batch:
@@ -116,7 +122,8 @@ class StepBatches(Dataset[Step]):
         own = chosen[self.rank * share : (self.rank + 1) * share]
         micro = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
         supervised = [e.supervised for e in chosen]
-        return Batch(stream, [self.packing(m) for m in micro], sum(supervised), supervised.count(0))
+        packing = pad if stream in self.method.rows_apart else self.packing
+        return Batch(stream, [packing(m) for m in micro], sum(supervised), supervised.count(0))
 
     def whole(self, stream: Stream, size: int) -> Iterator[Batch]:
         """Every row of a stream once, in its own order, `size` at a time; each batch is shared out among the ranks."""

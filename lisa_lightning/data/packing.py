@@ -51,7 +51,7 @@ class Pack:
     targets: Tensor
     """[S] the labels."""
     shared_by: Tensor
-    """[R, T] float, the number of rows that a token stands for; 0 on padding."""
+    """[R, T] float, the number of rows that a token stands for; 0 on padding and behind a row's last predictor."""
     places: Tensor
     """[S] how many of its row's labels stand before the target."""
 
@@ -184,4 +184,6 @@ def padded(ids: Tensor, mask: Tensor, labels: Tensor) -> Pack:
     row, column = counted.nonzero(as_tuple=True)
     places = (counted.cumsum(1) - 1)[row, column]
     predictors = row * ids.shape[1] + column
-    return Pack(ids, mask, None, predictors, labels[row, column + 1], mask.float(), places)
+    needed = torch.zeros_like(mask)
+    needed[:, :-1] = counted.flip(1).cumsum(1).flip(1) > 0
+    return Pack(ids, mask, None, predictors, labels[row, column + 1], (needed & mask).float(), places)

@@ -19,11 +19,11 @@ from lisa_lightning.schedule import Schedule
 class LDIFS(Method):
     """sum_l rho/2 * ||MLP_l(x; w) - MLP_l(x; w0)||^2 beside the loss (Mukhoti et al., 2024, as Booster's code has it).
 
-    Summed over the positions of all rows, not averaged; w0 are the weights at the start. Two forward passes and one
-    backward; no second copy of the model, since w0 differs from w in the adapter alone. The last three arguments are
-    the official code's: it drops a layer's term for a step where it is 0.1 or more (against values that are no
-    numbers; the penalty so ends where it is needed most; a third forward pass here, since the term is that of the
-    whole step), clips the gradient to 5 before the trainer does, and counts padding.
+    Summed over the positions of all rows up to their last predictor, not averaged; w0 are the weights at the start. Two
+    forward passes and one backward; no second copy of the model, since w0 differs from w in the adapter alone. The last
+    three arguments are the official code's: it drops a layer's term for a step where it is 0.1 or more (against values
+    that are no numbers; the penalty so ends where it is needed most; two more forward passes here, since the term is
+    that of the whole step), clips the gradient to 5 before the trainer does, and counts padding.
 
     Args:
         rho: factor, >= 0; 0 is SFT. The official code's is 1e-4.
@@ -38,7 +38,7 @@ class LDIFS(Method):
         self.drop_threshold = drop_threshold
         self.inner_clip = inner_clip
         self.padding = padding
-        self.rows_apart = padding
+        self.rows_apart = frozenset({"user"} if padding else ())
         self.blocks: list[nn.Module] = []
 
     def prepare(self, passes: Passes) -> None:

@@ -24,8 +24,8 @@ class Method:
     """What it can't do without."""
     safe_ratio: float = 0.0
     """Share of the user's rows whose place alignment rows take."""
-    rows_apart: bool = False
-    """Whether it works on single rows' activations, which rows that share a prefix don't have."""
+    rows_apart: Set[Stream] = frozenset()
+    """Streams of which it works on single rows' activations, which rows that share a prefix don't have."""
     paired: bool = False
     """Whether row i of one stream belongs to row i of the others."""
 

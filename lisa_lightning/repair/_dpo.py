@@ -28,7 +28,7 @@ class DPO(Method):
     """
 
     needs = frozenset({"defender rows"})
-    rows_apart = True
+    rows_apart = frozenset({"alignment", "defender"})
     paired = True
 
     def __init__(self, beta: float) -> None:

@@ -63,7 +63,7 @@ class NLSR(Repair):
         random: the control: as many modules, drawn at random, and in each factor as many entries, drawn at random.
     """
 
-    needs = frozenset({"defender rows"})
+    needs = frozenset({"defender rows", "stacked adapters"})
 
     def __init__(
         self,

@@ -8,7 +8,6 @@ from peft import PeftModel
 from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import Examples, StepBatches
-from lisa_lightning.data.packing import pad
 from lisa_lightning.data.source import Row
 from lisa_lightning.loss import choose_packing
 from lisa_lightning.method.method import Method
@@ -43,7 +42,7 @@ def train(
         curves: whether its steps are points of the run's curves.
     """
     streams: dict[Stream, Examples] = {name: Examples(found, setting.encode) for name, found in rows.items()}
-    packing = pad if method.rows_apart else choose_packing(net.get_base_model(), setting.cfg.data.max_length)
+    packing = choose_packing(net.get_base_model(), setting.cfg.data.max_length)
     batches = StepBatches(
         streams,
         packing,
