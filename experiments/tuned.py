@@ -122,7 +122,7 @@ def _pairs(chosen: Mapping[str, Arm], trials: Rows) -> list[Arm]:
 
 def control(name: str, own: Mapping[str, Any], of: Arm) -> Arm:
     """The arm of a control, with the value of what it is the control of."""
-    return Arm((name,), of.tuned, of.choices, {**of.fixed, **own["set"]})
+    return Arm((name,), of.tuned, own.get("choose", of.choices), {**of.fixed, **own.get("set", {})})
 
 
 def _measured(root: Path, path: Path, tried: Sequence[Arm], seeds: Sequence[int], more: Sequence[str]) -> Rows:
@@ -141,8 +141,9 @@ def _measured(root: Path, path: Path, tried: Sequence[Arm], seeds: Sequence[int]
         for arm in missing:  # each in a process of its own, since memory left by others would count
             arm.write(files)
             command = [
-                *(sys.executable, "run.py", "-m", "--config-dir", str(folder / "config"), f"hydra.sweep.dir={folder}"),
-                *(f"experiment=defenses/{arm.name}", f"seed={seed}", "evaluate.every=0", *more),
+                *(sys.executable, "run.py", "-m", "--config-dir", str(folder / "config")),
+                *(f"hydra.sweep.dir={folder / arm.name}", f"experiment=defenses/{arm.name}"),
+                *(f"seed={seed}", "evaluate.every=0", *more),
             ]
             status = subprocess.run(command, cwd=root, check=False).returncode
             rows = merged(path, [_row(run) for run in read_runs([folder]) if run.status == "finished"], ["arm"])

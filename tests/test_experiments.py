@@ -72,6 +72,37 @@ def test_every_arm_is_what_it_says_and_has_a_name_of_its_own(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_the_table_of_defenses_measures_the_best_trial_and_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: Forked
+) -> None:
+    for name in ("run.py", "conf"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    out = tmp_path / "experiments" / "defenses"
+    out.mkdir(parents=True)
+    (out / "README.md").write_text("<!-- ours -->\n<!-- end -->")
+    (out / "defenses.yaml").write_text("sft: {}\nlisa: {choose: {method: lisa}, key: method.rho, values: [0.1, 1]}\n")
+    commands: list[list[str]] = []
+
+    def run(said: list[str], cwd: Path, check: bool) -> Any:
+        commands.append(said)
+        return forked.run(said[2:], cwd, {"LISA_CACHE": str(tmp_path / "cache"), "WANDB_MODE": "disabled"})
+
+    monkeypatch.setattr(tuned, "SEEDS", (1,))
+    monkeypatch.setattr(tuned.subprocess, "run", run)
+    assert tuned.measure(tmp_path, TINY) == 0
+    with (out / "trials.csv").open(newline="") as file:
+        trials = list(csv.DictReader(file))
+    assert [row["arm"] for row in trials] == ["lisa-0.1", "lisa-1", "sft"]
+    best = max(trials[:2], key=lambda row: float(row["accuracy"]) - float(row["harmful_score"]))["arm"]
+    with (out / "results.csv").open(newline="") as file:
+        assert {row["arm"] for row in csv.DictReader(file)} == {"sft", best}
+    assert "| lisa | method.rho=" in (out / "README.md").read_text()
+    assert len(commands) == 5
+    assert tuned.measure(tmp_path, TINY) == 0
+    assert len(commands) == 5
+
+
+@pytest.mark.slow
 def test_numbers_are_merged_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: Forked) -> None:
     """The claim's command in a fork."""
     for name in ("run.py", "conf"):
