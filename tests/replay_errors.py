@@ -13,12 +13,15 @@ class Errors:
     """What a replayed case was off by."""
 
     tolerance: float
+    of: Mapping[str, float] = field(default_factory=dict)
+    """Of single things another one."""
     found: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, found: Any, wanted: Any) -> None:
-        """Keep the largest error of numbers or tensors; relative where they are large."""
+        """Keep the largest error of numbers or tensors; of all but weights relative where they are large."""
         a, b = torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(wanted, dtype=torch.float64)
-        error = ((a - b).abs() / b.abs().clamp(min=1)).max().item() if a.shape == b.shape else float("inf")
+        unit = torch.ones_like(b) if name == "weights" else b.abs().clamp(min=1)
+        error = ((a - b).abs() / unit).max().item() if a.shape == b.shape else float("inf")
         self.found[name] = max(self.found.get(name, 0.0), error)
 
     def each(self, name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -34,4 +37,4 @@ class Errors:
     @property
     def passed(self) -> bool:
         """Whether there was anything to compare, and all of it is within the tolerance."""
-        return bool(self.found) and all(e <= self.tolerance for e in self.found.values())
+        return bool(self.found) and all(e <= self.of.get(name, self.tolerance) for name, e in self.found.items())

@@ -3,8 +3,11 @@
 import logging
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -16,13 +19,15 @@ from replay_errors import Errors
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lisa_lightning.align import repnoise
 from lisa_lightning.align.repnoise import RepNoise
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.data.interleave import Batch, Step
-from lisa_lightning.data.packing import IGNORED, Pack
-from lisa_lightning.loss import completion_loss
+from lisa_lightning.data.packing import IGNORED, Pack, padded
+from lisa_lightning.loss import completion_loss, token_losses
 from lisa_lightning.method.asft import AsFT, distance
+from lisa_lightning.method.ldifs import LDIFS
 from lisa_lightning.method.method import Method
 from lisa_lightning.module import LisaModule
 from lisa_lightning.net import trainable
@@ -45,15 +50,17 @@ def train(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
     if isinstance(method, TVaccine):
         method.drawn = lambda step: torch.tensor(facts["steps"][step]["active_layers"])  # type: ignore[method-assign]
     recorder = _Recorder(method)
-    _fit(LisaModule(passes, method, Rates.of_case(facts, len(steps)), seed=facts["seed"], key={}), steps, recorder)
+    with recorder.listening():
+        _fit(LisaModule(passes, method, Rates.of_case(facts, len(steps)), seed=facts["seed"], key={}), steps, recorder)
 
     final = {name: weight.detach() for name, weight in trainable(net).items()}
     for name, wanted in tensors.items():
         if name.startswith("final."):
             errors.add("weights", final[name.removeprefix("final.")], wanted)
-    for step, batches, found, kept in zip(steps, groups, recorder.metrics, recorder.kept, strict=True):
+    for t, (step, batches, found) in enumerate(zip(steps, groups, recorder.metrics, strict=True)):
         wanted = facts["steps"][batches[0]] | {"loss": sum(facts["steps"][i]["loss"] for i in batches)}
-        _compare_step(wanted, found, kept, step, errors)
+        _compare_step(wanted, found, recorder.kept[t], step, errors)
+        _compare_layers(wanted, recorder.layers[t], errors)
     if "drifts" in facts:
         drifts = {t: m["switch/drift"] for t, m in enumerate(recorder.metrics) if "switch/drift" in m}
         recorded = {d["before_step"]: d["drift"] for d in facts["drifts"]}
@@ -85,18 +92,43 @@ class _MeanOfMeans(Passes):
 
 
 class _Recorder(Callback):
-    """Keeps every step's metrics, and what the method kept."""
+    """Keeps every step's metrics, what the method kept, and what it made of single layers but reports in sum."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
         self.metrics: list[dict[str, float]] = []
         self.kept: list[dict[str, list[Tensor]]] = []
+        self.layers: list[dict[str, list[Tensor]]] = []
+        self.heard: dict[str, list[Tensor]] = {}
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While this lasts, calls of what makes a layer's numbers are heard."""
+
+        def listened(name: str, called: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def call(*told: Any) -> Tensor:
+                found = called(*told)
+                labels = len(told[1].targets) if name == "_entropy" else 1
+                self.heard.setdefault(name, []).append(found.detach() / labels)
+                return found
+
+            return call
+
+        with ExitStack() as stack:
+            where: dict[str, Any] = {"mmd": repnoise, "_entropy": repnoise}
+            if isinstance(self.method, LDIFS):
+                where["_terms_of"] = self.method
+            for name, owner in where.items():
+                stack.enter_context(patch.object(owner, name, listened(name, getattr(owner, name))))
+            yield
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         """After every optimizer step."""
         assert isinstance(pl_module, LisaModule)
         self.metrics.append(pl_module.metrics)
         self.kept.append(dict(self.method.kept))
+        self.layers.append(self.heard)
+        self.heard = {}
 
 
 def _compare_step(
@@ -119,13 +151,25 @@ def _compare_step(
     if "penalty_per_layer" in wanted:
         kept_terms = [p for p, k in zip(wanted["penalty_per_layer"], wanted["kept"], strict=True) if k]
         errors.add("penalty", found["ldifs/penalty"], sum(kept_terms))
-        errors.same("layers", found["ldifs/layers_kept"], float(len(kept_terms)))
         errors.add("norms", found["ldifs/gradient_norm"], wanted["grad_norm_before_inner_clip"])
     if "mmd_per_layer" in wanted:
         hidden = wanted["ce_harmful_hidden"]
         errors.add("mmd", found["repnoise/mmd"], sum(wanted["mmd_per_layer"]) / len(wanted["mmd_per_layer"]))
         errors.add("entropy", found["defender/loss"], (wanted["ce_harmful_final"] + sum(hidden)) / len(hidden))
         errors.add("harmless", found["train/loss"], wanted["ce_harmless"])
+
+
+def _compare_layers(wanted: dict[str, Any], heard: dict[str, list[Tensor]], errors: Errors) -> None:
+    """Of one recorded batch, what is recorded of each layer."""
+    if "penalty_per_layer" in wanted:
+        (terms,) = heard["_terms_of"]
+        errors.add("layer penalties", terms, wanted["penalty_per_layer"])
+        errors.same("layers", (terms < 0.1).tolist(), wanted["kept"])
+    if "mmd_per_layer" in wanted:
+        errors.add("layer mmd", torch.stack(heard["mmd"]), wanted["mmd_per_layer"])
+        entropies = [*wanted["ce_harmful_hidden"], wanted["ce_harmful_final"]]
+        harmful = heard["_entropy"][1 : 1 + len(entropies)]  # behind the harmless rows', before the pass with gradient
+        errors.add("layer entropies", torch.stack(harmful), entropies)
 
 
 def _fit(module: LisaModule, steps: list[Step], recorder: _Recorder) -> None:
@@ -164,21 +208,35 @@ def _regulariser(
 
 
 def token_weights(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> None:
-    """Constrained SFT on recorded logits: weights, loss, gradient by the logits."""
+    """Constrained SFT where logits are the weights: at recorded ones, held to other recorded ones."""
     cfg: Any = OmegaConf.load(CONF / "method" / "constrained_sft.yaml")
     called = {"first_factor": "first_token_bias_factor"}
     method = instantiate(cfg, **{k: facts[called.get(k, k)] for k in map(str, cfg) if called.get(k, k) in facts})
-    counted = tensors["labels"][:, 1:] != IGNORED
-    targets, places = tensors["labels"][:, 1:][counted], (counted.cumsum(1) - 1)[counted]
-    logits = tensors["policy_logits"].clone().requires_grad_()
-    policy, reference = (
-        torch.nn.functional.log_softmax(x[:, :-1][counted], -1).gather(1, targets[:, None])[:, 0]
-        for x in (logits, tensors["reference_logits"])
-    )
-    weights = method.weights(policy.detach(), reference, places)
-    loss = -(weights * policy).sum() / len(targets)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    errors.add("log-probabilities", policy.detach(), tensors["policy_logps"][:, 1:][counted])
-    errors.add("weights", weights, tensors["weights"][:, 1:][counted])
-    errors.add("loss", loss.detach(), facts["loss"])
-    errors.add("gradient", gradient, tensors["grad_policy_logits"])
+    labels = tensors["labels"]
+    pack = padded(torch.zeros_like(labels), torch.ones_like(labels, dtype=torch.bool), labels)
+    passes = Passes(_Logits(tensors["policy_logits"].clone()), lambda *_: iter(()))
+    method.kept["anchor"] = [tensors["reference_logits"]]
+    policy = -token_losses(passes.model, [pack]).detach()
+    with passes.at(method.anchor):
+        reference = -token_losses(passes.model, [pack]).detach()
+    batch = Batch("user", [[pack]], len(pack.targets))
+    descent = method.gradient(passes, Step(0, {"user": batch}))
+    counted = labels[:, 1:] != IGNORED
+    errors.add("log-probabilities", policy, tensors["policy_logps"][:, 1:][counted])
+    errors.add("weights", method.weights(policy, reference, pack.places), tensors["weights"][:, 1:][counted])
+    errors.add("loss", descent.metrics["constrained_sft/loss"], facts["loss"])
+    errors.add("gradient", descent.gradient[0], tensors["grad_policy_logits"])
+
+
+class _Logits(torch.nn.Module):
+    """A model, and the net that holds it, whose one weight is the logits that it gives."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits)
+
+    def get_base_model(self) -> "_Logits":
+        return self
+
+    def forward(self, logits_to_keep: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.logits[:, logits_to_keep])
