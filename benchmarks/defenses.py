@@ -1,6 +1,6 @@
 """What a step of each training-time defense costs against plain training on the same rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -36,7 +36,7 @@ SIZE = 5
 REPEATED = 5
 METHODS: dict[str, tuple[str, Callable[[], Method]]] = {
     "vaccine": ("2F 2B", lambda: Vaccine(2.0)),
-    "t_vaccine": ("2F 2B, B through 8 of 30 layers", lambda: TVaccine(3.0, 8, 20, 200, 0)),
+    "t_vaccine": ("2F 2B, B down to the lowest of 8 active layers", lambda: TVaccine(3.0, 8, 20, 200, 0)),
     "repnoise": ("3F 2B and every layer's unembedding", lambda: RepNoise(1.0, 0.001, False, 0)),
     "booster": ("3F 3B", lambda: Booster(5.0, 0.1, 0.0, False)),
     "booster with vaccine": ("4F 4B", lambda: Booster(5.0, 0.1, 2.0, False)),
@@ -75,24 +75,30 @@ def measure(folder: Path, rows: Rows) -> list[Result]:
         for i in range(REPEATED + 1):
             own = batch(rows.sst2, SIZE, i)
             # Step 0 has what comes once: EWC's Fisher sum, T-Vaccine's harmful row.
-            taken = {
-                key: _seconds(passes, m, own, i, apart)
-                for key, m, apart in (("sft", plain, False), ("own", method, method.rows_apart), ("apart", plain, True))
-            }
+            ways = (
+                ("sft", plain, frozenset()),
+                ("own", method, method.rows_apart),
+                ("apart", plain, frozenset({"user"})),
+            )
+            taken = {key: _seconds(passes, m, own, i, apart) for key, m, apart in ways}
             if i:
                 found.append(taken["own"] / taken["sft"])
                 like.append(taken["own"] / taken["apart"])
-        beside = f", {median(like):.2f} times SFT's on rows padded as it needs them" if method.rows_apart else ""
+        beside = (
+            f", {median(like):.2f} times SFT's on rows padded as it needs them"
+            if "alignment" in method.rows_apart
+            else ""
+        )
         note = f"{cost}; {spread(found)}{beside}"
         results.append(Result(f"{name}: a step, of SFT's", median(found), None, "lower", "times", note))
     return results
 
 
-def _seconds(passes: Passes, method: Method, rows: Sequence[Example], step: int, apart: bool) -> float:
+def _seconds(passes: Passes, method: Method, rows: Sequence[Example], step: int, apart: Set[Stream]) -> float:
     """The method's gradient, the packing of its rows included."""
     started = perf_counter()
     batches: dict[Stream, Batch] = {
-        stream: _batch(stream, rows[: draw.rows], apart) for stream, draw in method.draws(step).items()
+        stream: _batch(stream, rows[: draw.rows], stream in apart) for stream, draw in method.draws(step).items()
     }
     method.before_step(step, passes.weights)
     method.gradient(passes, Step(step, batches))

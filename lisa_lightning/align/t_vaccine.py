@@ -23,14 +23,15 @@ class TVaccine(Method):
     gradient at its attention block's output; every `interval_steps` steps the active layers are drawn without
     replacement. Two forward and two backward passes a step, the backward ones down to the lowest active layer. Weights
     in other layers' attention have no gradient at all, so that AdamW neither moves nor decays them nor counts the step;
-    adapters on MLPs train from the lowest active layer upwards. (The official code calls this "lisa", after another
-    LISA, layerwise importance sampling.)
+    adapters on MLPs train from the lowest active layer upwards. The official code draws layers from NumPy's global
+    state, on each rank another's, and loses its place among the harmful rows once they are through. (It calls this
+    "lisa", after another LISA, layerwise importance sampling.)
 
     Args:
-        rho: the perturbation's norm, >= 0. The paper's is 3.
-        active_layers: layers at a time; all of them are Vaccine. The paper's is 8.
-        interval_steps: steps between two draws; the paper's are 20.
-        probability_steps: steps between two harmful rows; the paper's are 200.
+        rho: the perturbation's norm, >= 0. The official README's is 3.
+        active_layers: layers at a time; all of them are Vaccine. The official README's is 8.
+        interval_steps: steps between two draws; the official README's are 20.
+        probability_steps: steps between two harmful rows; the official README's are 200.
         seed: of the draws.
     """
 

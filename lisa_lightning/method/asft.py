@@ -23,7 +23,7 @@ class AsFT(Method):
     official code builds C and I for every layer and step: 4096 x 4096 floats twice a layer.
 
     Args:
-        lamb: factor, >= 0; 0 is SFT. The paper's is 1.
+        lamb: factor, >= 0; 0 is SFT. The official script's is 1.
         per_micro_batch: add the penalty once for each micro-batch, as the official code does, which divides the loss
             but not the penalty by their number.
     """

@@ -21,9 +21,9 @@ class ConstrainedSFT(Method):
     """Tokens' losses weighted by 2 * (1 - sigmoid(beta_t * (log pi - log pi_0))) (Qi et al., ICLR 2025, Eq. 3).
 
     The gradient of the paper's objective -(2/beta_t) * log sigmoid(...), pi_0 being the model at the start; at its
-    weights it is SFT's. The mean is over all label tokens of the step, as in the official code. Two forward passes and
-    one backward: pi_0 is computed beside pi, where the official code does it once for all rows beforehand, which
-    must then fit exactly in tokens, truncation and precision.
+    weights it is SFT's. As in the official code, and not in the paper, a weight is at least 1e-3, and the mean is over
+    all label tokens of the step. Two forward passes and one backward: pi_0 is computed beside pi, where the official
+    code does it once for all rows beforehand, which must then fit exactly in tokens, truncation and precision.
 
     Args:
         beta: strength at an answer's later tokens, >= 0; 0 is SFT. The paper's is 0.1.

@@ -16,8 +16,10 @@ class EWC(Method):
     """lamb * sum_j F_j (w_j - w0_j)^2 on top of plain fine-tuning (Kirkpatrick et al., 2017, as the Lisa code has it).
 
     F_j is the sum, over the alignment rows in batches, of the squared gradient of the batch's mean loss at w0: neither
-    halved nor divided by the number of batches, so lamb belongs to a number and size of them. One forward and one
-    backward pass a step, and once, before the first, one over all alignment rows.
+    halved nor divided by the number of batches, so lamb belongs to a number and size of them; a size of 1 is the
+    diagonal of the empirical Fisher matrix, times the number of rows. Dropout is on in it too. Meant for an adapter
+    that goes on being trained (`model.adapters=continued`): in a fresh one B is 0, so A has no gradient and isn't tied.
+    One forward and one backward pass a step, and once, before the first, one over all alignment rows.
 
     Args:
         lamb: factor, >= 0; 0 is SFT. The paper's scripts have 1e9.

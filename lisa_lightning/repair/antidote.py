@@ -35,7 +35,8 @@ class Antidote(Repair):
     One forward pass over the harmful rows, up to the last adapted module.
 
     Args:
-        dense_ratio: share of entries to remove, 0..1; 0 removes none. The paper's are 0.1 (SST-2) and 0.05 (GSM8K).
+        dense_ratio: share of entries to remove, 0..1; 0 removes none. The official scripts have 0.1 for SST-2 and
+            0.05 for GSM8K.
         pads_count: run rows without attention mask and count padding like any token, as the official code does. (Its
             scripts run one row at a time, where there is no padding.)
         random: the control: as many entries of every row, drawn at random; neither net nor rows are used.

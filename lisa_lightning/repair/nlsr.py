@@ -54,9 +54,9 @@ class NLSR(Repair):
 
     Args:
         sparsity_ratio: share of ranks that W' keeps, int(min(rows, columns) * sparsity_ratio), and share of entries
-            that are not critical, 0..1; the paper's is 0.8.
-        prune_rate: mean probability of being replaced, 0..1; the paper's is 0.5.
-        epsilon: the probabilities' half width, >= 0 (they are cut at 0 and 1); the paper's is 0.2.
+            that are not critical, 0..1; the official code's is 0.8.
+        prune_rate: mean probability of being replaced, 0..1; the official code's is 0.5.
+        epsilon: the probabilities' half width, >= 0 (they are cut at 0 and 1); the official code's is 0.2.
         seed: of the draws; the official one is 42, which gives its draws.
         most_similar_first: give the most similar module the highest probability, as the official code does against its
             own comment.
