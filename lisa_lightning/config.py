@@ -30,6 +30,15 @@ def _targets(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, ListConfig) and len(value) > 0)
 
 
+def _devices(value: Any) -> bool:
+    return value == "auto" or (_whole(value) and (value > 0 or value == -1)) or isinstance(value, ListConfig)
+
+
+def _stages(value: Any) -> bool:
+    known = isinstance(value, ListConfig) and len(value) > 0 and all(stage in STAGES for stage in value)
+    return known and len(set(value)) == len(value)
+
+
 POSITIVE: Check = (lambda v: _number(v) and 0 < v < float("inf"), "a number above 0")
 NOT_NEGATIVE: Check = (lambda v: _number(v) and 0 <= v < float("inf"), "a number of at least 0")
 SHARE: Check = (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1")
@@ -63,7 +72,7 @@ OPTIM: dict[str, Check] = {
 OPTIMS = ("optim", "align.optim", "repair.reference.sft.optim", "repair.reference.dpo.optim")
 TARGETS: Check = (_targets, "all-linear or a list of module names")
 LORA: dict[str, Check] = {"r": COUNT, "alpha": POSITIVE, "dropout": DROPOUT, "targets": TARGETS}
-MAPPING: Check = (lambda v: isinstance(v, DictConfig), "a mapping such as {field: column}")
+MAPPING: Check = (lambda v: isinstance(v, DictConfig), "a mapping such as {key: value}")
 TEXT: Check = (lambda v: isinstance(v, str) and v != "", "a name")
 SET: dict[str, Check] = {
     "path": _optional((lambda v: isinstance(v, str), "the path of a file")),
@@ -107,7 +116,8 @@ REPAIR: dict[str, Check] = {
     "seed": COUNT_OR_0,
 }
 CURATE: dict[str, Check] = {
-    **dict.fromkeys(("keep", "upper_weight", "upper_decay"), SHARE),
+    "keep": (lambda v: _number(v) and 0 < v <= 1, "a number above 0, up to 1"),
+    **dict.fromkeys(("upper_weight", "upper_decay"), SHARE),
     **dict.fromkeys(("epochs", "batch_size", "micro_batch"), COUNT),
     **dict.fromkeys(("lr", "selector_lr"), POSITIVE),
     "adam": SWITCH,
@@ -116,6 +126,8 @@ CURATE: dict[str, Check] = {
 }
 ENDPOINT: dict[str, Check] = {
     "model": TEXT,
+    "base_url": _optional(TEXT),
+    "rubric": TEXT,
     "usd_per_million_input": NOT_NEGATIVE,
     "usd_per_million_output": NOT_NEGATIVE,
     "max_cost_usd": POSITIVE,
@@ -126,18 +138,28 @@ ENDPOINT: dict[str, Check] = {
     "temperature": _optional((lambda v: _number(v) and 0 <= v <= 2, "a number from 0 to 2")),
 }
 ID: Check = (lambda v: isinstance(v, str) and v != "", "a hub id or a folder")
+WORDS: Check = (lambda v: isinstance(v, str), "a text")
 DTYPE = _one_of("float32", "bfloat16", "float16")
 JUDGES: dict[str, dict[str, Check]] = {
     "moderation": {
         "id": ID,
         "revision": _optional(TEXT),
         "dtype": DTYPE,
+        "text": TEXT,
         "max_length": COUNT,
         "threshold": (lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1"),
         "harmful_labels": _optional((lambda v: isinstance(v, ListConfig) and len(v) > 0, "a list of labels")),
         "batch_size": COUNT,
     },
-    "llama_guard": {"id": ID, "revision": _optional(TEXT), "dtype": DTYPE, "max_length": COUNT},
+    "llama_guard": {
+        "id": ID,
+        "revision": _optional(TEXT),
+        "dtype": DTYPE,
+        "before": WORDS,
+        "safe": TEXT,
+        "unsafe": TEXT,
+        "max_length": COUNT,
+    },
     "openai": ENDPOINT | {"flag_from": (lambda v: _whole(v) and 2 <= v <= 5, "2, 3, 4 or 5")},
     "win_rate": ENDPOINT,
     "linear": {
@@ -149,7 +171,12 @@ JUDGES: dict[str, dict[str, Check]] = {
 RULES: dict[str, Check] = {
     "seed": COUNT_OR_0,
     "harmful_ratio": SHARE,
+    "stages": (_stages, f"a list of {', '.join(STAGES)}, each once"),
     "resume": SWITCH,
+    "cache_dir": (lambda v: isinstance(v, str) and v != "", "the path of a folder"),
+    "wandb.project": TEXT,
+    "wandb.group": _optional(TEXT),
+    "wandb.tags": (lambda v: isinstance(v, ListConfig), "a list"),
     "data.n": COUNT,
     "data.order": _one_of("seeded", "head"),
     "data.allow_overlap": SWITCH,
@@ -171,7 +198,16 @@ RULES: dict[str, Check] = {
     **{f"repair.{key}": rule for key, rule in REPAIR.items()},
     "repair.reference.extrapolation": NOT_NEGATIVE,
     "repair.reference.dpo.method.beta": POSITIVE,
+    "model.name": TEXT,
+    "model.id": _optional(ID),
+    "model.revision": _optional(TEXT),
+    "model.tiny": _optional(MAPPING),
+    **{f"model.tiny.{key}": COUNT for key in ("hidden_size", "layers", "heads")},
+    **{f"model.{stage}_targets": TARGETS for stage in ("align", "finetune")},
     "model.dtype": DTYPE,
+    "trainer.accelerator": TEXT,
+    "trainer.devices": (_devices, "a whole number above 0, a list of devices, -1 or auto for all"),
+    "trainer.num_nodes": COUNT,
     "trainer.strategy": _one_of("auto", "ddp"),
     "trainer.precision": _one_of("32-true", "bf16-mixed"),
     "model.attention": _one_of("sdpa", "eager", "flash_attention_2"),
@@ -210,7 +246,6 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key, default="absent")
         if value != "absent" and not right(value):
             raise UserError(f"{key}={_shown(value)} is not allowed; it must be {allowed}")
-    _check_stages(cfg.stages)
     if cfg.responses is not None and list(cfg.stages) != ["judge"]:
         raise UserError(f"responses={cfg.responses} is judged by stages=[judge] alone; stages={_shown(cfg.stages)}")
     for where in OPTIMS:
@@ -225,11 +260,6 @@ def check(cfg: DictConfig) -> None:
         steps = [OmegaConf.select(cfg, f"{where}.{k}") for k in ("alignment_steps", "user_steps")]
         if steps == [0, 0]:
             raise UserError(f"{where}.alignment_steps=0 and {where}.user_steps=0: one of them must be above 0")
-
-
-def _check_stages(stages: Any) -> None:
-    if not isinstance(stages, ListConfig) or not stages or any(s not in STAGES for s in stages):
-        raise UserError(f"stages={_shown(stages)} is not allowed; it must be a list of {', '.join(STAGES)}")
 
 
 def _check_trainer(trainer: Any) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lisa_lightning.config import RULES
+
 ROOT = Path(__file__).parents[1]
 CHOICES = ("align", "curate", "judge", "method", "repair", "task")
 """Config groups whose files name a class."""
@@ -36,6 +38,27 @@ def test_every_key_is_explained() -> None:
         shared = {key for file in base for key, said in _keys(file) if said} | {key for key, _ in everywhere}
         own = [(file, key, said) for file in sorted(folder.glob("*.yaml")) for key, said in _keys(file)]
         unsaid += [f"{file.relative_to(ROOT)}: {key}" for file, key, said in own if not said and key not in shared]
+    assert not unsaid
+
+
+def test_a_bounded_key_says_its_bounds() -> None:
+    """Where a line explains it, unless the value is another key's or the folder shares what explains it too."""
+    bounded: dict[str, bool] = {}
+    for key, (_, allowed) in RULES.items():
+        name = key.rpartition(".")[2]
+        bounded[name] = bounded.get(name, True) and bool(re.search(r"above|at least|from -?\d|between|\d, \d", allowed))
+    unsaid = []
+    for file in sorted((ROOT / "conf").rglob("*.yaml")):
+        if {*COMBINATIONS} & {*file.parts}:
+            continue
+        lines = file.read_text().splitlines()
+        shared = {key for base in file.parent.glob("_*.yaml") if base != file for key, said in _keys(base) if said}
+        for line in lines:
+            found = re.match(r" *([a-z_0-9]+): ([^#]*)(#.*)", line)
+            if not found or not bounded.get(found[1]) or "${" in found[2] or found[1] in shared:
+                continue
+            if not re.search(r"above|or more|\d\.\.\d|between|below", found[3]):
+                unsaid.append(f"{file.relative_to(ROOT)}: {line.strip()}")
     assert not unsaid
 
 

@@ -11,7 +11,7 @@ import pytest
 from forking import Forked
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.config import JUDGES, RULES, check
+from lisa_lightning.config import JUDGES, RULES, check, flat
 from lisa_lightning.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +27,13 @@ REFUSED = {
     "harmful_ratio=-0.1": "a number from 0 to 1",
     "harmful_ratio=much": "harmful_ratio=much is not allowed",
     "harmful_ratio=.nan": "a number from 0 to 1",
+    "cache_dir=null": "cache_dir=None is not allowed; it must be the path of a folder",
+    "model.id=5": "model.id=5 is not allowed; it must be a hub id or a folder, or null",
+    "wandb.tags=x": "wandb.tags=x is not allowed; it must be a list",
+    "wandb.project=null": "it must be a name",
+    "trainer.num_nodes=-1": "a whole number above 0",
+    "trainer.devices=null": "it must be a whole number above 0, a list of devices, -1 or auto for all",
+    "trainer.devices=0": "trainer.devices=0 is not allowed",
     "method.rho=-1": "method.rho=-1 is not allowed; it must be a number of at least 0",
     "method.alignment_steps=-5": "a whole number of at least 0",
     "method.user_steps=2.5": "a whole number of at least 0",
@@ -51,6 +58,7 @@ REFUSED = {
     "seed=-1": "seed=-1",
     "seed=true": "seed=True",
     "resume=yes_please": "it must be true or false",
+    "stages=[align,align]": "each once",
     "stages=[]": "it must be a list of curate, align, finetune, repair, evaluate, judge",
     "stages=[train]": "['train'] is not allowed",
     "stages=align": "stages=align is not allowed",
@@ -86,6 +94,9 @@ REFUSED_OF_JUDGES = {
     "judge.moderation.dtype=int8": "it must be float32 or bfloat16 or float16",
     "judge.moderation.harmful_labels=toxic": "a list of labels, or null",
     "judge.moderation.id=null": "a hub id or a folder",
+    "judge.moderation.text=null": "judge.moderation.text=None is not allowed",
+    "judge.openai.rubric=null": "judge.openai.rubric=None is not allowed",
+    "judge.llama_guard.before=null": "judge.llama_guard.before=None is not allowed; it must be a text",
     "judge.moderation.revision=1": "judge.moderation.revision=1",
     "judge.llama_guard.max_length=0": "judge.llama_guard.max_length=0",
     "judge.llama_guard.dtype=float": "judge.llama_guard.dtype=float is not allowed",
@@ -151,7 +162,7 @@ def test_every_rule_is_about_a_key_that_exists(config: Config) -> None:
     judges = (f"judge=[{','.join(JUDGES)}]", *(override for needed in NEEDED.values() for override in needed))
     groups = ("method", "align", "repair", "curate")
     chosen = [f"{g}={f.stem}" for g in groups for f in (ROOT / "conf" / g).glob("[!_]*.yaml")]
-    for overrides in ((), ("source=hub",), *((choice,) for choice in chosen), judges):
+    for overrides in ((), ("source=hub",), ("model=tiny",), *((choice,) for choice in chosen), judges):
         cfg = config("experiment=sst2_lisa", *overrides)
         check(cfg)
         own = {k: cfg.align if k.startswith("method.") else cfg for k in absent}
@@ -161,6 +172,20 @@ def test_every_rule_is_about_a_key_that_exists(config: Config) -> None:
             if all(OmegaConf.select(c, k, default="absent") == "absent" for c in (cfg, own[k]) if c is not None)
         }
     assert not absent
+
+
+RULED_ELSEWHERE = r"source\.refusals|align\.method|task\.(embedded|hub)\..*|.*\.(columns|labels|where)\..*|.*_target_"
+"""A path that is asked for, what is null where nothing aligns, what a source takes over, a person's own columns."""
+
+
+@pytest.mark.parametrize("group", sorted(f.name for f in (ROOT / "conf").iterdir() if f.is_dir()))
+def test_every_key_has_a_rule(config: Config, group: str) -> None:
+    folder = ROOT / "conf" / group
+    for file in folder.rglob("[!_]*.yaml") if group not in ("paper", "sweep") else ():
+        name = file.relative_to(folder).with_suffix("").as_posix()
+        cfg = OmegaConf.to_container(config(f"{group}={f'[{name}]' if group == 'judge' else name}"), resolve=False)
+        assert isinstance(cfg, dict)
+        assert [k for k, _ in flat(cfg) if k not in RULES and not re.fullmatch(RULED_ELSEWHERE, k)] == []
 
 
 def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
