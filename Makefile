@@ -42,4 +42,4 @@ lint: setup ## format, lint and types
 	$(BIN)/basedpyright
 
 clean: ## remove .venv and caches of tools; outputs stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

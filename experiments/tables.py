@@ -13,6 +13,7 @@ from lisa_lightning.report.sweep import in_order
 Rows = list[dict[str, str]]
 START: Final = "<!-- ours -->\n"
 END: Final = "<!-- end -->"
+SCORES: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy")
 PAIR: Final = ("harmful_score", "accuracy")
 DECIMALS: Final = {"time/finetune_s": 0, "memory/finetune_mib": 0, "train/steps": 0}
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from omegaconf import OmegaConf
 
 from experiments.pictures import ranked
-from experiments.tables import Rows, fill, merged, read, spread
+from experiments.tables import SCORES, Rows, fill, merged, read, spread
 from lisa_lightning.report.sweep import Run, read_runs
 
 VALIDATION: Final = (
@@ -28,7 +28,6 @@ VALIDATION: Final = (
 """As many requests and sentences as in the test, and none of them."""
 TRIAL_SEED: Final = 0
 SEEDS: Final = (1, 2, 3)
-SCORES: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy")
 TRAINED: Final = ("curate", "align", "finetune", "reference", "repair")
 """Stages whose time and memory count."""
 COMBINED: Final = ("align", "method", "repair")

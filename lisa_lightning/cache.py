@@ -60,8 +60,8 @@ def digest(key: Any) -> str:
 def code_digest() -> str:
     """Of every module that can change a result, so that a cache never outlives the code that filled it."""
     package = Path(__file__).parent
-    # What is shown, swept, estimated, or judged, which has versions of its own.
-    without = {"report", "judge", "footprint.py", "sweep.py"}
+    # What is shown, said, swept, estimated, or judged, which has versions of its own.
+    without = {"report", "judge", "explain.py", "footprint.py", "sweep.py", "usage.py"}
     files = [f for f in sorted(package.rglob("*.py")) if not without & set(f.relative_to(package).parts)]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 

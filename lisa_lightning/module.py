@@ -178,7 +178,10 @@ def refuse_other_run(saved: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> Non
     other = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if other:
         shown = "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in other[:3])
-        raise UserError(f"What lies here is of another run ({shown}). Start anew in another hydra.run.dir.")
+        raise UserError(
+            f"What lies here is of another run ({shown}). Start anew: in another "
+            "hydra.run.dir, or, where a sweep chose the folder, after deleting it."
+        )
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

@@ -12,6 +12,8 @@ class Fault:
     old: str
     new: str
     tests: str
+    reason: str = ""
+    """Why no test can see it, where that is so."""
 
 
 def _faults(file: str, tests: str, *pairs: tuple[str, str]) -> list[Fault]:
@@ -53,8 +55,10 @@ FAULTS = [
     *_faults(
         "loss.py",
         "test_loss.py",
-        ('.float(), p.targets, reduction="sum") for', '.float(), p.targets, reduction="mean") for'),
-        ("blocked.masked_fill_(~packed.mask", "blocked.masked_fill_(packed.mask"),
+        ('_entropies(model, p, "sum")', '_entropies(model, p, "mean")'),
+        ("mask.masked_fill_(~packed.mask", "mask.masked_fill_(packed.mask"),
+        ("// width * len(columns) + of", "// width * len(columns)"),
+        ("wanted = whole.flatten(0, 1)", "wanted = whole.flatten(0, 1) + 1"),
         ("return logits if cap is None else cap * torch.tanh(logits / cap)", "return logits"),
         ("max_length > window", "max_length > 2 * window"),
         ('return "" if error <= TOLERANCE[model.dtype] else', 'return "" if error <= 1 else'),
@@ -66,7 +70,8 @@ FAULTS = [
         ("mask[node, :node] = mask[parent, :node]", "mask[node, :node] = True"),
         ("self.shared_by[node] += 1", "self.shared_by[node] = 1"),
         ("positions=torch.tensor([self.depths])", "positions=torch.arange(len(self.ids))[None]"),
-        ("labels[row, column + 1], mask.float()", "labels[row, column], mask.float()"),
+        ("labels[row, column + 1], (needed", "labels[row, column], (needed"),
+        ("counted.flip(1).cumsum(1).flip(1) > 0", "counted.flip(1).cumsum(1).flip(1) >= 0"),
         ("places = (counted.cumsum(1) - 1)", "places = counted.cumsum(1)"),
     ),
     *_faults(
@@ -75,6 +80,7 @@ FAULTS = [
         ("own = chosen[self.rank * share", "own = chosen[0 * share"),
         ("before = t if stream", "before = draw.before if stream"),
         ("self.batch_size * self.accumulate * self.world", "self.batch_size * self.accumulate"),
+        ("if stream in self.method.rows_apart", "if self.method.rows_apart"),
         ("default_rng([seed, stream, epoch])", "default_rng([seed, stream])"),
         ("default_rng([seed, stream, epoch])", "default_rng([seed, epoch])"),
         ("sum(supervised), supervised.count(0))", "len(supervised), supervised.count(0))"),
@@ -92,12 +98,14 @@ FAULTS = [
         "test_method_laws.py test_golden.py test_training_laws.py",
         ("scale = 1 / max(1, batch.tokens)", "scale = 1 / max(1, len(batch.micro_batches))"),
         ("            self.move(kept)\n", "            pass\n"),
+        ("        torch.manual_seed(self.seed)\n", ""),
+        ("torch.random.fork_rng(devices=devices), torch.no_grad()", "torch.no_grad()"),
     ),
     *_faults(
         "align/vaccine.py",
         "test_golden.py",
         ("self.blocks, self.rho)", "self.blocks, self.rho / 2)"),
-        ("for m in found for g in m)", "for m in found for g in m[:1])"),
+        ("for micro in found for g in micro]", "for micro in found for g in micro[:1]]"),
     ),
     *_faults(
         "align/booster.py",
@@ -113,7 +121,11 @@ FAULTS = [
     ),
     *_faults(
         "align/repnoise.py",
-        "test_golden.py",
+        "test_golden.py test_method_laws.py",
+        (
+            "own = torch.tensor([float(sum(len(c.targets) for c in counted))]",
+            "own = torch.tensor([float(len(counted))]",
+        ),
         ("self.beta * mmd - self.alpha", "self.beta * mmd + self.alpha"),
         ("total = -self.alpha * sum_ * scale / entropy", "total = -self.alpha * sum_ * scale"),
         ("entropy = 1 + passes", "entropy = passes"),
@@ -198,6 +210,41 @@ FAULTS = [
         "test_judge_refusal.py",
         ("Verdict(chance < 0.5, 1.0 - chance", "Verdict(chance < 0.1, 1.0 - chance"),
         ("return lists or bool(HERE.search(content))", "return bool(HERE.search(content))"),
+    ),
+    *_faults(
+        "judge/openai.py",
+        "test_judge_openai.py",
+        ("score >= self.flag_from", "score > self.flag_from"),
+        ("(score - 1) / 4", "score / 5"),
+        ("int(found[-1])", "int(found[0])"),
+    ),
+    *_faults(
+        "judge/win_rate.py",
+        "test_judge_win_rate.py",
+        ('"a" if _stands_first(pair) else "b"', '"b" if _stands_first(pair) else "a"'),
+        ("return found[-1].lower()", "return found[0].lower()"),
+    ),
+    *_faults(
+        "judge/llama_guard.py",
+        "test_judge_llama_guard.py",
+        ("Verdict(unsafe > safe", "Verdict(safe > unsafe"),
+        ("partly = len(ids) > self.max_length", "partly = False"),
+    ),
+    *_faults(
+        "data/datamodule.py",
+        "test_training_laws.py",
+        ("        self.position = state_dict", "        self.start = state_dict"),
+        ("range(self.start, self.length)", "range(self.length)"),
+    ),
+    *_faults(
+        "training.py",
+        "test_training_laws.py test_killed.py",
+        ("weights_only=True)", "weights_only=False)"),
+        ("torch.save(checkpoint, file)", "torch.save({}, file)"),
+        (
+            "completion_loss(module.net.get_base_model(), [pack]) / tokens",
+            "completion_loss(module.net.get_base_model(), [pack])",
+        ),
     ),
     *_faults("judge/moderation.py", "test_judge_moderation.py", ("> self.threshold", ">= self.threshold")),
     *_faults(

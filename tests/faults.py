@@ -70,12 +70,15 @@ def main(words: list[str]) -> int:
         for i, fault in enumerate(chosen, 1):
             if not caught(fault, copy):
                 survivors.append(fault)
-                print(f"SURVIVES {fault.file}: {fault.old!r} -> {fault.new!r} ({fault.tests})", flush=True)
+                print(
+                    f"SURVIVES ({fault.reason or 'for no reason'}) {fault.file}: {fault.old!r} -> {fault.new!r} ({fault.tests})",
+                    flush=True,
+                )
             elif sys.stdout.isatty():
                 print(f"{i} of {len(chosen)}", end="\r", flush=True)
     share = 100 * (1 - len(survivors) / len(chosen))
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults caught ({share:.0f} %)")
-    return int(bool(survivors))
+    return int(not all(fault.reason for fault in survivors))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,20 @@ def test_a_command_runs(
         assert metrics.keys() & {"final/harmful_score", "responses/refusal_rate", "aligned/harmful_score"}
 
 
+@pytest.mark.slow
+def test_the_readmes_python_reads_an_adapter_and_asks_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    words = ["experiment=sst2_lisa", *SMALL, "stages=[align,finetune]", "cache_dir=cache"]
+    run(composed(words, tmp_path / "outputs" / "mine"))
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    capsys.readouterr()
+    exec(block, {})
+    assert "Name three kinds of tea." in capsys.readouterr().out
+
+
 def test_targets_of_make_and_scripts_are_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:

@@ -1,6 +1,8 @@
 """Claims of experiments/: every one's command composes; numbers are merged run by run and drawn."""
 
 import csv
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from omegaconf import OmegaConf, open_dict
 
 from experiments import __main__ as experiments
 from experiments import tuned
+from experiments.tables import SCORES, by_key, read, spread
 from lisa_lightning.config import check
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +48,28 @@ def test_every_claim_has_a_command_that_composes_and_a_folder_that_says_what_cam
     there = {f.name for f in folder.iterdir()}
     assert "README.md" in there
     assert ("results.csv" in there) == ("plot.png" in there)
+
+
+@pytest.mark.parametrize("name", experiments.CLAIMS)
+def test_the_pages_table_is_that_of_the_numbers(name: str) -> None:
+    folder = ROOT / "experiments" / name
+    table = by_key(read(folder / "results.csv"), experiments.CLAIMS[name].keys)
+    assert f"<!-- ours -->\n\n{table}\n\n<!-- end -->" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_tables_are_those_of_the_numbers() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = read(ROOT / "experiments" / "harmful_ratio" / "results.csv")
+    said = {"SFT": "sft", "BSO": "bso", "VLGuard": "vlguard", "proximal only": "proximal", "Lisa": "lisa"}
+    cells = {name: ("0.1", method) for name, method in said.items()} | {"SFT, harmful ratio 0": ("0", "sft")}
+    for name, (ratio, method) in cells.items():
+        own = [row for row in rows if (row["harmful_ratio"], row["method"]) == (ratio, method)]
+        assert f"| {name} | {' | '.join(spread(own, score) for score in SCORES)} |" in page
+    for cpu, column in (("amd-epyc", 1), ("intel-xeon-processor", 2)):
+        measured = json.loads((ROOT / "benchmarks" / "results" / f"{cpu}.json").read_text())["results"]
+        for found in measured:
+            (line,) = re.findall(rf"^\| {re.escape(found['what'])} \|.*\|$", page, re.MULTILINE) or [""]
+            assert not line or f"{found['measured']:.3g}" in line.split("|")[column + 1], (cpu, found["what"])
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ class NLSR(Repair):
         """Uses the net, the alignment rows as alignment rows, and the reference.
 
         Raises:
-            UserError: there is no safety row, or the reference's factors have other names or shapes.
+            UserError: there is no alignment row, or the reference's factors have other names or shapes.
         """
         net = given.net()
         factors, reference = (_in_order(net, f) for f in (given.factors, given.reference()))

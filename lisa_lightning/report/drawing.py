@@ -128,7 +128,7 @@ def figure(plot: Plot) -> Figure:
     colour = {INK: "currentColor"}
     keys = [Key(x.label, colour.get(x.colour, x.colour), marks[x.dash], x.marker) for x in plot.lines if x.label]
     if plot.bands:
-        keys.append(Key("alignment stretch", BLUE, "band", ""))
+        keys.append(Key("alignment state", BLUE, "band", ""))
     return Figure(plot.name, plot.title, plot.caption, keys, _svg(plot, WIDE), _svg(plot, NARROW))
 
 

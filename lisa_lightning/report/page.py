@@ -1,13 +1,13 @@
 """report.html: one self-contained file with the numbers, the curves and sample answers, for a person to read."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from lisa_lightning.disk import write_text
-from lisa_lightning.report.scores import MODELS, Metrics, model_names, percent, score_rows
+from lisa_lightning.report.scores import MODELS, model_names, percent, score_rows
 
 Answer = dict[str, str]
 KINDS: Final = {
@@ -61,7 +61,7 @@ def page(out: Path, metrics: dict[str, Any], curves: Any, answers: Any, choices:
     write_text(out / "report.html", rendered("page.html.j2", content))
 
 
-def rendered(template: str, content: Metrics) -> str:
+def rendered(template: str, content: Mapping[str, Any]) -> str:
     """A page of this folder with its content, which is escaped."""
     # Imported here, since it takes longer than all else that a command without a report does.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -76,7 +76,9 @@ def rendered(template: str, content: Metrics) -> str:
     return environment.get_template(template).render(content)
 
 
-def _content(metrics: Metrics, answers: Sequence[Answer], choices: dict[str, str], config: str) -> dict[str, Any]:
+def _content(
+    metrics: Mapping[str, Any], answers: Sequence[Answer], choices: dict[str, str], config: str
+) -> dict[str, Any]:
     """All that the template shows besides the plots."""
     from omegaconf import OmegaConf
 
@@ -102,7 +104,7 @@ def _content(metrics: Metrics, answers: Sequence[Answer], choices: dict[str, str
     }
 
 
-def _columns(metrics: Metrics, answers: Sequence[Answer]) -> dict[str, str]:
+def _columns(metrics: Mapping[str, Any], answers: Sequence[Answer]) -> dict[str, str]:
     """The models that gave answers, and how to call them."""
     found = {name.split("/")[0] for name in metrics} | {answer["stage"] for answer in answers}
     return {model: name for model, name in model_names(metrics).items() if model in MODELS and model in found}
@@ -113,7 +115,7 @@ def _heading(choices: dict[str, str]) -> str:
     return experiment if experiment != "None" else "Lisa Lightning run"
 
 
-def _facts(settings: dict[Any, Any], metrics: Metrics, choices: dict[str, str]) -> list[tuple[str, str]]:
+def _facts(settings: dict[Any, Any], metrics: Mapping[str, Any], choices: dict[str, str]) -> list[tuple[str, str]]:
     """What tells this run from others of the experiment, for the title."""
     tuned = "finetune" in settings["stages"]
     found = {
@@ -127,7 +129,7 @@ def _facts(settings: dict[Any, Any], metrics: Metrics, choices: dict[str, str]) 
     return [(name, str(value)) for name, value in found.items() if value is not None]
 
 
-def _summary(metrics: Metrics, columns: dict[str, str]) -> str:
+def _summary(metrics: Mapping[str, Any], columns: dict[str, str]) -> str:
     """What happened, in a sentence."""
     harmful = [
         f"{percent(value)} {name}"
@@ -227,7 +229,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " … (cut; whole in responses.jsonl)"
 
 
-def _times(metrics: Metrics) -> list[tuple[str, str, str]]:
+def _times(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return [
         (title, _duration(metrics[f"time/{name}_s"]), _gib(metrics.get(f"memory/{name}_mib")))
         for name, title in TIMES.items()

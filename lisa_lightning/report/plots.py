@@ -62,8 +62,8 @@ def _drift_plot(rows: Rows) -> Plot | None:
     ended_alignment = [point for alignment_begins, point in switches if not alignment_begins]
     lines = [
         Line(drift, INK, "after every step", width=1.1, opacity=0.65),
-        Line(ended_user, ORANGE, "at the end of a user stretch", "", "o"),
-        Line(ended_alignment, BLUE, "at the end of an alignment stretch", "", "s"),
+        Line(ended_user, ORANGE, "at the end of a user state", "", "o"),
+        Line(ended_alignment, BLUE, "at the end of an alignment state", "", "s"),
     ]
     caption = "Squared distance of the adapter from the anchor"
     caption += ", which moves to where the adapter is at every switch." if switches else ": from where it started."

@@ -1,9 +1,8 @@
 """The scores that pages and tables show: their names, what they mean, and the table of a run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
-
-Metrics = dict[str, Any]
 
 MODELS: Final = ("aligned", "final")
 """Whose answers are scored: `stage` in responses.jsonl and judged.jsonl."""
@@ -39,7 +38,7 @@ class Score:
     change: str
 
 
-def model_names(metrics: Metrics) -> dict[str, str]:
+def model_names(metrics: Mapping[str, Any]) -> dict[str, str]:
     """What people call the models that answered; without aligning the base model stands for the aligned one."""
     without = "before fine-tuning" if "time/finetune_s" in metrics else "this model"
     return {
@@ -49,7 +48,7 @@ def model_names(metrics: Metrics) -> dict[str, str]:
     }
 
 
-def score_keys(metrics: Metrics) -> list[tuple[str, str]]:
+def score_keys(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The scores to show, each with the judge that gives it: nameless where one judge gives all there are.
 
     Scores of the same kind stand beside each other, in the order of the judges.
@@ -63,7 +62,7 @@ def score_keys(metrics: Metrics) -> list[tuple[str, str]]:
     return [(name, judge) for name in SCORES for judge in judged[name] or [""]]
 
 
-def score_rows(metrics: Metrics, columns: dict[str, str]) -> list[Score]:
+def score_rows(metrics: Mapping[str, Any], columns: dict[str, str]) -> list[Score]:
     """The table: a row for each score that some stage has."""
     keys = score_keys(metrics)
     explained = dict(reversed(keys))  # what a score means is said once
@@ -71,7 +70,7 @@ def score_rows(metrics: Metrics, columns: dict[str, str]) -> list[Score]:
     return [score for score in found if score is not None]
 
 
-def _score(metrics: Metrics, columns: dict[str, str], name: str, judge: str, explained: bool) -> Score | None:
+def _score(metrics: Mapping[str, Any], columns: dict[str, str], name: str, judge: str, explained: bool) -> Score | None:
     title, meaning = SCORES[name]
     meaning = meaning if explained else ""
     if judge:
@@ -89,7 +88,7 @@ def _score(metrics: Metrics, columns: dict[str, str], name: str, judge: str, exp
     )
 
 
-def _with_interval(metrics: Metrics, name: str) -> tuple[str, str]:
+def _with_interval(metrics: Mapping[str, Any], name: str) -> tuple[str, str]:
     if metrics.get(name) is None:
         return "–", ""
     low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")

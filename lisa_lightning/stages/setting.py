@@ -22,12 +22,11 @@ from lisa_lightning.data.packing import Example, Pack, pad
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.disk import read_json, write_text
 from lisa_lightning.errors import UserError
+from lisa_lightning.evaluate.scores import Metrics
 from lisa_lightning.memory import peak_mib, watch
 from lisa_lightning.needs import Defense
 from lisa_lightning.net import attach, attach_saved, load, load_tokenizer
 from lisa_lightning.tracking import Tracker, read_rows
-
-Metrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
