@@ -70,10 +70,8 @@ def main(words: list[str]) -> int:
         for i, fault in enumerate(chosen, 1):
             if not caught(fault, copy):
                 survivors.append(fault)
-                print(
-                    f"SURVIVES ({fault.reason or 'for no reason'}) {fault.file}: {fault.old!r} -> {fault.new!r} ({fault.tests})",
-                    flush=True,
-                )
+                why = fault.reason or "for no reason"
+                print(f"SURVIVES ({why}) {fault.file}: {fault.old!r} -> {fault.new!r} ({fault.tests})", flush=True)
             elif sys.stdout.isatty():
                 print(f"{i} of {len(chosen)}", end="\r", flush=True)
     share = 100 * (1 - len(survivors) / len(chosen))
