@@ -75,12 +75,11 @@ def measure(folder: Path, rows: Rows) -> list[Result]:
         for i in range(REPEATED + 1):
             own = batch(rows.sst2, SIZE, i)
             # Step 0 has what comes once: EWC's Fisher sum, T-Vaccine's harmful row.
-            ways = (
-                ("sft", plain, frozenset()),
-                ("own", method, method.rows_apart),
-                ("apart", plain, frozenset({"user"})),
-            )
-            taken = {key: _seconds(passes, m, own, i, apart) for key, m, apart in ways}
+            taken = {
+                "sft": _seconds(passes, plain, own, i, set()),
+                "own": _seconds(passes, method, own, i, method.rows_apart),
+                "apart": _seconds(passes, plain, own, i, {"user"}),
+            }
             if i:
                 found.append(taken["own"] / taken["sft"])
                 like.append(taken["own"] / taken["apart"])

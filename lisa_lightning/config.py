@@ -72,7 +72,7 @@ OPTIM: dict[str, Check] = {
 OPTIMS = ("optim", "align.optim", "repair.reference.sft.optim", "repair.reference.dpo.optim")
 TARGETS: Check = (_targets, "all-linear or a list of module names")
 LORA: dict[str, Check] = {"r": COUNT, "alpha": POSITIVE, "dropout": DROPOUT, "targets": TARGETS}
-MAPPING: Check = (lambda v: isinstance(v, DictConfig), "a mapping such as {key: value}")
+MAPPING: Check = (lambda v: isinstance(v, DictConfig), "a mapping such as {field: column}")
 TEXT: Check = (lambda v: isinstance(v, str) and v != "", "a name")
 SET: dict[str, Check] = {
     "path": _optional((lambda v: isinstance(v, str), "the path of a file")),
@@ -201,7 +201,7 @@ RULES: dict[str, Check] = {
     "model.name": TEXT,
     "model.id": _optional(ID),
     "model.revision": _optional(TEXT),
-    "model.tiny": _optional(MAPPING),
+    "model.tiny": _optional((lambda v: isinstance(v, DictConfig), "a mapping of its sizes")),
     **{f"model.tiny.{key}": COUNT for key in ("hidden_size", "layers", "heads")},
     **{f"model.{stage}_targets": TARGETS for stage in ("align", "finetune")},
     "model.dtype": DTYPE,

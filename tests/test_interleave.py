@@ -44,6 +44,13 @@ def test_ranks_and_micro_batches_split_the_same_rows(k1: int, k2: int, t: int) -
     assert {s.main.tokens for s in shares} == {whole.main.tokens} == {8}
 
 
+def test_a_stream_without_rows_is_refused_where_a_step_draws_from_it() -> None:
+    steps = batches(Schedule(0, 1), 1)
+    steps.streams["user"].rows = []
+    with pytest.raises(UserError, match="Method draws user rows, and this stage has none"):
+        steps[0]
+
+
 def test_every_row_is_drawn_once_an_epoch() -> None:
     steps = batches(Schedule(0, 1), 1)
     drawn = [rows(steps[t])[0] for t in range(55)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from sklearn.metrics import roc_auc_score
 
@@ -16,7 +17,8 @@ from lisa_lightning.judge.judge import Pair
 from lisa_lightning.judge.linear import LinearJudge, folds
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "safe_rlhf_mini" / "filtered.dev.jsonl"
-SHIPPED: Any = OmegaConf.load(Path(__file__).parents[1] / "conf" / "judge" / "linear.yaml")
+with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
+    SHIPPED: Any = compose("judge/linear").judge
 GOOD, BAD, REST = (
     ["kindly", "warmly", "gently", "calmly"],
     ["rudely", "coldly", "harshly", "loudly"],

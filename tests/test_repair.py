@@ -113,6 +113,19 @@ def test_safe_lora_equals_the_dense_equation() -> None:
         torch.testing.assert_close(found.factors[b], c @ factors[b], atol=1e-5, rtol=1e-5)
 
 
+def test_asft_equals_the_dense_equation_and_its_gradient() -> None:
+    factors = factors_of(tiny_net())
+    deltas = random_deltas(factors)
+    for module, (a, b) in modules(factors).items():
+        right, left = (w.detach().double().requires_grad_() for w in (factors[a], factors[b]))
+        delta = Delta(deltas[module].root.double())
+        c = delta.root @ delta.root.T / delta.norm
+        own, wanted = distance(right, left, delta), (left @ right - c @ left @ right).square().sum()
+        torch.testing.assert_close(own, wanted)
+        found, dense = (torch.autograd.grad(term, (right, left)) for term in (own, wanted))
+        torch.testing.assert_close(found, dense)
+
+
 def test_modules_that_aligning_left_alone_have_a_c_of_zero_for_asft_and_none_for_safe_lora() -> None:
     factors = factors_of(tiny_net())
     deltas = random_deltas(factors)
