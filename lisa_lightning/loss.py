@@ -52,23 +52,22 @@ def unembed(model: Any, hidden: Tensor) -> Tensor:
 
 def logits_at(model: Any, packed: Pack, predictors: Tensor) -> Tensor:
     """[S, V] behind the tokens at `predictors` [S], as in a pack; hardly any other position is unembedded."""
-    width = packed.ids.shape[1]
-    columns, of = (predictors % width).unique(return_inverse=True)
     if packed.positions is None:
-        mask = packed.mask.long()
-    else:
-        dtype = model.get_input_embeddings().weight.dtype
-        mask = torch.zeros(packed.mask.shape, dtype=dtype, device=packed.mask.device)
-        mask.masked_fill_(~packed.mask, torch.finfo(dtype).min)
-    logits = model(
-        input_ids=packed.ids,
-        position_ids=packed.positions,
-        attention_mask=mask,
-        use_cache=False,
-        logits_to_keep=columns,
-    ).logits
+        width = packed.ids.shape[1]
+        columns, of = (predictors % width).unique(return_inverse=True)
+        logits = _kept(model, packed, columns, attention_mask=packed.mask.long())
+        return logits.flatten(0, 1)[predictors // width * len(columns) + of]
+    dtype = model.get_input_embeddings().weight.dtype
+    blocked = torch.zeros(packed.mask.shape, dtype=dtype, device=packed.mask.device)
+    blocked.masked_fill_(~packed.mask, torch.finfo(dtype).min)
+    return _kept(model, packed, predictors, attention_mask=blocked, position_ids=packed.positions)[0]
+
+
+def _kept(model: Any, packed: Pack, columns: Tensor, **told: Tensor) -> Tensor:
+    """[R, C, V] logits of the tokens in these columns [C]."""
+    logits = model(input_ids=packed.ids, use_cache=False, logits_to_keep=columns, **told).logits
     assert logits.shape[1] == len(columns), "a model that knows no logits_to_keep"
-    return logits.flatten(0, 1)[predictors // width * len(columns) + of]
+    return logits
 
 
 def choose_packing(model: Any, max_length: int) -> Packing:

@@ -56,7 +56,7 @@ FAULTS = [
         "loss.py",
         "test_loss.py",
         ('_entropies(model, p, "sum")', '_entropies(model, p, "mean")'),
-        ("mask.masked_fill_(~packed.mask", "mask.masked_fill_(packed.mask"),
+        ("blocked.masked_fill_(~packed.mask", "blocked.masked_fill_(packed.mask"),
         ("// width * len(columns) + of", "// width * len(columns)"),
         ("wanted = whole.flatten(0, 1)", "wanted = whole.flatten(0, 1) + 1"),
         ("return logits if cap is None else cap * torch.tanh(logits / cap)", "return logits"),

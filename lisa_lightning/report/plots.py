@@ -130,7 +130,7 @@ def _plot(
 ) -> Plot:
     steps = Axis("optimizer step", 0, max(1.0, *(float(row["step"]) for row in rows)), whole=True)
     shown = [line for line in lines if line.points]
-    return Plot(name, title, caption, unit, shown, steps, _stretches(rows) if bands else [], **scale)
+    return Plot(name, title, caption, unit, shown, steps, _alignment_states(rows) if bands else [], **scale)
 
 
 def points(rows: Rows, column: str) -> Points:
@@ -149,8 +149,8 @@ def _is_alignment(row: dict[str, str]) -> bool:
     return float(row.get("train/state") or 0) == 1
 
 
-def _stretches(rows: Rows) -> list[tuple[float, float]]:
-    """From where to where the alignment stretches go; none where they are too many to be seen."""
+def _alignment_states(rows: Rows) -> list[tuple[float, float]]:
+    """From where to where alignment states go; none where they are too many to be seen."""
     found: list[tuple[float, float]] = []
     for step in (float(row["step"]) for row in rows if _is_alignment(row)):
         if found and found[-1][1] == step - 1:
