@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -53,6 +53,7 @@ ELSEWHERE = {
     "safe_rows": ("alignment_batch_size",),
     "rho": ("rho",),
     "seed": ("seed",),
+    "first_factor": ("first_token_bias_factor",),
 }
 """Argument -> what a case may call it, where that is another name."""
 OFFICIAL = {"carry_over": True, "official": True, "padding": True, "per_micro_batch": True, "add_back": True}
@@ -62,8 +63,10 @@ OFFICIAL = {"carry_over": True, "official": True, "padding": True, "per_micro_ba
 def method_of(facts: dict[str, Any]) -> Method:
     """The method by the case's own name, through conf/ as a run finds it."""
     name = {"tvaccine": "t_vaccine"}.get(facts["method"], facts["method"])
-    found = CONF / "method" / f"{name}.yaml"
-    cfg: Any = OmegaConf.load(found) if found.exists() else OmegaConf.load(CONF / "align" / f"{name}.yaml").method
+    stage = "method" if (CONF / "method" / f"{name}.yaml").exists() else "align"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = compose("config", [f"{stage}={name}"])
+    cfg = whole.method if stage == "method" else whole.align.method
     given = {}
     for key in cfg:
         for called in ELSEWHERE.get(key, (key,)):

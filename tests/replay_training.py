@@ -11,10 +11,8 @@ from unittest.mock import patch
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
-from omegaconf import OmegaConf
-from replay_case import CONF, Rates, accumulated, deltas_of, fisher_batches, groups_of, method_of, step_of, tiny_net
+from replay_case import Rates, accumulated, deltas_of, fisher_batches, groups_of, method_of, step_of, tiny_net
 from replay_errors import Errors
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -27,6 +25,7 @@ from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import IGNORED, Pack, padded
 from lisa_lightning.loss import completion_loss, token_losses
 from lisa_lightning.method.asft import AsFT, distance
+from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ldifs import LDIFS
 from lisa_lightning.method.method import Method
 from lisa_lightning.module import LisaModule
@@ -209,9 +208,8 @@ def _regulariser(
 
 def token_weights(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> None:
     """Constrained SFT where logits are the weights: at recorded ones, held to other recorded ones."""
-    cfg: Any = OmegaConf.load(CONF / "method" / "constrained_sft.yaml")
-    called = {"first_factor": "first_token_bias_factor"}
-    method = instantiate(cfg, **{k: facts[called.get(k, k)] for k in map(str, cfg) if called.get(k, k) in facts})
+    method = method_of(facts)
+    assert isinstance(method, ConstrainedSFT)
     labels = tensors["labels"]
     pack = padded(torch.zeros_like(labels), torch.ones_like(labels, dtype=torch.bool), labels)
     passes = Passes(_Logits(tensors["policy_logits"].clone()), lambda *_: iter(()))
