@@ -58,14 +58,14 @@ FAULTS = [
         ('_entropies(model, p, "sum")', '_entropies(model, p, "mean")'),
         ("blocked.masked_fill_(~packed.mask", "blocked.masked_fill_(packed.mask"),
         ("// width * len(columns) + of", "// width * len(columns)"),
-        ("wanted = whole.flatten(0, 1)", "wanted = whole.flatten(0, 1) + 1"),
+        ("wanted = whole.flatten(0, 1)", "wanted = 2 * whole.flatten(0, 1)"),
         ("return logits if cap is None else cap * torch.tanh(logits / cap)", "return logits"),
         ("max_length > window", "max_length > 2 * window"),
         ('return "" if error <= TOLERANCE[model.dtype] else', 'return "" if error <= 1 else'),
     ),
     *_faults(
         "data/packing.py",
-        "test_loss.py test_golden.py",
+        "test_loss.py test_golden.py test_method_laws.py",
         ("if label != IGNORED and depth > 0:", "if label != IGNORED and depth > 1:"),
         ("mask[node, :node] = mask[parent, :node]", "mask[node, :node] = True"),
         ("self.shared_by[node] += 1", "self.shared_by[node] = 1"),
@@ -145,7 +145,10 @@ FAULTS = [
     ),
     *_faults("method/asft.py", "test_golden.py", ("left = b - delta.project(b)", "left = delta.project(b)")),
     *_faults(
-        "method/vlguard_loss.py", "test_golden.py", ("u + self.lamb * s for", "u + s for"), ("self.safe_rows)}", "1)}")
+        "method/vlguard_loss.py",
+        "test_golden.py test_method_laws.py",
+        ("u + self.lamb * s for", "u + s for"),
+        ("self.safe_rows)}", "1)}"),
     ),
     *_faults(
         "alignment_delta.py",

@@ -44,6 +44,13 @@ def test_ranks_and_micro_batches_split_the_same_rows(k1: int, k2: int, t: int) -
     assert {s.main.tokens for s in shares} == {whole.main.tokens} == {8}
 
 
+def test_rows_of_a_stream_that_a_method_looks_at_one_by_one_are_padded_and_no_others() -> None:
+    steps = batches(Schedule(1, 1), 2)
+    steps.method.rows_apart = frozenset({"alignment"})
+    padded = {steps[t].main.stream: steps[t].main.micro_batches[0][0].positions is None for t in range(2)}
+    assert padded == {"alignment": True, "user": False}
+
+
 def test_a_stream_without_rows_is_refused_where_a_step_draws_from_it() -> None:
     steps = batches(Schedule(0, 1), 1)
     steps.streams["user"].rows = []

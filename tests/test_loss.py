@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_lightning.data.packing import IGNORED, Example, pack, pad
-from lisa_lightning.loss import choose_packing, completion_loss
+from lisa_lightning.loss import choose_packing, completion_loss, unembed
 from lisa_lightning.net import attach, load, trainable
 
 SIZES = {
@@ -41,6 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "phi": {},
     "phi3": GROUPED,
+    "granite": GROUPED | {"logits_scaling": 8.0},
 }
 
 
@@ -88,6 +89,16 @@ def reference(net: torch.nn.Module, rows: list[Example]) -> tuple[Tensor, int]:
     labels = pad_sequence([torch.tensor(r.labels) for r in rows], batch_first=True, padding_value=IGNORED)
     mask = pad_sequence([torch.ones(len(r.ids), dtype=torch.long) for r in rows], batch_first=True)
     return net(input_ids=ids, attention_mask=mask, labels=labels).loss, int((labels[:, 1:] != IGNORED).sum())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_final_hidden_states_unembedded_are_the_models_logits(name: str) -> None:
+    model = family(name).get_base_model()
+    found = model(torch.arange(3, 20)[None], output_hidden_states=True)
+    own = 50 * found.hidden_states[-1]  # large enough for a soft cap to show
+    assert torch.allclose(unembed(model, found.hidden_states[-1]), found.logits, atol=1e-5)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    assert cap is None or unembed(model, own).abs().max() <= cap < model.lm_head(own).abs().max()
 
 
 def assert_equal_to_the_models_own(net: Any, rows: list[Example], together: Any) -> None:

@@ -27,6 +27,7 @@ from lisa_lightning.method.sft import SFT
 from lisa_lightning.method.vlguard_loss import VLGuardLoss
 from lisa_lightning.module import LisaModule
 from lisa_lightning.repair._dpo import DPO
+from lisa_lightning.schedule import Draw
 
 LAYERS = 2  # of the tiny model
 METHODS: dict[str, Callable[[], Method]] = {
@@ -74,6 +75,10 @@ def test_a_method_says_so_if_it_draws_defender_rows(name: str) -> None:
     assert any("defender" in method.draws(step) for step in range(9)) == ("defender rows" in method.needs)
 
 
+def test_vlguard_as_a_loss_draws_as_many_alignment_rows_as_it_is_told() -> None:
+    assert VLGuardLoss(1.0, 3).draws(7) == {"user": Draw(7), "alignment": Draw(7, 3)}
+
+
 def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train) -> None:
     method = METHODS["constrained_sft"]
     one, plain = train(method(), 0.2, folder="a", steps=1), train(SFT(), 0.2, folder="b", steps=1)
@@ -101,6 +106,23 @@ class _Seen(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object, **__: object) -> None:
         assert isinstance(pl_module, LisaModule)
         self.values.append(pl_module.metrics[self.name])
+
+
+def test_every_step_draws_dropout_masks_of_its_own(train: Train) -> None:
+    seeds = _Seeds()
+    train(SFT(), 0.5, steps=6, more=[seeds])
+    assert len(set(seeds.seen)) == 6
+
+
+class _Seeds(L.Callback):
+    """What every step's masks are drawn from."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object, **__: object) -> None:
+        assert isinstance(pl_module, LisaModule)
+        self.seen.append(pl_module.passes.seed)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
@@ -112,6 +113,12 @@ def test_a_checkpoint_holds_plain_containers_and_the_adapter_alone(train: Train,
     assert len(saved["kept"]["anchor"]) == len(weights(module))
 
 
+def test_a_checkpoint_that_would_have_to_be_unpickled_is_not_loaded(train: Train, tmp_path: Path) -> None:
+    torch.save({"state_dict": SimpleNamespace()}, tmp_path / "run.ckpt")
+    with pytest.raises(UnpicklingError):
+        train(SFT())
+
+
 def test_a_checkpoint_of_another_run_is_refused_by_name(train: Train) -> None:
     with pytest.raises(InterruptedError):
         train(Lisa(2, 3, 1.0, 0.1), stop_after=5, key={"method": {"rho": 1.0}})
@@ -130,6 +137,12 @@ def test_a_loss_that_turns_nan_stops_names_the_step_and_keeps_the_last_checkpoin
     with pytest.raises(UserError, match=r"The loss of step 4 is nan; .* The last good checkpoint is kept"):
         train(SFT(), lr=1e30, clip=clip)
     assert (tmp_path / "run.ckpt").read_bytes() == before
+
+
+def test_a_gradient_is_clipped_where_it_is_longer_and_nowhere_else(train: Train) -> None:
+    free = train(SFT(), folder="free", clip=None)
+    assert largest_difference(free, train(SFT(), folder="far", clip=1e9)) == 0
+    assert largest_difference(free, train(SFT(), folder="near", clip=0.1)) > 1e-4
 
 
 def test_rows_without_a_label_are_told_once_and_teach_nothing(
