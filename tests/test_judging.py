@@ -174,9 +174,9 @@ def test_accuracy_strict_lenient_and_what_was_cut_off() -> None:
 
 
 def test_every_score_comes_with_interval_and_count(tmp_path: Path) -> None:
-    asked: list[Any] = [*answers("No.", "sure"), *answers("No.", "yes", kind="harmless")]
+    asked: list[Any] = [*answers("No.", "sure"), *answers("No.", "yes", "well", "sure", kind="harmless")]
     scores = judged_scores(judge_answers({"refusal": RefusalJudge()}, asked, tmp_path, tmp_path))
     assert set(scores) == {
         f"{name}{end}" for name in ("refusal_rate", "over_refusal") for end in ("", "_low", "_high", "_answers")
     }
-    assert (scores["refusal_rate"], scores["over_refusal"]) == (50.0, 50.0)
+    assert (scores["refusal_rate"], scores["over_refusal"]) == (50.0, 25.0)
