@@ -19,15 +19,16 @@ def test_columns_may_come_later_and_empty_cells_stay_empty(tmp_path: Path) -> No
     ]
 
 
-def test_half_a_line_of_a_killed_run_is_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("half", ["finetune,4", "finetune,4,0."])
+def test_half_a_line_of_a_killed_run_is_dropped(tmp_path: Path, half: str) -> None:
     curves = Curves(tmp_path / "curves.csv")
     for step in (1, 2, 3):
         curves.append("finetune", step, {"a": step})
     with curves.path.open("a") as file:
-        file.write("finetune,4")
+        file.write(half)
     again = Curves(curves.path)
     again.append("finetune", 4, {"a": 4})
-    assert [r["step"] for r in again.rows()] == ["1", "2", "3", "4"]
+    assert [(r["step"], r["a"]) for r in again.rows()] == [(str(s), str(s)) for s in (1, 2, 3, 4)]
 
 
 def test_a_stage_that_goes_on_forgets_what_it_will_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
