@@ -24,7 +24,8 @@ def test_win_rate_follows_the_answers_and_not_their_places(url: str) -> None:
     def longer(text: str) -> tuple[int, str]:
         a, b = (text.partition(f"<answer {x}>\n")[2].partition("\n</answer")[0] for x in "AB")
         assert {a, b} in ({"long answer", "short"}, {"-", "short"})
-        return 200, f"Better: {'A' if len(a) > len(b) else 'B'}"
+        best, other = ("A", "B") if len(a) > len(b) else ("B", "A")
+        return 200, f"At first sight Better: {other}, but then Better: {best}"  # the last word counts
 
     assert win_rate(url, longer, pairs) == 0.75
     assert 0.3 < win_rate(url, lambda _: (200, "Better: A"), pairs) < 0.7
