@@ -44,7 +44,7 @@ from lisa_lightning.stages.finetune import finetune
 from lisa_lightning.stages.judge import judge
 from lisa_lightning.stages.repair import repair
 from lisa_lightning.stages.setting import Metrics, Setting, plain
-from lisa_lightning.sweep import job_name, multirun
+from lisa_lightning.sweep import multirun, name_in_sweep
 from lisa_lightning.tracking import CurveRow, Tracker, read_rows, wandb_init
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def run(cfg: DictConfig) -> Metrics:
     base, base_key = base_model(fabric, cfg.model, cache_folder(cfg.cache_dir))
 
     tracker = (
-        Tracker(out, wandb_init(plain(cfg), choices, job_name(out) if multirun() else None), cfg.resume)
+        Tracker(out, wandb_init(plain(cfg), choices, name_in_sweep(out) if multirun() else None), cfg.resume)
         if fabric.is_global_zero
         else None
     )

@@ -128,7 +128,7 @@ def multirun() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def job_name(out: Path) -> str:
+def name_in_sweep(out: Path) -> str:
     """Of the job with this output folder, within its sweep: a swept `experiment` may hold slashes."""
     return out.resolve().relative_to(_folder()).as_posix()
 

@@ -150,6 +150,7 @@ def _compare_step(
     if "penalty_per_layer" in wanted:
         kept_terms = [p for p, k in zip(wanted["penalty_per_layer"], wanted["kept"], strict=True) if k]
         errors.add("penalty", found["ldifs/penalty"], sum(kept_terms))
+        errors.same("layers kept", found["ldifs/layers_kept"], float(len(kept_terms)))
         errors.add("norms", found["ldifs/gradient_norm"], wanted["grad_norm_before_inner_clip"])
     if "mmd_per_layer" in wanted:
         hidden = wanted["ce_harmful_hidden"]
