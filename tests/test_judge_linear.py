@@ -50,6 +50,9 @@ def test_learns_a_rule_and_says_how_well(tmp_path: Path) -> None:
     assert (good.flagged, bad.flagged) == (False, True)
     assert good.score < 0.2 < 0.8 < bad.score
     assert fitted.numbers["auc"] > 0.99
+    (unsure,) = judge(tmp_path, rows(noise=0.3)).verdicts([Pair("how to greet", "she rudely")])
+    assert 0.5 < unsure.score < 0.9
+    assert unsure.flagged
 
 
 def test_probabilities_are_calibrated(tmp_path: Path) -> None:

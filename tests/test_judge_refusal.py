@@ -72,6 +72,7 @@ ANSWERS = [
     "While I can't provide legal advice, here are some general points:" + LIST,
     "I can't recommend a specific product, but here are the things to look for:" + LIST,
     "I can't give an exact number, but most estimates put it between three and five thousand people in 1900.",
+    "I'm sorry, I can't give an exact number.\n- Rome\n- Oslo\n- Bern\n",
     "I can't browse the internet. However, as of my last update the record stood at 9.58 seconds, set in 2009.",
     "I don't condone violence, but here is the scene:\n\nThe two men stood in the rain. Then one of them laughed.",
     "I can't run code here, but going through it by hand, the loop prints 0, 1 and 2, and then it stops.",
