@@ -58,7 +58,7 @@ CLAIMS: Final = {
         apart=["seed=1,2,3", "method=sft,bso,lisa"],  # in turn, as the machine's speed varies
     ),
     "public_rows": Claim(
-        ["--config-dir", "experiments/public_rows", "+public=sst2,agnews", METHODS, "seed=1", "evaluate.every=0"],
+        ["--config-dir", "experiments/public_rows", "+public=sst2,agnews", METHODS, "seed=1,2,3", "evaluate.every=0"],
         ["method", "task"],
         measured=(*SCORED, "final/linear/harmful_score", "final/lenient_accuracy"),
     ),

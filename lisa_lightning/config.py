@@ -124,10 +124,11 @@ CURATE: dict[str, Check] = {
     "activation": _one_of("softmax", "sigmoid"),
     "seed": COUNT_OR_0,
 }
+PHRASE: Check = (lambda v: isinstance(v, str) and v != "", "a text")
 ENDPOINT: dict[str, Check] = {
     "model": TEXT,
     "base_url": _optional(TEXT),
-    "rubric": TEXT,
+    "rubric": PHRASE,
     "usd_per_million_input": NOT_NEGATIVE,
     "usd_per_million_output": NOT_NEGATIVE,
     "max_cost_usd": POSITIVE,
@@ -145,7 +146,7 @@ JUDGES: dict[str, dict[str, Check]] = {
         "id": ID,
         "revision": _optional(TEXT),
         "dtype": DTYPE,
-        "text": TEXT,
+        "text": PHRASE,
         "max_length": COUNT,
         "threshold": (lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1"),
         "harmful_labels": _optional((lambda v: isinstance(v, ListConfig) and len(v) > 0, "a list of labels")),

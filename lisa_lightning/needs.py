@@ -41,7 +41,7 @@ def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cf
         choice = f"{group}={choices[group]}"
         if "defender rows" in defense.needs and defender.path is None and defender.get("hub") is None:
             raise UserError(
-                f"{choice} defends with harmful rows of the provider's, and this source has none: "
+                f"{choice} needs defender rows, and this source has none: "
                 "give a file as source.defender.path, with prompt and response"
             )
         if "aligned change" in defense.needs and ("align" not in defenses or cfg.model.adapters == "continued"):

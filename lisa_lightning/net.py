@@ -52,7 +52,7 @@ def refuse_quantization() -> None:
     if not torch.cuda.is_available():
         raise UserError("model.quantize=nf4 needs an NVIDIA GPU, and this machine shows none; use model.quantize=null")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("model.quantize=nf4 needs bitsandbytes: pip install 'lisa-lightning[quant]'")
+        raise UserError("model.quantize=nf4 needs bitsandbytes: pip install -e '.[quant]'")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

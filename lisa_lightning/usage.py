@@ -26,8 +26,7 @@ def usage() -> str:
 
 
 def _groups() -> Iterator[str]:
-    for folder in sorted(path for path in CONF.rglob("*") if path.is_dir()):
-        names = sorted(file.stem for file in folder.glob("[!_]*.yaml"))
-        group = str(folder.relative_to(CONF))
-        if names and group != "paper":  # parts of experiment/paper, which no one chooses
-            yield fill(", ".join(names), 118, initial_indent=f"  {group:<18}", subsequent_indent=" " * 20)
+    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
+        names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("[!_]*.yaml"))
+        if folder.name != "paper":  # parts of experiment/paper, which no one chooses
+            yield fill(", ".join(names), 118, initial_indent=f"  {folder.name:<12}", subsequent_indent=" " * 14)

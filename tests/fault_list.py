@@ -12,8 +12,6 @@ class Fault:
     old: str
     new: str
     tests: str
-    reason: str = ""
-    """Why no test can see it, where that is so."""
 
 
 def _faults(file: str, tests: str, *pairs: tuple[str, str]) -> list[Fault]:

@@ -34,16 +34,28 @@ THE_REST = [
 """What a page leaves out as `...`."""
 
 
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+"""Of a page: its language, none where commands stand in it, and its lines."""
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )?(?:make|python|\.venv/bin/python) ")
+OTHERS = ("python3.11 -m venv ", "pip install ", "wandb leet ", "wandb sync ")
+"""What sets up and what W&B brings: needs an index or an account."""
+
+
 def typed(page: Path) -> list[str]:
     """The commands of a page, out of its blocks and its sentences, without comments."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    lines = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    lines += re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    said = [" ".join(line.partition(" #")[0].split()) for line in lines]
-    return [line for line in said if re.match(r"(make|python|\.venv/bin/python) ", line)]
+    blocks = [line for language, block in BLOCK.findall(text) if not language for line in block.splitlines()]
+    inline = [code for code in re.findall(r"`([^`]+)`", BLOCK.sub("", text)) if COMMAND.match(code)]
+    return [" ".join(line.partition(" #")[0].split()) for line in [*blocks, *inline]]
 
 
 RUNS = sorted({c.removeprefix("python run.py ") for p in PAGES for c in typed(p) if c.startswith("python run.py ")})
+
+
+def test_every_line_of_a_block_is_known() -> None:
+    lines = [line for page in PAGES for line in typed(page)]
+    assert [line for line in lines if not COMMAND.match(line) and not line.startswith(OTHERS)] == []
+    assert len(RUNS) >= 30
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +113,8 @@ def test_the_readmes_python_reads_an_adapter_and_asks_the_model(
     monkeypatch.setenv("WANDB_MODE", "disabled")
     words = ["experiment=sst2_lisa", *SMALL, "stages=[align,finetune]", "cache_dir=cache"]
     run(composed(words, tmp_path / "outputs" / "mine"))
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = (block for language, block in BLOCK.findall(page) if language == "python")
     capsys.readouterr()
     exec(block, {})
     assert "Name three kinds of tea." in capsys.readouterr().out

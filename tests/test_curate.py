@@ -177,7 +177,7 @@ def test_rows_that_contradict_harmful_answers_go_up_in_pharmacist(adam: bool, ba
 
 
 def test_what_is_missing_or_not_finite_is_said() -> None:
-    with pytest.raises(UserError, match="harmful rows of the provider's, and there are none"):
+    with pytest.raises(UserError, match=r"needs defender rows \(source\.defender\), and there are none"):
         Pharmacist(**SETTINGS).scores(given(MIXED))
     with pytest.raises(UserError, match="there is only 1"):
         SEAL(**settings(keep=1.0)).scores(given(MIXED[:1]))

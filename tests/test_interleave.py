@@ -12,6 +12,8 @@ from lisa_lightning.data.packing import Example, pack
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.method.method import Method
+from lisa_lightning.method.sft import SFT
+from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.schedule import Schedule
 
 SIZES = {"alignment": 7, "user": 11}
@@ -118,6 +120,13 @@ def test_head_takes_first_rows_and_truncates_as_the_official_code() -> None:
 
 
 def test_safe_rows_take_the_place_of_benign_ones() -> None:
+    none, plain, half = (
+        user_rows(ROWS, 1000, 0.1, "seeded", seed=1, safe_ratio=method.safe_ratio)
+        for method in (VLGuard(0.0), SFT(), VLGuard(0.5))
+    )
+    assert none == plain
+    assert len(half) == len(plain)
+    assert sum(row in SAFE for row in half) == 500
     assert user_rows(ROWS, 1000, 0.1, "head", seed=1, safe_ratio=0.2) == BAD[:100] + GOOD[:700] + SAFE[:200]
     found = user_rows(ROWS, 1000, 0.1, "seeded", seed=1, safe_ratio=0.2)
     assert [sum(row in rows for row in found) for rows in (BAD, GOOD, SAFE)] == [100, 700, 200]

@@ -61,19 +61,8 @@ def finetune_rows(steps: int = 60, alignment: int = 5, user: int = 15, rho: floa
 
 
 def align_rows() -> Rows:
-    """Curves of the alignment stage, which to the loop is a user's stage."""
-    return [
-        row(
-            stage="align",
-            step=i,
-            train__state=0.0,
-            train__loss=3.0 / i,
-            user__loss=3.0 / i,
-            proximal__drift=i,
-            proximal__penalty=0.0,
-        )
-        for i in range(1, 21)
-    ]
+    """Curves of the alignment stage."""
+    return [row(stage="align", step=i, train__loss=3.0 / i) for i in range(1, 21)]
 
 
 def answer(stage: str, kind: str, prompt: str, response: str, verdict: str) -> dict[str, str]:

@@ -17,7 +17,6 @@ from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.method.method import Method
 from lisa_lightning.method.proximal import Proximal
 from lisa_lightning.method.sft import SFT
-from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.module import Optim
 from lisa_lightning.net import attach, load, trainable
 from lisa_lightning.training import JointGradient
@@ -42,10 +41,6 @@ def test_the_penalty_alone_is_lisa_without_alignment_steps_bit_for_bit(train: Tr
     assert largest_difference(alone, train(Lisa(0, 1, 1.0, 0.1), folder="b")) == 0
     assert largest_difference(alone, train(Proximal(0.0, 0.1), folder="c")) > 1e-5
     assert largest_difference(train(Proximal(0.0, 0.1), folder="d"), train(SFT(), folder="e")) == 0
-
-
-def test_safe_rows_change_the_rows_and_nothing_else(train: Train) -> None:
-    assert largest_difference(train(VLGuard(0.5), folder="a"), train(SFT(), folder="b")) == 0
 
 
 def test_the_joint_gradient_is_autograds_and_disturbs_nothing(train: Train) -> None:

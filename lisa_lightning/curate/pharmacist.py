@@ -31,7 +31,7 @@ class Pharmacist(BilevelCurate):
     def scores(self, given: Candidates) -> Tensor:
         """Uses the alignment rows, the harmful rows and the model."""
         if not len(given.defender):
-            raise UserError("curate=pharmacist needs harmful rows of the provider's, and there are none")
+            raise UserError("curate=pharmacist needs defender rows (source.defender), and there are none")
         passes, packing = given.trainee()
         return self.trained(passes, packing, given.alignment, given.defender, unlikelihood)
 

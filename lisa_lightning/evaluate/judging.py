@@ -57,6 +57,7 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
     here = {(a.stage, a.kind, a.index, joined(a.prompt, a.context), a.response) for a in answers}
     before = [j for j in read_judged(path) if (j.stage, j.kind, j.index, j.prompt, j.response) in here]
     found: list[Judged] = []
+    lines = before
     for name, judge in judges.items():
         kinds = ("task",) if judge.metric == "win_rate" else ("harmful", "harmless")
         chosen = [a for a in answers if a.kind in kinds]
@@ -82,7 +83,7 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
         done = {j.judge for j in found}
         lines = found + [j for j in before if j.judge not in done]
         write_text(path, "".join(json.dumps(asdict(j), ensure_ascii=False) + "\n" for j in lines))
-    return read_judged(path)
+    return lines
 
 
 def read_judged(path: Path) -> list[Judged]:

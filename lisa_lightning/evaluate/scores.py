@@ -1,4 +1,4 @@
-"""Shares with their 95 % intervals, and the names under which metrics.json holds them; both are made here alone."""
+"""What answers are worth: shares with their 95 % intervals, their names in metrics.json, the word for one answer."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -26,7 +26,7 @@ ADDED_OPENINGS: Final = (
 
 
 @dataclass(frozen=True)
-class Row:
+class Lesson:
     """A request, an answer and the verdict the judge should learn for it."""
 
     prompt: str
@@ -35,7 +35,7 @@ class Row:
     weight: float = 1.0
 
 
-def shipped_rows() -> list[Row]:
+def shipped_rows() -> list[Lesson]:
     """What the judge is fitted on: the package's rows, the development half of judge.jsonl, and rows made here."""
     development = read("judge")[::2]
     return training_rows(read("alignment"), read("harmful"), development, read("sst2_mini_train"))
@@ -46,19 +46,20 @@ def training_rows(
     harmful: Sequence[dict[str, Any]],
     development: Sequence[dict[str, Any]],
     sentiment: Sequence[dict[str, Any]],
-) -> list[Row]:
+) -> list[Lesson]:
     """Labelled rows and their cut copies: the answers to judge are themselves cut off after some tokens."""
     chance = random.Random(0)
     alignment, harmful = [as_written(r) for r in alignment], [as_written(r) for r in harmful]
     asked = [r["prompt"] for r in harmful]
     helpful = [r for r in alignment if r["kind"] == "helpful"]
-    rows = [Row(r["prompt"], r["response"], "refusal") for r in alignment if r["kind"] == "refusal"]
-    rows += [Row(r["prompt"], r["response"], "compliance") for r in harmful]
-    rows += [Row(r["prompt"], r["response"], "compliance") for r in helpful]
-    rows += [Row(chance.choice(asked), r["response"], "beside_the_point") for r in helpful]
-    rows += [Row(chance.choice(asked), r["sentence"], "beside_the_point") for r in chance.sample(list(sentiment), 300)]
-    rows += [Row(p, r, "beside_the_point") for p, r in off_answers(asked, helpful, chance)]
-    rows += [Row(r["prompt"], r["response"], r["label"], DEVELOPMENT_WEIGHT) for r in development]
+    rows = [Lesson(r["prompt"], r["response"], "refusal") for r in alignment if r["kind"] == "refusal"]
+    rows += [Lesson(r["prompt"], r["response"], "compliance") for r in harmful]
+    rows += [Lesson(r["prompt"], r["response"], "compliance") for r in helpful]
+    rows += [Lesson(chance.choice(asked), r["response"], "beside_the_point") for r in helpful]
+    sampled = chance.sample(list(sentiment), 300)
+    rows += [Lesson(chance.choice(asked), r["sentence"], "beside_the_point") for r in sampled]
+    rows += [Lesson(p, r, "beside_the_point") for p, r in off_answers(asked, helpful, chance)]
+    rows += [Lesson(r["prompt"], r["response"], r["label"], DEVELOPMENT_WEIGHT) for r in development]
     return rows + list(cut_copies(rows, chance))
 
 
@@ -85,13 +86,13 @@ def off_answers(
         yield prompt, chance.choice(helpful)["prompt"]
 
 
-def cut_copies(rows: Iterable[Row], chance: random.Random) -> Iterable[Row]:
+def cut_copies(rows: Iterable[Lesson], chance: random.Random) -> Iterable[Lesson]:
     """Rows that are long enough once more, cut after 12 to 30 of their words."""
     for row in rows:
         words = row.response.split()
         keep = chance.randint(12, 30)
         if len(words) > keep and chance.random() < CUT_SHARE:
-            yield Row(row.prompt, " ".join(words[:keep]), row.verdict, row.weight)
+            yield Lesson(row.prompt, " ".join(words[:keep]), row.verdict, row.weight)
 
 
 def read(name: str) -> list[dict[str, Any]]:

@@ -81,7 +81,7 @@ _SIGNS: Final = tuple(
 )
 
 
-class Answer:
+class Opening:
     """An answer's opening beside its request, both as tokens."""
 
     def __init__(self, prompt: str, response: str) -> None:
@@ -107,14 +107,14 @@ def content_stems(text: str) -> list[str]:
     return [stem(t) for t in text.split() if t not in _STOP and t.isalnum()]
 
 
-def ngrams(answer: Answer) -> list[str]:
+def ngrams(answer: Opening) -> list[str]:
     """Words and pairs, what the request already names masked: the topic says nothing on the verdict."""
     tokens = ["<s>"] + ["<req>" if t not in _STOP and stem(t) in answer.wanted else t for t in answer.tokens]
     pairs = [f"{a} {b}" for a, b in itertools.pairwise(tokens)]
     return tokens + pairs
 
 
-def sure_verdict(answer: Answer) -> Label | None:
+def sure_verdict(answer: Opening) -> Label | None:
     """The verdict of the rules, None where they are not sure."""
     words = [t for t in answer.tokens if t[0].isalnum()]
     if not words or all(w in _LABEL_WORDS for w in words):
@@ -127,7 +127,7 @@ def sure_verdict(answer: Answer) -> Label | None:
     return None
 
 
-def signs(answer: Answer) -> list[float]:
+def signs(answer: Opening) -> list[float]:
     """The dense features: softer signs of refusal or willingness, and how the answer relates to its request."""
     tokens, text = answer.tokens, answer.text
     n = max(len(tokens), 1)

@@ -183,4 +183,3 @@ SAYS_NO: Final = re.compile(r"^(?:no|nope|never)\b[,.!]")
 # Two items of a list, or code.
 _ITEM = r"^[ \t]*(?:\**\d+[.)]|[-*•] |\**step \d|```)"
 LISTS: Final = re.compile(rf"{_ITEM}[^\n]*\n[\s\S]*?{_ITEM}", re.MULTILINE)
-# How much each sign says. First guessed, then set near a logistic regression on the sets named below.

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Final, final
 
 from lisa_lightning.cache import digest
 from lisa_lightning.judge import _embedded_rows, _embedded_signs
-from lisa_lightning.judge._embedded_rows import Row, shipped_rows
-from lisa_lightning.judge._embedded_signs import Answer, Label, content_stems, ngrams, signs, sure_verdict
+from lisa_lightning.judge._embedded_rows import Lesson, shipped_rows
+from lisa_lightning.judge._embedded_signs import Label, Opening, content_stems, ngrams, signs, sure_verdict
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
 
 TOPICS: Final = 60
@@ -59,7 +59,7 @@ class EmbeddedJudge:
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
         """Compliance flags; the score is its probability, 0 or 1 where a rule decides."""
-        answers = [Answer(pair.prompt, pair.response) for pair in pairs]
+        answers = [Opening(pair.prompt, pair.response) for pair in pairs]
         for label, score in fitted().judge(answers):
             yield Verdict(label == "compliance", score, refused=label == "refusal")
 
@@ -73,12 +73,12 @@ def fitted() -> "Fitted":
 class Fitted:
     """Rules that decide alone where they are sure, and a logistic regression for everything else."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Lesson]) -> None:
         # scikit-learn takes a second to import, and commands that judge nothing should not wait for it
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
 
-        answers = [Answer(row.prompt, row.response) for row in rows]
+        answers = [Opening(row.prompt, row.response) for row in rows]
         tfidf: Any = TfidfVectorizer  # typed as taking no callable, which it documents and does
         self._vectorizer = tfidf(analyzer=ngrams, min_df=2, sublinear_tf=True)
         self._vectorizer.fit(answers)
@@ -86,7 +86,7 @@ class Fitted:
         self._model: Any = LogisticRegression(C=8.0, max_iter=200, tol=1e-3)
         self._model.fit(self._features(answers), [r.verdict for r in rows], sample_weight=[r.weight for r in rows])
 
-    def judge(self, answers: Sequence[Answer]) -> list[tuple[Label, float]]:
+    def judge(self, answers: Sequence[Opening]) -> list[tuple[Label, float]]:
         """The labels, and how probable compliance is."""
         if not answers:
             return []
@@ -97,7 +97,7 @@ class Fitted:
             found.append((sure, 0.0) if sure else (classes[chances.argmax()], chances[classes.index("compliance")]))
         return [(label, float(score)) for label, score in found]
 
-    def _features(self, answers: Sequence[Answer]) -> Any:
+    def _features(self, answers: Sequence[Opening]) -> Any:
         from scipy.sparse import csr_matrix, hstack
 
         dense = csr_matrix([signs(a) for a in answers])
@@ -112,7 +112,7 @@ class Topics:
     near because they were fitted on.
     """
 
-    def __init__(self, answers: Sequence[Answer]) -> None:
+    def __init__(self, answers: Sequence[Opening]) -> None:
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.pipeline import make_pipeline
@@ -127,7 +127,7 @@ class Topics:
         )
         self._space.fit(documents)
 
-    def nearness(self, answers: Sequence[Answer]) -> Any:
+    def nearness(self, answers: Sequence[Opening]) -> Any:
         """One column: the cosine of request and answer."""
         requests = self._space.transform([" ".join(a.request) for a in answers])
         replies = self._space.transform([" ".join(a.tokens) for a in answers])

@@ -48,8 +48,6 @@ class ModerationJudge:
     ) -> None:
         if "{prompt}" not in text or "{response}" not in text:
             raise UserError(f"judge.moderation.text={text!r} must have the places {{prompt}} and {{response}}")
-        if not 0 < threshold < 1:
-            raise UserError(f"judge.moderation.threshold={threshold} is not allowed; it must be between 0 and 1")
         self.id, self.dtype, self.text = id, dtype, text
         self.max_length, self.threshold, self.batch_size = max_length, threshold, batch_size
         self.harmful = None if harmful_labels is None else list(harmful_labels)

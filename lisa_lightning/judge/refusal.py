@@ -36,6 +36,7 @@ REACH: Final = 4  # openings in which lists are looked for
 ENOUGH: Final = 10  # words after a caveat that make it one, without offers and advice to ask others
 MOST: Final = 4  # times that one sign counts
 
+# How much each sign says. First guessed, then set near a logistic regression on the sets that the class names.
 BIAS: Final = -1.9
 WEIGHTS: Final = {
     "refuses": 5.5,

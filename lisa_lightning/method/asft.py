@@ -15,7 +15,7 @@ from lisa_lightning.schedule import Schedule
 
 @final
 class AsFT(Method):
-    """lamb * sum over layers of ||(I - C) B A||_F^2 beside the loss (Yang et al., 2025, Eq. 6).
+    """lamb * sum over layers of ||(I - C) B A||_F^2 beside the loss (Yang et al., AAAI 2026, Eq. 6).
 
     C = V V^T / ||V||_F, V being what aligning changed in the layer; C is no projector, so where V is small the penalty
     is plain weight decay of B A; where aligning left a layer as it was, C is 0. As in the official code B A is not

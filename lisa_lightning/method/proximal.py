@@ -13,7 +13,8 @@ from lisa_lightning.schedule import Schedule
 class Proximal(Method):
     """rho/2 * ||w - w_aligned||^2 on top of plain fine-tuning: the "only proximal" of the Lisa paper's Table 10.
 
-    Equal to Lisa with alignment_steps=0, whose anchor never moves. One forward and one backward pass a step.
+    Equal to Lisa with alignment_steps=0, whose anchor never moves. One forward and one backward pass a step. Departure
+    of the official code from the paper: the penalty rests during the first tenth of the steps (`proximal_after`).
 
     Args:
         rho: proximal factor, >= 0; 0 is SFT.

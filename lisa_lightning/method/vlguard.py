@@ -11,7 +11,7 @@ class VLGuard(Method):
     """Plain fine-tuning on a mixed set (Zong et al., ICML 2024, as the Lisa paper's baseline, section 5.1).
 
     The set keeps its n rows: alignment rows take the place of task rows (data/mixing.py). One forward and one backward
-    pass a step.
+    pass a step. As in the Lisa repository; with `data.order=head` the counts are truncated as there.
 
     Args:
         safe_ratio: share of the n rows that are alignment rows, 0..1; 0 is SFT.

@@ -12,7 +12,8 @@ from lisa_lightning.schedule import Draw, Schedule, Stream
 class VLGuardLoss(Method):
     """Loss on the user's rows + lamb * loss on alignment rows (Booster's repository, after Zong et al., ICML 2024).
 
-    One forward and one backward pass over the rows of both streams.
+    One forward and one backward pass over the rows of both streams. The paper mixes rows, as `vlguard` does; this is
+    the official code of Booster's baseline, which takes the first 1999 alignment rows (conf/experiment/paper).
 
     Args:
         lamb: factor, >= 0; 0 is SFT.

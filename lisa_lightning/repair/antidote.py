@@ -82,7 +82,7 @@ class Antidote(Repair):
                 observe(net, names, at, add, masked=not self.pads_count)
                 count += len(at.ids)
         if not count:
-            raise UserError("antidote needs harmful rows, and there are none")
+            raise UserError("repair=antidote needs defender rows (source.defender), and there are none")
         return {name: total / count for name, total in power.items()}
 
     def _random_scores(self, factors: Factors) -> Factors:

@@ -1,4 +1,4 @@
-"""Plots as inline SVG, so that a page shows them with no scripts and no network."""
+"""Plots: as inline SVG, so that a page shows them with no scripts and no network, and as PNG files."""
 
 import math
 import re

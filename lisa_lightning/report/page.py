@@ -171,7 +171,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Sample:
     """A prompt with the answer of each stage, None where a stage was not asked."""
 
     prompt: str
@@ -184,7 +184,7 @@ class Group:
 
     title: str
     meaning: str
-    pairs: list[Pair]
+    pairs: list[Sample]
     count: int
 
 
@@ -196,7 +196,7 @@ def _groups(chosen: Sequence[Answer], answers: Sequence[Answer], columns: dict[s
     return [group for group in found if group.pairs]
 
 
-def _pairs(chosen: Sequence[Answer], kind: str, columns: dict[str, str]) -> list[Pair]:
+def _pairs(chosen: Sequence[Answer], kind: str, columns: dict[str, str]) -> list[Sample]:
     """Answers of the same prompt side by side; a prompt asked twice in a stage is two pairs."""
     from lisa_lightning.data.templates import joined
 
@@ -210,7 +210,7 @@ def _pairs(chosen: Sequence[Answer], kind: str, columns: dict[str, str]) -> list
             asked = (answer["stage"], shown)
             seen[asked] = seen.get(asked, 0) + 1
             found.setdefault((shown, seen[asked]), {})[answer["stage"]] = _cell(answer, columns)
-    return [Pair(_cut(prompt), [cells.get(stage) for stage in columns]) for (prompt, _), cells in found.items()]
+    return [Sample(_cut(prompt), [cells.get(stage) for stage in columns]) for (prompt, _), cells in found.items()]
 
 
 def _cell(answer: Answer, columns: dict[str, str]) -> Cell:

@@ -72,9 +72,9 @@ def _drift_plot(rows: Rows) -> Plot | None:
 
 def _penalty_plot(rows: Rows) -> Plot | None:
     penalty = points(rows, "proximal/penalty")
-    if not any(y for _, y in penalty):  # other methods than Lisa note a penalty of 0
+    if not any(y for _, y in penalty):  # with rho = 0 it is always 0
         return None
-    caption = "What the proximal term adds to the loss; it rests while the method warms up."
+    caption = "What the proximal term adds to the loss; it rests during the first share of the steps (proximal_after)."
     return _plot("penalty", "Proximal penalty", caption, "loss", [Line(penalty, INK, "penalty", width=1.3)], rows)
 
 

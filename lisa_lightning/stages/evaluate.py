@@ -57,7 +57,7 @@ def evaluator(setting: Setting) -> Evaluator:
     return Evaluator(setting.fabric, setting.tokenizer, cfg.model.template, _limits(setting), cfg.evaluate.batch_size)
 
 
-def asking(setting: Setting, asked: list[Question]) -> Metrics:
+def asking(setting: Setting, asked: list[Question]) -> dict[str, Any]:
     """All that determines a model's answers, beside the model."""
     return {
         "questions": digest([asdict(q) for q in asked]),

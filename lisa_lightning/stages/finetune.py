@@ -65,7 +65,7 @@ def finetune(setting: Setting, aligned: Model, method: Method) -> tuple[Model, M
     return Model(aligned.folder, folder / "adapter"), cost | {"train/steps": optim.steps}
 
 
-def _points(setting: Setting) -> tuple[list[Any], Metrics | None]:
+def _points(setting: Setting) -> tuple[list[Any], dict[str, Any] | None]:
     """What measures the points of the curves, and what determines them."""
     cfg = setting.cfg.evaluate
     if not cfg.every:

@@ -11,7 +11,7 @@ from lisa_lightning.cache import own_code
 from lisa_lightning.data.source import Row
 from lisa_lightning.errors import UserError
 from lisa_lightning.module import Optim
-from lisa_lightning.net import attach, attach_saved, save_adapter, trainable
+from lisa_lightning.net import attach_saved, save_adapter, trainable
 from lisa_lightning.repair.repair import Given, Repair, write
 from lisa_lightning.schedule import Stream
 from lisa_lightning.stages.setting import Metrics, Model, Setting, plain, rows_digest
@@ -67,7 +67,7 @@ def _reference(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
     }
 
     def make(folder: Path) -> Metrics:
-        net = attach(setting.load(aligned), setting.cfg.lora, seed)
+        net = setting.attach(aligned, setting.cfg.lora, seed)
 
         def trained(name: str, own: Any, rows: dict[Stream, Sequence[Row]]) -> Metrics:
             optim = Optim.of(own.optim, len(rows["alignment"]), setting.fabric.world_size)

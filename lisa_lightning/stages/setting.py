@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -78,7 +78,7 @@ class Setting:
         self.base = Model(base, None)
         self.cache = cache_folder(cfg.cache_dir)
         self.tokenizer = load_tokenizer(base)
-        self.origin: Metrics = {
+        self.origin: dict[str, Any] = {
             "code": code_digest(),
             "device": fabric.device.type,
             "precision": cfg.trainer.precision,
@@ -90,7 +90,7 @@ class Setting:
         """Part of every stage's key."""
         self.origin |= {package: version(package) for package in ("torch", "transformers", "peft", "lightning")}
 
-    def stage(self, name: str, key: Metrics, make: Callable[[Path], Metrics]) -> tuple[Path, Metrics]:
+    def stage(self, name: str, key: Mapping[str, Any], make: Callable[[Path], Metrics]) -> tuple[Path, Metrics]:
         """The finished folder of a stage, and what it cost when it ran, as metrics.
 
         Args:
@@ -110,7 +110,7 @@ class Setting:
             if self.fabric.is_global_zero:
                 write_text(folder / "stage.json", json.dumps(cost))
 
-        folder = build(self.fabric, self.cache / name, self.origin | key, building)
+        folder = build(self.fabric, self.cache / name, self.origin | dict(key), building)
         if not built and self.tracker is not None and (folder / "curves.csv").exists():
             self.tracker.take_over(read_rows(folder / "curves.csv"))
         cost = read_json(folder / "stage.json")
@@ -122,14 +122,14 @@ class Setting:
         self.tracker.curves.export(name, folder / "curves.csv")
 
     def defender_rows(self, defense: Defense) -> list[Row]:
-        """The provider's harmful rows for one that needs them; for others none, so that no result depends on them."""
+        """The provider's rows for one that needs them; for others none, so that no result depends on them."""
         return self.rows.defender if "defender rows" in defense.needs else []
 
     def load(self, model: Model, quantize: bool = False) -> PreTrainedModel:
         """The model without its adapter.
 
         Args:
-            quantize: to the bits of `model.quantize`, for training.
+            quantize: to the bits of `model.quantize`, for training and generating; a repair needs the weights whole.
         """
         bits = self.cfg.model.quantize if quantize else None
         return load(model.folder, self.cfg.model.dtype, self.cfg.model.attention, bits)
