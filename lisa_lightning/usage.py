@@ -27,6 +27,7 @@ def usage() -> str:
 
 def _groups() -> Iterator[str]:
     for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
-        names = sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("[!_]*.yaml"))
+        files = sorted(folder.rglob("[!_]*.yaml"), key=lambda file: (len(file.parts), file))
+        names = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
         if folder.name != "paper":  # parts of experiment/paper, which no one chooses
             yield fill(", ".join(names), 118, initial_indent=f"  {folder.name:<12}", subsequent_indent=" " * 14)
