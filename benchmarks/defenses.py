@@ -37,7 +37,7 @@ REPEATED = 5
 METHODS: dict[str, tuple[str, Callable[[], Method]]] = {
     "vaccine": ("2F 2B", lambda: Vaccine(2.0)),
     "t_vaccine": ("2F 2B, B down to the lowest of 8 active layers", lambda: TVaccine(3.0, 8, 20, 200, 0)),
-    "repnoise": ("3F 2B and every layer's unembedding", lambda: RepNoise(1.0, 0.001, False, 0)),
+    "repnoise": ("3F 3B and every layer's unembedding", lambda: RepNoise(1.0, 0.001, False, 0)),
     "booster": ("3F 3B", lambda: Booster(5.0, 0.1, 0.0, False)),
     "booster with vaccine": ("4F 4B", lambda: Booster(5.0, 0.1, 2.0, False)),
     "bso": ("1F 1B", lambda: BSO(0, 1)),

@@ -125,8 +125,8 @@ FAULTS = [
             "own = torch.tensor([float(len(counted))]",
         ),
         ("self.beta * mmd - self.alpha", "self.beta * mmd + self.alpha"),
-        ("total = -self.alpha * sum_ * scale / entropy", "total = -self.alpha * sum_ * scale"),
-        ("entropy = 1 + passes", "entropy = passes"),
+        ("self.alpha / (1 + entropy) * a", "self.alpha * a"),
+        ("self.alpha / (1 + entropy) * a", "self.alpha / entropy * a"),
     ),
     *_faults(
         "method/ewc.py",

@@ -168,7 +168,7 @@ def _compare_layers(wanted: dict[str, Any], heard: dict[str, list[Tensor]], erro
     if "mmd_per_layer" in wanted:
         errors.add("layer mmd", torch.stack(heard["mmd"]), wanted["mmd_per_layer"])
         entropies = [*wanted["ce_harmful_hidden"], wanted["ce_harmful_final"]]
-        harmful = heard["_entropy"][1 : 1 + len(entropies)]  # behind the harmless rows', before the pass with gradient
+        harmful = heard["_entropy"][1 : 1 + len(entropies)]  # behind the harmless rows'
         errors.add("layer entropies", torch.stack(harmful), entropies)
 
 

@@ -1,5 +1,6 @@
 """RepNoise: alignment that turns what the model makes of harmful rows into noise."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -29,8 +30,8 @@ class Counted:
     """[S] index of the position that predicts a label."""
     targets: Tensor
     """[S] the labels."""
-    kept: Tensor
-    """[S] factor of the predictor's logits: 0 where the official code zeroes them."""
+    kept: Tensor | None
+    """[S] factor of the predictor's logits: 0 where the official code zeroes them; None: nowhere."""
 
 
 @final
@@ -40,7 +41,8 @@ class RepNoise(Method):
     N is the mean over layers of the maximum mean discrepancy (five Gaussian kernels) between noise and what the MLP
     makes of harmful rows; H is 1 plus the cross entropy of their labels, averaged over the hidden states of all depths,
     each through the final norm and the unembedding. N and log H are of the step's rows as a whole, whatever their
-    split, so harmful rows take a pass without gradient first: three forward passes and two backward.
+    split, so harmful rows take a pass for H and, once all their activations are known, one for N: three forward passes
+    and three backward, the unembedding of every depth in one of them.
 
     A row's label tokens are what counts. `official` is the port to the letter: what counts are the positions at which
     ids of harmful and harmless rows differ, padding included, though the rows are no pairs; logits behind other
@@ -83,35 +85,37 @@ class RepNoise(Method):
         labels = self._labels(passes, counted)
         if labels == 0:  # every answer is cut off
             return Descent(loss, gradient)
-        scale = 1 / labels
-
         found: list[list[Tensor]] = []
-        entropy = torch.zeros((), device=passes.device)
-        with torch.no_grad():
-            for (pack,), own in zip(passes.micro_batches(harmful), counted, strict=True):
-                features, sum_ = self._harmful(passes.model, pack, own)
-                found.append(features)
-                entropy += sum_ * scale
-        entropy = 1 + passes.summed([entropy])[0]
-        pulls, distances, first = self._noised(passes, step.index, counted, found)
-        places, rows = iter(counted), first
+        of_entropy = iter(counted)
 
-        def share(packs: Sequence[Pack]) -> Tensor:
-            nonlocal rows
-            features, sum_ = self._harmful(passes.model, packs[0], next(places))
-            total = -self.alpha * sum_ * scale / entropy
-            for own, pull in zip(features, pulls, strict=True):
-                total = total + self.beta / len(pulls) * (own * pull[rows : rows + len(own), : own.shape[1]]).sum()
-            rows += len(packs[0].ids)
-            return total
+        def entropies(packs: Sequence[Pack]) -> Tensor:
+            features, sum_ = self._harmful(passes.model, packs[0], next(of_entropy))
+            found.append([f.detach() for f in features])
+            return sum_ / labels
 
-        _, more = passes.gradient(harmful, share)
-        mmd = torch.stack(distances).mean()
-        penalty = self.beta * mmd - self.alpha * torch.log(entropy)
+        entropy, away = passes.gradient(harmful, entropies)
+        pulls, distances, row = self._noised(passes, step.index, counted, found)
+        of_noise = iter(counted)
+
+        def noise(packs: Sequence[Pack]) -> Tensor:
+            nonlocal row
+            features = self._features(passes.model, packs[0], next(of_noise))
+            shares = [pull[row : row + len(f), : f.shape[1]] for f, pull in zip(features, pulls, strict=True)]
+            pulled = [(f * pull).sum() for f, pull in zip(features, shares, strict=True)]
+            row += len(packs[0].ids)
+            return torch.stack(pulled).mean()
+
+        _, towards = passes.gradient(harmful, noise)
+        mmd = torch.stack(distances).mean().item()
+        parts = zip(gradient, away, towards, strict=True)
         return Descent(
             loss,
-            [g + h for g, h in zip(gradient, more, strict=True)],
-            {"repnoise/penalty": penalty.item(), "repnoise/mmd": mmd.item(), "defender/loss": entropy.item() - 1},
+            [g - self.alpha / (1 + entropy) * a + self.beta * t for g, a, t in parts],
+            {
+                "repnoise/penalty": self.beta * mmd - self.alpha * math.log1p(entropy),
+                "repnoise/mmd": mmd,
+                "defender/loss": entropy,
+            },
         )
 
     def _harmless(self, passes: Passes, harmless: Batch, harmful: Batch) -> tuple[float, list[Tensor]]:
@@ -157,8 +161,13 @@ class RepNoise(Method):
         entropies = [_entropy(unembed(model, h), counted) for h in normed]
         if self.official:
             entropies.append(_entropy(out.logits.flatten(0, 1)[counted.predictors], counted))
-        mask = counted.mask[..., None]
-        return [f.view(*pack.ids.shape, -1) * mask for f in found], torch.stack(entropies).sum() / len(states)
+        return _masked(found, pack, counted), torch.stack(entropies).sum() / len(states)
+
+    def _features(self, model: Any, pack: Pack, counted: Counted) -> list[Tensor]:
+        """Each layer's masked MLP outputs [R, T, H] alone."""
+        with outputs(self.blocks) as found:
+            model(input_ids=pack.ids, attention_mask=pack.mask.long(), use_cache=False, logits_to_keep=1)
+        return _masked(found, pack, counted)
 
     def _noised(
         self, passes: Passes, step: int, counted: Sequence[Counted], found: list[list[Tensor]]
@@ -198,6 +207,10 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
     return (signs[:, None] * signs[None] * kernel).sum() / (len(x) * len(y))
 
 
+def _masked(found: Sequence[Tensor], pack: Pack, counted: Counted) -> list[Tensor]:
+    return [f.view(*pack.ids.shape, -1) * counted.mask[..., None] for f in found]
+
+
 def _packs(batch: Batch) -> list[Pack]:
     return [p for packs in batch.micro_batches for p in packs]
 
@@ -205,7 +218,7 @@ def _packs(batch: Batch) -> list[Pack]:
 def _labelled(pack: Pack) -> Counted:
     mask = torch.zeros_like(pack.mask).flatten()
     mask[pack.predictors + 1] = True
-    return Counted(mask.view_as(pack.mask), pack.predictors, pack.targets, torch.ones_like(pack.targets))
+    return Counted(mask.view_as(pack.mask), pack.predictors, pack.targets, None)
 
 
 def _differing(pack: Pack, other: Pack, rounded: bool) -> Counted:
@@ -222,4 +235,5 @@ def _differing(pack: Pack, other: Pack, rounded: bool) -> Counted:
 
 
 def _entropy(logits: Tensor, counted: Counted) -> Tensor:
-    return F.cross_entropy((logits * counted.kept[:, None]).float(), counted.targets, reduction="sum")
+    logits = logits if counted.kept is None else logits * counted.kept[:, None]
+    return F.cross_entropy(logits.float(), counted.targets, reduction="sum")
