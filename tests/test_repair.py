@@ -194,7 +194,7 @@ def test_antidote_removes_as_much_of_every_row_at_random() -> None:
     assert all(torch.equal((w == 0).sum(1), removed[name].sum(1)) for name, w in control.items())
     assert_equal(control, pruned(0.3, [], random=True, seed=1), 0)
     assert differing(control, pruned(0.3, [], random=True, seed=2))
-    with pytest.raises(UserError, match="harmful rows"):
+    with pytest.raises(UserError, match="needs defender rows"):
         pruned(0.3, [])
 
 
