@@ -43,6 +43,7 @@ FIRST = {  # task -> its first training row, and training and test rows
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", FIRST)
 def test_the_shipped_config_reads_the_published_sets(config: Callable[..., DictConfig], hub: Path, task: str) -> None:
     cfg = config("source=hub", f"task={task}")

@@ -157,6 +157,7 @@ def test_local_files_are_asked_for_by_key(config: Config) -> None:
         check(config("source=local"))
 
 
+@pytest.mark.slow
 def test_every_rule_is_about_a_key_that_exists(config: Config) -> None:
     absent = {rule.replace("align.method.", "method.") for rule in set(RULES) - HARMLESS}  # a method is asked for once
     judges = (f"judge=[{','.join(JUDGES)}]", *(override for needed in NEEDED.values() for override in needed))
@@ -178,6 +179,7 @@ RULED_ELSEWHERE = r"source\.refusals|align\.method|task\.(embedded|hub)\..*|.*\.
 """A path that is asked for, what is null where nothing aligns, what a source takes over, a person's own columns."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", sorted(f.name for f in (ROOT / "conf").iterdir() if f.is_dir()))
 def test_every_key_has_a_rule(config: Config, group: str) -> None:
     folder = ROOT / "conf" / group
