@@ -26,6 +26,10 @@ def _two_shares(value: Any) -> bool:
     return isinstance(value, ListConfig) and len(value) == 2 and all(_number(b) and 0 <= b < 1 for b in value)
 
 
+def _filled(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
 def _targets(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, ListConfig) and len(value) > 0)
 
@@ -73,7 +77,8 @@ OPTIMS = ("optim", "align.optim", "repair.reference.sft.optim", "repair.referenc
 TARGETS: Check = (_targets, "all-linear or a list of module names")
 LORA: dict[str, Check] = {"r": COUNT, "alpha": POSITIVE, "dropout": DROPOUT, "targets": TARGETS}
 MAPPING: Check = (lambda v: isinstance(v, DictConfig), "a mapping such as {field: column}")
-TEXT: Check = (lambda v: isinstance(v, str) and v != "", "a name")
+TEXT: Check = (_filled, "a name")
+PHRASE: Check = (_filled, "a text")
 SET: dict[str, Check] = {
     "path": _optional((lambda v: isinstance(v, str), "the path of a file")),
     "header": _optional((lambda v: isinstance(v, ListConfig) and len(v) > 0, "a list of column names")),
@@ -124,7 +129,6 @@ CURATE: dict[str, Check] = {
     "activation": _one_of("softmax", "sigmoid"),
     "seed": COUNT_OR_0,
 }
-PHRASE: Check = (lambda v: isinstance(v, str) and v != "", "a text")
 ENDPOINT: dict[str, Check] = {
     "model": TEXT,
     "base_url": _optional(TEXT),
@@ -138,7 +142,7 @@ ENDPOINT: dict[str, Check] = {
     "timeout_s": POSITIVE,
     "temperature": _optional((lambda v: _number(v) and 0 <= v <= 2, "a number from 0 to 2")),
 }
-ID: Check = (lambda v: isinstance(v, str) and v != "", "a hub id or a folder")
+ID: Check = (_filled, "a hub id or a folder")
 WORDS: Check = (lambda v: isinstance(v, str), "a text")
 DTYPE = _one_of("float32", "bfloat16", "float16")
 JUDGES: dict[str, dict[str, Check]] = {

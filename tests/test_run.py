@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lisa_lightning.base_model import base_model
-from lisa_lightning.cache import OneRank
+from lisa_lightning.cache import OneRank, digest
 from lisa_lightning.data.files import EMBEDDED
 from lisa_lightning.data.templates import encode_prompt
 from lisa_lightning.evaluate.generate import Stop, generate
@@ -280,3 +280,7 @@ def test_answers_of_the_embedded_model_are_those_of_one_prompt_at_a_time(
             assert first - second < 1e-3
     assert total > 60
     assert same >= 0.99 * total
+
+
+def test_a_cache_key_is_the_same_in_any_order() -> None:
+    assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1}) != digest({"a": 1})

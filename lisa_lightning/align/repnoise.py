@@ -97,15 +97,15 @@ class RepNoise(Method):
         pulls, distances, row = self._noised(passes, step.index, counted, found)
         of_noise = iter(counted)
 
-        def noise(packs: Sequence[Pack]) -> Tensor:
+        def pulled(packs: Sequence[Pack]) -> Tensor:
             nonlocal row
             features = self._features(passes.model, packs[0], next(of_noise))
-            shares = [pull[row : row + len(f), : f.shape[1]] for f, pull in zip(features, pulls, strict=True)]
-            pulled = [(f * pull).sum() for f, pull in zip(features, shares, strict=True)]
-            row += len(packs[0].ids)
-            return torch.stack(pulled).mean()
+            rows = slice(row, row + len(packs[0].ids))
+            row = rows.stop
+            terms = [(f * pull[rows, : f.shape[1]]).sum() for f, pull in zip(features, pulls, strict=True)]
+            return torch.stack(terms).mean()
 
-        _, towards = passes.gradient(harmful, noise)
+        _, towards = passes.gradient(harmful, pulled)
         mmd = torch.stack(distances).mean().item()
         parts = zip(gradient, away, towards, strict=True)
         return Descent(

@@ -29,7 +29,7 @@ class Pharmacist(BilevelCurate):
     needs = frozenset({"defender rows"})
 
     def scores(self, given: Candidates) -> Tensor:
-        """Uses the alignment rows, the harmful rows and the model."""
+        """Uses the alignment rows, the defender rows and the model."""
         if not len(given.defender):
             raise UserError("curate=pharmacist needs defender rows (source.defender), and there are none")
         passes, packing = given.trainee()

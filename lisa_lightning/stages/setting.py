@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -90,7 +90,7 @@ class Setting:
         """Part of every stage's key."""
         self.origin |= {package: version(package) for package in ("torch", "transformers", "peft", "lightning")}
 
-    def stage(self, name: str, key: Mapping[str, Any], make: Callable[[Path], Metrics]) -> tuple[Path, Metrics]:
+    def stage(self, name: str, key: dict[str, Any], make: Callable[[Path], Metrics]) -> tuple[Path, Metrics]:
         """The finished folder of a stage, and what it cost when it ran, as metrics.
 
         Args:
@@ -110,7 +110,7 @@ class Setting:
             if self.fabric.is_global_zero:
                 write_text(folder / "stage.json", json.dumps(cost))
 
-        folder = build(self.fabric, self.cache / name, self.origin | dict(key), building)
+        folder = build(self.fabric, self.cache / name, self.origin | key, building)
         if not built and self.tracker is not None and (folder / "curves.csv").exists():
             self.tracker.take_over(read_rows(folder / "curves.csv"))
         cost = read_json(folder / "stage.json")
@@ -122,7 +122,7 @@ class Setting:
         self.tracker.curves.export(name, folder / "curves.csv")
 
     def defender_rows(self, defense: Defense) -> list[Row]:
-        """The provider's rows for one that needs them; for others none, so that no result depends on them."""
+        """Defender rows for one that needs them; for others none, so that no result depends on them."""
         return self.rows.defender if "defender rows" in defense.needs else []
 
     def load(self, model: Model, quantize: bool = False) -> PreTrainedModel:

@@ -26,7 +26,7 @@ def train(
     optim: Optim,
     seed: int,
     rows: Mapping[Stream, Sequence[Row]],
-    key: Mapping[str, Any],
+    key: dict[str, Any],
     *,
     callbacks: Sequence[Any] = (),
     discard: bool = False,
@@ -54,7 +54,7 @@ def train(
         discard=discard,
         paired=method.paired,
     )
-    module = LisaModule(Passes(net, batches.whole, deltas), method, optim, seed, setting.origin | dict(key))
+    module = LisaModule(Passes(net, batches.whole, deltas), method, optim, seed, setting.origin | key)
     path = setting.out / "checkpoints" / f"{stage}.ckpt"
     checkpoint = Checkpoint(path, setting.cfg.checkpoint.every, optim.steps)
     record = Record(setting.tracker if curves else None, stage)
