@@ -96,7 +96,7 @@ def outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     A block whose output is a tuple gives its first element.
     """
     found: list[Tensor] = []
-    with _hooked(blocks, lambda _, out: found.append(_first(out))):
+    with hooked(blocks, lambda _, out: found.append(_first(out))):
         yield found
 
 
@@ -112,19 +112,19 @@ def probed(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
         found.append(torch.zeros_like(_first(out), requires_grad=True))
         return _added(out, found[-1])
 
-    with _hooked(blocks, hook):
+    with hooked(blocks, hook):
         yield found
 
 
 @contextmanager
 def perturbed(blocks: Sequence[nn.Module], offsets: Sequence[Tensor]) -> Iterator[None]:
     """Add a constant to the output of each of these blocks in the pass within."""
-    with _hooked(blocks, lambda i, out: _added(out, offsets[i])):
+    with hooked(blocks, lambda i, out: _added(out, offsets[i])):
         yield
 
 
 @contextmanager
-def _hooked(blocks: Sequence[nn.Module], hook: Callable[[int, Any], Any]) -> Iterator[None]:
+def hooked(blocks: Sequence[nn.Module], hook: Callable[[int, Any], Any]) -> Iterator[None]:
     """Call `hook` with a block's place and output; what it returns, unless None, takes the output's place."""
     handles = [
         block.register_forward_hook(lambda _, __, out, place=place: hook(place, out))
@@ -135,6 +135,22 @@ def _hooked(blocks: Sequence[nn.Module], hook: Callable[[int, Any], Any]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def skipped(blocks: Sequence[nn.Module], out: Any) -> Iterator[None]:
+    """Each of these blocks computes nothing in the pass within, and gives `out`, which need not be a tensor."""
+    forwards = [(block, vars(block).get("forward")) for block in blocks]
+    try:
+        for block in blocks:
+            vars(block)["forward"] = lambda *_, **__: out
+        yield
+    finally:
+        for block, forward in forwards:
+            if forward is None:
+                vars(block).pop("forward", None)
+            else:
+                vars(block)["forward"] = forward
 
 
 def _first(out: Any) -> Tensor:

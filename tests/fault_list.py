@@ -166,6 +166,7 @@ FAULTS = [
         "test_repair.py test_golden.py",
         ("descending=not self.most_similar_first", "descending=self.most_similar_first"),
         ("return size > ordered", "return size >= ordered"),
+        ("self._layers[: self._passed]", "self._layers[: self._passed + 1]"),
     ),
     *_faults(
         "module.py",

@@ -12,7 +12,16 @@ from omegaconf import DictConfig
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lisa_lightning.blocks import attention_blocks, final_norm, mlp_blocks, outputs, perturbed
+from lisa_lightning.blocks import (
+    attention_blocks,
+    decoder_layers,
+    final_norm,
+    hooked,
+    mlp_blocks,
+    outputs,
+    perturbed,
+    skipped,
+)
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
@@ -132,6 +141,12 @@ def test_blocks_are_found_by_structure_with_an_adapter_or_without(
         with outputs([final_norm(model)]) as found:
             states = model(ids, output_hidden_states=True).hidden_states
         assert torch.equal(found[0], states[-1])
+        first, given = decoder_layers(model)[:1], []
+        with hooked(first, lambda _, out, given=given: given.append(out)):
+            model(ids)
+        with skipped(first, given[0]):
+            assert torch.equal(model(ids + 1).logits, plain)
+        assert not torch.allclose(model(ids + 1).logits, plain)
 
 
 @pytest.mark.parametrize("find", [attention_blocks, mlp_blocks, final_norm])

@@ -1,7 +1,6 @@
 """NLSR: in modules that drifted from a safe reference adapter, its safety-critical entries are put back."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, final
@@ -9,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lisa_lightning.blocks import decoder_layers, hooked, skipped
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.errors import UserError
 from lisa_lightning.net import modules
@@ -36,16 +36,17 @@ class NLSR(Repair):
     """Put a safe reference's critical entries back into modules that drifted from it (Yi et al., AAAI 2025).
 
     1. Of each factor W of the reference, W' = V V^T W, with V the leading right singular vectors of the scores X W^T,
-       X being its inputs at the answer's tokens of the alignment rows. Blocks in order: a block's inputs are those that
-       the low-rank versions of all blocks before it give.
+       X being its inputs at the answer's tokens of the alignment rows. Layers in order: a layer's inputs are those that
+       the low-rank versions of all layers before it give.
     2. Critical are the entries where |W'| is above its `sparsity_ratio` quantile.
     3. A module's similarity is the cosine of the masked B A of the adapter and of the reference.
     4. Modules are ranked by it, and replaced with probabilities that rise evenly from `prune_rate` - `epsilon` for the
        most similar to `prune_rate` + `epsilon` for the least.
     5. In a replaced module critical entries of A and B become the reference's.
 
-    A forward pass over the alignment rows for each block, broken off behind it: half as many whole passes as there are
-    blocks. Only r numbers a token and module are kept, since X W^T of B is that of A times B^T.
+    Two forward passes over the alignment rows, each layer being passed once with the reference's factors and once with
+    their low-rank versions. Kept are the rows' hidden states behind one layer, padding with them, and of a layer's
+    modules r numbers a token, since X W^T of B is that of A times B^T.
 
     Departures of the official code: its singular vectors are randomised, inexact by up to 6e-2 where the spectrum has
     no gap, here they are exact; where the quantile is 0 it draws entries at random, here only nonzero ones are
@@ -113,11 +114,14 @@ class NLSR(Repair):
         )
 
     def _low_rank(self, net: Any, reference: Factors, rows: list[Pack]) -> Factors:
+        if not rows:
+            raise UserError("nlsr needs alignment rows, and there are none")
+        way = _Way(net, rows)
         found: Factors = {}
         with holding(net, reference) as weights:
-            for _, block in groupby(modules(reference).values(), key=lambda pair: _block(pair[0])):
-                pairs = dict(block)
-                latent = _latent(net, list(pairs.values()), rows)
+            for layer, own in groupby(modules(reference).values(), key=lambda pair: way.place.get(pair[0])):
+                pairs = dict(own)
+                latent = way.latent(layer, list(pairs.values()))
                 for a, b in pairs.items():
                     found |= self._truncate(reference, a, b, latent[b].to(reference[a].device))
                 write(weights, {name: found[name] for pair in pairs.items() for name in pair})
@@ -151,6 +155,39 @@ class NLSR(Repair):
         return (self.prune_rate - self.epsilon + rank * 2 * self.epsilon).clamp(0, 1)
 
 
+class _Way:
+    """The alignment rows on their way through the layers, each of which they pass when it is what it will be."""
+
+    def __init__(self, net: Any, rows: Sequence[Pack]) -> None:
+        self._net = net
+        self._rows = [packed.to(next(net.parameters()).device) for packed in rows]
+        self._layers = decoder_layers(net)
+        layer = {id(w): i for i, module in enumerate(self._layers) for w in module.parameters()}
+        self.place = {name: layer[id(w)] for name, w in net.named_parameters() if id(w) in layer}
+        """Parameter -> its layer; none for those outside."""
+        self._passed = 0  # layers
+        self._behind: list[Any] = [None] * len(rows)  # what the last of them gives
+
+    def latent(self, layer: int | None, names: Sequence[str]) -> dict[str, Tensor]:
+        """The inputs of these factors of a layer at the answers' tokens, [tokens, r] float32; the rows go up to it."""
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        passed = self._layers[: self._passed]
+        last = [] if layer is None else self._layers[max(0, layer - 1) : layer]
+        for i, packed in enumerate(self._rows):
+            answer = packed.predictors + 1  # not the token that predicts: the activations of the answer itself
+
+            def add(name: str, x: Tensor, answer: Tensor = answer) -> None:
+                found[name].append(x[answer].float())
+
+            def keep(_: int, out: Any, i: int = i) -> None:
+                self._behind[i] = out
+
+            with skipped(passed, self._behind[i]), hooked(last, keep):
+                observe(self._net, names, packed, add, masked=True)
+        self._passed = layer or self._passed
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+
 def _in_order(net: Any, factors: Factors) -> Factors:
     """The factors block by block: a file's order has block 10 before block 2."""
     place = {name: i for i, (name, _) in enumerate(net.named_parameters())}
@@ -163,28 +200,6 @@ def _refuse_another_shape(factors: Factors, reference: Factors) -> None:
     if differing:
         name, shape = differing[0]
         raise UserError(f"nlsr's reference must be an adapter like the repaired one; only one has {name} {shape}")
-
-
-def _block(name: str) -> str:
-    """What stands before and in the first number of a name, or the name."""
-    found = re.match(r".*?\.\d+\.", name)
-    return found.group() if found else name
-
-
-def _latent(net: Any, names: list[str], rows: list[Pack]) -> dict[str, Tensor]:
-    """The inputs of these factors at the answers' tokens, [tokens, r] float32."""
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
-    for packed in rows:
-        at = packed.to(next(net.parameters()).device)
-        answer = at.predictors + 1  # not the token that predicts: the activations of the answer itself
-
-        def add(name: str, x: Tensor, answer: Tensor = answer) -> None:
-            found[name].append(x[answer].float())
-
-        observe(net, names, at, add, masked=True)
-    if not rows:
-        raise UserError("nlsr needs alignment rows, and there are none")
-    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 def _similarity(factors: Iterable[Tensor]) -> float:
