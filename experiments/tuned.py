@@ -120,8 +120,9 @@ def _pairs(chosen: Mapping[str, Arm], trials: Rows) -> list[Arm]:
 
 
 def control(name: str, own: Mapping[str, Any], of: Arm) -> Arm:
-    """The arm of a control, with the value of what it is the control of."""
-    return Arm((name,), of.tuned, own.get("choose", of.choices), {**of.fixed, **own.get("set", {})})
+    """The arm of a control: the value of what it is the control of, and its settings where it makes the same choice."""
+    same = {} if "choose" in own else of.fixed
+    return Arm((name,), of.tuned, own.get("choose", of.choices), {**same, **own.get("set", {})})
 
 
 def _measured(root: Path, path: Path, tried: Sequence[Arm], seeds: Sequence[int], more: Sequence[str]) -> Rows:
