@@ -52,22 +52,35 @@ def unembed(model: Any, hidden: Tensor) -> Tensor:
 
 def logits_at(model: Any, packed: Pack, predictors: Tensor) -> Tensor:
     """[S, V] behind the tokens at `predictors` [S], as in a pack; hardly any other position is unembedded."""
-    if packed.positions is None:
-        width = packed.ids.shape[1]
-        columns, of = (predictors % width).unique(return_inverse=True)
-        logits = _kept(model, packed, columns, attention_mask=packed.mask.long())
-        return logits.flatten(0, 1)[predictors // width * len(columns) + of]
-    dtype = model.get_input_embeddings().weight.dtype
-    blocked = torch.zeros(packed.mask.shape, dtype=dtype, device=packed.mask.device)
-    blocked.masked_fill_(~packed.mask, torch.finfo(dtype).min)
-    return _kept(model, packed, predictors, attention_mask=blocked, position_ids=packed.positions)[0]
+    if packed.positions is not None:
+        return _kept(model, packed, predictors)[0]
+    width = packed.ids.shape[1]
+    columns, of = (predictors % width).unique(return_inverse=True)
+    return _kept(model, packed, columns).flatten(0, 1)[predictors // width * len(columns) + of]
 
 
-def _kept(model: Any, packed: Pack, columns: Tensor, **told: Tensor) -> Tensor:
+def _kept(model: Any, packed: Pack, columns: Tensor) -> Tensor:
     """[R, C, V] logits of the tokens in these columns [C]."""
-    logits = model(input_ids=packed.ids, use_cache=False, logits_to_keep=columns, **told).logits
+    logits = forward(model, packed, columns).logits
     assert logits.shape[1] == len(columns), "a model that knows no logits_to_keep"
     return logits
+
+
+def forward(model: Any, packed: Pack, kept: Tensor | int, **asked: bool) -> Any:
+    """What `model` makes of a pack's tokens.
+
+    Args:
+        kept: the columns [C] whose tokens are unembedded, or how many of the last; 0 for all.
+        asked: what else it shall give, as `transformers` calls it.
+    """
+    if packed.positions is None:
+        told = {"attention_mask": packed.mask.long()}
+    else:
+        dtype = model.get_input_embeddings().weight.dtype
+        blocked = torch.zeros(packed.mask.shape, dtype=dtype, device=packed.mask.device)
+        blocked.masked_fill_(~packed.mask, torch.finfo(dtype).min)
+        told = {"attention_mask": blocked, "position_ids": packed.positions}
+    return model(input_ids=packed.ids, use_cache=False, logits_to_keep=kept, **told, **asked)
 
 
 def choose_packing(model: Any, max_length: int) -> Packing:

@@ -42,7 +42,7 @@ from lisa_lightning.stages.curate import curate
 from lisa_lightning.stages.evaluate import evaluate
 from lisa_lightning.stages.finetune import finetune
 from lisa_lightning.stages.judge import judge
-from lisa_lightning.stages.repair import repair
+from lisa_lightning.stages.repair import pairs, repair
 from lisa_lightning.stages.setting import Metrics, Setting, plain
 from lisa_lightning.sweep import multirun, name_in_sweep
 from lisa_lightning.tracking import CurveRow, Tracker, read_rows, wandb_init
@@ -75,6 +75,8 @@ def run(cfg: DictConfig) -> Metrics:
     refuse_unmet(defenses.there, choices, cfg)
     defender = any("defender rows" in defense.needs for defense in defenses.there.values())
     rows = load_rows(cfg.source, task, cfg.data.allow_overlap, defender)
+    if defenses.repair and "reference" in cfg.repair:
+        pairs(rows)  # none is refused at once, not when the model is trained
     safe_ratio = defenses.method.safe_ratio if defenses.method else 0.0
     user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, safe_ratio)
     if cfg.model.quantize is not None:

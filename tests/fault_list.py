@@ -71,6 +71,8 @@ FAULTS = [
         ("labels[row, column + 1], (needed", "labels[row, column], (needed"),
         ("counted.flip(1).cumsum(1).flip(1) > 0", "counted.flip(1).cumsum(1).flip(1) >= 0"),
         ("places = (counted.cumsum(1) - 1)", "places = counted.cumsum(1)"),
+        ("self.rows.append(row)", "self.rows.append(len(self.rows))"),
+        ("torch.tensor(list(rows))[packed.rows]", "packed.rows"),
     ),
     *_faults(
         "data/interleave.py",
@@ -121,12 +123,14 @@ FAULTS = [
         "align/repnoise.py",
         "test_golden.py test_method_laws.py",
         (
-            "own = torch.tensor([float(sum(len(c.targets) for c in counted))]",
+            "own = torch.tensor([float(sum(len(c.targets) for micro in counted for c in micro))]",
             "own = torch.tensor([float(len(counted))]",
         ),
         ("self.beta * mmd - self.alpha", "self.beta * mmd + self.alpha"),
         ("self.alpha / (1 + entropy) * a", "self.alpha * a"),
         ("self.alpha / (1 + entropy) * a", "self.alpha / entropy * a"),
+        ("row += int(rows.max()) + 1", "row += 0"),
+        ("pack.positions.flatten()[at]", "at"),
     ),
     *_faults(
         "method/ewc.py",

@@ -218,6 +218,15 @@ def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProc
         (["experiment=smoke", "align=none", "curate=seal"], "curate=seal chooses the rows to align on: it needs"),
         (["experiment=smoke", "stages=[align,repair]", "repair=nlsr"], "repair=nlsr repairs what fine-tuning made"),
         (["experiment=smoke", "repair=nlsr", "model.adapters=continued"], "it needs model.adapters=stacked"),
+        (
+            [
+                "experiment=smoke",
+                "repair=nlsr",
+                "source.defender.path=embedded:harmful.jsonl",
+                "data.allow_overlap=true",
+            ],
+            "no prompt of source.defender is one of source.alignment's",
+        ),
         (["experiment=smoke", "model.quantize=nf4"], "model.quantize=nf4 needs an NVIDIA GPU"),
         (["experiment=smoke", "model.template=chat"], "this tokenizer has no chat template"),
         (["experiment=smoke", "judge=linear"], "judge.linear.rows.path has no value"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lisa_lightning.blocks import final_norm, mlp_blocks, outputs
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.loss import logits_at, unembed
+from lisa_lightning.loss import forward, logits_at, unembed
 from lisa_lightning.method.method import Method
 from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.schedule import Draw, Schedule, Stream
@@ -22,12 +22,18 @@ KERNELS = 5
 
 @dataclass(frozen=True)
 class Counted:
-    """What of a pack of padded rows counts."""
+    """What of a pack counts."""
 
-    mask: Tensor
-    """[R, T] bool, the positions whose MLP outputs are compared with noise."""
+    states: Tensor
+    """[N] index of a token whose MLP outputs are compared with noise."""
+    compared: Tensor
+    """[N] bool, False where the official code makes zeros of both."""
+    rows: Tensor
+    """[N] the token's row, by its number in the micro-batch."""
+    columns: Tensor
+    """[N] its place in the row."""
     predictors: Tensor
-    """[S] index of the position that predicts a label."""
+    """[S] index of the token that predicts a label."""
     targets: Tensor
     """[S] the labels."""
     kept: Tensor | None
@@ -44,11 +50,12 @@ class RepNoise(Method):
     split, so harmful rows take a pass for H and, once all their activations are known, one for N: three forward passes
     and three backward, the unembedding of every depth in one of them.
 
-    A row's label tokens are what counts. `official` is the port to the letter: what counts are the positions at which
-    ids of harmful and harmless rows differ, padding included, though the rows are no pairs; logits behind other
-    positions are zeroed, not left out; ids of harmful labels go through bfloat16, which rounds those above 256, and so
-    do hidden states on their way into the final norm, the last one twice; n + 1 cross entropies are divided by n. Its
-    masks compare rows of two micro-batches, so it wants a step's rows in one. For N to mean much a step wants several.
+    What counts are the tokens that predict a row's labels. `official` is the port to the letter: what counts are the
+    positions at which ids of harmful and harmless rows differ, padding included, though the rows are no pairs; logits
+    behind other positions are zeroed, not left out; ids of harmful labels go through bfloat16, which rounds those above
+    256, and so do hidden states on their way into the final norm, the last one twice; n + 1 cross entropies are divided
+    by n. Its masks compare padded rows of two micro-batches, so it wants a step's rows in one. For N to mean much a
+    step wants several.
 
     Args:
         alpha: factor of log H, >= 0. The paper's is 1, that of Booster's script 0.1.
@@ -64,7 +71,7 @@ class RepNoise(Method):
         self.alpha = alpha
         self.beta = beta
         self.official = official
-        self.rows_apart = frozenset({"defender", "alignment"} if official else {"defender"})
+        self.rows_apart = frozenset({"defender", "alignment"} if official else ())
         self.seed = seed
         self.blocks: list[nn.Module] = []
         self.norm = nn.Module()
@@ -89,7 +96,7 @@ class RepNoise(Method):
         of_entropy = iter(counted)
 
         def entropies(packs: Sequence[Pack]) -> Tensor:
-            features, sum_ = self._harmful(passes.model, packs[0], next(of_entropy))
+            features, sum_ = self._harmful(passes.model, packs, next(of_entropy))
             found.append([f.detach() for f in features])
             return sum_ / labels
 
@@ -99,10 +106,11 @@ class RepNoise(Method):
 
         def pulled(packs: Sequence[Pack]) -> Tensor:
             nonlocal row
-            features = self._features(passes.model, packs[0], next(of_noise))
-            rows = slice(row, row + len(packs[0].ids))
-            row = rows.stop
-            terms = [(f * pull[rows, : f.shape[1]]).sum() for f, pull in zip(features, pulls, strict=True)]
+            own = next(of_noise)
+            rows, columns = _places(own)
+            features = self._features(passes.model, packs, own)
+            terms = [(f * pull[row + rows, columns]).sum() for f, pull in zip(features, pulls, strict=True)]
+            row += int(rows.max()) + 1
             return torch.stack(terms).mean()
 
         _, towards = passes.gradient(harmful, pulled)
@@ -124,65 +132,69 @@ class RepNoise(Method):
             return passes.gradient(harmless)
         counted = self._counted(harmless, harmful, rounded=False)
         scale = 1 / max(1.0, self._labels(passes, counted))
-        places = iter(counted)
+        of_entropy = iter(counted)
 
         def share(packs: Sequence[Pack]) -> Tensor:
-            own = next(places)
+            (own,) = next(of_entropy)
             return _entropy(logits_at(passes.model, packs[0], own.predictors), own) * scale
 
         return passes.gradient(harmless, share)
 
-    def _counted(self, batch: Batch, others: Batch, rounded: bool) -> list[Counted]:
-        """For each of this rank's micro-batches."""
+    def _counted(self, batch: Batch, others: Batch, rounded: bool) -> list[list[Counted]]:
+        """For each pack of each of this rank's micro-batches that hold a row."""
+        own, beside = ([packs for packs in b.micro_batches if packs] for b in (batch, others))
         if self.official:
-            return [_differing(p, o, rounded) for p, o in zip(_packs(batch), _packs(others), strict=True)]
-        return [_labelled(p) for p in _packs(batch)]
+            return [[_differing(p[0], o[0], rounded)] for p, o in zip(own, beside, strict=True)]
+        return [[_labelled(p) for p in packs] for packs in own]
 
-    def _labels(self, passes: Passes, counted: Sequence[Counted]) -> float:
+    def _labels(self, passes: Passes, counted: Sequence[Sequence[Counted]]) -> float:
         """How many labels there are in all micro-batches and ranks."""
-        own = torch.tensor([float(sum(len(c.targets) for c in counted))], device=passes.device)
+        own = torch.tensor([float(sum(len(c.targets) for micro in counted for c in micro))], device=passes.device)
         return passes.summed([own])[0].item()
 
-    def _harmful(self, model: Any, pack: Pack, counted: Counted) -> tuple[list[Tensor], Tensor]:
-        """Each layer's masked MLP outputs [R, T, H], and the sum of label tokens' entropies, averaged over depths."""
-        with outputs(self.blocks) as found:
-            out = model(
-                input_ids=pack.ids,
-                attention_mask=pack.mask.long(),
-                use_cache=False,
-                output_hidden_states=True,
-                logits_to_keep=0 if self.official else 1,  # 0: all
-            )
-        states = [h.flatten(0, 1)[counted.predictors] for h in out.hidden_states]  # the last is through the final norm
-        if self.official:
-            normed = [self.norm(h.to(torch.bfloat16)) for h in states]
-        else:
-            normed = [*(self.norm(h) for h in states[:-1]), states[-1]]
-        entropies = [_entropy(unembed(model, h), counted) for h in normed]
-        if self.official:
-            entropies.append(_entropy(out.logits.flatten(0, 1)[counted.predictors], counted))
-        return _masked(found, pack, counted), torch.stack(entropies).sum() / len(states)
+    def _harmful(self, model: Any, packs: Sequence[Pack], counted: Sequence[Counted]) -> tuple[list[Tensor], Tensor]:
+        """Each layer's MLP outputs [N, H] that count, and the sum of the labels' entropies, averaged over depths."""
+        features, sums = [], []
+        for pack, own in zip(packs, counted, strict=True):
+            with outputs(self.blocks) as found:
+                out = forward(model, pack, 0 if self.official else 1, output_hidden_states=True)
+            features.append(_chosen(found, own))
+            states = [h.flatten(0, 1)[own.predictors] for h in out.hidden_states]  # the last is through the final norm
+            if self.official:
+                normed = [self.norm(h.to(torch.bfloat16)) for h in states]
+            else:
+                normed = [*(self.norm(h) for h in states[:-1]), states[-1]]
+            entropies = [_entropy(unembed(model, h), own) for h in normed]
+            if self.official:
+                entropies.append(_entropy(out.logits.flatten(0, 1)[own.predictors], own))
+            sums.append(torch.stack(entropies).sum() / len(states))
+        return _joined(features), torch.stack(sums).sum()
 
-    def _features(self, model: Any, pack: Pack, counted: Counted) -> list[Tensor]:
-        """Each layer's masked MLP outputs [R, T, H] alone."""
-        with outputs(self.blocks) as found:
-            model(input_ids=pack.ids, attention_mask=pack.mask.long(), use_cache=False, logits_to_keep=1)
-        return _masked(found, pack, counted)
+    def _features(self, model: Any, packs: Sequence[Pack], counted: Sequence[Counted]) -> list[Tensor]:
+        """Each layer's MLP outputs [N, H] that count, alone."""
+        features = []
+        for pack, own in zip(packs, counted, strict=True):
+            with outputs(self.blocks) as found:
+                forward(model, pack, 1)
+            features.append(_chosen(found, own))
+        return _joined(features)
 
     def _noised(
-        self, passes: Passes, step: int, counted: Sequence[Counted], found: list[list[Tensor]]
+        self, passes: Passes, step: int, counted: Sequence[Sequence[Counted]], found: Sequence[Sequence[Tensor]]
     ) -> tuple[list[Tensor], list[Tensor], int]:
         """Over all rows of the step: for each layer the MMD's gradient [R, T, H] and the MMD; this rank's first row."""
         pulls, distances = [], []
-        mask, first = passes.gathered([c.mask[..., None] for c in counted], 1)
         width = passes.model.config.get_text_config().hidden_size
+        places = [_places(own) for own in counted]
+        compared = [torch.cat([c.compared for c in own])[:, None] for own in counted]
+        mask, first = passes.gathered([_placed(c, *at) for c, at in zip(compared, places, strict=True)], 1)
         for layer in range(len(self.blocks)):
-            features, _ = passes.gathered([micro[layer] for micro in found], width)
+            own = [_placed(micro[layer], *at) for micro, at in zip(found, places, strict=True)]
+            features, _ = passes.gathered(own, width)
             noise = self.noise(step, layer, features.shape).to(features) * mask
             with torch.enable_grad():
-                own = features.requires_grad_()
-                distance = mmd(own.flatten(1), noise.flatten(1))
-                (pull,) = torch.autograd.grad(distance, own)
+                distance = mmd(features.requires_grad_().flatten(1), noise.flatten(1))
+                (pull,) = torch.autograd.grad(distance, features)
             pulls.append(pull)
             distances.append(distance.detach())
         return pulls, distances, first
@@ -207,18 +219,32 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
     return (signs[:, None] * signs[None] * kernel).sum() / (len(x) * len(y))
 
 
-def _masked(found: Sequence[Tensor], pack: Pack, counted: Counted) -> list[Tensor]:
-    return [f.view(*pack.ids.shape, -1) * counted.mask[..., None] for f in found]
+def _chosen(found: Sequence[Tensor], counted: Counted) -> list[Tensor]:
+    return [f.flatten(0, -2)[counted.states] * counted.compared[:, None] for f in found]
 
 
-def _packs(batch: Batch) -> list[Pack]:
-    return [p for packs in batch.micro_batches for p in packs]
+def _joined(features: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Of a micro-batch's packs, for each layer."""
+    return [torch.cat(layer) for layer in zip(*features, strict=True)]
+
+
+def _places(counted: Sequence[Counted]) -> tuple[Tensor, Tensor]:
+    """[N] row and column of what counts in a micro-batch, rows without a label left out."""
+    _, rows = torch.cat([c.rows for c in counted]).unique(return_inverse=True)
+    return rows, torch.cat([c.columns for c in counted])
+
+
+def _placed(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[R, T, H] zeros but for values [N, H] at these places."""
+    whole = values.new_zeros(int(rows.max()) + 1, int(columns.max()) + 1, values.shape[1])
+    whole[rows, columns] = values
+    return whole
 
 
 def _labelled(pack: Pack) -> Counted:
-    mask = torch.zeros_like(pack.mask).flatten()
-    mask[pack.predictors + 1] = True
-    return Counted(mask.view_as(pack.mask), pack.predictors, pack.targets, None)
+    at = pack.predictors
+    columns = at % pack.ids.shape[1] if pack.positions is None else pack.positions.flatten()[at]
+    return Counted(at, torch.ones_like(at, dtype=torch.bool), pack.rows, columns, at, pack.targets, None)
 
 
 def _differing(pack: Pack, other: Pack, rounded: bool) -> Counted:
@@ -231,7 +257,10 @@ def _differing(pack: Pack, other: Pack, rounded: bool) -> Counted:
     if rounded:
         labels = labels.to(torch.bfloat16).long()
     row, column = (labels != 0).nonzero(as_tuple=True)
-    return Counted(mask, row * pack.ids.shape[1] + column, labels[row, column], mask[row, column])
+    states = torch.arange(mask.numel(), device=mask.device)
+    width = mask.shape[1]
+    places = states // width, states % width
+    return Counted(states, mask.flatten(), *places, row * width + column, labels[row, column], mask[row, column])
 
 
 def _entropy(logits: Tensor, counted: Counted) -> Tensor:

@@ -181,22 +181,19 @@ def weights(theta: Tensor, activation: Activation) -> Tensor:
 
 
 def row_losses(model: Any, packs: Sequence[Pack]) -> Tensor:
-    """[R] the mean loss over each row's label tokens, rows in the order in which packs hold their labels."""
-    first = torch.cat([p.places for p in packs]) == 0  # a row's labels stand together, in tries too
-    row = first.cumsum(0) - 1
-    tokens = torch.bincount(row)
+    """[R] the mean loss over the label tokens of each row that has some, in the rows' order."""
+    _, row, tokens = torch.cat([p.rows for p in packs]).unique(return_inverse=True, return_counts=True)
     return torch.zeros(len(tokens), device=row.device).index_add(0, row, token_losses(model, packs)) / tokens
 
 
 def _micro_batches(
     rows: Sequence[Example], packing: Packing, size: int, passes: Passes
 ) -> Iterator[tuple[list[int], list[Pack]]]:
-    """This rank's share of a batch: places in the batch, in the order in which the packs have the rows' labels."""
+    """This rank's share of a batch: the places in it of rows with a label, and their packs."""
     share = -(-len(rows) // passes.ranks)
     own = range(len(rows))[passes.rank * share : (passes.rank + 1) * share]
     for start in range(0, len(own), size):
-        labelled = [i for i in own[start : start + size] if rows[i].supervised]
-        at = sorted(labelled, key=lambda i: rows[i].ids)  # as `pack` does, so that any packing leaves it so
+        at = [i for i in own[start : start + size] if rows[i].supervised]
         if at:
             yield at, [p.to(passes.device) for p in packing([rows[i] for i in at])]
 

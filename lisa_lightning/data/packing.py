@@ -5,7 +5,7 @@ nothing is padded: a token's position is its depth, it attends to its ancestors,
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -54,6 +54,8 @@ class Pack:
     """[R, T] float, the number of rows that a token stands for; 0 on padding and behind a row's last predictor."""
     places: Tensor
     """[S] how many of its row's labels stand before the target."""
+    rows: Tensor
+    """[S] the target's row, by its number in the micro-batch."""
 
     def to(self, device: torch.device | str, **kwargs: object) -> "Pack":
         """The same pack on another device (called by Lightning's batch transfer)."""
@@ -70,6 +72,7 @@ class Pack:
             moved(self.targets),
             moved(self.shared_by),
             moved(self.places),
+            moved(self.rows),
         )
 
 
@@ -81,14 +84,14 @@ def pack(examples: Iterable[Example]) -> list[Pack]:
     """Tries of neighbours in sorted order, a new one where joining costs more than standing alone."""
     packs: list[Pack] = []
     trie = _Trie()
-    for example in sorted(examples, key=lambda e: e.ids):
+    for row, example in sorted(enumerate(examples), key=lambda numbered: numbered[1].ids):
         if not example.supervised:
             continue
         joined = len(trie.ids) + trie.new_tokens(example)
         if trie.ids and (joined > MEMORY_LIMIT or _cost(joined) - _cost(len(trie.ids)) > _cost(example.length)):
             packs.append(trie.pack())
             trie = _Trie()
-        trie.insert(example)
+        trie.insert(example, row)
     if trie.ids:
         packs.append(trie.pack())
     return packs
@@ -110,6 +113,7 @@ class _Trie:
         self.targets: list[int] = []
         self.shared_by: list[int] = []
         self.places: list[int] = []
+        self.rows: list[int] = []
 
     def new_tokens(self, example: Example) -> int:
         """How many nodes inserting `example` would add."""
@@ -121,7 +125,7 @@ class _Trie:
             node = child
         return 0
 
-    def insert(self, example: Example) -> None:
+    def insert(self, example: Example, row: int) -> None:
         node, place, length = -1, 0, example.length
         for depth in range(length + 1):
             label = example.labels[depth]
@@ -129,6 +133,7 @@ class _Trie:
                 self.predictors.append(node)
                 self.targets.append(label)
                 self.places.append(place)
+                self.rows.append(row)
                 place += 1
             if depth < length:
                 node = self._child(node, example.ids[depth], depth)
@@ -158,24 +163,26 @@ class _Trie:
             targets=torch.tensor(self.targets),
             shared_by=torch.tensor([self.shared_by], dtype=torch.float32),
             places=torch.tensor(self.places),
+            rows=torch.tensor(self.rows),
         )
 
 
 def pad(examples: Iterable[Example]) -> list[Pack]:
     """One pack, every example a row of its own, padded on the right to the longest."""
-    rows = [e for e in examples if e.supervised]
+    rows = {row: example for row, example in enumerate(examples) if example.supervised}
     if not rows:
         return []
-    width = max(len(e.ids) for e in rows)
+    width = max(len(e.ids) for e in rows.values())
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     labels = torch.full((len(rows), width), IGNORED)
-    for i, example in enumerate(rows):
+    for i, example in enumerate(rows.values()):
         length = len(example.ids)
         ids[i, :length] = torch.tensor(example.ids)
         mask[i, :length] = True
         labels[i, :length] = torch.tensor(example.labels)
-    return [padded(ids, mask, labels)]
+    packed = padded(ids, mask, labels)
+    return [replace(packed, rows=torch.tensor(list(rows))[packed.rows])]
 
 
 def padded(ids: Tensor, mask: Tensor, labels: Tensor) -> Pack:
@@ -186,4 +193,4 @@ def padded(ids: Tensor, mask: Tensor, labels: Tensor) -> Pack:
     predictors = row * ids.shape[1] + column
     needed = torch.zeros_like(mask)
     needed[:, :-1] = counted.flip(1).cumsum(1).flip(1) > 0
-    return Pack(ids, mask, None, predictors, labels[row, column + 1], (needed & mask).float(), places)
+    return Pack(ids, mask, None, predictors, labels[row, column + 1], (needed & mask).float(), places, row)

@@ -28,7 +28,6 @@ class DPO(Method):
     """
 
     needs = frozenset({"defender rows"})
-    rows_apart = frozenset({"alignment", "defender"})
     paired = True
 
     def __init__(self, beta: float) -> None:
@@ -42,21 +41,23 @@ class DPO(Method):
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """Of -log sigmoid(beta * (preferred's gain - the other's gain)), the mean over the pairs."""
         others = iter([packs for packs in step.batches["defender"].micro_batches if packs])
-        own = torch.tensor([float(sum(len(p.ids) for packs in step.main.micro_batches for p in packs))])
-        pairs = passes.summed([own.to(passes.device)])[0].item()
+        first = [(p.places == 0).sum() for packs in step.main.micro_batches for p in packs]
+        own = torch.tensor([float(sum(first))], device=passes.device)
+        pairs = passes.summed([own])[0].item()
 
         def share(packs: Sequence[Pack]) -> Tensor:
-            both = packs[0], next(others)[0]
+            both = packs, next(others)
             with passes.aside(), passes.at(self.anchor):
-                held = [log_likelihoods(passes.model, pack) for pack in both]
-            preferred, other = (log_likelihoods(passes.model, p) - h for p, h in zip(both, held, strict=True))
+                held = [log_likelihoods(passes.model, own) for own in both]
+            preferred, other = (log_likelihoods(passes.model, own) - h for own, h in zip(both, held, strict=True))
             return -F.logsigmoid(self.beta * (preferred - other)).sum() / pairs
 
         loss, gradient = passes.gradient(step.main, share)
         return Descent(loss, gradient)
 
 
-def log_likelihoods(model: Any, pack: Pack) -> Tensor:
-    """[R] of padded rows' labels."""
-    losses = token_losses(model, [pack])
-    return torch.zeros(len(pack.ids), device=losses.device).index_add(0, pack.predictors // pack.ids.shape[1], -losses)
+def log_likelihoods(model: Any, packs: Sequence[Pack]) -> Tensor:
+    """[R] of the labels of each row that has some, in the rows' order."""
+    losses = token_losses(model, packs)
+    rows, of = torch.cat([p.rows for p in packs]).unique(return_inverse=True)
+    return torch.zeros(len(rows), device=losses.device).index_add(0, of, -losses)

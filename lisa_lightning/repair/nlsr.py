@@ -189,7 +189,7 @@ class _Way:
 
 
 def _in_order(net: Any, factors: Factors) -> Factors:
-    """The factors block by block: a file's order has block 10 before block 2."""
+    """The factors layer by layer: a file's order has layer 10 before layer 2."""
     place = {name: i for i, (name, _) in enumerate(net.named_parameters())}
     return dict(sorted(factors.items(), key=lambda item: place.get(item[0], -1)))
 

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from safetensors.torch import load_file, save_file
 
 from lisa_lightning.cache import own_code
-from lisa_lightning.data.source import Row
+from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.module import Optim
 from lisa_lightning.net import attach_saved, save_adapter, trainable
@@ -56,7 +56,7 @@ def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple
 def _reference(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
     """The folder of a safe adapter, extrapolated from plain fine-tuning on alignment rows through DPO."""
     cfg, seed = setting.cfg.repair.reference, setting.cfg.align.seed
-    preferred, others = _pairs(setting)
+    preferred, others = pairs(setting.rows)
     key = {
         "aligned": aligned.name,
         "reference": plain(cfg),
@@ -85,14 +85,14 @@ def _reference(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
     return setting.stage("reference", key, make)
 
 
-def _pairs(setting: Setting) -> tuple[list[Row], list[Row]]:
+def pairs(rows: Rows) -> tuple[list[Row], list[Row]]:
     """Refusals and harmful answers to the same requests.
 
     Raises:
         UserError: there are none.
     """
-    refusals = {(row.instruction, row.context): row for row in setting.rows.alignment}
-    both = [(refusals[q], r) for r in setting.rows.defender if (q := (r.instruction, r.context)) in refusals]
+    refusals = {(row.instruction, row.context): row for row in rows.alignment}
+    both = [(refusals[q], r) for r in rows.defender if (q := (r.instruction, r.context)) in refusals]
     if not both:
         raise UserError(
             "repair=nlsr prefers refusals to harmful answers to the same requests, and no prompt of "
