@@ -129,8 +129,8 @@ FAULTS = [
         ("self.beta * mmd - self.alpha", "self.beta * mmd + self.alpha"),
         ("self.alpha / (1 + entropy) * a", "self.alpha * a"),
         ("self.alpha / (1 + entropy) * a", "self.alpha / entropy * a"),
-        ("row += int(rows.max()) + 1", "row += 0"),
-        ("pack.positions.flatten()[at]", "at"),
+        ("row += len(rows.unique())", "row += 0"),
+        ("behind = pack.places > 0", "behind = pack.places >= 0"),
     ),
     *_faults(
         "method/ewc.py",

@@ -11,13 +11,17 @@ import lightning as L
 import pytest
 import ranks
 import torch
-from training import Train, largest_difference
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from training import DEFENDER, Train, largest_difference
 
 from lisa_lightning.align.booster import Booster
-from lisa_lightning.align.repnoise import RepNoise
+from lisa_lightning.align.repnoise import RepNoise, mmd
 from lisa_lightning.align.sft import SFT as AlignmentSFT
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.align.vaccine import Vaccine
+from lisa_lightning.blocks import final_norm, mlp_blocks, outputs
+from lisa_lightning.data import packing
 from lisa_lightning.method.asft import AsFT
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ewc import EWC
@@ -26,6 +30,7 @@ from lisa_lightning.method.method import Method
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.method.vlguard_loss import VLGuardLoss
 from lisa_lightning.module import LisaModule
+from lisa_lightning.net import load_tokenizer
 from lisa_lightning.repair._dpo import DPO
 from lisa_lightning.schedule import Draw
 
@@ -92,20 +97,23 @@ def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train)
 def test_dpo_starts_at_log_two_and_prefers_the_refusals_afterwards(train: Train) -> None:
     seen = _Seen()
     train(DPO(0.5), steps=12, more=[seen], weight_decay=0.0)
-    assert seen.values[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert max(seen.values[-3:]) < 0.5
+    assert seen.values()[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert max(seen.values()[-3:]) < 0.5
 
 
 class _Seen(L.Callback):
-    """Every step's metric of one name."""
+    """Every step's metrics but its time."""
 
-    def __init__(self, name: str = "train/loss") -> None:
-        self.name = name
-        self.values: list[float] = []
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object, **__: object) -> None:
         assert isinstance(pl_module, LisaModule)
-        self.values.append(pl_module.metrics[self.name])
+        self.steps.append({name: v for name, v in pl_module.metrics.items() if name != "time/step_s"})
+
+    def values(self, name: str = "train/loss") -> list[float]:
+        """Of one metric."""
+        return [step[name] for step in self.steps]
 
 
 def test_every_step_draws_dropout_masks_of_its_own(train: Train) -> None:
@@ -142,20 +150,52 @@ def test_resume_equals_the_straight_run_bit_for_bit_with_dropout(train: Train, n
 
 def test_with_dropout_the_pass_of_the_reference_draws_the_masks_of_the_models_own(train: Train) -> None:
     """So that where nothing has moved yet, features are what they were and a gain is none."""
-    penalty = _Seen("ldifs/penalty")
-    train(LDIFS(0.1, None, None, False), 0.3, folder="ldifs", steps=1, more=[penalty])
-    assert penalty.values == [0]
+    seen = _Seen()
+    train(LDIFS(0.1, None, None, False), 0.3, folder="ldifs", steps=1, more=[seen])
+    assert seen.values("ldifs/penalty") == [0]
     seen = _Seen()
     train(DPO(0.5), 0.3, folder="dpo", steps=1, batch_size=2, accumulate=2, more=[seen])
-    assert seen.values[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert seen.values()[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_padded_rows_are_the_same_as_shared_prefixes(train: Train, name: str) -> None:
-    packed = train(METHODS[name](), folder="packed", steps=6)
-    padded = train(METHODS[name](), folder="padded", steps=6, apart=True)
-    assert largest_difference(packed, padded) < 5e-5
-    assert packed.metrics == pytest.approx(padded.metrics, rel=1e-3, abs=1e-6)
+def test_padded_rows_one_trie_or_many_are_the_same(train: Train, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    seen = {folder: _Seen() for folder in ("one", "padded", "many")}
+
+    def trained(folder: str, apart: bool = False) -> LisaModule:
+        return train(METHODS[name](), folder=folder, steps=6, apart=apart, more=[seen[folder]])
+
+    one, padded = trained("one"), trained("padded", apart=True)
+    monkeypatch.setattr(packing, "MEMORY_LIMIT", 0)
+    for folder, other in (("padded", padded), ("many", trained("many"))):
+        assert largest_difference(one, other) < 5e-5
+        for own, others in zip(seen["one"].steps, seen[folder].steps, strict=True):
+            assert own == pytest.approx(others, rel=1e-3, abs=1e-5)
+
+
+def test_repnoise_is_what_the_models_own_passes_say(train: Train, tiny: Path) -> None:
+    method = RepNoise(0.1, 0.5, False, 0)
+    method.noise = lambda step, layer, shape: torch.zeros(*shape)  # type: ignore[method-assign]
+    seen = _Seen()
+    module = train(method, steps=1, batch_size=len(DEFENDER), lr=0.0, more=[seen])
+    model, tokenizer = module.passes.model, load_tokenizer(tiny)
+    activations, entropies = [], []
+    for row in DEFENDER:
+        prompt, answer = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (row.instruction, row.response)
+        )
+        ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
+        with torch.no_grad(), outputs(mlp_blocks(model)) as found:
+            states = model(input_ids=ids, output_hidden_states=True).hidden_states
+        activations.append([f[0, len(prompt) : -1] for f in found])
+        norm = final_norm(model)
+        logits = torch.stack([model.lm_head(h[0, len(prompt) - 1 : -1]) for h in (*map(norm, states[:-1]), states[-1])])
+        expected = ids[0, len(prompt) :].expand(len(logits), -1)
+        entropies.append(F.cross_entropy(logits.transpose(1, 2), expected, reduction="none").mean(0))
+    assert seen.values("defender/loss")[0] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
+    layers = [pad_sequence(layer, batch_first=True).flatten(1) for layer in zip(*activations, strict=True)]
+    distances = torch.stack([mmd(layer, torch.zeros_like(layer)) for layer in layers])
+    assert seen.values("repnoise/mmd")[0] == pytest.approx(float(distances.mean()), rel=1e-5)
 
 
 def test_inactive_layers_stand_still_and_their_moments_too(train: Train) -> None:

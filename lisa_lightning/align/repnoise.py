@@ -31,7 +31,7 @@ class Counted:
     rows: Tensor
     """[N] the token's row, by its number in the micro-batch."""
     columns: Tensor
-    """[N] its place in the row."""
+    """[N] its place in the row, or in its answer."""
     predictors: Tensor
     """[S] index of the token that predicts a label."""
     targets: Tensor
@@ -50,12 +50,12 @@ class RepNoise(Method):
     split, so harmful rows take a pass for H and, once all their activations are known, one for N: three forward passes
     and three backward, the unembedding of every depth in one of them.
 
-    What counts are the tokens that predict a row's labels. `official` is the port to the letter: what counts are the
-    positions at which ids of harmful and harmless rows differ, padding included, though the rows are no pairs; logits
-    behind other positions are zeroed, not left out; ids of harmful labels go through bfloat16, which rounds those above
-    256, and so do hidden states on their way into the final norm, the last one twice; n + 1 cross entropies are divided
-    by n. Its masks compare padded rows of two micro-batches, so it wants a step's rows in one. For N to mean much a
-    step wants several.
+    H is about a row's labels, N about its answer's tokens but the last, place by place of the answer. `official` is the
+    port to the letter: what counts are the positions at which ids of harmful and harmless rows differ, padding
+    included, though the rows are no pairs; logits behind other positions are zeroed, not left out; labels with id 0 are
+    none; ids of harmful labels go through bfloat16, which rounds those above 256, and so do hidden states on their way
+    into the final norm, the last one twice; n + 1 cross entropies are divided by n. Its masks compare padded rows of
+    two micro-batches, so it wants a step's rows in one. For N to mean much a step wants several.
 
     Args:
         alpha: factor of log H, >= 0. The paper's is 1, that of Booster's script 0.1.
@@ -110,7 +110,7 @@ class RepNoise(Method):
             rows, columns = _places(own)
             features = self._features(passes.model, packs, own)
             terms = [(f * pull[row + rows, columns]).sum() for f, pull in zip(features, pulls, strict=True)]
-            row += int(rows.max()) + 1
+            row += len(rows.unique())
             return torch.stack(terms).mean()
 
         _, towards = passes.gradient(harmful, pulled)
@@ -213,10 +213,10 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
     both = torch.cat([x, y]).float()
     distances = (both[None] - both[:, None]).square().sum(-1)
     n = len(both)
-    bandwidth = distances.detach().sum() / (n * n - n) / 4
+    bandwidth = distances.detach().sum() / max(1, n * n - n) / 4
     kernel = torch.stack([torch.exp(-distances / (bandwidth * 2**i)) for i in range(KERNELS)]).sum(0)
     signs = torch.cat([torch.ones(len(x)), -torch.ones(len(y))]).to(kernel)
-    return (signs[:, None] * signs[None] * kernel).sum() / (len(x) * len(y))
+    return (signs[:, None] * signs[None] * kernel).sum() / max(1, len(x) * len(y))
 
 
 def _chosen(found: Sequence[Tensor], counted: Counted) -> list[Tensor]:
@@ -236,15 +236,17 @@ def _places(counted: Sequence[Counted]) -> tuple[Tensor, Tensor]:
 
 def _placed(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """[R, T, H] zeros but for values [N, H] at these places."""
-    whole = values.new_zeros(int(rows.max()) + 1, int(columns.max()) + 1, values.shape[1])
+    shape = [int(at.max()) + 1 if len(at) else 0 for at in (rows, columns)]
+    whole = values.new_zeros(*shape, values.shape[1])
     whole[rows, columns] = values
     return whole
 
 
 def _labelled(pack: Pack) -> Counted:
-    at = pack.predictors
-    columns = at % pack.ids.shape[1] if pack.positions is None else pack.positions.flatten()[at]
-    return Counted(at, torch.ones_like(at, dtype=torch.bool), pack.rows, columns, at, pack.targets, None)
+    behind = pack.places > 0  # the first label's predictor is the prompt's, which a refusal shares
+    at, columns = pack.predictors[behind], pack.places[behind] - 1
+    compared = torch.ones_like(at, dtype=torch.bool)
+    return Counted(at, compared, pack.rows[behind], columns, pack.predictors, pack.targets, None)
 
 
 def _differing(pack: Pack, other: Pack, rounded: bool) -> Counted:
