@@ -23,8 +23,9 @@ from lisa_lightning.data.packing import Example, Pack, pack
 from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.method.method import Method
 from lisa_lightning.method.sft import SFT
-from lisa_lightning.module import LisaModule, Optim
+from lisa_lightning.module import LisaModule
 from lisa_lightning.net import attach, load, trainable
+from lisa_lightning.optim import Optim
 from lisa_lightning.passes import Descent, Passes, Share
 from lisa_lightning.tracking import Tracker
 from lisa_lightning.training import Checkpoint, Record, fit

@@ -42,7 +42,8 @@ from lisa_lightning.stages.curate import curate
 from lisa_lightning.stages.evaluate import evaluate
 from lisa_lightning.stages.finetune import finetune
 from lisa_lightning.stages.judge import judge
-from lisa_lightning.stages.repair import pairs, repair
+from lisa_lightning.stages.reference import pairs
+from lisa_lightning.stages.repair import repair
 from lisa_lightning.stages.setting import Metrics, Setting, plain
 from lisa_lightning.sweep import multirun, name_in_sweep
 from lisa_lightning.tracking import CurveRow, Tracker, read_rows, wandb_init

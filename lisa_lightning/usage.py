@@ -1,5 +1,6 @@
 """What `python run.py --help` says: how it is called, what can be chosen, and the keys with their comments."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import fill
@@ -14,20 +15,22 @@ Align a language model, fine-tune it on partly harmful rows under a defense, mea
   python run.py ... hydra.run.dir=FOLDER resume=true      goes on with what was interrupted in FOLDER
   python run.py ... --cfg job --resolve                   every key and its value, without a run
 
-Groups and what can be chosen of each (conf/GROUP/NAME.yaml)
+What can be chosen, GROUP=NAME (conf/GROUP/NAME.yaml); first what is chosen where nothing is said
 """
 
 
 def usage() -> str:
     """The text, for Hydra's template of `--help`."""
-    keys = (CONF / "config.yaml").read_text(encoding="utf-8").partition("\n\n")[2].partition("\nhydra:")[0]
-    text = "\n".join([START, *_groups(), "", "Keys beside those of the chosen files (conf/config.yaml)", "", keys])
+    defaults, _, keys = (CONF / "config.yaml").read_text(encoding="utf-8").partition("\n\n")
+    keys = keys.partition("\nhydra:")[0]
+    text = "\n".join([START, *_groups(defaults), "Keys beside those of the chosen files (conf/config.yaml)", "", keys])
     return text.replace("$", "$$")
 
 
-def _groups() -> Iterator[str]:
-    for folder in sorted(path for path in CONF.iterdir() if path.is_dir()):
-        files = sorted(folder.rglob("[!_]*.yaml"), key=lambda file: (len(file.parts), file))
-        names = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
-        if folder.name != "paper":  # parts of experiment/paper, which no one chooses
-            yield fill(", ".join(names), 118, initial_indent=f"  {folder.name:<12}", subsequent_indent=" " * 14)
+def _groups(defaults: str) -> Iterator[str]:
+    """Each group with what it is about, its default and what can be chosen, in the order of the list of defaults."""
+    for group, default, about in re.findall(r"^  - (\w+): (\w+) +# (.+)$", defaults, re.MULTILINE):
+        files = sorted((CONF / group).rglob("[!_]*.yaml"), key=lambda file: (len(file.parts), file))
+        names = [file.relative_to(CONF / group).with_suffix("").as_posix() for file in files]
+        yield f"  {group}={default}: {about}"
+        yield fill(", ".join(names), 118, initial_indent="      ", subsequent_indent="      ") + "\n"

@@ -30,9 +30,7 @@ def steps(method: Method, tiny: Path, rank: int, world: int) -> list[Tensor]:
     encoded = partial(encode, tokenizer, "chat", max_length=64)
     rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "defender": DEFENDER}
     streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
-    data = StepBatches(
-        streams, pack, method, STEPS, 4 // world, 1, seed=1, paired=method.paired, rank=rank, world=world
-    )
+    data = StepBatches(streams, pack, method, STEPS, 4 // world, 1, seed=1, rank=rank, world=world)
     passes = Passes(net, data.whole, lambda: deltas(net))
     method.begin(passes, STEPS)
     optimizer = torch.optim.SGD(passes.weights, lr=0.1)  # AdamW would blow up what differs by rounding alone

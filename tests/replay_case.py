@@ -19,8 +19,8 @@ from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import IGNORED, Example, Pack, pack, padded
 from lisa_lightning.method.method import Method
-from lisa_lightning.module import Optim
 from lisa_lightning.net import PREFIX, attach, trainable
+from lisa_lightning.optim import Optim
 from lisa_lightning.schedule import Stream
 
 CONF = Path(__file__).parents[1] / "conf"

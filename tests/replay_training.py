@@ -155,7 +155,7 @@ def _compare_step(
     if "mmd_per_layer" in wanted:
         hidden = wanted["ce_harmful_hidden"]
         errors.add("mmd", found["repnoise/mmd"], sum(wanted["mmd_per_layer"]) / len(wanted["mmd_per_layer"]))
-        errors.add("entropy", found["defender/loss"], (wanted["ce_harmful_final"] + sum(hidden)) / len(hidden))
+        errors.add("entropy", found["repnoise/entropy"], (wanted["ce_harmful_final"] + sum(hidden)) / len(hidden))
         errors.add("harmless", found["train/loss"], wanted["ce_harmless"])
 
 

@@ -98,7 +98,7 @@ def test_seed_changes_the_order() -> None:
 
 
 GOOD = [Row(f"good {i}", "", "a") for i in range(1000)]
-BAD = [Row(f"bad {i}", "", "b", harmful=True) for i in range(1000)]
+BAD = [Row(f"bad {i}", "", "b") for i in range(1000)]
 SAFE = [Row(f"safe {i}", "", "c") for i in range(1000)]
 ROWS = Rows(GOOD, SAFE, BAD, [], [], [], [], {})
 
@@ -106,9 +106,9 @@ ROWS = Rows(GOOD, SAFE, BAD, [], [], [], [], {})
 @pytest.mark.parametrize("p", [0, 0.05, 0.1, 0.2, 0.29, 0.3, 0.5, 0.9, 1])
 def test_harmful_share_is_exact_and_nested(p: float) -> None:
     found = user_rows(ROWS, 1000, p, "seeded", seed=1)
-    harmful = {row for row in found if row.harmful}
+    harmful = set(found) & set(BAD)
     assert (len(found), len(harmful)) == (1000, round(1000 * p))
-    assert sum(row.harmful for row in user_rows(ROWS, 15, p, "seeded", seed=1)) == round(15 * p)
+    assert len({*user_rows(ROWS, 15, p, "seeded", seed=1)} & set(BAD)) == round(15 * p)
     assert len(set(found)) == 1000
     assert harmful <= set(user_rows(ROWS, 1000, 1, "seeded", seed=1))
     assert found == user_rows(ROWS, 1000, p, "seeded", seed=1)

@@ -192,7 +192,7 @@ def test_repnoise_is_what_the_models_own_passes_say(train: Train, tiny: Path) ->
         logits = torch.stack([model.lm_head(h[0, len(prompt) - 1 : -1]) for h in (*map(norm, states[:-1]), states[-1])])
         expected = ids[0, len(prompt) :].expand(len(logits), -1)
         entropies.append(F.cross_entropy(logits.transpose(1, 2), expected, reduction="none").mean(0))
-    assert seen.values("defender/loss")[0] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
+    assert seen.values("repnoise/entropy")[0] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
     layers = [pad_sequence(list(layer), batch_first=True).flatten(1) for layer in zip(*activations, strict=True)]
     distances = torch.stack([mmd(layer, torch.zeros_like(layer)) for layer in layers])
     assert seen.values("repnoise/mmd")[0] == pytest.approx(float(distances.mean()), rel=1e-5)

@@ -31,8 +31,9 @@ from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.generate import Stop, generate
 from lisa_lightning.loss import choose_packing
 from lisa_lightning.method.lisa import Lisa
-from lisa_lightning.module import LisaModule, Optim
+from lisa_lightning.module import LisaModule
 from lisa_lightning.net import attach, attach_saved, load, load_tokenizer, merged, save_adapter, trainable
+from lisa_lightning.optim import Optim
 from lisa_lightning.passes import Passes
 from lisa_lightning.training import Checkpoint, fit
 

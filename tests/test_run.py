@@ -158,6 +158,8 @@ def test_a_defense_at_every_stage_composes_and_is_cached_stage_by_stage(run: Run
     pruned = {name: float((w == 0).float().mean()) for name, w in repaired.items()}
     assert all(share > 0.05 for share in pruned.values())
     assert all(torch.equal(w[w != 0], tuned[name][w != 0]) for name, w in repaired.items())
+    changed = torch.cat([(w != tuned[name]).flatten() for name, w in repaired.items()]).float().mean()
+    assert (a["repair/modules"], a["repair/entries"]) == (len(repaired) // 2, pytest.approx(float(changed)))
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert all(f"<code>{choice}</code>" in page for choice in ("curate=random", "align=t_vaccine", "repair=antidote"))
 

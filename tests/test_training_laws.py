@@ -17,8 +17,8 @@ from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.method.method import Method
 from lisa_lightning.method.proximal import Proximal
 from lisa_lightning.method.sft import SFT
-from lisa_lightning.module import Optim
 from lisa_lightning.net import attach, load, trainable
+from lisa_lightning.optim import Optim
 from lisa_lightning.training import JointGradient
 
 

@@ -272,7 +272,7 @@ def test_verdicts_on_a_file_go_into_no_runs_folder(forked: Forked, tmp_path: Pat
 @pytest.mark.slow
 def test_help_names_what_can_be_chosen_and_says_what_keys_mean(forked: Forked, tmp_path: Path) -> None:
     shown = run(forked, tmp_path, "--help").stdout
-    (judges,) = re.findall(r"^  judge  +(.+)$", shown, re.MULTILINE)
+    (judges,) = re.findall(r"^  judge=embedded: who says .+\n +(.+)$", shown, re.MULTILINE)
     assert judges.split(", ") == sorted(f.stem for f in (ROOT / "conf" / "judge").glob("[!_]*.yaml"))
     assert "harmful_ratio: 0.1          # share p of harmful rows" in shown
     assert "${model.finetune_targets}" in shown

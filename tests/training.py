@@ -18,8 +18,9 @@ from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.packing import pack, pad
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.method import Method
-from lisa_lightning.module import LisaModule, Optim
+from lisa_lightning.module import LisaModule
 from lisa_lightning.net import PREFIX, attach, load, load_tokenizer, trainable
+from lisa_lightning.optim import Optim
 from lisa_lightning.passes import Passes
 from lisa_lightning.schedule import Stream
 from lisa_lightning.training import Checkpoint, Record, fit
@@ -71,7 +72,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "defender": DEFENDER}
         streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
         packing = pad if apart else pack
-        steps = StepBatches(streams, packing, method, o.steps, o.batch_size, o.accumulate, seed=1, paired=method.paired)
+        steps = StepBatches(streams, packing, method, o.steps, o.batch_size, o.accumulate, seed=1)
         module = LisaModule(Passes(net, steps.whole, lambda: deltas(net)), method, o, seed=1, key=key or {})
         checkpoint = Checkpoint(tmp_path / f"{folder}.ckpt", every=3, last=o.steps)
         callbacks: list[L.Callback] = [*more, Record(None, "finetune")]

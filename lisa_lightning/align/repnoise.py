@@ -122,7 +122,7 @@ class RepNoise(Method):
             {
                 "repnoise/penalty": self.beta * mmd - self.alpha * math.log1p(entropy),
                 "repnoise/mmd": mmd,
-                "defender/loss": entropy,
+                "repnoise/entropy": entropy,
             },
         )
 

@@ -55,6 +55,8 @@ class Draws(Protocol):
 
     rows_apart: Set[Stream]
     """Streams whose rows are padded, whatever the packing."""
+    paired: bool
+    """Row i of one stream belongs to row i of every other, so all are drawn in one order."""
 
     def draws(self, step: int) -> Mapping[Stream, Draw]:
         """What the step draws; the stream that it is about comes first."""
@@ -74,7 +76,6 @@ class StepBatches(Dataset[Step]):
         packing: how a micro-batch becomes packs.
         method: says what each step draws, and of which streams rows must be padded.
         discard: draw user rows in alignment steps too and throw them away, as the official code does.
-        paired: row i of one stream belongs to row i of every other, so all are drawn in one order.
     """
 
     def __init__(
@@ -87,7 +88,6 @@ class StepBatches(Dataset[Step]):
         accumulate: int,
         seed: int,
         discard: bool = False,
-        paired: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -99,7 +99,6 @@ class StepBatches(Dataset[Step]):
         self.accumulate = accumulate
         self.seed = seed
         self.discard = discard
-        self.paired = paired
         self.rank = rank
         self.world = world
 
@@ -133,7 +132,7 @@ class StepBatches(Dataset[Step]):
 
     def _row(self, stream: Stream, position: int) -> int:
         epoch, offset = divmod(position, len(self.streams[stream]))
-        place = 0 if self.paired else list(self.streams).index(stream)
+        place = 0 if self.method.paired else list(self.streams).index(stream)
         return int(_permutation(self.seed, place, epoch, len(self.streams[stream]))[offset])
 
 

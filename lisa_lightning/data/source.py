@@ -1,8 +1,8 @@
-"""A source's sets as rows: the user's task, alignment, harmful, and the held-out ones; no prompt in two of them."""
+"""A source's sets as rows: the user's, the provider's and the held-out ones; no prompt is both learnt and held out."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lisa_lightning.data.files import Reading, Record, read_records
@@ -22,7 +22,6 @@ class Row:
     instruction: str
     context: str
     response: str
-    harmful: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +60,10 @@ def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = Fals
     sets = {
         "train": _read(source, "train", task.fields, task.optional, task.row),
         "alignment": _read(source, "alignment", PAIR, ("input",), _pair),
-        "harmful": [replace(r, harmful=True) for r in _read(source, "harmful", PAIR, ("input",), _pair)],
+        "harmful": _read(source, "harmful", PAIR, ("input",), _pair),
     }
     if defender:
-        rows = _read(source, "defender", PAIR, ("input",), _pair)
-        sets["defender"] = [replace(r, harmful=True) for r in rows]
+        sets["defender"] = _read(source, "defender", PAIR, ("input",), _pair)
     held_out = {
         "test": {_key(row) for row in test},
         "harmful_prompts": {_plain(p) for p in harmful_prompts},

@@ -25,7 +25,7 @@ class Method:
     safe_ratio: float = 0.0
     """Share of the user's rows whose place alignment rows take."""
     rows_apart: Set[Stream] = frozenset()
-    """Streams of which it works on single rows' activations, which rows that share a prefix don't have."""
+    """Streams of which each row's activations count on their own, so that its rows can't share a prefix."""
     paired: bool = False
     """Whether row i of one stream belongs to row i of the others."""
 

@@ -10,8 +10,8 @@ from lisa_lightning.data.source import Row
 from lisa_lightning.evaluate.evaluator import questions
 from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.method.method import Method
-from lisa_lightning.module import Optim
 from lisa_lightning.net import save_adapter
+from lisa_lightning.optim import Optim
 from lisa_lightning.schedule import Stream
 from lisa_lightning.stages.evaluate import asking, evaluator
 from lisa_lightning.stages.setting import Metrics, Model, Setting, plain, rows_digest

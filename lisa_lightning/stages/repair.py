@@ -1,21 +1,18 @@
-"""The finished adapter repaired, and the safe adapter that NLSR repairs it by."""
+"""The finished adapter repaired."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from hydra.utils import instantiate
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
 from lisa_lightning.cache import own_code
-from lisa_lightning.data.source import Row, Rows
-from lisa_lightning.errors import UserError
-from lisa_lightning.module import Optim
-from lisa_lightning.net import attach_saved, save_adapter, trainable
-from lisa_lightning.repair.repair import Given, Repair, write
-from lisa_lightning.schedule import Stream
+from lisa_lightning.disk import read_json, write_text
+from lisa_lightning.net import attach_saved, modules, save_adapter, trainable
+from lisa_lightning.repair.repair import Factors, Given, Repair, write
+from lisa_lightning.stages.reference import reference_adapter
 from lisa_lightning.stages.setting import Metrics, Model, Setting, plain, rows_digest
-from lisa_lightning.stages.train import train
 
 
 def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple[Model, Metrics]:
@@ -23,7 +20,7 @@ def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple
     assert tuned.adapter is not None
     cfg, adapter = setting.cfg.repair, tuned.adapter
     rows = {"defender": setting.defender_rows(own), "alignment": setting.rows.alignment}
-    reference, made = _reference(setting, aligned) if "reference" in cfg else (None, {})
+    reference, made = reference_adapter(setting, aligned) if "reference" in cfg else (None, {})
     key = {
         "tuned": tuned.name,
         "repair": plain(cfg),
@@ -45,58 +42,21 @@ def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple
                     reference=lambda: load_file(reference / "reference.safetensors") if reference else {},
                 )
             )
+            changed = _changed(trainable(net), repaired.factors)
+            write_text(folder / "changed.json", json.dumps(changed))
             write(trainable(net), repaired.factors)
             save_adapter(net, str(tuned.folder), folder / "adapter")
         return {}
 
     folder, cost = setting.stage("repair", key, make)
-    return Model(tuned.folder, folder / "adapter"), cost | made
+    return Model(tuned.folder, folder / "adapter"), cost | made | read_json(folder / "changed.json")
 
 
-def _reference(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
-    """The folder of a safe adapter, extrapolated from plain fine-tuning on alignment rows through DPO."""
-    cfg, seed = setting.cfg.repair.reference, setting.cfg.align.seed
-    preferred, others = pairs(setting.rows)
-    key = {
-        "aligned": aligned.name,
-        "reference": plain(cfg),
-        "lora": plain(setting.cfg.lora),
-        "seed": seed,
-        "alignment_rows": rows_digest(setting.rows.alignment),
-        "defender_rows": rows_digest(setting.rows.defender),
+def _changed(before: Mapping[str, Tensor], after: Factors) -> Metrics:
+    """How many of the adapter's modules, and which share of its entries, are not what they were."""
+    differing = {name: int((w != after[name]).sum()) for name, w in before.items()}
+    touched = sum(any(differing[name] for name in pair) for pair in modules(after).values())
+    return {
+        "repair/modules": touched,
+        "repair/entries": sum(differing.values()) / sum(w.numel() for w in before.values()),
     }
-
-    def make(folder: Path) -> Metrics:
-        net = setting.attach(aligned, setting.cfg.lora, seed)
-
-        def trained(name: str, own: Any, rows: dict[Stream, Sequence[Row]]) -> Metrics:
-            optim = Optim.of(own.optim, len(rows["alignment"]), setting.fabric.world_size)
-            method = instantiate(own.method)
-            return train(setting, f"reference_{name}", net, method, optim, seed, rows, key, curves=False)
-
-        costs = [trained("sft", cfg.sft, {"alignment": setting.rows.alignment})]
-        before = {name: w.detach().clone() for name, w in trainable(net).items()}
-        costs.append(trained("dpo", cfg.dpo, {"alignment": preferred, "defender": others}))
-        if setting.fabric.is_global_zero:
-            further = {n: w.detach().lerp(before[n], -cfg.extrapolation).cpu() for n, w in trainable(net).items()}
-            save_file(further, folder / "reference.safetensors")
-        return {"seconds": sum(c["seconds"] for c in costs), "peak_mib": max(c["peak_mib"] for c in costs)}
-
-    return setting.stage("reference", key, make)
-
-
-def pairs(rows: Rows) -> tuple[list[Row], list[Row]]:
-    """Refusals and harmful answers to the same requests.
-
-    Raises:
-        UserError: there are none.
-    """
-    refusals = {(row.instruction, row.context): row for row in rows.alignment}
-    both = [(refusals[q], r) for r in rows.defender if (q := (r.instruction, r.context)) in refusals]
-    if not both:
-        raise UserError(
-            "repair=nlsr prefers refusals to harmful answers to the same requests, and no prompt of "
-            "source.defender is one of source.alignment's"
-        )
-    preferred, others = zip(*both, strict=True)
-    return list(preferred), list(others)

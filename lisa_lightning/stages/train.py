@@ -11,7 +11,8 @@ from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.source import Row
 from lisa_lightning.loss import choose_packing
 from lisa_lightning.method.method import Method
-from lisa_lightning.module import LisaModule, Optim
+from lisa_lightning.module import LisaModule
+from lisa_lightning.optim import Optim
 from lisa_lightning.passes import Passes
 from lisa_lightning.schedule import Stream
 from lisa_lightning.stages.setting import Metrics, Setting
@@ -52,7 +53,6 @@ def train(
         optim.accumulate,
         seed,
         discard=discard,
-        paired=method.paired,
     )
     module = LisaModule(Passes(net, batches.whole, deltas), method, optim, seed, setting.origin | key)
     path = setting.out / "checkpoints" / f"{stage}.ckpt"

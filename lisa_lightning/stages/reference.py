@@ -1,0 +1,65 @@
+"""The safe adapter that NLSR repairs by, trained on refusals and against harmful answers to the same requests."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from safetensors.torch import save_file
+
+from lisa_lightning.data.source import Row, Rows
+from lisa_lightning.errors import UserError
+from lisa_lightning.net import trainable
+from lisa_lightning.optim import Optim
+from lisa_lightning.schedule import Stream
+from lisa_lightning.stages.setting import Metrics, Model, Setting, plain, rows_digest
+from lisa_lightning.stages.train import train
+
+
+def reference_adapter(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
+    """The folder of a safe adapter, extrapolated from plain fine-tuning on alignment rows through DPO."""
+    cfg, seed = setting.cfg.repair.reference, setting.cfg.align.seed
+    preferred, others = pairs(setting.rows)
+    key = {
+        "aligned": aligned.name,
+        "reference": plain(cfg),
+        "lora": plain(setting.cfg.lora),
+        "seed": seed,
+        "alignment_rows": rows_digest(setting.rows.alignment),
+        "defender_rows": rows_digest(setting.rows.defender),
+    }
+
+    def make(folder: Path) -> Metrics:
+        net = setting.attach(aligned, setting.cfg.lora, seed)
+
+        def trained(name: str, own: Any, rows: dict[Stream, Sequence[Row]]) -> Metrics:
+            optim = Optim.of(own.optim, len(rows["alignment"]), setting.fabric.world_size)
+            method = instantiate(own.method)
+            return train(setting, f"reference_{name}", net, method, optim, seed, rows, key, curves=False)
+
+        costs = [trained("sft", cfg.sft, {"alignment": setting.rows.alignment})]
+        before = {name: w.detach().clone() for name, w in trainable(net).items()}
+        costs.append(trained("dpo", cfg.dpo, {"alignment": preferred, "defender": others}))
+        if setting.fabric.is_global_zero:
+            further = {n: w.detach().lerp(before[n], -cfg.extrapolation).cpu() for n, w in trainable(net).items()}
+            save_file(further, folder / "reference.safetensors")
+        return {"seconds": sum(c["seconds"] for c in costs), "peak_mib": max(c["peak_mib"] for c in costs)}
+
+    return setting.stage("reference", key, make)
+
+
+def pairs(rows: Rows) -> tuple[list[Row], list[Row]]:
+    """Refusals and harmful answers to the same requests.
+
+    Raises:
+        UserError: there are none.
+    """
+    refusals = {(row.instruction, row.context): row for row in rows.alignment}
+    both = [(refusals[q], r) for r in rows.defender if (q := (r.instruction, r.context)) in refusals]
+    if not both:
+        raise UserError(
+            "repair=nlsr prefers refusals to harmful answers to the same requests, and no prompt of "
+            "source.defender is one of source.alignment's"
+        )
+    preferred, others = zip(*both, strict=True)
+    return list(preferred), list(others)
