@@ -242,6 +242,8 @@ def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_text(out / "choices.json", json.dumps(choices, indent=2))
+    if not used:  # Hydra's own list of them is that of the last command here, even of one that is refused
+        write_text(out / "overrides.yaml", OmegaConf.to_yaml(HydraConfig.get().overrides.task))
 
 
 def _leave(cfg: DictConfig, out: Path, tracker: Tracker, metrics: Metrics, choices: dict[str, str]) -> None:

@@ -181,8 +181,9 @@ def test_a_run_is_judged_anew_without_being_run_anew(run: Run, out: Path) -> Non
     assert "final/refusal/refusal_rate" in found
     assert "final/refusal/harmful_score" not in found
     after = {f.name: f.read_bytes() for f in out.iterdir() if f.is_file()}
-    for name in ("config.yaml", "responses.jsonl", "curves.csv", "choices.json"):
+    for name in ("config.yaml", "responses.jsonl", "curves.csv", "choices.json", "overrides.yaml"):
         assert after[name] == before[name], name
+    assert b"- optim.steps=24" in after["overrides.yaml"]
     shown = after["report.html"].decode()
     assert all(shown.count(f"{name}<") == 1 for name in ("Harmful score (embedded)", "Refusal rate (refusal)"))
     judged = [json.loads(line) for line in (out / "judged.jsonl").read_text().splitlines()]

@@ -218,15 +218,7 @@ def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProc
         (["experiment=smoke", "align=none", "curate=seal"], "curate=seal chooses the rows to align on: it needs"),
         (["experiment=smoke", "stages=[align,repair]", "repair=nlsr"], "repair=nlsr repairs what fine-tuning made"),
         (["experiment=smoke", "repair=nlsr", "model.adapters=continued"], "it needs model.adapters=stacked"),
-        (
-            [
-                "experiment=smoke",
-                "repair=nlsr",
-                "source.defender.path=embedded:harmful.jsonl",
-                "data.allow_overlap=true",
-            ],
-            "no prompt of source.defender is one of source.alignment's",
-        ),
+        (["repair=nlsr", "source.defender.path=embedded:harmful.jsonl", "data.allow_overlap=true"], "prefers refusals"),
         (["experiment=smoke", "model.quantize=nf4"], "model.quantize=nf4 needs an NVIDIA GPU"),
         (["experiment=smoke", "model.template=chat"], "this tokenizer has no chat template"),
         (["experiment=smoke", "judge=linear"], "judge.linear.rows.path has no value"),
@@ -299,7 +291,9 @@ def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing_half_written(tmp_path
 def test_a_folder_that_holds_a_run_is_not_overwritten(forked: Forked, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.json").write_text("{}")
+    (tmp_path / "out" / "overrides.yaml").write_text("- seed=1")  # what `resume=true` must be given again
     done = run(forked, tmp_path, "experiment=smoke", "hydra.run.dir=out")
     assert done.returncode == 2
     assert "holds a run; add resume=true" in done.stderr
     assert (tmp_path / "out" / "metrics.json").read_text() == "{}"
+    assert (tmp_path / "out" / "overrides.yaml").read_text() == "- seed=1"
