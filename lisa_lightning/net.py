@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lisa_lightning.cpu import multiply_by_onednn
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, first_line
 
 PREFIX = "base_model.model."
 """What peft puts before a module's own name."""
@@ -84,7 +84,7 @@ def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
     try:
         net = get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"lora.targets={targets}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"lora.targets={targets}: {first_line(error)}") from error
     # Models arrive in evaluation mode, where dropout and gradient checkpointing are silently off.
     net.train()
     return net

@@ -27,7 +27,7 @@ from lisa_lightning.curate.curate import Curate
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import load_rows
 from lisa_lightning.disk import explained, read_json, write_text
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, first_line
 from lisa_lightning.evaluate.evaluator import Answer, read_answers
 from lisa_lightning.evaluate.judging import read_judged, read_responses
 from lisa_lightning.evaluate.scores import verdict
@@ -213,7 +213,7 @@ def _ranks(cfg: Any) -> Fabric:
         )
     except (ValueError, RuntimeError, TypeError, ImportError) as error:
         asked = f"trainer.accelerator={cfg.accelerator}, trainer.devices={cfg.devices}"
-        raise UserError(f"{asked} can't be had on this machine: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{asked} can't be had on this machine: {first_line(error)}") from error
 
 
 def _refuse_processes(fabric: Fabric, cfg: Any) -> None:

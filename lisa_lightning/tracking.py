@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from lisa_lightning.disk import explained, write_text
+from lisa_lightning.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ def _start_wandb(out: Path, init: dict[str, Any], resumed: bool) -> tuple[Any, d
         try:
             run = wandb.init(dir=out, mode="online", settings=settings, **init, **goes_on)
         except wandb.Error as error:
-            log.warning("W&B can't be reached (%s): the run is kept offline.", str(error).splitlines()[0])
+            log.warning("W&B can't be reached (%s): the run is kept offline.", first_line(error))
             online = False
     if run is None:
         goes_on = {}

@@ -2,12 +2,14 @@
 
 import ast
 import re
+from collections.abc import Callable
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.config import RULES
+from lisa_lightning.config import RULES, flat
 
 ROOT = Path(__file__).parents[1]
 CHOICES = ("align", "curate", "judge", "method", "repair", "task")
@@ -60,6 +62,21 @@ def test_a_bounded_key_says_its_bounds() -> None:
             if not re.search(r"above|or more|\d\.\.\d|between|below", found[3]):
                 unsaid.append(f"{file.relative_to(ROOT)}: {line.strip()}")
     assert not unsaid
+
+
+RULED_ELSEWHERE = r"source\.refusals|align\.method|task\.(embedded|hub)\..*|.*\.(columns|labels|where)\..*|.*_target_"
+"""A path that is asked for, what is null where nothing aligns, what a source takes over, a person's own columns."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", sorted(f.name for f in (ROOT / "conf").iterdir() if f.is_dir()))
+def test_every_key_has_a_rule(config: Callable[..., DictConfig], group: str) -> None:
+    folder = ROOT / "conf" / group
+    for file in folder.rglob("[!_]*.yaml") if group not in ("paper", "sweep") else ():
+        name = file.relative_to(folder).with_suffix("").as_posix()
+        cfg = OmegaConf.to_container(config(f"{group}={f'[{name}]' if group == 'judge' else name}"), resolve=False)
+        assert isinstance(cfg, dict)
+        assert [k for k, _ in flat(cfg) if k not in RULES and not re.fullmatch(RULED_ELSEWHERE, k)] == []
 
 
 def _keys(file: Path) -> list[tuple[str, bool]]:

@@ -11,8 +11,8 @@ import pytest
 from forking import Forked
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.config import JUDGES, RULES, check, flat
-from lisa_lightning.errors import UserError
+from lisa_lightning.config import JUDGES, RULES, check
+from lisa_lightning.errors import UserError, first_line
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "conf" / "experiment"
@@ -123,6 +123,10 @@ def test_wrong_values_are_refused(config: Config, override: str) -> None:
     assert REFUSED[override] in str(error.value)
 
 
+def test_an_exception_is_quoted_by_the_first_line_that_says_something_else_by_its_name() -> None:
+    assert [first_line(ValueError(text)) for text in ("a\nb", "\n a\nb", "", " \n")] == ["a", " a", *["ValueError"] * 2]
+
+
 @pytest.mark.parametrize("override", REFUSED_OF_JUDGES)
 def test_wrong_values_of_judges_are_refused(config: Config, override: str) -> None:
     name = override.split(".")[1]
@@ -173,21 +177,6 @@ def test_every_rule_is_about_a_key_that_exists(config: Config) -> None:
             if all(OmegaConf.select(c, k, default="absent") == "absent" for c in (cfg, own[k]) if c is not None)
         }
     assert not absent
-
-
-RULED_ELSEWHERE = r"source\.refusals|align\.method|task\.(embedded|hub)\..*|.*\.(columns|labels|where)\..*|.*_target_"
-"""A path that is asked for, what is null where nothing aligns, what a source takes over, a person's own columns."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("group", sorted(f.name for f in (ROOT / "conf").iterdir() if f.is_dir()))
-def test_every_key_has_a_rule(config: Config, group: str) -> None:
-    folder = ROOT / "conf" / group
-    for file in folder.rglob("[!_]*.yaml") if group not in ("paper", "sweep") else ():
-        name = file.relative_to(folder).with_suffix("").as_posix()
-        cfg = OmegaConf.to_container(config(f"{group}={f'[{name}]' if group == 'judge' else name}"), resolve=False)
-        assert isinstance(cfg, dict)
-        assert [k for k, _ in flat(cfg) if k not in RULES and not re.fullmatch(RULED_ELSEWHERE, k)] == []
 
 
 def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":

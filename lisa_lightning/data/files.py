@@ -11,7 +11,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, first_line
 
 EMBEDDED = Path(__file__).parent / "embedded"
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -165,7 +165,7 @@ def _parquet(data: bytes, file: Path) -> Iterator[tuple[str, Record]]:
                 number += 1
                 yield f"row {number}", raw
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: can't be read ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{file}: can't be read ({first_line(error)})") from error
 
 
 def _table(text: str, file: Path, kind: str, header: Sequence[str] | None) -> Iterator[tuple[str, Record]]:

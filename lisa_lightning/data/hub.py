@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lisa_lightning.data.files import Reading, Record, read
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -53,10 +53,10 @@ def _load(id: str, config: str | None, split: str, revision: str | None, files: 
             return datasets.load_dataset("json", data_files={split: place}, split=split)
         return datasets.load_dataset(str(folder) if folder.is_dir() else id, config, split=split, revision=revision)
     except ValueError as error:  # no such split or config; the library names those that there are
-        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name}: {first_line(error)}") from error
     except Exception as error:
         raise UserError(
-            f"The data set {name} is not to be had ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}). "
+            f"The data set {name} is not to be had ({type(error).__name__}: {first_line(error)}). "
             "Ways out: connect to the hub (with HF_TOKEN set where the set is gated); point HF_HOME at a cache that "
             "holds it; name a folder in the hub's layout instead of the id; or take files with source=local."
         ) from error

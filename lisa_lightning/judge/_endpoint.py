@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 from typing import Any, TypeVar
 
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -173,7 +173,7 @@ class Endpoint:
             404: f"it knows no model {self.model}; look at judge.{self.name}.model and base_url",
             429: "it is asked too often, or the account is used up",
         }
-        words = str(error).splitlines()[0][:200].replace(os.environ.get(KEY, "\0"), "***")
+        words = first_line(error)[:200].replace(os.environ.get(KEY, "\0"), "***")
         place = self.base_url or "the default endpoint"
         return f"judge.{self.name} at {place}: {known.get(status or 0, what)} ({words}). What was judged is kept"
 

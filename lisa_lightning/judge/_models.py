@@ -7,7 +7,7 @@ from typing import Any
 
 from lisa_lightning.base_model import on_hub, refuse_incomplete
 from lisa_lightning.cache import digest
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, first_line
 
 
 def local(key: str, id: str, revision: str | None) -> Path:
@@ -45,8 +45,7 @@ def loading(key: str, id: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{key}={id} can't be loaded: {reason}") from error
+        raise UserError(f"{key}={id} can't be loaded: {first_line(error)}") from error
 
 
 def load_tokenizer(key: str, id: str, folder: Path) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 from lisa_lightning.cache import digest
 from lisa_lightning.data.files import read_records
 from lisa_lightning.data.source import reading, taken
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, first_line
 from lisa_lightning.judge import refusal
 from lisa_lightning.judge._linear_card import auc, interval, page
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
@@ -166,7 +166,7 @@ class _Model:
         try:
             found = [vectorizer.fit_transform([view(p) for p in pairs]) for view, vectorizer in self._views]
         except ValueError as error:
-            raise UserError(f"judge.linear.rows: too little text to fit on ({str(error).splitlines()[0]})") from error
+            raise UserError(f"judge.linear.rows: too little text to fit on ({first_line(error)})") from error
         self._regression: Any = LogisticRegression(max_iter=2000)
         self._weights = [_one_sidedness(features, harmful) for features in found]
         self._regression.fit(self._joined(found, pairs), harmful)
