@@ -230,7 +230,7 @@ INSTEAD = {
     "gradient_clip_val": "optim.clip",
     "gradient_clip_algorithm": "optim.clip",
     "max_steps": "optim.steps",
-    "max_epochs": "optim.steps",
+    "max_epochs": "optim.epochs",
     "val_check_interval": "evaluate.every",
     "enable_checkpointing": "checkpoint.every",
     "logger": "wandb",

@@ -64,6 +64,7 @@ REFUSED = {
     "stages=align": "stages=align is not allowed",
     "+trainer.gradient_clip_val=0.5": "use optim.clip",
     "+trainer.max_steps=10": "use optim.steps",
+    "+trainer.max_epochs=3": "use optim.epochs",
     "+trainer.benchmark=true": "there are: accelerator, devices",
     "trainer.precision=16-mixed": "it must be 32-true or bf16-mixed",
     "trainer.precision=bf16-true": "it must be 32-true or bf16-mixed",
