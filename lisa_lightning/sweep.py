@@ -12,11 +12,13 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.cache import code_digest
 from lisa_lightning.config import WITHOUT_RESULT, bookkeeping, check
 from lisa_lightning.disk import read_json, write_text
+from lisa_lightning.errors import UserError
 from lisa_lightning.explain import explain
 from lisa_lightning.report.sweep import FAILED, complete
 
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 FOLDER = "hydra.sweep.dir"
 WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 """Hydra's flags that another argument belongs to."""
+BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+"""Hydra's own sweeper, which runs through values and looks for nothing."""
 LONGEST = 120  # characters of a sweep's folder
 LONGEST_JOB = 200  # of a job's, which says every value; file systems take 255 bytes
 
@@ -84,7 +88,7 @@ def job(cfg: DictConfig) -> float | None:
     """Run one job of a sweep, or find it finished; a failure is noted in its folder and ends it alone.
 
     Returns:
-        Accuracy minus harmful score, for sweepers that look for the best; None where it failed.
+        Accuracy minus harmful score, for sweepers that look for the best; None where it failed or lacks one of them.
     """
     out = Path(HydraConfig.get().runtime.output_dir)
     cfg.wandb.group = cfg.wandb.group or _folder().name
@@ -93,6 +97,7 @@ def job(cfg: DictConfig) -> float | None:
     if metrics is None:
         try:
             check(cfg)
+            _refuse_without_value(cfg)
             from lisa_lightning.pipeline import run
 
             metrics = run(cfg)
@@ -102,7 +107,31 @@ def job(cfg: DictConfig) -> float | None:
             log.error("%s failed: %s", out.name, sentence)
             return None
     (out / FAILED).unlink(missing_ok=True)
-    return metrics.get("final/accuracy", 0.0) - metrics.get("final/harmful_score", 0.0)
+    return value(metrics)
+
+
+def value(metrics: Mapping[str, Any]) -> float | None:
+    """Accuracy minus harmful score. A missing one is not 0: the best would then be what the other alone says."""
+    accuracy, harmful = (metrics.get(f"final/{name}") for name in ("accuracy", "harmful_score"))
+    return None if accuracy is None or harmful is None else accuracy - harmful
+
+
+def _refuse_without_value(cfg: DictConfig) -> None:
+    """Raises UserError where a sweeper looks for the best and this job would have no value for it."""
+    if HydraConfig.get().sweeper._target_ == BASIC:
+        return
+    from lisa_lightning.task.task import Scored
+
+    harm = any(get_class(own._target_).metric == "harmful_score" for own in cfg.judge.values())
+    right = isinstance(get_class(cfg.task._target_)(), Scored)
+    if harm and right and {"finetune", "evaluate", "judge"} <= {*cfg.stages}:
+        return
+    asked = f"judge=[{','.join(map(str, cfg.judge))}], task={HydraConfig.get().runtime.choices['task']}"
+    raise UserError(
+        f"{asked} and stages=[{','.join(cfg.stages)}] give no accuracy minus harmful score, which this sweeper "
+        "looks for: that takes a judge beyond refusal and win_rate, a task that isn't alpaca, and the stages finetune, "
+        "evaluate and judge"
+    )
 
 
 def _finished(out: Path, cfg: DictConfig) -> Mapping[str, Any] | None:

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from composing import composed
 from forking import Forked, started
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from lisa_lightning.config import check
-from lisa_lightning.sweep import placed
+from lisa_lightning.sweep import job, placed, value
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["experiment=smoke", "optim.steps=6", "align.optim.steps=4", "evaluate.every=0", "checkpoint.every=2"]
@@ -75,8 +76,8 @@ def test_every_job_of_a_committed_sweep_is_a_run(config: Callable[..., DictConfi
         values = [str(v) for v in o.sweep_string_iterator()] if o.is_discrete_sweep() else ["0.01", "10"]
         ends = [[*ends[0], f"{o.get_key_element()}={values[0]}"], [*ends[1], f"{o.get_key_element()}={values[-1]}"]]
     split = [] if "split" not in params else ["split=[0,30]"]
-    for job in ends:
-        check(config(f"sweep={name}" if name != "optuna" else "sweep=rho", *split, *job))
+    for end in ends:
+        check(config(f"sweep={name}" if name != "optuna" else "sweep=rho", *split, *end))
 
 
 def test_a_sweep_of_weights_and_biases_starts_runs_of_ours(config: Callable[..., DictConfig]) -> None:
@@ -86,6 +87,32 @@ def test_a_sweep_of_weights_and_biases_starts_runs_of_ours(config: Callable[...,
     values = [(k, v.get("values", [v.get("value")])) for k, v in sweep["parameters"].items()]
     for end in (0, -1):
         check(config(*(f"{key}={options[end]}" for key, options in values)))
+
+
+WIN_RATE = ["judge.win_rate.model=m", *(f"judge.win_rate.usd_per_million_{side}=1" for side in ("input", "output"))]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["judge=refusal"], "judge=[refusal], task=sst2 and"),
+        (["judge=[refusal,win_rate]", *WIN_RATE], "judge=[refusal,win_rate], task=sst2 and"),
+        (["task=alpaca"], "judge=[embedded], task=alpaca and"),
+        (["stages=[align,evaluate,judge]"], "stages=[align,evaluate,judge] give"),
+    ],
+)
+def test_no_study_is_led_by_one_score_alone(tmp_path: Path, overrides: list[str], named: str) -> None:
+    pytest.importorskip("optuna")
+    assert job(composed(["experiment=smoke", "sweep=optuna", *overrides], tmp_path)) is None
+    cause = json.loads((tmp_path / "failed.json").read_text())["cause"]
+    assert named in cause
+    assert "no accuracy minus harmful score" in cause
+    assert [f.name for f in tmp_path.iterdir()] == ["failed.json"]  # refused before anything was run
+
+
+def test_a_missing_score_is_no_score_of_0() -> None:
+    assert value({"final/accuracy": 90.0, "final/harmful_score": 9.0}) == 81.0
+    assert value({"final/accuracy": 90.0}) is value({"final/harmful_score": 9.0}) is None
 
 
 @pytest.fixture(scope="module")
