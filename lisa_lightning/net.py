@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lisa_lightning.base_model import loading
 from lisa_lightning.cpu import multiply_by_onednn
 from lisa_lightning.errors import UserError, first_line
 
@@ -28,9 +29,11 @@ def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None
         quantize: `nf4` for QLoRA's 4-bit weights, on the GPU at once.
 
     Raises:
-        UserError: `quantize` where there is no GPU or no bitsandbytes.
+        UserError: `quantize` where there is no GPU or no bitsandbytes; it can't be loaded, or not without code of its
+            own.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    options |= {"use_safetensors": True, "trust_remote_code": False}
     if quantize is not None:
         refuse_quantization()
         from transformers import BitsAndBytesConfig
@@ -42,7 +45,8 @@ def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options).requires_grad_(False)
+    with loading(f"The model in {folder}"):
+        model = AutoModelForCausalLM.from_pretrained(folder, **options).requires_grad_(False)
     multiply_by_onednn(model)
     return model
 
@@ -56,8 +60,9 @@ def refuse_quantization() -> None:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model."""
-    return AutoTokenizer.from_pretrained(folder)
+    """The tokenizer beside the model. Raises UserError where it can't be loaded, or not without code of its own."""
+    with loading(f"The tokenizer in {folder}"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:

@@ -52,19 +52,20 @@ def test_a_tokenizer_that_comes_as_sentencepieces_model_alone(tmp_path: Path, cl
 def test_the_hub_is_asked_at_once_and_its_commit_tells_weights_apart(
     tmp_path: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def on_hub(name: str, revision: str | None) -> Path:
+    def fetched(name: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append((name, revision))
+        assert not any(pattern in ("*", "*.py", "*.bin") for pattern in allow_patterns)
         if revision is None:
-            raise UserError("the hub can't be read")
-        return shutil.copytree(classifier, tmp_path / f"commit-{revision}", dirs_exist_ok=True)
+            raise OSError("no route")
+        return str(shutil.copytree(classifier, tmp_path / f"commit-{revision}", dirs_exist_ok=True))
 
     asked: list[tuple[str, str | None]] = []
-    monkeypatch.setattr("lisa_lightning.judge._models.on_hub", on_hub)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
     versions = {moderation(Path("own/er"), revision=r).version for r in ("a", "b", "a")}
     assert (asked, len(versions)) == ([("own/er", r) for r in ("a", "b", "a")], 2)
-    with pytest.raises(UserError, match=r"judge\.moderation\.id=own/er: the hub can't be read"):
+    with pytest.raises(UserError, match=r"judge\.moderation\.id=own/er: the hub can't be read \(no route\)"):
         moderation(Path("own/er"))
-    with pytest.raises(UserError, match=r"judge\.llama_guard\.id=own/er: the hub can't be read"):
+    with pytest.raises(UserError, match=r"judge\.llama_guard\.id=own/er: the hub can't be read \(no route\)"):
         guarding(Path("own/er"))
 
 

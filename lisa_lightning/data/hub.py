@@ -1,11 +1,11 @@
 """Reading rows out of data sets on the Hugging Face hub, or in a folder of the hub's layout."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 from lisa_lightning.data.files import Reading, Record, read
 from lisa_lightning.errors import UserError, first_line
+from lisa_lightning.hub_or_folder import own_folder
 
 T = TypeVar("T")
 
@@ -44,14 +44,12 @@ def _load(id: str, config: str | None, split: str, revision: str | None, files: 
     import datasets
 
     datasets.disable_progress_bars()
-    folder = Path(id).expanduser()
-    if not folder.is_dir() and (id.startswith((".", "/", "~")) or id.count("/") > 1):
-        raise UserError(f"{id}: there is no such folder")
+    folder = own_folder(id, id)
     try:
         if files is not None:
-            place = str(folder / files) if folder.is_dir() else f"hf://datasets/{id}@{revision or 'main'}/{files}"
+            place = str(folder / files) if folder else f"hf://datasets/{id}@{revision or 'main'}/{files}"
             return datasets.load_dataset("json", data_files={split: place}, split=split)
-        return datasets.load_dataset(str(folder) if folder.is_dir() else id, config, split=split, revision=revision)
+        return datasets.load_dataset(str(folder or id), config, split=split, revision=revision)
     except ValueError as error:  # no such split or config; the library names those that there are
         raise UserError(f"{name}: {first_line(error)}") from error
     except Exception as error:

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Final, final
 
+from lisa_lightning.base_model import loading, weights
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
-from lisa_lightning.judge._models import best_device, identity, load_tokenizer, loading, local
+from lisa_lightning.judge._models import best_device, load_tokenizer
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
 
 CODE: Final = 1  # raised when a change here can change a verdict
-KEY: Final = "judge.llama_guard.id"
 
 
 @final
@@ -32,13 +32,13 @@ class LlamaGuardJudge:
     def __init__(
         self, id: str, revision: str | None, dtype: str, before: str, safe: str, unsafe: str, max_length: int
     ) -> None:
-        self.id, self.dtype = id, dtype
+        self.at, self.dtype = f"judge.llama_guard.id={id}", dtype
         self.before, self.safe, self.unsafe, self.max_length = before, safe, unsafe, max_length
-        self._folder = local(KEY, id, revision)
-        self._tokenizer = load_tokenizer(KEY, id, self._folder)
+        self._folder, found = weights(self.at, id, revision)
+        self._tokenizer = load_tokenizer(self.at, self._folder)
         if self._tokenizer.chat_template is None:
-            raise UserError(f"{KEY}={id}: its tokenizer has no chat template, so it is no guard")
-        self.version = digest([CODE, identity(id, self._folder), dtype, before, safe, unsafe, max_length])
+            raise UserError(f"{self.at}: its tokenizer has no chat template, so it is no guard")
+        self.version = digest([CODE, found, dtype, before, safe, unsafe, max_length])
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
         """One pass an answer: padding could change what a guard sees, and there is nothing to generate."""
@@ -95,8 +95,8 @@ class LlamaGuardJudge:
         import torch
         from transformers import AutoModelForCausalLM
 
-        with loading(KEY, self.id):
+        with loading(self.at):
             model: Any = AutoModelForCausalLM.from_pretrained(
-                self._folder, dtype=getattr(torch, self.dtype), use_safetensors=True
+                self._folder, dtype=getattr(torch, self.dtype), use_safetensors=True, trust_remote_code=False
             )
             return model.to(best_device()).eval()

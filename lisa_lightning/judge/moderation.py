@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Final, final
 
+from lisa_lightning.base_model import loading, weights
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
-from lisa_lightning.judge._models import best_device, identity, load_tokenizer, loading, local
+from lisa_lightning.judge._models import best_device, load_tokenizer
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
 
 CODE: Final = 2  # raised when a change here can change a verdict
-KEY: Final = "judge.moderation.id"
 WINDOW: Final = 8  # batches that are sorted by length together; more would keep verdicts waiting
 
 
@@ -48,14 +48,13 @@ class ModerationJudge:
     ) -> None:
         if "{prompt}" not in text or "{response}" not in text:
             raise UserError(f"judge.moderation.text={text!r} must have the places {{prompt}} and {{response}}")
-        self.id, self.dtype, self.text = id, dtype, text
+        self.at, self.dtype, self.text = f"judge.moderation.id={id}", dtype, text
         self.max_length, self.threshold, self.batch_size = max_length, threshold, batch_size
         self.harmful = None if harmful_labels is None else list(harmful_labels)
-        self._folder = local(KEY, id, revision)
-        self._tokenizer = load_tokenizer(KEY, id, self._folder)
+        self._folder, found = weights(self.at, id, revision)
+        self._tokenizer = load_tokenizer(self.at, self._folder)
         self._labels, self._exclusive = self._read_config()
-        weights = identity(id, self._folder)
-        self.version = digest([CODE, weights, dtype, text, max_length, threshold, self.harmful])
+        self.version = digest([CODE, found, dtype, text, max_length, threshold, self.harmful])
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
         """The score is the largest probability; categories are the classifier's labels."""
@@ -96,13 +95,17 @@ class ModerationJudge:
         import torch
         from transformers import AutoModelForSequenceClassification
 
-        with loading(KEY, self.id):
+        with loading(self.at):
             model, told = AutoModelForSequenceClassification.from_pretrained(
-                self._folder, dtype=getattr(torch, self.dtype), use_safetensors=True, output_loading_info=True
+                self._folder,
+                dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
             if told["missing_keys"]:  # the library would draw them at random
                 missing = ", ".join(sorted(told["missing_keys"])[:3])
-                raise UserError(f"{KEY}={self.id}: its weights are not all there ({missing}), so it is no classifier")
+                raise UserError(f"{self.at}: its weights are not all there ({missing}), so it is no classifier")
             # Decoders classify by the last token that is not padding. Batches here have none, and where padding and end
             # of text are one token, the end would be taken for padding.
             model.config.get_text_config().pad_token_id = -1
@@ -112,8 +115,8 @@ class ModerationJudge:
         """The classifier's labels, and whether one excludes the others."""
         from transformers import AutoConfig
 
-        with loading(KEY, self.id):
-            config: Any = AutoConfig.from_pretrained(self._folder)
+        with loading(self.at):
+            config: Any = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
         labels = [str(config.id2label[i]) for i in range(len(config.id2label))]
         exclusive = config.problem_type == "single_label_classification" or (
             config.problem_type is None and len(labels) == 2

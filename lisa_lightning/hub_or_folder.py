@@ -1,0 +1,27 @@
+"""What the config calls 'a hub id or a folder': which of them a value is, and what tells a folder's contents apart."""
+
+from pathlib import Path
+
+from lisa_lightning.cache import digest
+from lisa_lightning.errors import UserError
+
+
+def own_folder(at: str, id: str) -> Path | None:
+    """The folder that `id` names, `~` expanded; None where it is a hub id.
+
+    Raises:
+        UserError, which begins with `at`: it can be neither.
+    """
+    folder = Path(id).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
+    if id.startswith((".", "/", "~")) or id.count("/") != 1:
+        raise UserError(f"{at}: there is no such folder, and it is not a hub id such as owner/name")
+    return None
+
+
+def contents_digest(folder: Path) -> str:
+    """Of the names, sizes and times of a folder's files, and of the words of its .json files."""
+    files = sorted(f for f in folder.iterdir() if f.is_file())
+    small = {f.name: f.read_text(encoding="utf-8") for f in files if f.suffix == ".json"}
+    return digest([[(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files], small])

@@ -1,0 +1,84 @@
+"""Where models and judges come from: folders and hub ids told apart, and no code of theirs is run."""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from judge_models import guarding, moderation
+from omegaconf import DictConfig
+
+from lisa_lightning.base_model import base_model
+from lisa_lightning.cache import OneRank
+from lisa_lightning.data.files import Reading
+from lisa_lightning.data.hub import read_hub
+from lisa_lightning.errors import UserError
+from lisa_lightning.hub_or_folder import own_folder
+from lisa_lightning.net import load, load_tokenizer
+
+
+def test_a_folder_is_one_that_is_there_and_a_hub_id_has_an_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Callable[..., DictConfig]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("mine", "./mine", "~/mine", str(tmp_path / "mine")):
+        assert own_folder("key", name) == tmp_path / "mine"
+    assert own_folder("key", "owner/name") is None
+    neither = "there is no such folder, and it is not a hub id such as owner/name"
+    for name in ("before", "./before", "~/before", "/before", "a/b/c"):
+        with pytest.raises(UserError, match=f"^key: {neither}$"):
+            own_folder("key", name)
+    missing = config("model=smollm2_135m", "model.id=before").model
+    with pytest.raises(UserError, match=f"^model.id=before: {neither}$"):
+        base_model(OneRank(), missing, tmp_path)
+    with pytest.raises(UserError, match=f"^judge.moderation.id=before: {neither}$"):
+        moderation(Path("before"))
+    with pytest.raises(UserError, match=f"^before: {neither}$"):
+        read_hub("before", None, "train", None, None, None, Reading({}), dict)
+
+
+def test_a_base_model_of_ones_own_is_its_folder_and_what_lies_in_it(
+    tmp_path: Path, tiny: Path, config: Callable[..., DictConfig]
+) -> None:
+    def key(name: str) -> str:
+        return base_model(OneRank(), config("model=tiny", f"model.id={tmp_path / name}").model, tmp_path)[1]
+
+    for name in ("a", "b"):
+        shutil.copytree(tiny, tmp_path / name)  # with its files' times
+    first = key("a")
+    assert key("a") == first != key("b")
+    (tmp_path / "a" / "config.json").write_text((tiny / "config.json").read_text() + "\n")
+    assert key("a") != first
+
+
+def test_code_that_a_model_brings_is_refused_in_a_sentence_and_not_run(
+    tmp_path: Path, guard: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where somebody would say yes."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder, trace = shutil.copytree(guard, tmp_path / "model"), tmp_path / "trace"
+    (folder / "own.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
+    kinds = ("Config", "ModelForCausalLM", "ModelForSequenceClassification")
+    brought = {f"Auto{kind}": f"own.{kind}" for kind in kinds}
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "own", "auto_map": brought}))
+    refused(partial(load, folder, "float32"), partial(moderation, folder), partial(guarding, folder))
+    shutil.copy(guard / "config.json", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    refused(partial(load_tokenizer, folder), partial(moderation, folder), partial(guarding, folder))
+    assert not trace.exists()
+
+
+def refused(*uses: Callable[[], Any]) -> None:
+    for use in uses:
+        with pytest.raises(
+            UserError, match=r"can't be loaded: it brings code of its own, which is never run; take one"
+        ):
+            use()
