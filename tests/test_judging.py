@@ -58,7 +58,8 @@ def test_no_answer_is_judged_twice_by_one_judge_and_version(tmp_path: Path) -> N
     assert [(j.judge, j.flagged, j.index) for j in first] == [("loud", True, 0), ("loud", False, 1), ("loud", True, 2)]
     assert len(judge.asked) == 3  # other prompts
     assert judge_answers({"loud": judge}, answers("A", "b", "A"), tmp_path, tmp_path / "cache") == first
-    judge_answers({"loud": judge}, answers("A", "b", "A", "c"), tmp_path / "..", tmp_path / "cache")
+    (again := tmp_path / "again").mkdir()
+    judge_answers({"loud": judge}, answers("A", "b", "A", "c"), again, tmp_path / "cache")
     assert len(judge.asked) == 4
     judge_answers({"loud": judge}, answers("A", "b", "A"), tmp_path, tmp_path / "no cache")
     assert len(judge.asked) == 4  # the folder itself remembers
