@@ -203,7 +203,6 @@ RULES: dict[str, Check] = {
     **{f"repair.{key}": rule for key, rule in REPAIR.items()},
     "repair.reference.extrapolation": NOT_NEGATIVE,
     "repair.reference.dpo.method.beta": POSITIVE,
-    "model.name": TEXT,
     "model.id": _optional(ID),
     "model.revision": _optional(TEXT),
     "model.tiny": _optional((lambda v: isinstance(v, DictConfig), "a mapping of its sizes")),

@@ -199,7 +199,6 @@ def test_steps_are_what_packing_makes_of_such_rows() -> None:
 @pytest.mark.parametrize("name", sorted(f.stem for f in footprint.MODELS.glob("[!_]*.yaml")))
 def test_model_files(name: str, config: Callable[..., DictConfig]) -> None:
     cfg = config(f"model={name}").model
-    assert cfg.name == name
     assert name in SHAPES
     shape, own, aligning, finetuning = footprint.planned(name)
     assert own.id == cfg.id

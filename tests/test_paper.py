@@ -36,7 +36,8 @@ def test_a_cell_carries_what_was_published(config: Callable[..., DictConfig], ta
     assert (cfg.lora.r, cfg.lora.alpha, cfg.lora.dropout, list(cfg.lora.targets)) == (8, 4, 0.1, ["q_proj", "v_proj"])
     assert (cfg.align.lora.r, cfg.align.lora.alpha, cfg.align.lora.dropout) == (16, 4, 0.1)
     assert sorted(cfg.align.lora.targets) == sorted(f"{p}_proj" for p in ("q", "k", "v", "o", "up", "down", "gate"))
-    assert cfg.model.name == ("llama2_7b" if task in ("sst2", "gsm8k") else "mistral_7b")
+    llama, mistral = "meta-llama/Llama-2-7b-hf", "mistralai/Mistral-7B-v0.1"
+    assert cfg.model.id == (llama if task in ("sst2", "gsm8k") else mistral)
     assert (cfg.model.template, cfg.model.adapters) == ("alpaca", "stacked")
     assert (cfg.evaluate.max_new_tokens, cfg.task.max_new_tokens, list(cfg.judge)) == (512, 200, ["moderation"])
     if method in ("bso", "lisa"):
@@ -188,3 +189,4 @@ def test_a_cell_runs_to_its_end(
         outputs = json.loads((tmp_path / "out" / "alpaca_eval_final.json").read_text())
         assert [o["instruction"] for o in outputs] == ["do 701", "do 702", "do 703"]
         assert outputs[0].keys() == {"instruction", "output", "generator"}
+        assert outputs[0]["generator"] == "tiny-final"

@@ -45,7 +45,7 @@ def evaluate(setting: Setting, stage: str, model: Model, before: Sequence[Answer
         begun = [answer for answer in read_answers(path) if answer.stage not in done]  # by a run that was killed
         write_answers(path, [*before, *answers, *begun])
         if not isinstance(setting.task, Scored):
-            outputs = alpaca_eval_outputs(answers, f"{cfg.model.name}-{stage}")
+            outputs = alpaca_eval_outputs(answers, f"{Path(cfg.model.id or 'tiny').name}-{stage}")
             write_text(setting.out / f"alpaca_eval_{stage}.json", outputs)
     scores = {f"{stage}/{name}": value for name, value in task_scores(setting.task, answers).items()}
     return answers, scores | cost
