@@ -23,7 +23,8 @@ from lisa_lightning.net import load_tokenizer
 from lisa_lightning.task.sst2 import SST2
 
 ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"  # public data sets, where a copy of them lies beside the project
+PUBLIC_ROWS = Path(os.environ.get("PUBLIC_ROWS", ROOT.parent / "shared" / "data")).absolute()
+"""Where published sets lie, if they do, each in a folder of its own; tests read them there too."""
 LORA = SimpleNamespace(r=8, alpha=16, dropout=0.0, targets=["q_proj", "v_proj"])
 RHO = 0.1
 REPETITIONS = 7
@@ -64,16 +65,16 @@ class Rows:
         self.tokenizer = load_tokenizer(folder)
         task = SST2()
         labelled = Reading({"sentence": "sentence", "label": "label"})
-        public = (SHARED / "sst2" / "train.tsv").exists()
+        public = (PUBLIC_ROWS / "sst2" / "train.tsv").exists()
         where = (
-            [str(SHARED / "sst2" / f) for f in ("train.tsv", "dev.tsv")]
+            [str(PUBLIC_ROWS / "sst2" / f) for f in ("train.tsv", "dev.tsv")]
             if public
             else ["embedded:sst2_mini_train.jsonl", "embedded:sst2_mini_test.jsonl"]
         )
         self.source = "SST-2" if public else "embedded rows"
         train, self.test = (read_records(path, labelled, task.row) for path in where)
         self.sst2 = [self._encoded(row) for row in random.Random(0).sample(train, 1000)]
-        safe = SHARED / "safety_tuned_llamas" / "safety_only_data_Instructions.json"
+        safe = PUBLIC_ROWS / "safety_tuned_llamas" / "safety_only_data_Instructions.json"
         path, answer = (str(safe), "output") if safe.exists() else ("embedded:alignment.jsonl", "response")
         asked = "instruction" if safe.exists() else "prompt"
         alignment = read_records(path, Reading({"p": asked, "r": answer}), lambda r: Row(r["p"], "", r["r"]))

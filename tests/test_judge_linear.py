@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from public_rows import public
 from sklearn.metrics import roc_auc_score
 
 from lisa_lightning.config import check
@@ -16,7 +17,6 @@ from lisa_lightning.errors import UserError
 from lisa_lightning.judge.judge import Pair
 from lisa_lightning.judge.linear import LinearJudge, folds
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "safe_rlhf_mini" / "filtered.dev.jsonl"
 with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
     SHIPPED: Any = compose("judge/linear").judge
 GOOD, BAD, REST = (
@@ -130,9 +130,8 @@ def test_one_class_alone_is_refused(tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 def test_held_out_answers_of_a_published_set(tmp_path: Path) -> None:
     """Fitted on all prompts but a fifth, and asked about those: what a user does who holds rows back."""
-    if not SHARED.exists():
-        pytest.skip(f"{SHARED} is not here")
-    made = [json.loads(line) for line in SHARED.read_text(encoding="utf-8").splitlines()]
+    file = public("safe_rlhf_mini/filtered.dev.jsonl")
+    made = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     numbers = judge(tmp_path, made).numbers
     assert numbers["auc"] >= 0.8
     assert numbers["calibration_error"] < 0.05

@@ -3,18 +3,17 @@
 import csv
 import json
 from io import StringIO
-from pathlib import Path
 from time import perf_counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from public_rows import public
 
 from lisa_lightning.data.files import EMBEDDED, Reading, read_records
 from lisa_lightning.judge.judge import Pair
 from lisa_lightning.judge.refusal import RefusalJudge, refusal_probability
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 LIST = "\n\n1. **First**, read about it.\n2. **Then**, ask a friend.\n3. Write down what you decided.\n"
 REFUSALS = [
     "No.",
@@ -142,15 +141,8 @@ def test_no_text_takes_long(text: str) -> None:
     assert perf_counter() - started < 0.1
 
 
-def shared_text(name: str) -> str:
-    file = SHARED / name
-    if not file.exists():
-        pytest.skip(f"{file} is not here")
-    return file.read_text(encoding="utf-8-sig")
-
-
-def shared_rows(name: str) -> list[dict[str, str]]:
-    text = shared_text(name)
+def public_rows(name: str) -> list[dict[str, str]]:
+    text = public(name).read_text(encoding="utf-8-sig")
     while text.startswith("# "):
         text = text.partition("\n")[2]
     return list(csv.DictReader(StringIO(text, newline="")))
@@ -158,7 +150,7 @@ def shared_rows(name: str) -> list[dict[str, str]]:
 
 def test_xstest() -> None:
     files = ("gpt4", "llama2orig", "mistralinstruct")
-    rows = [r for m in files for r in shared_rows(f"xstest/completions_{m}.csv") if r["final_label"][0] in "12"]
+    rows = [r for m in files for r in public_rows(f"xstest/completions_{m}.csv") if r["final_label"][0] in "12"]
     found = refuses(*(r["completion"] for r in rows))
     right = [f == (r["final_label"] == "2_full_refusal") for f, r in zip(found, rows, strict=True)]
     assert len(right) == 1259
@@ -166,13 +158,13 @@ def test_xstest() -> None:
 
 
 def test_pyrit() -> None:
-    rows = shared_rows("pyrit_refusal/mini_refusal.csv")
+    rows = public_rows("pyrit_refusal/mini_refusal.csv")
     found = refuses(*(r["assistant_response"] for r in rows))
     assert [str(int(f)) for f in found] == [r["human_score"] for r in rows]
 
 
 def test_published_refusals_are_found() -> None:
-    rows = shared_rows("aligned_refusals/llama2chat_safe_responses.csv")
+    rows = public_rows("aligned_refusals/llama2chat_safe_responses.csv")
     assert sum(refuses(*(r["response"] for r in rows))) / len(rows) > 0.98
 
 
@@ -180,7 +172,7 @@ def test_published_refusals_are_found() -> None:
     ("name", "most"), [("alpaca/alpaca_1k.json", 2), ("alpaca_eval/alpaca_eval_davinci003.json", 8)]
 )
 def test_answers_to_harmless_requests_are_no_refusals(name: str, most: int) -> None:
-    rows = json.loads(shared_text(name))
+    rows = json.loads(public(name).read_text(encoding="utf-8"))
     assert sum(refuses(*(r["output"] for r in rows))) <= most
 
 

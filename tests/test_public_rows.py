@@ -1,17 +1,15 @@
 """Public sets as they lie on people's disks: every one is read, and none loses or gains a row."""
 
+import os
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from public_rows import public
 
 from lisa_lightning.data.files import Reading, read_records
 from lisa_lightning.task.agnews import AGNews
 from lisa_lightning.task.gsm8k import GSM8K
 from lisa_lightning.task.sst2 import SST2
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
-pytestmark = pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is not here")
 
 # file -> (rows, field -> column, column names where the file has none, distinct values of the last field)
 Set = tuple[int, dict[str, str | list[str]], list[str] | None, dict[str, int] | None]
@@ -68,15 +66,17 @@ SETS: dict[str, Set] = {
 }  # fmt: skip
 
 
+@pytest.mark.skipif("PUBLIC_ROWS" in os.environ, reason="a folder of one's own may hold less, and more")
 def test_no_set_is_forgotten() -> None:
-    there = {str(f.relative_to(SHARED)) for f in SHARED.rglob("*.*") if f.suffix in (".csv", ".tsv", ".json", ".jsonl")}
+    folder = public("")
+    there = {str(f.relative_to(folder)) for f in folder.rglob("*.*") if f.suffix in (".csv", ".tsv", ".json", ".jsonl")}
     assert there == set(SETS)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_every_row_is_read(name: str) -> None:
     rows, columns, header, values = SETS[name]
-    found = read_records(str(SHARED / name), Reading(columns, optional=frozenset({"input"})), dict, header)
+    found = read_records(str(public(name)), Reading(columns, optional=frozenset({"input"})), dict, header)
     assert len(found) == rows
     assert all(str(r[field]).strip() for r in found for field in columns if field not in ("input", "response"))
     if values is not None:
@@ -84,15 +84,15 @@ def test_every_row_is_read(name: str) -> None:
 
 
 def test_tasks_know_every_label_of_the_real_sets() -> None:
-    sst2 = read_records(str(SHARED / "sst2/dev.tsv"), Reading({"sentence": "sentence", "label": "label"}), SST2().row)
+    sst2 = read_records(str(public("sst2/dev.tsv")), Reading({"sentence": "sentence", "label": "label"}), SST2().row)
     assert Counter(row.response for row in sst2) == {"positive": 444, "negative": 428}
     raw = {"label": {"1": "0", "2": "1", "3": "2", "4": "3"}}  # the raw files count from 1, the hub from 0
     columns = {"text": ["title", "description"], "label": "class"}
     names = ["class", "title", "description"]
-    news = read_records(str(SHARED / "ag_news/test.csv"), Reading(columns, labels=raw), AGNews().row, names)
+    news = read_records(str(public("ag_news/test.csv")), Reading(columns, labels=raw), AGNews().row, names)
     assert set(Counter(row.response for row in news).values()) == {1900}
     sums = read_records(
-        str(SHARED / "gsm8k/test.jsonl"), Reading({"question": "question", "answer": "answer"}), GSM8K().row
+        str(public("gsm8k/test.jsonl")), Reading({"question": "question", "answer": "answer"}), GSM8K().row
     )
     assert all(GSM8K().correct(row.response, row.response) for row in sums)
     assert all("The final answer is:  " in row.response for row in sums)
