@@ -18,7 +18,6 @@ from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessS
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning import report
 from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import cache_folder
 from lisa_lightning.config import WITHOUT_RESULT
@@ -37,6 +36,8 @@ from lisa_lightning.module import refuse_other_run
 from lisa_lightning.needs import Defense, refuse_unmet
 from lisa_lightning.net import refuse_quantization
 from lisa_lightning.repair.repair import Repair
+from lisa_lightning.report.page import page, samples
+from lisa_lightning.report.terminal import terminal
 from lisa_lightning.stages.align import align
 from lisa_lightning.stages.curate import curate
 from lisa_lightning.stages.evaluate import evaluate
@@ -196,7 +197,7 @@ def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
     write_text(out / "metrics.json", json.dumps(metrics, indent=2))
     if cfg.responses is None and (out / "choices.json").exists():
         _page(out, metrics, read_rows(out / "curves.csv"), read_json(out / "choices.json"))
-    report.terminal(out, metrics, None, None)
+    terminal(out, metrics, None, None)
     return metrics
 
 
@@ -248,7 +249,7 @@ def _leave(cfg: DictConfig, out: Path, tracker: Tracker, metrics: Metrics, choic
     samples = _page(out, metrics, tracker.curves.rows(), choices)
     tracker.summarize(metrics, samples)
     write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # last: it says that the run is at its end
-    report.terminal(out, metrics, tracker.offline_folder, tracker.url)
+    terminal(out, metrics, tracker.offline_folder, tracker.url)
 
 
 def _page(out: Path, metrics: Metrics, curves: list[CurveRow], choices: dict[str, str]) -> list[dict[str, str]]:
@@ -260,8 +261,8 @@ def _page(out: Path, metrics: Metrics, curves: list[CurveRow], choices: dict[str
         asdict(a) | {"verdict": verdict(task, a, judged.get((a.stage, a.kind, a.index)))}
         for a in read_answers(out / "responses.jsonl")
     ]
-    report.page(out, metrics, curves, answers, choices, (out / "config.yaml").read_text(encoding="utf-8"))
-    return report.samples(answers)
+    page(out, metrics, curves, answers, choices, (out / "config.yaml").read_text(encoding="utf-8"))
+    return samples(answers)
 
 
 def _hush() -> None:
