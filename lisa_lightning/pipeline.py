@@ -36,7 +36,7 @@ from lisa_lightning.module import refuse_other_run
 from lisa_lightning.needs import Defense, refuse_unmet
 from lisa_lightning.net import refuse_quantization
 from lisa_lightning.repair.repair import Repair
-from lisa_lightning.report.page import page, samples
+from lisa_lightning.report.page import Told, page, samples
 from lisa_lightning.report.terminal import terminal
 from lisa_lightning.stages.align import align
 from lisa_lightning.stages.curate import curate
@@ -196,7 +196,9 @@ def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
     metrics |= judge(judges, answers, out, cache_folder(cfg.cache_dir))
     write_text(out / "metrics.json", json.dumps(metrics, indent=2))
     if cfg.responses is None and (out / "choices.json").exists():
-        _page(out, metrics, read_rows(out / "curves.csv"), read_json(out / "choices.json"))
+        own = OmegaConf.load(out / "config.yaml")
+        assert isinstance(own, DictConfig)
+        _page(own, out, metrics, read_rows(out / "curves.csv"), read_json(out / "choices.json"))
     terminal(out, metrics, None, None)
     return metrics
 
@@ -246,22 +248,21 @@ def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
 
 def _leave(cfg: DictConfig, out: Path, tracker: Tracker, metrics: Metrics, choices: dict[str, str]) -> None:
     """Everything that a person looks at: metrics.json, report.html, the W&B summary, the table in the terminal."""
-    samples = _page(out, metrics, tracker.curves.rows(), choices)
-    tracker.summarize(metrics, samples)
+    shown = _page(cfg, out, metrics, tracker.curves.rows(), choices)
+    tracker.summarize(metrics, [asdict(told.answer) | {"verdict": told.verdict} for told in shown])
     write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # last: it says that the run is at its end
     terminal(out, metrics, tracker.offline_folder, tracker.url)
 
 
-def _page(out: Path, metrics: Metrics, curves: list[CurveRow], choices: dict[str, str]) -> list[dict[str, str]]:
+def _page(cfg: DictConfig, out: Path, metrics: Metrics, curves: list[CurveRow], choices: dict[str, str]) -> list[Told]:
     """Write report.html; the sample answers that it shows."""
     told = [j for j in read_judged(out / "judged.jsonl") if j.kind != "harmless" or j.refused is not None]
     judged = {(j.stage, j.kind, j.index): j for j in reversed(told)}  # of the first judge that can tell
-    task = get_class(OmegaConf.load(out / "config.yaml").task._target_)()
+    task = get_class(cfg.task._target_)()
     answers = [
-        asdict(a) | {"verdict": verdict(task, a, judged.get((a.stage, a.kind, a.index)))}
-        for a in read_answers(out / "responses.jsonl")
+        Told(a, verdict(task, a, judged.get((a.stage, a.kind, a.index)))) for a in read_answers(out / "responses.jsonl")
     ]
-    page(out, metrics, curves, answers, choices, (out / "config.yaml").read_text(encoding="utf-8"))
+    page(out, metrics, curves, answers, choices, cfg)
     return samples(answers)
 
 

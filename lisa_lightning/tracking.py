@@ -5,7 +5,7 @@ import json
 import logging
 import netrc
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ class Tracker:
         self.run.log(metrics | {AXES[stage]: step})
         self.logged[stage] = step
 
-    def summarize(self, metrics: dict[str, Any], samples: Sequence[dict[str, str]]) -> None:
+    def summarize(self, metrics: dict[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
         """Final numbers and a table of sample answers."""
         if self.run is None:
             return

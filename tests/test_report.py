@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.report.page import page, samples
+from lisa_lightning.evaluate.evaluator import Answer
+from lisa_lightning.report.page import Told, page, samples
 from lisa_lightning.report.plots import figures
 
 Rows = list[dict[str, str]]
@@ -25,7 +27,15 @@ METRICS = {
     "final/accuracy": 91.2,
 }  # fmt: skip
 CHOICES = {"experiment": "sst2_lisa", "method": "lisa", "task": "sst2", "model": "tiny"}
-CONFIG = "seed: 42\nharmful_ratio: 0.1\nstages: [align, finetune, evaluate]\nmodel: {id: some/model}\nnote: <b>&\n"
+CONFIG = OmegaConf.create(
+    {
+        "seed": 42,
+        "harmful_ratio": 0.1,
+        "stages": ["align", "finetune", "evaluate"],
+        "model": {"id": "some/model"},
+        "note": "<b>&",
+    }
+)
 FOLDED = "<summary>harmful answer, folded</summary>"
 
 
@@ -65,12 +75,9 @@ def align_rows() -> Rows:
     return [row(stage="align", step=i, train__loss=3.0 / i) for i in range(1, 21)]
 
 
-def answer(stage: str, kind: str, prompt: str, response: str, verdict: str) -> dict[str, str]:
-    """A line of responses.jsonl."""
-    context = prompt if kind == "task" else ""
-    return {
-        "stage": stage, "kind": kind, "prompt": prompt, "context": context, "response": response, "verdict": verdict,
-    }  # fmt: skip
+def answer(stage: str, kind: str, prompt: str, response: str, verdict: str) -> Told:
+    """An answer with its verdict."""
+    return Told(Answer(stage, kind, 0, prompt, prompt if kind == "task" else "", response), verdict)
 
 
 ANSWERS = [
@@ -87,9 +94,9 @@ def made(
     folder: Path,
     metrics: dict[str, Any] = METRICS,
     curves: Rows | None = None,
-    answers: Rows = ANSWERS,
+    answers: list[Told] = ANSWERS,
     choices: dict[str, str] = CHOICES,
-    config: str = CONFIG,
+    config: DictConfig = CONFIG,
 ) -> str:
     """The page of a run, whole unless told otherwise."""
     page(folder, metrics, align_rows() + finetune_rows() if curves is None else curves, answers, choices, config)
@@ -193,7 +200,7 @@ def test_plain_fine_tuning_has_no_alignment_curves(tmp_path: Path) -> None:
     assert [f.name for f in figures(curves)] == ["loss", "drift", "scores"]
     assert not {key.label for f in figures(curves) for key in f.keys} & {"alignment steps", "alignment stretch"}
     metrics = {k: v for k, v in METRICS.items() if k != "time/align_s"}
-    config = "stages: [finetune, evaluate]\nmodel: {id: null}\n"
+    config = OmegaConf.create({"stages": ["finetune", "evaluate"], "model": {"id": None}})
     plain = re.sub(r"<[^>]+>", "", made(tmp_path, metrics, [], config=config))
     assert "Harmful score 2.7 % before fine-tuning, 14.8 % after fine-tuning" in plain
     assert "A random model answered" in plain
@@ -207,7 +214,7 @@ def test_what_a_method_tells_of_itself_is_drawn() -> None:
 @pytest.mark.parametrize("kept", [(), ("seed",), ("seed", "train"), ("aligned",), ("final", "time")])
 def test_any_stage_may_be_missing(tmp_path: Path, kept: tuple[str, ...]) -> None:
     metrics = {name: value for name, value in METRICS.items() if name.split("/")[0] in kept}
-    answers = [a for a in ANSWERS if a["stage"] in kept]
+    answers = [told for told in ANSWERS if told.answer.stage in kept]
     text = made(tmp_path, metrics, [], answers, {}, CONFIG)
     assert text.rstrip().endswith("</html>")
     assert "<figure>" not in text
@@ -236,7 +243,9 @@ def test_long_runs_and_answers_stay_small(tmp_path: Path) -> None:
         )
         for i in range(20_000)
     ]
-    endless = [answer(a["stage"], a["kind"], str(i), "word " * 20_000, "refused") for i in range(20) for a in ANSWERS]
+    endless = [
+        answer(t.answer.stage, t.answer.kind, str(i), "word " * 20_000, "refused") for i in range(20) for t in ANSWERS
+    ]
     assert len(made(tmp_path, curves=curves, answers=endless).encode()) < 1_000_000
 
 
@@ -254,7 +263,7 @@ def test_samples_are_the_first_of_each_stage_and_kind() -> None:
     ]
     chosen = samples(many, each=2)
     assert len(chosen) == 8
-    assert {a["prompt"] for a in chosen} == {"0", "1"}
+    assert {told.answer.prompt for told in chosen} == {"0", "1"}
 
 
 def test_importing_the_report_stays_light() -> None:
