@@ -206,9 +206,15 @@ def test_plain_fine_tuning_has_no_alignment_curves(tmp_path: Path) -> None:
     assert "A random model answered" in plain
 
 
-def test_what_a_method_tells_of_itself_is_drawn() -> None:
-    rows = [row | {"ewc/penalty": str(i)} for i, row in enumerate(finetune_rows(alignment=0, rho=0.0))]
-    assert [f.title for f in figures(rows)][-1] == "ewc/penalty"
+def test_what_the_methods_of_both_stages_tell_of_themselves_is_drawn(tmp_path: Path) -> None:
+    """In curves.csv every row has every column; one class may tell the same in both stages."""
+    rows = [row | {"own/x": str(i), "booster/y": ""} for i, row in enumerate(finetune_rows(alignment=0, rho=0.0))]
+    assert [f.title for f in figures(rows)][-1] == "own/x"
+    aligning = [row | {"own/x": str(i), "booster/y": str(i)} for i, row in enumerate(align_rows())]
+    titles = ["own/x", "own/x while aligning", "booster/y while aligning"]
+    assert [f.title for f in figures([*aligning, *rows])][-3:] == titles
+    ids = Outline(made(tmp_path, curves=[*aligning, *rows])).ids
+    assert len(ids) == len(set(ids))
 
 
 @pytest.mark.parametrize("kept", [(), ("seed",), ("seed", "train"), ("aligned",), ("final", "time")])
