@@ -45,7 +45,6 @@ from lisa_lightning.stages.finetune import finetune
 from lisa_lightning.stages.judge import judge
 from lisa_lightning.stages.repair import pairs, repair
 from lisa_lightning.stages.setting import Metrics, Setting, plain
-from lisa_lightning.sweep import multirun, name_in_sweep
 from lisa_lightning.tracking import CurveRow, Tracker, read_rows, wandb_init
 
 log = logging.getLogger(__name__)
@@ -54,8 +53,11 @@ MAY_CHANGE = (*WITHOUT_RESULT, "stages", "judge", "responses")
 """Keys that a run and its resumption need not share."""
 
 
-def run(cfg: DictConfig) -> Metrics:
+def run(cfg: DictConfig, job: str | None = None) -> Metrics:
     """Run the stages of `cfg` into Hydra's output folder and return what metrics.json holds.
+
+    Args:
+        job: its folder within its sweep, if it is a job of one.
 
     Raises:
         UserError: what the user can put right; see the modules that each stage calls.
@@ -68,7 +70,7 @@ def run(cfg: DictConfig) -> Metrics:
     if list(cfg.stages) == ["judge"]:
         return _judge_stored(cfg, out, judges)
     fabric = _ranks(cfg.trainer)
-    if multirun():
+    if job is not None:
         _refuse_processes(fabric, cfg.trainer)
     task = get_class(cfg.task._target_)()
     choices = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
@@ -89,11 +91,7 @@ def run(cfg: DictConfig) -> Metrics:
     out = Path(fabric.broadcast(str(out)))
     base, base_key = base_model(fabric, cfg.model, cache_folder(cfg.cache_dir))
 
-    tracker = (
-        Tracker(out, wandb_init(plain(cfg), choices, name_in_sweep(out) if multirun() else None), cfg.resume)
-        if fabric.is_global_zero
-        else None
-    )
+    tracker = Tracker(out, wandb_init(plain(cfg), choices, job), cfg.resume) if fabric.is_global_zero else None
     failed = True
     try:
         setting = Setting(cfg, out, fabric, tracker, task, rows, user, base, base_key)
