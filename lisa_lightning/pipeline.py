@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import cache_folder
-from lisa_lightning.config import WITHOUT_RESULT
+from lisa_lightning.config import WITHOUT_RESULT, flat
 from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.curate.curate import Curate
 from lisa_lightning.data.mixing import user_rows
@@ -33,7 +33,7 @@ from lisa_lightning.evaluate.scores import verdict
 from lisa_lightning.judge.judge import Judge
 from lisa_lightning.method.method import Method
 from lisa_lightning.module import refuse_other_run
-from lisa_lightning.needs import Defense, refuse_unmet
+from lisa_lightning.needs import Defense, defending, refuse_unmet
 from lisa_lightning.net import refuse_quantization
 from lisa_lightning.repair.repair import Repair
 from lisa_lightning.report.page import Told, page, samples
@@ -125,15 +125,11 @@ class Defenses:
 
 
 def _defenses(cfg: DictConfig) -> Defenses:
-    configured: dict[str, Any] = {}
-    if "align" in cfg.stages and cfg.align.method is not None:
+    configured: dict[str, Any] = {group: cfg[group] for group in defending(dict(flat(plain(cfg))))}
+    if "align" in configured:
         configured["align"] = cfg.align.method
-        if "curate" in cfg.stages and cfg.curate:
-            configured["curate"] = cfg.curate
-    if "finetune" in cfg.stages:
-        configured["method"] = cfg.method
-        if "repair" in cfg.stages and cfg.repair:
-            configured["repair"] = {name: own for name, own in plain(cfg.repair).items() if name != "reference"}
+    if "repair" in configured:
+        configured["repair"] = {name: own for name, own in plain(cfg.repair).items() if name != "reference"}
     return Defenses(**{group: instantiate(own) for group, own in configured.items()})
 
 

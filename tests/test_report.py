@@ -26,12 +26,13 @@ METRICS = {
     "aligned/accuracy": 40.0, "final/harmful_score": 14.8351, "final/refusal_rate": 78.0, "final/over_refusal": 16.9,
     "final/accuracy": 91.2,
 }  # fmt: skip
-CHOICES = {"experiment": "sst2_lisa", "method": "lisa", "task": "sst2", "model": "tiny"}
+CHOICES = {"experiment": "sst2_lisa", "align": "sft", "method": "lisa", "task": "sst2", "model": "tiny"}
 CONFIG = OmegaConf.create(
     {
         "seed": 42,
         "harmful_ratio": 0.1,
         "stages": ["align", "finetune", "evaluate"],
+        "align": {"method": {"_target_": "SFT"}},
         "model": {"id": "some/model"},
         "note": "<b>&",
     }
@@ -131,7 +132,7 @@ class Outline(HTMLParser):
 
 def test_a_whole_run_shows_its_numbers(whole: str) -> None:
     plain = re.sub(r"<[^>]+>", "", whole)
-    assert "<title>sst2_lisa, method lisa, harmful ratio 0.1, seed 42</title>" in whole
+    assert "<title>lisa on sst2, harmful ratio 0.1, seed 42</title>" in whole
     assert "Harmful score 2.7 % after alignment, 14.8 % after fine-tuning; accuracy 91.2 %." in plain
     for number in ("94.5 %", "78.0 %", "+12.1", "−16.5", "+0.0", "1 min 58 s", "8.2 s", "1 h 07 min", "Seed 42"):
         assert number in plain, number
@@ -146,7 +147,7 @@ def test_answers_are_escaped(tmp_path: Path) -> None:
         for stage in ("aligned", "final")
         for kind, verdict in (("harmful", "flagged"), ("harmless", "refused"), ("task", "wrong"))
     ]
-    text = made(tmp_path, curves=[], answers=hostile, choices=CHOICES | {"experiment": attack})
+    text = made(tmp_path, curves=[], answers=hostile, choices=CHOICES | {"task": attack})
     assert not {"script", "img", "iframe", "link", "object"} & set(Outline(text).tags)
     assert "&lt;script&gt;" in text
     assert "{{ 7 * 7 }}" in text
@@ -273,8 +274,8 @@ def test_samples_are_the_first_of_each_stage_and_kind() -> None:
 
 
 def test_importing_the_report_stays_light() -> None:
-    files = "lisa_lightning.report.page, lisa_lightning.report.terminal"
-    code = f"import sys, {files}; print({{'matplotlib', 'jinja2', 'omegaconf', 'numpy'}} & set(sys.modules))"
+    files = "lisa_lightning.sweep, lisa_lightning.report.terminal"
+    code = f"import sys, {files}; print({{'matplotlib', 'jinja2', 'numpy', 'torch'}} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from omegaconf import DictConfig, OmegaConf
+
+from lisa_lightning.config import flat
 from lisa_lightning.disk import write_text
+from lisa_lightning.report.identity import Identity, identity
 from lisa_lightning.report.scores import MODELS, model_names, percent, score_rows
 
-if TYPE_CHECKING:  # both bring libraries that take longer to import than all else that a command without a report does
-    from omegaconf import DictConfig
-
+if TYPE_CHECKING:  # torch takes longer to import than all else that a command without a report does
     from lisa_lightning.evaluate.evaluator import Answer
 
 KINDS: Final = {
@@ -59,7 +61,7 @@ def page(
     curves: Sequence[dict[str, str]],
     answers: Sequence[Told],
     choices: Mapping[str, str],
-    cfg: "DictConfig",
+    cfg: DictConfig,
 ) -> None:
     """Write report.html.
 
@@ -96,16 +98,19 @@ def rendered(template: str, content: Mapping[str, Any]) -> str:
 
 
 def _content(
-    metrics: Mapping[str, Any], answers: Sequence[Told], choices: Mapping[str, str], cfg: "DictConfig"
+    metrics: Mapping[str, Any], answers: Sequence[Told], choices: Mapping[str, str], cfg: DictConfig
 ) -> dict[str, Any]:
     """All that the template shows besides the plots."""
-    from omegaconf import OmegaConf
-
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    own = identity(dict(flat(config)), choices)
     columns = _columns(metrics, answers)
     chosen = samples(answers)
+    facts = _facts(own, cfg, metrics, choices)
     return {
-        "heading": _heading(choices),
-        "facts": _facts(cfg, metrics, choices),
+        "heading": own.heading,
+        "title": ", ".join([own.heading, *(f"{k} {v}" for k, v in facts if k in ("harmful ratio", "seed"))]),
+        "facts": facts,
         "summary": _marked(_summary(metrics, columns)),
         "random": cfg.model.id is None,
         "columns": columns,
@@ -127,23 +132,21 @@ def _columns(metrics: Mapping[str, Any], answers: Sequence[Told]) -> dict[str, s
     return {model: name for model, name in model_names(metrics).items() if model in MODELS and model in found}
 
 
-def _heading(choices: Mapping[str, str]) -> str:
-    experiment = choices.get("experiment", "None")
-    return experiment if experiment != "None" else "Lisa Lightning run"
-
-
-def _facts(cfg: "DictConfig", metrics: Mapping[str, Any], choices: Mapping[str, str]) -> list[tuple[str, str]]:
-    """What tells this run from others of the experiment, for the title."""
-    tuned = "finetune" in cfg.stages
+def _facts(
+    own: Identity, cfg: DictConfig, metrics: Mapping[str, Any], choices: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """What tells this run from others, each by its name."""
     found = {
-        "method": choices.get("method") if tuned else None,
-        "harmful ratio": cfg.get("harmful_ratio") if tuned else None,
+        **({"align": "none"} if own.tuned and "align" not in own.defenses else {}),
+        **own.defenses,
+        "harmful ratio": cfg.get("harmful_ratio") if own.tuned else None,
         "seed": metrics.get("seed", cfg.get("seed")),
-        "task": choices.get("task"),
-        "model": id if Path(id := str(cfg.model.id)).is_dir() else choices.get("model"),
+        "task": own.task,
+        "model": own.model if own.model == choices.get("model") else cfg.model.id,
         "steps": metrics.get("train/steps"),
+        "experiment": choices.get("experiment") if own.tuned else None,
     }
-    return [(name, str(value)) for name, value in found.items() if value is not None]
+    return [(name, str(value)) for name, value in found.items() if value not in (None, "None")]
 
 
 def _summary(metrics: Mapping[str, Any], columns: dict[str, str]) -> str:

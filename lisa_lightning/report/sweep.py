@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final, Literal
@@ -10,10 +11,12 @@ from typing import Any, Final, Literal
 from lisa_lightning.config import bookkeeping, flat
 from lisa_lightning.disk import read_json
 from lisa_lightning.errors import UserError
+from lisa_lightning.report.identity import Identity, identity
 
 FAILED: Final = "failed.json"
 Status = Literal["finished", "unfinished", "failed"]
-GROUPS: Final = ("method", "curate", "align", "repair", "model", "task", "source")
+DEFENSES: Final = ("method", "curate", "align", "repair")
+GROUPS: Final = (*DEFENSES, "model", "task", "source")
 """Config groups by which runs are told apart, before any single key."""
 SHOWN: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy", "win_rate")
 
@@ -30,20 +33,22 @@ class Run:
     choices: Mapping[str, str]
     metrics: Mapping[str, Any]
 
-    def value(self, key: str) -> str:
-        """What was chosen for a group or a key, as text."""
-        if key == "method" and not self.tuned:
-            return "–"
-        return self.choices.get(key, "?") if key in GROUPS else shown(self.config.get(key))
+    @cached_property
+    def own(self) -> Identity:
+        """What it is."""
+        return identity(self.config, self.choices)
 
-    @property
-    def tuned(self) -> bool:
-        """Whether it fine-tunes a model, or asks one as it is."""
-        return "finetune" in self.config.get("stages", ["finetune"])
+    def value(self, key: str) -> str:
+        """What was chosen for a group or a key, as text; of a defense whose stage doesn't run there is nothing."""
+        if key in DEFENSES:
+            return self.own.defenses.get(key, "–" if key == "method" else "none")
+        if key == "model":
+            return self.own.model
+        return self.choices.get(key, "?") if key in GROUPS else shown(self.config.get(key))
 
     def score(self, name: str) -> float | None:
         """A score of the fine-tuned model, or of the one that was asked as it is."""
-        return self.metrics.get(f"{'final' if self.tuned else 'aligned'}/{name}")
+        return self.metrics.get(f"{'final' if self.own.tuned else 'aligned'}/{name}")
 
 
 @dataclass(frozen=True)
