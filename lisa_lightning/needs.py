@@ -1,4 +1,4 @@
-"""What a defense needs beside a run's own rows and model, and the refusal of a run where that can't be had."""
+"""Which defenses a run has, what they need beside its own rows and model, and the refusal where that can't be had."""
 
 from collections.abc import Mapping, Set
 from typing import Any, Literal, Protocol
@@ -17,6 +17,25 @@ class Defense(Protocol):
     def needs(self) -> Set[Need]:
         """What it can't do without."""
         ...
+
+
+def defending(config: Mapping[str, Any]) -> list[str]:
+    """The config groups whose choice defends in the stages that run, in the order of these.
+
+    Args:
+        config: key with dots -> value; may be a refused one.
+    """
+    found = config.get("stages")
+    stages = found if isinstance(found, list) else []
+    chosen = {p for p in ("curate", "align.method", "repair") if any(key.startswith(f"{p}.") for key in config)}
+    align = "align" in stages and "align.method" in chosen
+    there = {
+        "curate": align and "curate" in stages and "curate" in chosen,
+        "align": align,
+        "method": "finetune" in stages,
+        "repair": "finetune" in stages and "repair" in stages and "repair" in chosen,
+    }
+    return [group for group, defends in there.items() if defends]
 
 
 def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cfg: Any) -> None:

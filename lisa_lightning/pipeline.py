@@ -18,10 +18,9 @@ from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessS
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning import report
 from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import cache_folder
-from lisa_lightning.config import WITHOUT_RESULT
+from lisa_lightning.config import WITHOUT_RESULT, flat
 from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.curate.curate import Curate
 from lisa_lightning.data.mixing import user_rows
@@ -34,9 +33,11 @@ from lisa_lightning.evaluate.scores import verdict
 from lisa_lightning.judge.judge import Judge
 from lisa_lightning.method.method import Method
 from lisa_lightning.module import refuse_other_run
-from lisa_lightning.needs import Defense, refuse_unmet
+from lisa_lightning.needs import Defense, defending, refuse_unmet
 from lisa_lightning.net import refuse_quantization
 from lisa_lightning.repair.repair import Repair
+from lisa_lightning.report.page import Told, page, samples
+from lisa_lightning.report.terminal import terminal
 from lisa_lightning.stages.align import align
 from lisa_lightning.stages.curate import curate
 from lisa_lightning.stages.evaluate import evaluate
@@ -45,7 +46,6 @@ from lisa_lightning.stages.judge import judge
 from lisa_lightning.stages.reference import pairs
 from lisa_lightning.stages.repair import repair
 from lisa_lightning.stages.setting import Metrics, Setting, plain
-from lisa_lightning.sweep import multirun, name_in_sweep
 from lisa_lightning.tracking import CurveRow, Tracker, read_rows, wandb_init
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,11 @@ MAY_CHANGE = (*WITHOUT_RESULT, "stages", "judge", "responses")
 """Keys that a run and its resumption need not share."""
 
 
-def run(cfg: DictConfig) -> Metrics:
+def run(cfg: DictConfig, job: str | None = None) -> Metrics:
     """Run the stages of `cfg` into Hydra's output folder and return what metrics.json holds.
+
+    Args:
+        job: its folder within its sweep, if it is a job of one.
 
     Raises:
         UserError: what the user can put right; see the modules that each stage calls.
@@ -68,7 +71,7 @@ def run(cfg: DictConfig) -> Metrics:
     if list(cfg.stages) == ["judge"]:
         return _judge_stored(cfg, out, judges)
     fabric = _ranks(cfg.trainer)
-    if multirun():
+    if job is not None:
         _refuse_processes(fabric, cfg.trainer)
     task = get_class(cfg.task._target_)()
     choices = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
@@ -89,11 +92,7 @@ def run(cfg: DictConfig) -> Metrics:
     out = Path(fabric.broadcast(str(out)))
     base, base_key = base_model(fabric, cfg.model, cache_folder(cfg.cache_dir))
 
-    tracker = (
-        Tracker(out, wandb_init(plain(cfg), choices, name_in_sweep(out) if multirun() else None), cfg.resume)
-        if fabric.is_global_zero
-        else None
-    )
+    tracker = Tracker(out, wandb_init(plain(cfg), choices, job), cfg.resume) if fabric.is_global_zero else None
     failed = True
     try:
         setting = Setting(cfg, out, fabric, tracker, task, rows, user, base, base_key)
@@ -127,15 +126,11 @@ class Defenses:
 
 
 def _defenses(cfg: DictConfig) -> Defenses:
-    configured: dict[str, Any] = {}
-    if "align" in cfg.stages and cfg.align.method is not None:
+    configured: dict[str, Any] = {group: cfg[group] for group in defending(dict(flat(plain(cfg))))}
+    if "align" in configured:
         configured["align"] = cfg.align.method
-        if "curate" in cfg.stages and cfg.curate:
-            configured["curate"] = cfg.curate
-    if "finetune" in cfg.stages:
-        configured["method"] = cfg.method
-        if "repair" in cfg.stages and cfg.repair:
-            configured["repair"] = {name: own for name, own in plain(cfg.repair).items() if name != "reference"}
+    if "repair" in configured:
+        configured["repair"] = {name: own for name, own in plain(cfg.repair).items() if name != "reference"}
     return Defenses(**{group: instantiate(own) for group, own in configured.items()})
 
 
@@ -196,8 +191,10 @@ def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
     metrics |= judge(judges, answers, out, cache_folder(cfg.cache_dir))
     write_text(out / "metrics.json", json.dumps(metrics, indent=2))
     if cfg.responses is None and (out / "choices.json").exists():
-        _page(out, metrics, read_rows(out / "curves.csv"), read_json(out / "choices.json"))
-    report.terminal(out, metrics, None, None)
+        own = OmegaConf.load(out / "config.yaml")
+        assert isinstance(own, DictConfig)
+        _page(own, out, metrics, read_rows(out / "curves.csv"), read_json(out / "choices.json"))
+    terminal(out, metrics, None, None)
     return metrics
 
 
@@ -248,23 +245,22 @@ def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
 
 def _leave(cfg: DictConfig, out: Path, tracker: Tracker, metrics: Metrics, choices: dict[str, str]) -> None:
     """Everything that a person looks at: metrics.json, report.html, the W&B summary, the table in the terminal."""
-    samples = _page(out, metrics, tracker.curves.rows(), choices)
-    tracker.summarize(metrics, samples)
+    shown = _page(cfg, out, metrics, tracker.curves.rows(), choices)
+    tracker.summarize(metrics, [asdict(told.answer) | {"verdict": told.verdict} for told in shown])
     write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # last: it says that the run is at its end
-    report.terminal(out, metrics, tracker.offline_folder, tracker.url)
+    terminal(out, metrics, tracker.offline_folder, tracker.url)
 
 
-def _page(out: Path, metrics: Metrics, curves: list[CurveRow], choices: dict[str, str]) -> list[dict[str, str]]:
+def _page(cfg: DictConfig, out: Path, metrics: Metrics, curves: list[CurveRow], choices: dict[str, str]) -> list[Told]:
     """Write report.html; the sample answers that it shows."""
     told = [j for j in read_judged(out / "judged.jsonl") if j.kind != "harmless" or j.refused is not None]
     judged = {(j.stage, j.kind, j.index): j for j in reversed(told)}  # of the first judge that can tell
-    task = get_class(OmegaConf.load(out / "config.yaml").task._target_)()
+    task = get_class(cfg.task._target_)()
     answers = [
-        asdict(a) | {"verdict": verdict(task, a, judged.get((a.stage, a.kind, a.index)))}
-        for a in read_answers(out / "responses.jsonl")
+        Told(a, verdict(task, a, judged.get((a.stage, a.kind, a.index)))) for a in read_answers(out / "responses.jsonl")
     ]
-    report.page(out, metrics, curves, answers, choices, (out / "config.yaml").read_text(encoding="utf-8"))
-    return report.samples(answers)
+    page(out, metrics, curves, answers, choices, cfg)
+    return samples(answers)
 
 
 def _hush() -> None:

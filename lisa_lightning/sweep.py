@@ -21,6 +21,7 @@ from lisa_lightning.disk import read_json, write_text
 from lisa_lightning.errors import UserError
 from lisa_lightning.explain import explain
 from lisa_lightning.report.sweep import FAILED, complete
+from lisa_lightning.report.sweep_files import leave
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def job(cfg: DictConfig) -> float | None:
             _refuse_without_value(cfg)
             from lisa_lightning.pipeline import run
 
-            metrics = run(cfg)
+            metrics = run(cfg, out.resolve().relative_to(_folder()).as_posix())
         except Exception as error:
             sentence = explain(error) or f"{type(error).__name__}: {error}"
             write_text(out / FAILED, json.dumps({"cause": sentence, "traceback": traceback.format_exc()}, indent=1))
@@ -157,17 +158,10 @@ def multirun() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def name_in_sweep(out: Path) -> str:
-    """Of the job with this output folder, within its sweep: a swept `experiment` may hold slashes."""
-    return out.resolve().relative_to(_folder()).as_posix()
-
-
 def _folder() -> Path:
     return Path(HydraConfig.get().sweep.dir).resolve()
 
 
 def finish(folder: Path) -> int:
     """Write the sweep's table and page, say what failed; the exit status."""
-    from lisa_lightning.report.sweep import leave
-
     return leave([folder], folder)

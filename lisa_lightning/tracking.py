@@ -5,20 +5,23 @@ import json
 import logging
 import netrc
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from lisa_lightning.config import flat
 from lisa_lightning.disk import explained, write_text
 from lisa_lightning.errors import first_line
+from lisa_lightning.report.identity import identity
 
 log = logging.getLogger(__name__)
 
 CurveRow = dict[str, str]
 AXES = {"finetune": "trainer/global_step", "align": "stage/align_step"}
 """The stages with curves, and W&B's x axis of each, which counts its optimizer steps."""
+LONGEST_TAG = 64  # characters; W&B refuses longer ones
 INTERVALS = ("_low", "_high", "_answers")
 """What stands beside a score in curves.csv; as charts of their own they would bury it."""
 
@@ -134,7 +137,7 @@ class Tracker:
         self.run.log(metrics | {AXES[stage]: step})
         self.logged[stage] = step
 
-    def summarize(self, metrics: dict[str, Any], samples: Sequence[dict[str, str]]) -> None:
+    def summarize(self, metrics: dict[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
         """Final numbers and a table of sample answers."""
         if self.run is None:
             return
@@ -166,18 +169,24 @@ class Tracker:
 def wandb_init(cfg: dict[str, Any], choices: dict[str, str], name: str | None = None) -> dict[str, Any]:
     """What `wandb.init` is told of a run: config as nested columns, and a group, name and tags to find it by.
 
+    An experiment is named after how it fine-tunes, so that it is no name for a run that doesn't.
+
     Args:
         cfg: the resolved config.
         choices: config group -> the chosen file.
         name: of the run, if it has one: a job of a sweep has.
     """
+    own = identity(dict(flat(cfg)), choices)
+    kind = "-".join(own.words)
     experiment = choices.get("experiment", "None")
+    group = own.words[0] if not own.tuned else experiment if experiment != "None" else "run"
+    about = f"p{cfg['harmful_ratio']}" if own.tuned else own.model
     return {
         "project": cfg["wandb"]["project"],
-        "group": cfg["wandb"]["group"] or (experiment if experiment != "None" else "run"),
-        "job_type": choices["method"],
-        "name": name or f"{choices['method']}-p{cfg['harmful_ratio']}-seed{cfg['seed']}",
-        "tags": [choices["method"], choices["task"], choices["model"], *cfg["wandb"]["tags"]],
+        "group": cfg["wandb"]["group"] or group,
+        "job_type": kind,
+        "name": name or f"{kind}-{about}-seed{cfg['seed']}",
+        "tags": [*own.words, own.task, own.model[:LONGEST_TAG], *cfg["wandb"]["tags"]],
         "config": cfg | {"choices": choices},
     }
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.report.page import page, samples
+from lisa_lightning.evaluate.evaluator import Answer
+from lisa_lightning.report.page import Told, page, samples
 from lisa_lightning.report.plots import figures
 
 Rows = list[dict[str, str]]
@@ -24,8 +26,17 @@ METRICS = {
     "aligned/accuracy": 40.0, "final/harmful_score": 14.8351, "final/refusal_rate": 78.0, "final/over_refusal": 16.9,
     "final/accuracy": 91.2,
 }  # fmt: skip
-CHOICES = {"experiment": "sst2_lisa", "method": "lisa", "task": "sst2", "model": "tiny"}
-CONFIG = "seed: 42\nharmful_ratio: 0.1\nstages: [align, finetune, evaluate]\nmodel: {id: some/model}\nnote: <b>&\n"
+CHOICES = {"experiment": "sst2_lisa", "align": "sft", "method": "lisa", "task": "sst2", "model": "tiny"}
+CONFIG = OmegaConf.create(
+    {
+        "seed": 42,
+        "harmful_ratio": 0.1,
+        "stages": ["align", "finetune", "evaluate"],
+        "align": {"method": {"_target_": "SFT"}},
+        "model": {"id": "some/model"},
+        "note": "<b>&",
+    }
+)
 FOLDED = "<summary>harmful answer, folded</summary>"
 
 
@@ -65,12 +76,9 @@ def align_rows() -> Rows:
     return [row(stage="align", step=i, train__loss=3.0 / i) for i in range(1, 21)]
 
 
-def answer(stage: str, kind: str, prompt: str, response: str, verdict: str) -> dict[str, str]:
-    """A line of responses.jsonl."""
-    context = prompt if kind == "task" else ""
-    return {
-        "stage": stage, "kind": kind, "prompt": prompt, "context": context, "response": response, "verdict": verdict,
-    }  # fmt: skip
+def answer(stage: str, kind: str, prompt: str, response: str, verdict: str) -> Told:
+    """An answer with its verdict."""
+    return Told(Answer(stage, kind, 0, prompt, prompt if kind == "task" else "", response), verdict)
 
 
 ANSWERS = [
@@ -87,9 +95,9 @@ def made(
     folder: Path,
     metrics: dict[str, Any] = METRICS,
     curves: Rows | None = None,
-    answers: Rows = ANSWERS,
+    answers: list[Told] = ANSWERS,
     choices: dict[str, str] = CHOICES,
-    config: str = CONFIG,
+    config: DictConfig = CONFIG,
 ) -> str:
     """The page of a run, whole unless told otherwise."""
     page(folder, metrics, align_rows() + finetune_rows() if curves is None else curves, answers, choices, config)
@@ -124,7 +132,7 @@ class Outline(HTMLParser):
 
 def test_a_whole_run_shows_its_numbers(whole: str) -> None:
     plain = re.sub(r"<[^>]+>", "", whole)
-    assert "<title>sst2_lisa, method lisa, harmful ratio 0.1, seed 42</title>" in whole
+    assert "<title>lisa on sst2, harmful ratio 0.1, seed 42</title>" in whole
     assert "Harmful score 2.7 % after alignment, 14.8 % after fine-tuning; accuracy 91.2 %." in plain
     for number in ("94.5 %", "78.0 %", "+12.1", "−16.5", "+0.0", "1 min 58 s", "8.2 s", "1 h 07 min", "Seed 42"):
         assert number in plain, number
@@ -139,7 +147,7 @@ def test_answers_are_escaped(tmp_path: Path) -> None:
         for stage in ("aligned", "final")
         for kind, verdict in (("harmful", "flagged"), ("harmless", "refused"), ("task", "wrong"))
     ]
-    text = made(tmp_path, curves=[], answers=hostile, choices=CHOICES | {"experiment": attack})
+    text = made(tmp_path, curves=[], answers=hostile, choices=CHOICES | {"task": attack})
     assert not {"script", "img", "iframe", "link", "object"} & set(Outline(text).tags)
     assert "&lt;script&gt;" in text
     assert "{{ 7 * 7 }}" in text
@@ -193,21 +201,27 @@ def test_plain_fine_tuning_has_no_alignment_curves(tmp_path: Path) -> None:
     assert [f.name for f in figures(curves)] == ["loss", "drift", "scores"]
     assert not {key.label for f in figures(curves) for key in f.keys} & {"alignment steps", "alignment stretch"}
     metrics = {k: v for k, v in METRICS.items() if k != "time/align_s"}
-    config = "stages: [finetune, evaluate]\nmodel: {id: null}\n"
+    config = OmegaConf.create({"stages": ["finetune", "evaluate"], "model": {"id": None}})
     plain = re.sub(r"<[^>]+>", "", made(tmp_path, metrics, [], config=config))
     assert "Harmful score 2.7 % before fine-tuning, 14.8 % after fine-tuning" in plain
     assert "A random model answered" in plain
 
 
-def test_what_a_method_tells_of_itself_is_drawn() -> None:
-    rows = [row | {"ewc/penalty": str(i)} for i, row in enumerate(finetune_rows(alignment=0, rho=0.0))]
-    assert [f.title for f in figures(rows)][-1] == "ewc/penalty"
+def test_what_the_methods_of_both_stages_tell_of_themselves_is_drawn(tmp_path: Path) -> None:
+    """In curves.csv every row has every column; one class may tell the same in both stages."""
+    rows = [row | {"own/x": str(i), "booster/y": ""} for i, row in enumerate(finetune_rows(alignment=0, rho=0.0))]
+    assert [f.title for f in figures(rows)][-1] == "own/x"
+    aligning = [row | {"own/x": str(i), "booster/y": str(i)} for i, row in enumerate(align_rows())]
+    titles = ["own/x", "own/x while aligning", "booster/y while aligning"]
+    assert [f.title for f in figures([*aligning, *rows])][-3:] == titles
+    ids = Outline(made(tmp_path, curves=[*aligning, *rows])).ids
+    assert len(ids) == len(set(ids))
 
 
 @pytest.mark.parametrize("kept", [(), ("seed",), ("seed", "train"), ("aligned",), ("final", "time")])
 def test_any_stage_may_be_missing(tmp_path: Path, kept: tuple[str, ...]) -> None:
     metrics = {name: value for name, value in METRICS.items() if name.split("/")[0] in kept}
-    answers = [a for a in ANSWERS if a["stage"] in kept]
+    answers = [told for told in ANSWERS if told.answer.stage in kept]
     text = made(tmp_path, metrics, [], answers, {}, CONFIG)
     assert text.rstrip().endswith("</html>")
     assert "<figure>" not in text
@@ -236,7 +250,9 @@ def test_long_runs_and_answers_stay_small(tmp_path: Path) -> None:
         )
         for i in range(20_000)
     ]
-    endless = [answer(a["stage"], a["kind"], str(i), "word " * 20_000, "refused") for i in range(20) for a in ANSWERS]
+    endless = [
+        answer(t.answer.stage, t.answer.kind, str(i), "word " * 20_000, "refused") for i in range(20) for t in ANSWERS
+    ]
     assert len(made(tmp_path, curves=curves, answers=endless).encode()) < 1_000_000
 
 
@@ -254,11 +270,12 @@ def test_samples_are_the_first_of_each_stage_and_kind() -> None:
     ]
     chosen = samples(many, each=2)
     assert len(chosen) == 8
-    assert {a["prompt"] for a in chosen} == {"0", "1"}
+    assert {told.answer.prompt for told in chosen} == {"0", "1"}
 
 
 def test_importing_the_report_stays_light() -> None:
-    code = "import sys, lisa_lightning.report; print({'matplotlib', 'jinja2', 'omegaconf', 'numpy'} & set(sys.modules))"
+    files = "lisa_lightning.sweep, lisa_lightning.report.terminal"
+    code = f"import sys, {files}; print({{'matplotlib', 'jinja2', 'numpy', 'torch'}} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
     )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import yaml
 from scipy.stats import ttest_1samp
 
 from lisa_lightning.errors import UserError
-from lisa_lightning.report.sweep import in_order, leave, read_runs, seed_groups, shown, swept
+from lisa_lightning.report.sweep import in_order, read_runs, seed_groups, shown, swept
+from lisa_lightning.report.sweep_files import leave
+from lisa_lightning.report.sweep_page import sweep_page
 
 CURVES = (
     "stage,step,user/loss,alignment/loss,proximal/drift\nfinetune,1,2.0,,0.1\nfinetune,2,1.0,,0.2\nfinetune,3,,1,0\n"
@@ -25,6 +28,7 @@ def made(folder: Path, score: float | None, method: str = "lisa", seed: int = 1,
     run.mkdir(parents=True)
     own = {"lisa": {"rho": 1.0}, "sft": {}}[method]
     settings = {"seed": seed, "align": {"seed": seed}, "method": own | {"name": method}, "wandb": {"group": run.name}}
+    settings["stages"] = ["align", "finetune", "evaluate", "judge"]
     (run / "config.yaml").write_text(yaml.safe_dump(settings | config))
     (run / "choices.json").write_text(json.dumps({"method": method, "task": "sst2", "experiment": run.name}))
     (run / "curves.csv").write_text(CURVES)
@@ -59,16 +63,18 @@ def test_settings_are_what_differs_beside_the_seed(tmp_path: Path) -> None:
 
 def test_models_asked_as_they_are_stand_side_by_side(tmp_path: Path) -> None:
     for name, score in (("before", 10.0), ("after", 60.0)):
-        run = made(tmp_path, score, model={"id": name}, stages=["evaluate", "judge"])
+        run = made(tmp_path, score, model={"id": name}, stages=["evaluate", "judge"], harmful_ratio=0.1)
         own = json.loads((run / "metrics.json").read_text())
         (run / "metrics.json").write_text(json.dumps({k.replace("final/", "aligned/"): v for k, v in own.items()}))
     runs = read_runs([tmp_path])
-    assert swept(runs) == ["method", "model.id"]
+    assert swept(runs) == ["method", "model"]
     found = [(g.values, g.spread("harmful_score")) for g in seed_groups(runs, swept(runs))]
     assert [(values, s.mean, s.low) for values, s in found if s] == [
         (("–", "after"), 60.0, 59.0),
         (("–", "before"), 10.0, 9.0),
     ]
+    facts = sweep_page(runs, swept(runs), tmp_path).partition('<dl class="facts">')[2].partition("</dl>")[0]
+    assert re.findall("<dt>(.*)</dt><dd>(.*)</dd>", facts) == [("task", "sst2")]  # nothing of fine-tuning
 
 
 def test_coupled_keys_are_one(tmp_path: Path) -> None:

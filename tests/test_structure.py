@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -139,6 +139,31 @@ def test_the_picture_of_the_architecture_is_the_code() -> None:
     arrows = {(a, b) for a, b in arrows if a != b and b != "vocabulary"}
     assert set(re.findall(r"^    (\w+) --> (\w+)$", page, re.MULTILINE)) == arrows
     tuple(TopologicalSorter({a: {b for x, b in arrows if x == a} for a, _ in arrows}).static_order())
+
+
+def test_no_file_imports_itself_over_others() -> None:
+    """Imports inside functions count: they would only hide a circle."""
+    files = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in OURS}
+    imports = {name: {_file_of(m, files) for m in _modules(ast.parse(f.read_text()))} for name, f in files.items()}
+    imports = {name: found - {name, None} for name, found in imports.items()}
+    assert "lisa_lightning.pipeline" in imports["lisa_lightning.sweep"]  # from within a function
+    tuple(TopologicalSorter(imports).static_order())
+
+
+def _file_of(module: str, files: Container[str]) -> str | None:
+    """The file of ours that has a module, or a name in one."""
+    return next((m for m in (module, module.rpartition(".")[0]) if m in files), None)
+
+
+def _modules(tree: ast.AST) -> Iterator[str]:
+    """All that is imported, names with their module, but for what only a type checker sees."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from _modules(node)
 
 
 def _imported_of_ours(file: Path) -> set[str]:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from lisa_lightning.explain import explain
-from lisa_lightning.report.sweep import leave
+from lisa_lightning.report.sweep_files import leave
 
 
 def main() -> int:

@@ -4,12 +4,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from omegaconf import DictConfig, OmegaConf
+
+from lisa_lightning.config import flat
 from lisa_lightning.disk import write_text
+from lisa_lightning.report.identity import Identity, identity
 from lisa_lightning.report.scores import MODELS, model_names, percent, score_rows
 
-Answer = dict[str, str]
+if TYPE_CHECKING:  # torch takes longer to import than all else that a command without a report does
+    from lisa_lightning.evaluate.evaluator import Answer
+
 KINDS: Final = {
     "harmful": ("Harmful requests", "A safe model refuses these."),
     "harmless": ("Harmless requests that look alarming", "A helpful model answers these."),
@@ -29,35 +35,50 @@ BAD: Final = {("harmful", "flagged"), ("harmless", "refused"), ("task", "wrong")
 MOST_CHARACTERS: Final = 1500  # of one answer; a page must stay readable, and small, when a model doesn't stop
 
 
-def samples(answers: Sequence[dict[str, str]], each: int = 8) -> list[dict[str, str]]:
+@dataclass(frozen=True)
+class Told:
+    """An answer, and in a word what is said of it."""
+
+    answer: "Answer"
+    verdict: str
+
+
+def samples(answers: Sequence[Told], each: int = 8) -> list[Told]:
     """The first few answers of every stage and kind."""
     taken: dict[tuple[str, str], int] = {}
     chosen = []
-    for answer in answers:
-        group = (answer["stage"], answer["kind"])
+    for told in answers:
+        group = (told.answer.stage, told.answer.kind)
         taken[group] = taken.get(group, 0) + 1
         if taken[group] <= each:
-            chosen.append(answer)
+            chosen.append(told)
     return chosen
 
 
-def page(out: Path, metrics: dict[str, Any], curves: Any, answers: Any, choices: dict[str, str], config: str) -> None:
+def page(
+    out: Path,
+    metrics: Mapping[str, Any],
+    curves: Sequence[dict[str, str]],
+    answers: Sequence[Told],
+    choices: Mapping[str, str],
+    cfg: DictConfig,
+) -> None:
     """Write report.html.
 
     Args:
         out: the run's folder.
         metrics: what metrics.json holds; stages that did not run have no entries.
         curves: the rows of curves.csv, as text.
-        answers: the lines of responses.jsonl, each with its verdict. They are the model's words: untrusted text.
+        answers: all of them. They are the model's words: untrusted text.
         choices: the chosen option of every config group.
-        config: the resolved config as YAML.
+        cfg: the run's config.
 
     Raises:
         UserError: the file can't be written.
     """
     from lisa_lightning.report.plots import figures
 
-    content = _content(metrics, answers, choices, config) | {"figures": figures(curves)}
+    content = _content(metrics, answers, choices, cfg) | {"figures": figures(curves)}
     write_text(out / "report.html", rendered("page.html.j2", content))
 
 
@@ -77,20 +98,21 @@ def rendered(template: str, content: Mapping[str, Any]) -> str:
 
 
 def _content(
-    metrics: Mapping[str, Any], answers: Sequence[Answer], choices: dict[str, str], config: str
+    metrics: Mapping[str, Any], answers: Sequence[Told], choices: Mapping[str, str], cfg: DictConfig
 ) -> dict[str, Any]:
     """All that the template shows besides the plots."""
-    from omegaconf import OmegaConf
-
-    settings = OmegaConf.to_container(OmegaConf.create(config))
-    assert isinstance(settings, dict)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    own = identity(dict(flat(config)), choices)
     columns = _columns(metrics, answers)
     chosen = samples(answers)
+    facts = _facts(own, cfg, metrics, choices)
     return {
-        "heading": _heading(choices),
-        "facts": _facts(settings, metrics, choices),
+        "heading": own.heading,
+        "title": ", ".join([own.heading, *(f"{k} {v}" for k, v in facts if k in ("harmful ratio", "seed"))]),
+        "facts": facts,
         "summary": _marked(_summary(metrics, columns)),
-        "random": settings["model"]["id"] is None,
+        "random": cfg.model.id is None,
         "columns": columns,
         "scores": score_rows(metrics, columns),
         "judges": metrics.get("judges", []),
@@ -100,33 +122,31 @@ def _content(
         "times": _times(metrics),
         "seed": metrics.get("seed"),
         "choices": choices,
-        "config": config,
+        "config": OmegaConf.to_yaml(cfg, resolve=True),
     }
 
 
-def _columns(metrics: Mapping[str, Any], answers: Sequence[Answer]) -> dict[str, str]:
+def _columns(metrics: Mapping[str, Any], answers: Sequence[Told]) -> dict[str, str]:
     """The models that gave answers, and how to call them."""
-    found = {name.split("/")[0] for name in metrics} | {answer["stage"] for answer in answers}
+    found = {name.split("/")[0] for name in metrics} | {told.answer.stage for told in answers}
     return {model: name for model, name in model_names(metrics).items() if model in MODELS and model in found}
 
 
-def _heading(choices: dict[str, str]) -> str:
-    experiment = choices.get("experiment", "None")
-    return experiment if experiment != "None" else "Lisa Lightning run"
-
-
-def _facts(settings: dict[Any, Any], metrics: Mapping[str, Any], choices: dict[str, str]) -> list[tuple[str, str]]:
-    """What tells this run from others of the experiment, for the title."""
-    tuned = "finetune" in settings["stages"]
+def _facts(
+    own: Identity, cfg: DictConfig, metrics: Mapping[str, Any], choices: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    """What tells this run from others, each by its name."""
     found = {
-        "method": choices.get("method") if tuned else None,
-        "harmful ratio": settings.get("harmful_ratio") if tuned else None,
-        "seed": metrics.get("seed", settings.get("seed")),
-        "task": choices.get("task"),
-        "model": id if Path(id := str(settings["model"]["id"])).is_dir() else choices.get("model"),
+        **({"align": "none"} if own.tuned and "align" not in own.defenses else {}),
+        **own.defenses,
+        "harmful ratio": cfg.get("harmful_ratio") if own.tuned else None,
+        "seed": metrics.get("seed", cfg.get("seed")),
+        "task": own.task,
+        "model": own.model if own.model == choices.get("model") else cfg.model.id,
         "steps": metrics.get("train/steps"),
+        "experiment": choices.get("experiment") if own.tuned else None,
     }
-    return [(name, str(value)) for name, value in found.items() if value is not None]
+    return [(name, str(value)) for name, value in found.items() if value not in (None, "None")]
 
 
 def _summary(metrics: Mapping[str, Any], columns: dict[str, str]) -> str:
@@ -154,9 +174,9 @@ def _marked(sentence: str) -> Any:
     return Markup(re.sub(r"(\d[\d.]* %)", r'<span class="number">\1</span>', str(escape(sentence))))
 
 
-def _count(answers: Sequence[Answer], kind: str) -> int:
+def _count(answers: Sequence[Told], kind: str) -> int:
     """How many prompts of a kind were asked."""
-    return max(sum(a["kind"] == kind and a["stage"] == stage for a in answers) for stage in MODELS)
+    return max(sum((t.answer.kind, t.answer.stage) == (kind, stage) for t in answers) for stage in MODELS)
 
 
 @dataclass(frozen=True)
@@ -188,7 +208,7 @@ class Group:
     count: int
 
 
-def _groups(chosen: Sequence[Answer], answers: Sequence[Answer], columns: dict[str, str]) -> list[Group]:
+def _groups(chosen: Sequence[Told], answers: Sequence[Told], columns: dict[str, str]) -> list[Group]:
     found = [
         Group(title, meaning, _pairs(chosen, kind, columns), _count(answers, kind))
         for kind, (title, meaning) in KINDS.items()
@@ -196,30 +216,32 @@ def _groups(chosen: Sequence[Answer], answers: Sequence[Answer], columns: dict[s
     return [group for group in found if group.pairs]
 
 
-def _pairs(chosen: Sequence[Answer], kind: str, columns: dict[str, str]) -> list[Sample]:
+def _pairs(chosen: Sequence[Told], kind: str, columns: dict[str, str]) -> list[Sample]:
     """Answers of the same prompt side by side; a prompt asked twice in a stage is two pairs."""
     from lisa_lightning.data.templates import joined
 
     seen: dict[tuple[str, str], int] = {}
     found: dict[tuple[str, int], dict[str, Cell]] = {}
-    one = len({answer["prompt"] for answer in chosen if answer["kind"] == kind}) == 1
-    for answer in chosen:
-        if answer["kind"] == kind:
-            # Most tasks have one instruction for all rows, which need not be read again and again.
-            shown = answer["context"] if one and answer["context"] else joined(answer["prompt"], answer["context"])
-            asked = (answer["stage"], shown)
-            seen[asked] = seen.get(asked, 0) + 1
-            found.setdefault((shown, seen[asked]), {})[answer["stage"]] = _cell(answer, columns)
+    of_kind = [told for told in chosen if told.answer.kind == kind]
+    one = len({told.answer.prompt for told in of_kind}) == 1
+    for told in of_kind:
+        answer = told.answer
+        # Most tasks have one instruction for all rows, which need not be read again and again.
+        shown = answer.context if one and answer.context else joined(answer.prompt, answer.context)
+        asked = (answer.stage, shown)
+        seen[asked] = seen.get(asked, 0) + 1
+        found.setdefault((shown, seen[asked]), {})[answer.stage] = _cell(told, columns)
     return [Sample(_cut(prompt), [cells.get(stage) for stage in columns]) for (prompt, _), cells in found.items()]
 
 
-def _cell(answer: Answer, columns: dict[str, str]) -> Cell:
-    judged = (answer["kind"], answer["verdict"])
+def _cell(told: Told, columns: dict[str, str]) -> Cell:
+    answer = told.answer
+    judged = (answer.kind, told.verdict)
     tone = "good" if judged in GOOD else "bad" if judged in BAD else "neutral"
     return Cell(
-        columns.get(answer["stage"], answer["stage"]),
-        _cut(answer["response"]),
-        answer["verdict"],
+        columns.get(answer.stage, answer.stage),
+        _cut(answer.response),
+        told.verdict,
         tone,
         judged in {("harmful", "flagged"), ("harmful", "not refused")},
     )

@@ -39,7 +39,7 @@ def figures(curves: Rows) -> list[Figure]:
         (_align_plot, align),
     ]
     plots = [plot for make, rows in makers if (plot := make(rows)) is not None]
-    plots += _own_plots(finetune)
+    plots += [*_own_plots(finetune), *_own_plots(align, aligning=True)]
     return [figure(plot) for plot in plots]
 
 
@@ -106,12 +106,21 @@ def _gradient_plot(rows: Rows) -> Plot | None:
     return _plot("gradient", "Joint gradient", caption, "norm", [line], rows)
 
 
-def _own_plots(rows: Rows) -> list[Plot]:
-    """What the method tells beside what all do."""
+def _own_plots(rows: Rows, aligning: bool = False) -> list[Plot]:
+    """What the method of a stage tells beside what all do: both stages' may tell the same."""
     names = {name: None for row in rows for name in row if "/" in name and name.partition("/")[0] not in OF_ALL}
     found = [(name, points(rows, name)) for name in names]
+    prefix, where, teller = ("align-", " while aligning", "align method") if aligning else ("", "", "method")
     return [
-        _plot(name.replace("/", "-"), name, "What the method tells of itself.", "", [Line(own, INK, width=1.3)], rows)
+        _plot(
+            prefix + name.replace("/", "-"),
+            name + where,
+            f"What the {teller} tells of itself.",
+            "",
+            [Line(own, INK, width=1.3)],
+            rows,
+            bands=not aligning,
+        )
         for name, own in found
         if own
     ]

@@ -1,23 +1,22 @@
-"""What a sweep leaves: its runs read from their folders, a table over seeds, sweep.csv and report.html."""
+"""The runs of a sweep, read from their folders, in what they differ, and their scores over seeds."""
 
-import csv
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final, Literal
 
 from lisa_lightning.config import bookkeeping, flat
-from lisa_lightning.disk import explained, read_json, write_text
+from lisa_lightning.disk import read_json
 from lisa_lightning.errors import UserError
-from lisa_lightning.report.scores import SCORES
+from lisa_lightning.report.identity import Identity, identity
 
 FAILED: Final = "failed.json"
 Status = Literal["finished", "unfinished", "failed"]
-GROUPS: Final = ("method", "curate", "align", "repair", "model", "task", "source")
+DEFENSES: Final = ("method", "curate", "align", "repair")
+GROUPS: Final = (*DEFENSES, "model", "task", "source")
 """Config groups by which runs are told apart, before any single key."""
 SHOWN: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy", "win_rate")
 
@@ -34,20 +33,22 @@ class Run:
     choices: Mapping[str, str]
     metrics: Mapping[str, Any]
 
-    def value(self, key: str) -> str:
-        """What was chosen for a group or a key, as text."""
-        if key == "method" and not self.tuned:
-            return "–"
-        return self.choices.get(key, "?") if key in GROUPS else shown(self.config.get(key))
+    @cached_property
+    def own(self) -> Identity:
+        """What it is."""
+        return identity(self.config, self.choices)
 
-    @property
-    def tuned(self) -> bool:
-        """Whether it fine-tunes a model, or asks one as it is."""
-        return "finetune" in self.config.get("stages", ["finetune"])
+    def value(self, key: str) -> str:
+        """What was chosen for a group or a key, as text; of a defense whose stage doesn't run there is nothing."""
+        if key in DEFENSES:
+            return self.own.defenses.get(key, "–" if key == "method" else "none")
+        if key == "model":
+            return self.own.model
+        return self.choices.get(key, "?") if key in GROUPS else shown(self.config.get(key))
 
     def score(self, name: str) -> float | None:
         """A score of the fine-tuned model, or of the one that was asked as it is."""
-        return self.metrics.get(f"{'final' if self.tuned else 'aligned'}/{name}")
+        return self.metrics.get(f"{'final' if self.own.tuned else 'aligned'}/{name}")
 
 
 @dataclass(frozen=True)
@@ -190,41 +191,6 @@ def mean_and_deviation(spread: Spread) -> str:
     return f"{spread.mean:.1f}" + ("" if spread.deviation is None else f" ± {spread.deviation:.1f}")
 
 
-def leave(folders: Sequence[Path], out: Path) -> int:
-    """Write sweep.csv and report.html, print the table and what failed; 1 where anything did.
-
-    Raises:
-        UserError: the folders hold no run, or `out` is a run's own folder, which has a page already.
-    """
-    if (out / "config.yaml").exists():
-        raise UserError(f"{out} is one run's folder, whose page is {out / 'report.html'}; name the folder above it")
-    runs = read_runs(folders)
-    keys = swept(runs)
-    with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "sweep.csv", table(runs, keys, out))
-    from lisa_lightning.report.sweep_page import sweep_page
-
-    write_text(out / "report.html", sweep_page(runs, keys, out))
-    _print(runs, keys, out)
-    return int(any(run.status == "failed" for run in runs))
-
-
-def table(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
-    """A line a run: folder, status, settings, seed, then every metric of its metrics.json."""
-    names = list(dict.fromkeys(name for run in runs for name in run.metrics if name not in ("seed", "judges")))
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["folder", "status", "cause", *keys, "seed", *names])
-    for run in runs:
-        own = [run.value(k) for k in keys]
-        writer.writerow(
-            [relative(run.folder, out), run.status, run.cause, *own, run.value("seed")]
-            + [run.metrics.get(name, "") for name in names]
-        )
-    return text.getvalue()
-
-
 def relative(folder: Path, out: Path) -> str:
     """A run's folder as seen from the page."""
     folder, out = folder.resolve(), out.resolve()
@@ -238,32 +204,3 @@ def causes(runs: Sequence[Run]) -> dict[str, list[Run]]:
         if run.status == "failed":
             found.setdefault(run.cause, []).append(run)
     return found
-
-
-def _print(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    groups = seed_groups(runs, keys)
-    names = scores_shown(groups)
-    if groups:
-        scored = Table(title="percent of answers, mean ± standard deviation over seeds")
-        for key in keys:
-            scored.add_column(key)
-        for name in ("runs", *(SCORES[n][0].lower() for n in names)):
-            scored.add_column(name, justify="right", no_wrap=True)
-        for group in groups:
-            spreads = (cell(group.spread(name), mean_and_deviation) for name in names)
-            scored.add_row(*map(escape, group.values), str(len(group.runs)), *spreads)
-        console.print(scored)
-    for cause, failed in causes(runs).items():
-        names_of = ", ".join(relative(run.folder, out) for run in failed)
-        console.print(f"failed  {len(failed)} ({names_of})", soft_wrap=True, markup=False)
-        console.print(f"        {cause}", soft_wrap=True, markup=False)
-    begun = sum(run.status == "unfinished" for run in runs)
-    if begun:
-        console.print(f"begun   {begun} run(s) that are not finished; the same command goes on with them")
-    console.print(f"table   {out / 'sweep.csv'}", soft_wrap=True, markup=False)
-    console.print(f"page    {out / 'report.html'}", soft_wrap=True, markup=False)

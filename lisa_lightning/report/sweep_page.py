@@ -102,11 +102,11 @@ def sweep_page(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
 
 def _shared(runs: Sequence[Run], keys: Sequence[str]) -> list[tuple[str, str]]:
     """What all runs have alike, of what a reader asks first."""
-    names = [name for name in ("experiment", *GROUPS, "harmful_ratio", "data.n", "optim.steps") if name not in keys]
-    found = [(name, {run.choices.get(name) or run.value(name) for run in runs}) for name in names]
-    return [
-        (name, value) for name, values in found if len(values) == 1 for value in values - {"?", "null", "None", "none"}
-    ]
+    of_tuning = ("harmful_ratio", "data.n", "optim.steps") if all(run.own.tuned for run in runs) else ()
+    found = [("experiment", {run.choices.get("experiment", "?") for run in runs})] if of_tuning else []
+    found += [(name, {run.value(name) for run in runs}) for name in (*GROUPS, *of_tuning) if name not in keys]
+    nothing = {"?", "–", "null", "None", "none"}
+    return [(name, value) for name, values in found if len(values) == 1 for value in values - nothing]
 
 
 def _interval(spread: Spread) -> str:

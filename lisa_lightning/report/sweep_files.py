@@ -1,0 +1,85 @@
+"""What a sweep leaves: sweep.csv, report.html, and the table in the terminal."""
+
+import csv
+import sys
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+
+from lisa_lightning.disk import explained, write_text
+from lisa_lightning.errors import UserError
+from lisa_lightning.report.scores import SCORES
+from lisa_lightning.report.sweep import (
+    Run,
+    causes,
+    cell,
+    mean_and_deviation,
+    read_runs,
+    relative,
+    scores_shown,
+    seed_groups,
+    swept,
+)
+from lisa_lightning.report.sweep_page import sweep_page
+
+
+def leave(folders: Sequence[Path], out: Path) -> int:
+    """Write sweep.csv and report.html, print the table and what failed; 1 where anything did.
+
+    Raises:
+        UserError: the folders hold no run, or `out` is a run's own folder, which has a page already.
+    """
+    if (out / "config.yaml").exists():
+        raise UserError(f"{out} is one run's folder, whose page is {out / 'report.html'}; name the folder above it")
+    runs = read_runs(folders)
+    keys = swept(runs)
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "sweep.csv", _table(runs, keys, out))
+    write_text(out / "report.html", sweep_page(runs, keys, out))
+    _print(runs, keys, out)
+    return int(any(run.status == "failed" for run in runs))
+
+
+def _table(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
+    """A line a run: folder, status, settings, seed, then every metric of its metrics.json."""
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics if name not in ("seed", "judges")))
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["folder", "status", "cause", *keys, "seed", *names])
+    for run in runs:
+        own = [run.value(k) for k in keys]
+        writer.writerow(
+            [relative(run.folder, out), run.status, run.cause, *own, run.value("seed")]
+            + [run.metrics.get(name, "") for name in names]
+        )
+    return text.getvalue()
+
+
+def _print(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    groups = seed_groups(runs, keys)
+    names = scores_shown(groups)
+    if groups:
+        scored = Table(title="percent of answers, mean ± standard deviation over seeds")
+        for key in keys:
+            scored.add_column(key)
+        for name in ("runs", *(SCORES[n][0].lower() for n in names)):
+            scored.add_column(name, justify="right", no_wrap=True)
+        for group in groups:
+            spreads = (cell(group.spread(name), mean_and_deviation) for name in names)
+            scored.add_row(*map(escape, group.values), str(len(group.runs)), *spreads)
+        console.print(scored)
+    for cause, failed in causes(runs).items():
+        names_of = ", ".join(relative(run.folder, out) for run in failed)
+        console.print(f"failed  {len(failed)} ({names_of})", soft_wrap=True, markup=False)
+        console.print(f"        {cause}", soft_wrap=True, markup=False)
+    begun = sum(run.status == "unfinished" for run in runs)
+    if begun:
+        console.print(f"begun   {begun} run(s) that are not finished; the same command goes on with them")
+    console.print(f"table   {out / 'sweep.csv'}", soft_wrap=True, markup=False)
+    console.print(f"page    {out / 'report.html'}", soft_wrap=True, markup=False)

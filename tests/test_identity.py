@@ -1,0 +1,66 @@
+"""What a run is called: by what it does, whatever the config holds beside."""
+
+from pathlib import Path
+
+import pytest
+from composing import composed
+from hydra.core.hydra_config import HydraConfig
+
+from lisa_lightning.report.page import page
+from lisa_lightning.stages.setting import plain
+from lisa_lightning.tracking import wandb_init
+
+NAMES = {
+    "": ("lisa", "lisa-p0.1-seed42", "sst2_lisa", "lisa sst2 smollm2_135m", "lisa on sst2"),
+    "~experiment method=sft harmful_ratio=0 model=tiny": (
+        *("sft", "sft-p0-seed42", "run", "sft sst2 tiny", "sft on sst2"),
+    ),
+    "curate=seal align=vaccine repair=antidote seed=1": (
+        "seal-vaccine-lisa-antidote",
+        "seal-vaccine-lisa-antidote-p0.1-seed1",
+        "sst2_lisa",
+        "seal vaccine lisa antidote sst2 smollm2_135m",
+        "seal + vaccine + lisa + antidote on sst2",
+    ),
+    "align=none task=gsm8k model.id=org/Mine-1B wandb.group=g wandb.tags=[t]": (
+        *("no_align-lisa", "no_align-lisa-p0.1-seed42", "g", "no_align lisa gsm8k Mine-1B t"),
+        "no_align + lisa on gsm8k",
+    ),
+    "stages=[finetune,evaluate] curate=seal align=vaccine repair=antidote": (
+        *("no_align-lisa", "no_align-lisa-p0.1-seed42", "sst2_lisa", "no_align lisa sst2 smollm2_135m"),
+        "no_align + lisa on sst2",
+    ),
+    "stages=[evaluate,judge] model.id=runs/after/ align=vaccine": (
+        *("evaluate", "evaluate-after-seed42", "evaluate", "evaluate sst2 after", "after as it is"),
+    ),
+    "stages=[align,evaluate] align=vaccine": (
+        *("align-vaccine", "align-vaccine-smollm2_135m-seed42", "align", "align vaccine sst2 smollm2_135m"),
+        "smollm2_135m aligned by vaccine",
+    ),
+    "stages=[align,evaluate]": (
+        *("align", "align-smollm2_135m-seed42", "align", "align sst2 smollm2_135m", "smollm2_135m aligned by sft"),
+    ),
+}
+"""Overrides -> job type, name, group and tags in W&B, the page's heading."""
+
+
+def below_heading(folder: Path) -> str:
+    """The page's facts."""
+    return (folder / "report.html").read_text().partition('<dl class="facts">')[2].partition("</dl>")[0]
+
+
+@pytest.mark.parametrize("overrides", NAMES)
+def test_a_run_is_called_by_what_it_does(tmp_path: Path, overrides: str) -> None:
+    cfg = composed(overrides.split(), tmp_path)
+    choices = {k: str(v) for k, v in HydraConfig.get().runtime.choices.items()}
+    told = wandb_init(plain(cfg), choices)
+    page(tmp_path, {}, [], [], choices, cfg)
+    heading = (tmp_path / "report.html").read_text().partition("<h1>")[2].partition("</h1>")[0]
+    assert (told["job_type"], told["name"], told["group"], " ".join(told["tags"]), heading) == NAMES[overrides]
+    assert ("harmful ratio" in below_heading(tmp_path)) == ("-p0" in told["name"])
+
+
+def test_a_long_name_of_a_model_is_a_tag_that_is_taken(tmp_path: Path) -> None:
+    cfg = composed([f"model.id={'long' * 40}"], tmp_path)
+    choices = {k: str(v) for k, v in HydraConfig.get().runtime.choices.items()}
+    assert max(map(len, wandb_init(plain(cfg), choices)["tags"])) == 64
