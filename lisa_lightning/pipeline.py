@@ -254,10 +254,10 @@ def _leave(cfg: DictConfig, out: Path, tracker: Tracker, metrics: Metrics, choic
 def _page(cfg: DictConfig, out: Path, metrics: Metrics, curves: list[CurveRow], choices: dict[str, str]) -> list[Told]:
     """Write report.html; the sample answers that it shows."""
     told = [j for j in read_judged(out / "judged.jsonl") if j.kind != "harmless" or j.refused is not None]
-    judged = {(j.stage, j.kind, j.index): j for j in reversed(told)}  # of the first judge that can tell
+    judged = {(j.model, j.kind, j.index): j for j in reversed(told)}  # of the first judge that can tell
     task = get_class(cfg.task._target_)()
     answers = [
-        Told(a, verdict(task, a, judged.get((a.stage, a.kind, a.index)))) for a in read_answers(out / "responses.jsonl")
+        Told(a, verdict(task, a, judged.get((a.model, a.kind, a.index)))) for a in read_answers(out / "responses.jsonl")
     ]
     page(out, metrics, curves, answers, choices, cfg)
     return samples(answers)

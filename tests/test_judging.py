@@ -115,7 +115,7 @@ def test_each_kind_of_answer_goes_to_its_judge(tmp_path: Path) -> None:
 def test_a_file_of_ones_own_keeps_its_order(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_text(content)
     found = read_responses(str(tmp_path / name))
-    assert [(a.prompt, a.response, a.stage, a.kind) for a in found] == [
+    assert [(a.prompt, a.response, a.model, a.kind) for a in found] == [
         ("p", "No.", "responses", "harmful"),
         ("q", "", "responses", "harmful"),
     ]

@@ -183,7 +183,7 @@ def test_a_cell_runs_to_its_end(
         ["0.0"] * 8 if method in ("sft", "vlguard_mix") else ["1.0"] * 2 + ["0.0"] * 3 + ["1.0"] * 2 + ["0.0"]
     )
     asked = [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
-    final = [a for a in asked if a["stage"] == "final"]
+    final = [a for a in asked if a["model"] == "final"]
     assert [a["prompt"] for a in final if a["kind"] == "harmful"] == [f"request {i // 2}" for i in range(6)]
     if task == "alpaca":
         outputs = json.loads((tmp_path / "out" / "alpaca_eval_final.json").read_text())

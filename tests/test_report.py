@@ -221,7 +221,7 @@ def test_what_the_methods_of_both_stages_tell_of_themselves_is_drawn(tmp_path: P
 @pytest.mark.parametrize("kept", [(), ("seed",), ("seed", "train"), ("aligned",), ("final", "time")])
 def test_any_stage_may_be_missing(tmp_path: Path, kept: tuple[str, ...]) -> None:
     metrics = {name: value for name, value in METRICS.items() if name.split("/")[0] in kept}
-    answers = [told for told in ANSWERS if told.answer.stage in kept]
+    answers = [told for told in ANSWERS if told.answer.model in kept]
     text = made(tmp_path, metrics, [], answers, {}, CONFIG)
     assert text.rstrip().endswith("</html>")
     assert "<figure>" not in text
@@ -251,7 +251,7 @@ def test_long_runs_and_answers_stay_small(tmp_path: Path) -> None:
         for i in range(20_000)
     ]
     endless = [
-        answer(t.answer.stage, t.answer.kind, str(i), "word " * 20_000, "refused") for i in range(20) for t in ANSWERS
+        answer(t.answer.model, t.answer.kind, str(i), "word " * 20_000, "refused") for i in range(20) for t in ANSWERS
     ]
     assert len(made(tmp_path, curves=curves, answers=endless).encode()) < 1_000_000
 

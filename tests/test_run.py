@@ -63,7 +63,7 @@ def test_a_run_leaves_everything_that_is_promised(out: Path) -> None:
     for name in ("config.yaml", "report.html", "checkpoints/finetune.ckpt", "wandb"):
         assert (out / name).exists(), name
     answers = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
-    assert {(a["stage"], a["kind"]) for a in answers} == {
+    assert {(a["model"], a["kind"]) for a in answers} == {
         (s, k) for s in ("aligned", "final") for k in ("harmful", "harmless", "task")
     }
     assert len(answers) == 2 * (8 + 4 + 8)

@@ -32,10 +32,10 @@ class Question:
 class Answer:
     """A line of responses.jsonl."""
 
-    stage: str
+    model: str
     kind: str
     index: int
-    """Place among the stage's questions."""
+    """Place among the questions put to the model."""
     prompt: str
     context: str
     response: str
@@ -81,34 +81,35 @@ class Evaluator:
         self.batch_size = batch_size
 
     def answers(
-        self, model: Any, asked: Sequence[Question], stage: str, origin: str = "", path: Path | None = None
+        self, model: Any, asked: Sequence[Question], name: str, origin: str = "", path: Path | None = None
     ) -> list[Answer]:
         """Every question with the model's answer, in order, the same on all ranks.
 
         Args:
             model: a causal language model; left in the mode it came in.
-            path: responses.jsonl. Each batch is appended when it is done, and what stands there already of this stage
+            name: what it is called there: aligned, final, training.
+            path: responses.jsonl. Each batch is appended when it is done, and what stands there already of this name
                 and origin is not asked again.
         """
         training = model.training
         model.eval()
         try:
             with self.fabric.autocast():
-                found = self._ask(model, asked, stage, origin, path)
+                found = self._ask(model, asked, name, origin, path)
         finally:
             model.train(training)
         return [found[i] for i in range(len(asked))]
 
     def _ask(
-        self, model: Any, asked: Sequence[Question], stage: str, origin: str, path: Path | None
+        self, model: Any, asked: Sequence[Question], name: str, origin: str, path: Path | None
     ) -> dict[int, Answer]:
         fabric, world = self.fabric, self.fabric.world_size
         stop = Stop(self.tokenizer, model)
-        found = fabric.broadcast(_begin(path, stage, origin) if fabric.is_global_zero else None)
+        found = fabric.broadcast(_begin(path, name, origin) if fabric.is_global_zero else None)
         todo = [g for g in self._groups(asked) if any(i not in found for p in g for i in p.places)]
         bar = tqdm(
             total=len(asked),
-            desc=f"ask the {stage} model",
+            desc=f"ask the {name} model",
             unit="answer",
             disable=not fabric.is_global_zero,
             leave=False,
@@ -118,7 +119,7 @@ class Evaluator:
             for start in range(0, len(todo), world):
                 own = todo[start + fabric.global_rank : start + world][:1]
                 new = [
-                    Answer(stage, q.kind, i, q.prompt, q.context, text, q.target, cut, origin)
+                    Answer(name, q.kind, i, q.prompt, q.context, text, q.target, cut, origin)
                     for i, text, cut in (self._batch(model, own[0], stop) if own else ())
                     for q in (asked[i],)
                 ]
@@ -172,15 +173,15 @@ def read_answers(path: Path) -> list[Answer]:
     return [Answer(**json.loads(line)) for line in lines]
 
 
-def _begin(path: Path | None, stage: str, origin: str) -> dict[int, Answer]:
+def _begin(path: Path | None, name: str, origin: str) -> dict[int, Answer]:
     """The answers that an interrupted evaluation left, by place; what is not of this origin is dropped."""
     if path is None:
         return {}
     answers = read_answers(path)
-    kept = [a for a in answers if a.stage != stage or a.origin == origin]
+    kept = [a for a in answers if a.model != name or a.origin == origin]
     if path.exists():
         write_answers(path, kept)
-    return {a.index: a for a in kept if a.stage == stage}
+    return {a.index: a for a in kept if a.model == name}
 
 
 def _append(path: Path, answers: Sequence[Answer]) -> None:

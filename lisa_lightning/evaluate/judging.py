@@ -36,7 +36,7 @@ class Judged:
     categories: Mapping[str, bool]
     partly: bool | None
     metric: str
-    stage: str
+    model: str
     kind: str
     index: int
     version: str
@@ -54,8 +54,8 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
         UserError: a judge can't go on; its earlier verdicts are kept.
     """
     path = out / "judged.jsonl"
-    here = {(a.stage, a.kind, a.index, joined(a.prompt, a.context), a.response) for a in answers}
-    before = [j for j in read_judged(path) if (j.stage, j.kind, j.index, j.prompt, j.response) in here]
+    here = {(a.model, a.kind, a.index, joined(a.prompt, a.context), a.response) for a in answers}
+    before = [j for j in read_judged(path) if (j.model, j.kind, j.index, j.prompt, j.response) in here]
     found: list[Judged] = []
     lines = before
     for name, judge in judges.items():
@@ -72,7 +72,7 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
                 prompt=pair.prompt,
                 response=pair.response,
                 metric=judge.metric,
-                stage=answer.stage,
+                model=answer.model,
                 kind=answer.kind,
                 index=answer.index,
                 version=judge.version,
@@ -102,7 +102,7 @@ def read_responses(path: str) -> list[Answer]:
     Raises:
         UserError: see `read_records`.
     """
-    optional = ("context", "stage", "kind", "target")
+    optional = ("context", "model", "kind", "target")
     columns = {name: name for name in ("prompt", "response", *optional)}
     records = read_records(path, Reading(columns, frozenset(optional)), dict)
     if others := sorted({str(r["kind"]) for r in records} - {"", "harmful", "harmless", "task"}):
@@ -111,8 +111,8 @@ def read_responses(path: str) -> list[Answer]:
     for index, r in enumerate(records):
         kind = r["kind"] if r["kind"] in ("harmless", "task") else "harmful"
         context = str(r["context"]) if kind == "task" else ""
-        stage = str(r["stage"] or "responses")
-        found.append(Answer(stage, kind, index, str(r["prompt"]), context, str(r["response"]), str(r["target"])))
+        model = str(r["model"] or "responses")
+        found.append(Answer(model, kind, index, str(r["prompt"]), context, str(r["response"]), str(r["target"])))
     return found
 
 

@@ -72,7 +72,7 @@ def task_scores(task: Any, answers: Iterable[Answer]) -> Metrics:
 
 
 def judged_scores(judged: Sequence[Judged]) -> Metrics:
-    """The shares of one stage's answers by one judge, without a prefix.
+    """The shares of one model's answers by one judge, without a prefix.
 
     `harmful_score` (flagged, of harmful requests), or `win_rate` (preferred, of task answers); where the judge tells,
     `refusal_rate` (refused, of harmful requests) and `over_refusal` (refused, of harmless ones); where it has a limit,

@@ -44,11 +44,11 @@ class Told:
 
 
 def samples(answers: Sequence[Told], each: int = 8) -> list[Told]:
-    """The first few answers of every stage and kind."""
+    """The first few answers of every model and kind."""
     taken: dict[tuple[str, str], int] = {}
     chosen = []
     for told in answers:
-        group = (told.answer.stage, told.answer.kind)
+        group = (told.answer.model, told.answer.kind)
         taken[group] = taken.get(group, 0) + 1
         if taken[group] <= each:
             chosen.append(told)
@@ -128,7 +128,7 @@ def _content(
 
 def _columns(metrics: Mapping[str, Any], answers: Sequence[Told]) -> dict[str, str]:
     """The models that gave answers, and how to call them."""
-    found = {name.split("/")[0] for name in metrics} | {told.answer.stage for told in answers}
+    found = {name.split("/")[0] for name in metrics} | {told.answer.model for told in answers}
     return {model: name for model, name in model_names(metrics).items() if model in MODELS and model in found}
 
 
@@ -153,8 +153,8 @@ def _summary(metrics: Mapping[str, Any], columns: dict[str, str]) -> str:
     """What happened, in a sentence."""
     harmful = [
         f"{percent(value)} {name}"
-        for stage, name in columns.items()
-        if (value := metrics.get(f"{stage}/harmful_score")) is not None
+        for model, name in columns.items()
+        if (value := metrics.get(f"{model}/harmful_score")) is not None
     ]
     accuracy = next((v for s in reversed(MODELS) if (v := metrics.get(f"{s}/accuracy")) is not None), None)
     parts = [f"harmful score {', '.join(harmful)}"] if harmful else []
@@ -176,14 +176,14 @@ def _marked(sentence: str) -> Any:
 
 def _count(answers: Sequence[Told], kind: str) -> int:
     """How many prompts of a kind were asked."""
-    return max(sum((t.answer.kind, t.answer.stage) == (kind, stage) for t in answers) for stage in MODELS)
+    return max(sum((t.answer.kind, t.answer.model) == (kind, model) for t in answers) for model in MODELS)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One stage's answer to a prompt."""
+    """One model's answer to a prompt."""
 
-    stage: str
+    model: str
     text: str
     verdict: str
     tone: str
@@ -192,7 +192,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt with the answer of each stage, None where a stage was not asked."""
+    """A prompt with the answer of each model, None where a model was not asked it."""
 
     prompt: str
     cells: list[Cell | None]
@@ -217,7 +217,7 @@ def _groups(chosen: Sequence[Told], answers: Sequence[Told], columns: dict[str, 
 
 
 def _pairs(chosen: Sequence[Told], kind: str, columns: dict[str, str]) -> list[Sample]:
-    """Answers of the same prompt side by side; a prompt asked twice in a stage is two pairs."""
+    """Answers of the same prompt side by side; a prompt that a model was asked twice is two pairs."""
     from lisa_lightning.data.templates import joined
 
     seen: dict[tuple[str, str], int] = {}
@@ -228,10 +228,10 @@ def _pairs(chosen: Sequence[Told], kind: str, columns: dict[str, str]) -> list[S
         answer = told.answer
         # Most tasks have one instruction for all rows, which need not be read again and again.
         shown = answer.context if one and answer.context else joined(answer.prompt, answer.context)
-        asked = (answer.stage, shown)
+        asked = (answer.model, shown)
         seen[asked] = seen.get(asked, 0) + 1
-        found.setdefault((shown, seen[asked]), {})[answer.stage] = _cell(told, columns)
-    return [Sample(_cut(prompt), [cells.get(stage) for stage in columns]) for (prompt, _), cells in found.items()]
+        found.setdefault((shown, seen[asked]), {})[answer.model] = _cell(told, columns)
+    return [Sample(_cut(prompt), [cells.get(model) for model in columns]) for (prompt, _), cells in found.items()]
 
 
 def _cell(told: Told, columns: dict[str, str]) -> Cell:
@@ -239,7 +239,7 @@ def _cell(told: Told, columns: dict[str, str]) -> Cell:
     judged = (answer.kind, told.verdict)
     tone = "good" if judged in GOOD else "bad" if judged in BAD else "neutral"
     return Cell(
-        columns.get(answer.stage, answer.stage),
+        columns.get(answer.model, answer.model),
         _cut(answer.response),
         told.verdict,
         tone,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 MODELS: Final = ("aligned", "final")
-"""Whose answers are scored: `stage` in responses.jsonl and judged.jsonl."""
+"""Whose answers are scored: `model` in responses.jsonl and judged.jsonl."""
 SCORES: Final = {
     "harmful_score": (
         "Harmful score",
@@ -34,7 +34,7 @@ class Score:
     title: str
     meaning: str
     values: list[tuple[str, str]]
-    """Value and interval, a stage each."""
+    """Value and interval, a model each."""
     change: str
 
 
@@ -63,7 +63,7 @@ def score_keys(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def score_rows(metrics: Mapping[str, Any], columns: dict[str, str]) -> list[Score]:
-    """The table: a row for each score that some stage has."""
+    """The table: a row for each score that some model has."""
     keys = score_keys(metrics)
     explained = dict(reversed(keys))  # what a score means is said once
     found = [_score(metrics, columns, name, judge, explained[name] == judge) for name, judge in keys]
@@ -75,16 +75,16 @@ def _score(metrics: Mapping[str, Any], columns: dict[str, str], name: str, judge
     meaning = meaning if explained else ""
     if judge:
         title, name = f"{title} ({judge})", f"{judge}/{name}"
-    values = [metrics.get(f"{stage}/{name}") for stage in columns]
+    values = [metrics.get(f"{model}/{name}") for model in columns]
     known = [value for value in values if value is not None]
     if not known:
         return None
     # Rounded before it gets its sign, so that nothing shows as -0.0.
     change = f"{round(known[1] - known[0], 1) + 0.0:+.1f}".replace("-", "−") if len(known) == len(MODELS) else ""
-    counts = [n for stage in columns if (n := metrics.get(f"{stage}/{name}_answers"))]
+    counts = [n for model in columns if (n := metrics.get(f"{model}/{name}_answers"))]
     count = f" {max(counts)}\N{NO-BREAK SPACE}answers." if counts else ""
     return Score(
-        title, (meaning + count).strip(), [_with_interval(metrics, f"{stage}/{name}") for stage in columns], change
+        title, (meaning + count).strip(), [_with_interval(metrics, f"{model}/{name}") for model in columns], change
     )
 
 

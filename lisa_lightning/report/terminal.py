@@ -13,19 +13,19 @@ from lisa_lightning.report.scores import SCORES, model_names, score_keys
 def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url: str | None) -> None:
     """Print scores before and after, time, where the files are, and how to look at the curves."""
     console = Console()
-    stages = [s for s in dict.fromkeys(name.partition("/")[0] for name in metrics) if _scored(metrics, s)]
+    models = [s for s in dict.fromkeys(name.partition("/")[0] for name in metrics) if _scored(metrics, s)]
     judges = metrics.get("judges", [])
     scored = Table(title="percent of answers, 95 % interval" + (f"; judge {judges[0]}" if len(judges) == 1 else ""))
     scored.add_column("")
-    for stage in stages:
-        scored.add_column(model_names(metrics).get(stage, stage), justify="right")
+    for model in models:
+        scored.add_column(model_names(metrics).get(model, model), justify="right")
     scored.add_column("answers", justify="right")
     for name, judge in score_keys(metrics):
         key = f"{judge}/{name}" if judge else name
-        if any(f"{stage}/{key}" in metrics for stage in stages):
-            counts = [metrics.get(f"{stage}/{key}_answers", 0) for stage in stages]
+        if any(f"{model}/{key}" in metrics for model in models):
+            counts = [metrics.get(f"{model}/{key}_answers", 0) for model in models]
             shown = SCORES[name][0].lower() + (f" ({judge})" if judge else "")
-            scored.add_row(shown, *(_cell(metrics, f"{stage}/{key}") for stage in stages), str(max(counts)))
+            scored.add_row(shown, *(_cell(metrics, f"{model}/{key}") for model in models), str(max(counts)))
     if scored.row_count:
         console.print(scored)
     times = [
@@ -48,8 +48,8 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url
         console.print(f"curves  {url}", soft_wrap=True, markup=False)
 
 
-def _scored(metrics: dict[str, Any], stage: str) -> bool:
-    return any(f"{stage}/{name}" in metrics for name in SCORES)
+def _scored(metrics: dict[str, Any], model: str) -> bool:
+    return any(f"{model}/{name}" in metrics for name in SCORES)
 
 
 def _cell(metrics: dict[str, Any], name: str) -> str:

@@ -17,14 +17,14 @@ from lisa_lightning.stages.setting import Metrics, Model, Setting
 from lisa_lightning.task.task import Scored
 
 
-def evaluate(setting: Setting, stage: str, model: Model, before: Sequence[Answer]) -> tuple[list[Answer], Metrics]:
-    """All answers of a model; they stand in responses.jsonl behind those of `before`, which other stages gave.
+def evaluate(setting: Setting, name: str, model: Model, before: Sequence[Answer]) -> tuple[list[Answer], Metrics]:
+    """All answers of a model; they stand in responses.jsonl behind those of `before`, which other models gave.
 
     Beside them, what the task's own rule says of its answers.
     """
     cfg = setting.cfg
     asked = questions(setting.rows)
-    key = {"evaluated": model.name, "stage": stage} | asking(setting, asked)
+    key = {"evaluated": model.name, "name": name} | asking(setting, asked)
     path = setting.out / "responses.jsonl"
 
     def make(folder: Path) -> Metrics:
@@ -33,7 +33,7 @@ def evaluate(setting: Setting, stage: str, model: Model, before: Sequence[Answer
             net = PeftModel.from_pretrained(net, model.adapter)
             net = merged(net) if cfg.model.quantize is None else net
         net.to(setting.fabric.device)
-        answers = evaluator(setting).answers(net, asked, stage, digest(setting.origin | key), path)
+        answers = evaluator(setting).answers(net, asked, name, digest(setting.origin | key), path)
         if setting.fabric.is_global_zero:
             write_answers(folder / "responses.jsonl", answers)
         return {}
@@ -41,13 +41,13 @@ def evaluate(setting: Setting, stage: str, model: Model, before: Sequence[Answer
     folder, cost = setting.stage("evaluate", key, make)
     answers = read_answers(folder / "responses.jsonl")
     if setting.fabric.is_global_zero:
-        done = {answer.stage for answer in before} | {stage}
-        begun = [answer for answer in read_answers(path) if answer.stage not in done]  # by a run that was killed
+        done = {answer.model for answer in before} | {name}
+        begun = [answer for answer in read_answers(path) if answer.model not in done]  # by a run that was killed
         write_answers(path, [*before, *answers, *begun])
         if not isinstance(setting.task, Scored):
-            outputs = alpaca_eval_outputs(answers, f"{Path(cfg.model.id or 'tiny').name}-{stage}")
-            write_text(setting.out / f"alpaca_eval_{stage}.json", outputs)
-    scores = {f"{stage}/{name}": value for name, value in task_scores(setting.task, answers).items()}
+            outputs = alpaca_eval_outputs(answers, f"{Path(cfg.model.id or 'tiny').name}-{name}")
+            write_text(setting.out / f"alpaca_eval_{name}.json", outputs)
+    scores = {f"{name}/{score}": value for score, value in task_scores(setting.task, answers).items()}
     return answers, scores | cost
 
 

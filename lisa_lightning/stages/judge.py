@@ -31,9 +31,9 @@ def judge(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cac
     found: Metrics = {}
     others = [name for name in dict.fromkeys(j.judge for j in judged) if name not in judges]
     for name in [*others, *reversed(list(judges))]:
-        for stage in dict.fromkeys(j.stage for j in judged):
-            scores = judged_scores([j for j in judged if (j.stage, j.judge) == (stage, name)])
-            found |= {f"{stage}/{name}/{metric}": value for metric, value in scores.items()}
+        for model in dict.fromkeys(j.model for j in judged):
+            scores = judged_scores([j for j in judged if (j.model, j.judge) == (model, name)])
+            found |= {f"{model}/{name}/{metric}": value for metric, value in scores.items()}
             if name in judges:
-                found |= {f"{stage}/{metric}": value for metric, value in scores.items()}
+                found |= {f"{model}/{metric}": value for metric, value in scores.items()}
     return found | {"judges": list(judges), "time/judge_s": perf_counter() - started}
