@@ -192,7 +192,7 @@ FAULTS = [
         ('path.name + ".part")', "path.name)"),
     ),
     *_faults(
-        "tracking.py",
+        "curves.py",
         "test_tracking.py test_killed.py",
         ('int(r["step"]) <= after', 'int(r["step"]) < after'),
         ('if line.endswith("\\n")', "if line"),
