@@ -23,6 +23,7 @@ from lisa_lightning.cache import cache_folder
 from lisa_lightning.config import WITHOUT_RESULT, flat
 from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.curate.curate import Curate
+from lisa_lightning.curves import CurveRow, read_rows
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import load_rows
 from lisa_lightning.disk import explained, read_json, write_text
@@ -46,7 +47,7 @@ from lisa_lightning.stages.judge import judge
 from lisa_lightning.stages.reference import pairs
 from lisa_lightning.stages.repair import repair
 from lisa_lightning.stages.setting import Metrics, Setting, plain
-from lisa_lightning.tracking import CurveRow, Tracker, read_rows, wandb_init
+from lisa_lightning.tracking import Tracker, wandb_init
 
 log = logging.getLogger(__name__)
 Judges = Mapping[str, Judge]

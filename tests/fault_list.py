@@ -172,10 +172,10 @@ FAULTS = [
         ("return size > ordered", "return size >= ordered"),
         ("self._layers[: self._passed]", "self._layers[: self._passed + 1]"),
     ),
+    *_faults("optim.py", "test_training_laws.py", ("math.ceil(self.warmup_ratio * self.steps)", "0")),
     *_faults(
         "module.py",
         "test_training_laws.py test_method_laws.py",
-        ("math.ceil(self.warmup_ratio * self.steps)", "0"),
         ("self.optim.clip or math.inf", "math.inf"),
         ('checkpoint["kept"] = self.method.kept', 'checkpoint["kept"] = {}'),
         (
@@ -192,7 +192,7 @@ FAULTS = [
         ('path.name + ".part")', "path.name)"),
     ),
     *_faults(
-        "tracking.py",
+        "curves.py",
         "test_tracking.py test_killed.py",
         ('int(r["step"]) <= after', 'int(r["step"]) < after'),
         ('if line.endswith("\\n")', "if line"),

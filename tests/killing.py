@@ -66,11 +66,11 @@ def nth(n: int) -> Callable[..., bool]:
 def scenarios() -> dict[str, Patch]:
     """The moments; smoke runs in cycles of 2 alignment and 4 user steps, 5 steps of aligning before."""
     from lisa_lightning import cache, pipeline, training
+    from lisa_lightning.curves import Curves
     from lisa_lightning.evaluate import evaluator, judging
     from lisa_lightning.method.method import Method
     from lisa_lightning.module import LisaModule
     from lisa_lightning.stages import finetune
-    from lisa_lightning.tracking import Curves
 
     return {
         "while aligning": lambda: at_call(LisaModule, "training_step", step(5, 4)),

@@ -10,8 +10,8 @@ from composing import composed
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.config import check
+from lisa_lightning.curves import read_rows
 from lisa_lightning.pipeline import run
-from lisa_lightning.tracking import read_rows
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("sst2", "agnews", "gsm8k", "alpaca")

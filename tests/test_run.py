@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import OneRank, digest
+from lisa_lightning.curves import read_rows
 from lisa_lightning.data.files import EMBEDDED
 from lisa_lightning.data.templates import encode_prompt
 from lisa_lightning.evaluate.generate import Stop, generate
 from lisa_lightning.net import load, load_tokenizer
-from lisa_lightning.tracking import read_rows
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lisa_lightning.tracking import Curves, Tracker, read_rows
+from lisa_lightning.curves import Curves, read_rows
+from lisa_lightning.tracking import Tracker
 
 
 def test_columns_may_come_later_and_empty_cells_stay_empty(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from lisa_lightning.curves import read_rows
 from lisa_lightning.report.drawing import (
     AMBER,
     BLUE,
@@ -36,7 +37,6 @@ from lisa_lightning.report.sweep import (
     scores_shown,
     seed_groups,
 )
-from lisa_lightning.tracking import read_rows
 
 LOOKS: Final = {
     "sft": (ORANGE, "--", "o"),

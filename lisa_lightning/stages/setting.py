@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lisa_lightning.alignment_delta import Delta, low_rank_deltas
 from lisa_lightning.cache import build, cache_folder, code_digest
+from lisa_lightning.curves import read_rows
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.packing import Example, Pack, pad
 from lisa_lightning.data.source import Row, Rows
@@ -26,7 +27,7 @@ from lisa_lightning.evaluate.scores import Metrics
 from lisa_lightning.memory import peak_mib, watch
 from lisa_lightning.needs import Defense
 from lisa_lightning.net import attach, attach_saved, load, load_tokenizer
-from lisa_lightning.tracking import Tracker, read_rows
+from lisa_lightning.tracking import Tracker
 
 
 @dataclass(frozen=True)
