@@ -255,9 +255,7 @@ def check(cfg: DictConfig) -> None:
     for where in OPTIMS:
         steps, epochs = (OmegaConf.select(cfg, f"{where}.{k}", default="absent") for k in ("steps", "epochs"))
         if "absent" not in (steps, epochs) and (steps is None) == (epochs is None):
-            raise UserError(
-                f"{where}.steps={_shown(steps)} and {where}.epochs={_shown(epochs)}: one of them must be null, one not"
-            )
+            raise UserError(f"{where}.steps={steps} and {where}.epochs={epochs}: one of them must be null, one not")
     _check_trainer(cfg.trainer)
     for name in SETS:
         if name != "defender" and cfg.source[name].path is None and cfg.source[name].get("hub") is None:
@@ -281,8 +279,6 @@ def beyond_trainer(name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
     return str(OmegaConf.to_container(value)) if isinstance(value, ListConfig | DictConfig) else str(value)
 
 
