@@ -31,7 +31,7 @@ SEEDS: Final = (1, 2, 3)
 TRAINED: Final = ("curate", "align", "finetune", "reference", "repair")
 """Stages whose time and memory count."""
 COMBINED: Final = ("align", "method", "repair")
-"""Stages whose two best defenses each are tried together."""
+"""Stages whose two best choices each are tried together."""
 KEPT: Final = 3  # combinations that are measured
 
 
@@ -111,11 +111,14 @@ def gain(trials: Rows, arm: Arm) -> float:
 
 
 def _pairs(chosen: Mapping[str, Arm], trials: Rows) -> list[Arm]:
-    """Each of the two best defenses of a stage with each of those of another."""
+    """Each of the two best choices of a stage with each of those of another."""
     best: dict[str, list[Arm]] = {}
     for stage in COMBINED:
         own = [arm for arm in chosen.values() if stage in arm.choices]
-        best[stage] = sorted(own, key=lambda arm: gain(trials, arm), reverse=True)[:2]
+        first: dict[str, Arm] = {}
+        for arm in sorted(own, key=lambda arm: gain(trials, arm), reverse=True):
+            first.setdefault(arm.choices[stage], arm)
+        best[stage] = list(first.values())[:2]
     return [a | b for one, other in combinations(COMBINED, 2) for a in best[one] for b in best[other]]
 
 
