@@ -46,7 +46,11 @@ def start() -> int:
             main()
             return 0
         folder.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
-        main()
+        try:
+            main()
+        except ValueError:  # Optuna's, of a study in which no job has a value
+            if not sweep.failed(folder):
+                raise
         return sweep.finish(folder)
     except Exception as error:
         return refused(error)

@@ -124,7 +124,7 @@ def _plots(claim: Claim, found: dict[str, Rows]) -> list[Plot]:
             Path(),
             "finished",
             "",
-            {k: row[k] for k in (*claim.keys, "seed")},
+            {"stages": ["finetune"], **{k: row[k] for k in (*claim.keys, "seed")}},
             {k: row[k] for k in ("method", "task") if k in row},
             {f"final/{s}": float(row[s]) for s in scores},
         )

@@ -71,9 +71,11 @@ def loading(at: str) -> Iterator[None]:
     """Turn what fails while a model or its tokenizer is loaded into a sentence that begins with `at`."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
         said = first_line(error)
         if "trust_remote_code" in str(error):  # transformers asks for it
             said = "it brings code of its own, which is never run; take one that transformers can load itself"

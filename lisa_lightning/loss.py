@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lisa_lightning.data.packing import Example, Pack, Packing, pack, pad
+from lisa_lightning.errors import first_line
 from lisa_lightning.net import attention_window
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def _difference(model: Any) -> str:
         try:
             found = logits_at(model, trie, trie.predictors)
         except Exception as error:  # whatever an architecture makes of a mask that it doesn't know
-            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            return f"{type(error).__name__}: {first_line(error)}"
     finally:
         model.train(training)
     error = float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())

@@ -59,9 +59,13 @@ def refuse_quantization() -> None:
         raise UserError("model.quantize=nf4 needs bitsandbytes: pip install -e '.[quant]'")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model. Raises UserError where it can't be loaded, or not without code of its own."""
-    with loading(f"The tokenizer in {folder}"):
+def load_tokenizer(folder: Path, at: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the model.
+
+    Raises:
+        UserError, which begins with `at`: it can't be loaded, or not without code of its own.
+    """
+    with loading(at or f"The tokenizer in {folder}"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 

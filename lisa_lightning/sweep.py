@@ -162,6 +162,11 @@ def _folder() -> Path:
     return Path(HydraConfig.get().sweep.dir).resolve()
 
 
+def failed(folder: Path) -> bool:
+    """Whether a job of the sweep noted a failure."""
+    return any(folder.rglob(FAILED))
+
+
 def finish(folder: Path) -> int:
     """Write the sweep's table and page, say what failed; the exit status."""
     return leave([folder], folder)

@@ -38,7 +38,7 @@ def test_a_folder_is_one_that_is_there_and_a_hub_id_has_an_owner(
         base_model(OneRank(), missing, tmp_path)
     with pytest.raises(UserError, match=f"^judge.moderation.id=before: {neither}$"):
         moderation(Path("before"))
-    with pytest.raises(UserError, match=f"^before: {neither}$"):
+    with pytest.raises(UserError, match=f"^before train: {neither}$"):
         read_hub("before", None, "train", None, None, None, Reading({}), dict)
 
 

@@ -97,6 +97,29 @@ def test_every_arm_is_what_it_says_and_has_a_name_of_its_own(tmp_path: Path) -> 
             check(cfg)
 
 
+def test_the_two_best_choices_of_a_stage_are_combined_and_over_refusal_counts() -> None:
+    made = {"weak": ("align", "a", 60), "strong": ("align", "a", 80), "other": ("align", "b", 20)}
+    made |= {"tune": ("method", "c", 50), "careful": ("method", "d", 40), "worst": ("method", "e", 10)}
+    chosen = {name: tuned.Arm((name,), {}, {stage: choice}, {}) for name, (stage, choice, _) in made.items()}
+    trials = [
+        {"arm": name, "accuracy": "90", "harmful_score": "5", "over_refusal": str(85 - gain)}
+        for name, (_, _, gain) in made.items()
+    ]
+    assert [tuned.gain(trials, arm) for arm in chosen.values()] == [gain for *_, gain in made.values()]
+    found = {arm.defenses for arm in tuned._pairs(chosen, trials)}
+    assert found == {(a, m) for a in ("strong", "other") for m in ("tune", "careful")}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, claim in experiments.CLAIMS.items() if claim.measured[0] in experiments.SCORED]
+)
+def test_the_numbers_of_a_claim_about_scores_make_two_pictures(name: str) -> None:
+    with (ROOT / "experiments" / name / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    plots = experiments._plots(experiments.CLAIMS[name], {"results": rows})
+    assert [plot.name.partition("-")[0] for plot in plots] == ["harmful_score", "accuracy"]
+
+
 @pytest.mark.slow
 def test_the_table_of_defenses_measures_the_best_trial_and_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: Forked
@@ -119,7 +142,8 @@ def test_the_table_of_defenses_measures_the_best_trial_and_goes_on_where_it_stop
     with (out / "trials.csv").open(newline="") as file:
         trials = list(csv.DictReader(file))
     assert [row["arm"] for row in trials] == ["lisa-0.1", "lisa-1", "sft"]
-    best = max(trials[:2], key=lambda row: float(row["accuracy"]) - float(row["harmful_score"]))["arm"]
+    arms = tuned.arms("lisa", {"choose": {"method": "lisa"}, "key": "method.rho", "values": [0.1, 1]})
+    best = max(arms, key=lambda arm: tuned.gain(trials, arm)).name
     with (out / "results.csv").open(newline="") as file:
         assert {row["arm"] for row in csv.DictReader(file)} == {"sft", best}
     assert "| lisa | method.rho=" in (out / "README.md").read_text()

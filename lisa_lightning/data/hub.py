@@ -44,7 +44,7 @@ def _load(id: str, config: str | None, split: str, revision: str | None, files: 
     import datasets
 
     datasets.disable_progress_bars()
-    folder = own_folder(id, id)
+    folder = own_folder(name, id)
     try:
         if files is not None:
             place = str(folder / files) if folder else f"hf://datasets/{id}@{revision or 'main'}/{files}"

@@ -47,7 +47,7 @@ def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = Fals
     """Read all sets of `source` (conf/source) for `task` (a lisa_lightning.task.task.Task).
 
     Args:
-        allow_overlap: keep training rows whose prompt is also held out, and alignment rows whose prompt is also a
+        allow_overlap: keep training rows whose prompt is also held out, and the provider's whose prompt is also a
             harmful row's, as the papers' sets have them. Otherwise those rows are left out.
         defender: read the defender's rows too.
 

@@ -111,7 +111,7 @@ def read_responses(path: str) -> list[Answer]:
     for index, r in enumerate(records):
         kind = r["kind"] if r["kind"] in ("harmless", "task") else "harmful"
         context = str(r["context"]) if kind == "task" else ""
-        model = str(r["model"] or "responses")
+        model = str(r["model"] or "responses").replace("/", "_")  # metrics are called MODEL/JUDGE/NAME
         found.append(Answer(model, kind, index, str(r["prompt"]), context, str(r["response"]), str(r["target"])))
     return found
 

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Final, final
 from lisa_lightning.base_model import loading, weights
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
-from lisa_lightning.judge._models import best_device, load_tokenizer
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
 
 CODE: Final = 1  # raised when a change here can change a verdict
@@ -34,8 +33,10 @@ class LlamaGuardJudge:
     ) -> None:
         self.at, self.dtype = f"judge.llama_guard.id={id}", dtype
         self.before, self.safe, self.unsafe, self.max_length = before, safe, unsafe, max_length
+        from lisa_lightning.net import load_tokenizer
+
         self._folder, found = weights(self.at, id, revision)
-        self._tokenizer = load_tokenizer(self.at, self._folder)
+        self._tokenizer: Any = load_tokenizer(self._folder, self.at)
         if self._tokenizer.chat_template is None:
             raise UserError(f"{self.at}: its tokenizer has no chat template, so it is no guard")
         self.version = digest([CODE, found, dtype, before, safe, unsafe, max_length])
@@ -99,4 +100,4 @@ class LlamaGuardJudge:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 self._folder, dtype=getattr(torch, self.dtype), use_safetensors=True, trust_remote_code=False
             )
-            return model.to(best_device()).eval()
+            return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Final, final
 from lisa_lightning.base_model import loading, weights
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
-from lisa_lightning.judge._models import best_device, load_tokenizer
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
 
 CODE: Final = 2  # raised when a change here can change a verdict
@@ -51,8 +50,10 @@ class ModerationJudge:
         self.at, self.dtype, self.text = f"judge.moderation.id={id}", dtype, text
         self.max_length, self.threshold, self.batch_size = max_length, threshold, batch_size
         self.harmful = None if harmful_labels is None else list(harmful_labels)
+        from lisa_lightning.net import load_tokenizer
+
         self._folder, found = weights(self.at, id, revision)
-        self._tokenizer = load_tokenizer(self.at, self._folder)
+        self._tokenizer: Any = load_tokenizer(self._folder, self.at)
         self._labels, self._exclusive = self._read_config()
         self.version = digest([CODE, found, dtype, text, max_length, threshold, self.harmful])
 
@@ -109,7 +110,7 @@ class ModerationJudge:
             # Decoders classify by the last token that is not padding. Batches here have none, and where padding and end
             # of text are one token, the end would be taken for padding.
             model.config.get_text_config().pad_token_id = -1
-            return model.to(best_device()).eval()
+            return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def _read_config(self) -> tuple[list[str], bool]:
         """The classifier's labels, and whether one excludes the others."""

@@ -25,7 +25,7 @@ class Method:
     safe_ratio: float = 0.0
     """Share of the user's rows whose place alignment rows take."""
     rows_apart: Set[Stream] = frozenset()
-    """Streams of which each row's activations count on their own, so that its rows can't share a prefix."""
+    """Streams whose rows are padded: no token may stand for several rows. (`Pack.rows` tells a trie's rows apart.)"""
     paired: bool = False
     """Whether row i of one stream belongs to row i of the others."""
 
