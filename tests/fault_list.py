@@ -72,7 +72,6 @@ FAULTS = [
         ("counted.flip(1).cumsum(1).flip(1) > 0", "counted.flip(1).cumsum(1).flip(1) >= 0"),
         ("places = (counted.cumsum(1) - 1)", "places = counted.cumsum(1)"),
         ("self.rows.append(row)", "self.rows.append(len(self.rows))"),
-        ("torch.tensor(list(rows))[packed.rows]", "packed.rows"),
     ),
     *_faults(
         "data/interleave.py",

@@ -29,7 +29,7 @@ class Counted:
     compared: Tensor
     """[N] bool, False where the official code makes zeros of both."""
     rows: Tensor
-    """[N] the token's row, by its number in the micro-batch (in its only pack, where `official`)."""
+    """[N] a number for the token's row, as in a pack."""
     columns: Tensor
     """[N] its place in the row, or in its answer."""
     predictors: Tensor

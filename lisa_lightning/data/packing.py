@@ -5,7 +5,7 @@ nothing is padded: a token's position is its depth, it attends to its ancestors,
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class Pack:
     places: Tensor
     """[S] how many of its row's labels stand before the target."""
     rows: Tensor
-    """[S] the target's row, by its number in the micro-batch."""
+    """[S] a number for the target's row, which rises with the rows of the micro-batch."""
 
     def to(self, device: torch.device | str, **kwargs: object) -> "Pack":
         """The same pack on another device (called by Lightning's batch transfer)."""
@@ -169,20 +169,19 @@ class _Trie:
 
 def pad(examples: Iterable[Example]) -> list[Pack]:
     """One pack, every example a row of its own, padded on the right to the longest."""
-    rows = {row: example for row, example in enumerate(examples) if example.supervised}
+    rows = [e for e in examples if e.supervised]
     if not rows:
         return []
-    width = max(len(e.ids) for e in rows.values())
+    width = max(len(e.ids) for e in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     labels = torch.full((len(rows), width), IGNORED)
-    for i, example in enumerate(rows.values()):
+    for i, example in enumerate(rows):
         length = len(example.ids)
         ids[i, :length] = torch.tensor(example.ids)
         mask[i, :length] = True
         labels[i, :length] = torch.tensor(example.labels)
-    packed = padded(ids, mask, labels)
-    return [replace(packed, rows=torch.tensor(list(rows))[packed.rows])]
+    return [padded(ids, mask, labels)]
 
 
 def padded(ids: Tensor, mask: Tensor, labels: Tensor) -> Pack:
