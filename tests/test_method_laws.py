@@ -46,7 +46,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "t_vaccine": partial(TVaccine, 2.0, 1, 3, 4, 0),
     "booster": partial(Booster, 5.0, 0.1, 0.0, False),
     "booster_vaccine": partial(Booster, 5.0, 0.1, 2.0, False),
-    "repnoise": partial(RepNoise, 0.1, 0.5, False, 0),
+    "repnoise": partial(RepNoise, 0.1, 50.0, False, 0),  # enough for the noise to count
     "dpo": partial(DPO, 0.1),
 }
 ALIKE = {
