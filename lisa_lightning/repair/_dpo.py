@@ -48,8 +48,8 @@ class DPO(Method):
         def share(packs: Sequence[Pack]) -> Tensor:
             both = packs, next(others)
             with passes.aside(), passes.at(self.anchor):
-                held = [log_likelihoods(passes.model, own) for own in both]
-            preferred, other = (log_likelihoods(passes.model, own) - h for own, h in zip(both, held, strict=True))
+                held = [log_likelihoods(passes.model, side) for side in both]
+            preferred, other = (log_likelihoods(passes.model, side) - h for side, h in zip(both, held, strict=True))
             return -F.logsigmoid(self.beta * (preferred - other)).sum() / pairs
 
         loss, gradient = passes.gradient(step.main, share)

@@ -54,7 +54,7 @@ def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple
 
 def _changed(before: Mapping[str, Tensor], after: Factors) -> Metrics:
     """How many of the adapter's modules, and which share of its entries, are not what they were."""
-    differing = {name: int((w != after[name]).sum()) for name, w in before.items()}
+    differing = {name: int((w != after[name].to(w.device)).sum()) for name, w in before.items()}
     touched = sum(any(differing[name] for name in pair) for pair in modules(after).values())
     return {
         "repair/modules": touched,
