@@ -107,7 +107,7 @@ def _difference(model: Any) -> str:
     training = model.training
     model.eval()
     try:
-        (padded,), (trie,) = pad(PROBE), pack(PROBE)
+        padded, trie = (packing(PROBE)[0].to(next(model.parameters()).device) for packing in (pad, pack))
         whole = model(input_ids=padded.ids, attention_mask=padded.mask.long(), use_cache=False).logits
         wanted = whole.flatten(0, 1)[padded.predictors]
         try:

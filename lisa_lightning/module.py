@@ -57,12 +57,12 @@ class LisaModule(L.LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Start the method, before a checkpoint can replace what it keeps."""
-        self.method.begin(self.passes, self.optim.steps)
+        """Start the method, before a checkpoint can replace what it keeps, but where it will train.
 
-    def on_fit_start(self) -> None:
-        """The weights have moved to their device by now; what the method keeps follows."""
-        self.method.kept = {name: [t.to(self.device) for t in kept] for name, kept in self.method.kept.items()}
+        Lightning moves the weights only behind this hook.
+        """
+        self.to(self.trainer.strategy.root_device)
+        self.method.begin(self.passes, self.optim.steps)
 
     def training_step(self, batch: Step, batch_idx: int) -> None:
         """Optimizer step `batch.index`."""
@@ -134,7 +134,7 @@ class LisaModule(L.LightningModule):
             for name, weight in own.items():
                 weight.copy_(saved[name])
         checkpoint["state_dict"] = {}
-        self.method.kept = {name: list(kept) for name, kept in checkpoint["kept"].items()}
+        self.method.kept = {name: [t.to(self.device) for t in kept] for name, kept in checkpoint["kept"].items()}
 
 
 def refuse_other_run(saved: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> None:

@@ -73,9 +73,9 @@ def main(words: list[str]) -> int:
                 print(f"SURVIVES {fault.file}: {fault.old!r} -> {fault.new!r} ({fault.tests})", flush=True)
             elif sys.stdout.isatty():
                 print(f"{i} of {len(chosen)}", end="\r", flush=True)
-    share = 100 * (1 - len(survivors) / len(chosen))
+    share = 100 * (1 - len(survivors) / max(1, len(chosen)))
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults caught ({share:.0f} %)")
-    return int(bool(survivors))
+    return int(bool(survivors) or not chosen)
 
 
 if __name__ == "__main__":

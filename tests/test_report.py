@@ -199,7 +199,7 @@ def test_same_input_same_bytes(whole: str, tmp_path: Path) -> None:
 def test_plain_fine_tuning_has_no_alignment_curves(tmp_path: Path) -> None:
     curves = finetune_rows(alignment=0, rho=0.0)
     assert [f.name for f in figures(curves)] == ["loss", "drift", "scores"]
-    assert not {key.label for f in figures(curves) for key in f.keys} & {"alignment steps", "alignment stretch"}
+    assert not {key.label for f in figures(curves) for key in f.keys} & {"alignment steps", "alignment state"}
     metrics = {k: v for k, v in METRICS.items() if k != "time/align_s"}
     config = OmegaConf.create({"stages": ["finetune", "evaluate"], "model": {"id": None}})
     plain = re.sub(r"<[^>]+>", "", made(tmp_path, metrics, [], config=config))
@@ -211,7 +211,7 @@ def test_what_the_methods_of_both_stages_tell_of_themselves_is_drawn(tmp_path: P
     """In curves.csv every row has every column; one class may tell the same in both stages."""
     rows = [row | {"own/x": str(i), "booster/y": ""} for i, row in enumerate(finetune_rows(alignment=0, rho=0.0))]
     assert [f.title for f in figures(rows)][-1] == "own/x"
-    aligning = [row | {"own/x": str(i), "booster/y": str(i)} for i, row in enumerate(align_rows())]
+    aligning = [row | {"own/x": str(i), "booster/y": str(-1 - i)} for i, row in enumerate(align_rows())]
     titles = ["own/x", "own/x while aligning", "booster/y while aligning"]
     assert [f.title for f in figures([*aligning, *rows])][-3:] == titles
     ids = Outline(made(tmp_path, curves=[*aligning, *rows])).ids

@@ -50,6 +50,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         max_length: int = 64,
         more: Sequence[L.Callback] = (),
         apart: bool = False,
+        attention: str = "sdpa",
         **optim: object,
     ) -> LisaModule:
         settings = {
@@ -65,7 +66,9 @@ def train(tiny: Path, tmp_path: Path) -> Train:
             "eps": 1e-8,
         }
         o = Optim(**(settings | optim))  # type: ignore[arg-type]
-        net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
+        net = attach(
+            load(tiny, "float32", attention), SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0
+        )
         tokenizer = load_tokenizer(tiny)
         tokenizer.chat_template = "{{ messages[0].content }}"  # short rows: nothing around the prompt
         encoded = partial(encode, tokenizer, "chat", max_length=max_length)

@@ -107,9 +107,7 @@ class Shape:
 
 WIDE: Final = Shape("wide", width=860, height=250, left=54, font=12, ticks=10)
 NARROW: Final = Shape("narrow", width=360, height=230, left=44, font=11.5, ticks=5)
-RIGHT: Final = 18
-TOP: Final = 26
-BOTTOM: Final = 42
+RIGHT, TOP, BOTTOM = 18, 26, 42
 
 
 def _thinned(points: Points) -> Points:
@@ -246,8 +244,9 @@ def _set_scales(axes: "Axes", plot: Plot, ticks: int) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        above = axes.yaxis.get_major_locator().tick_values(0, axes.get_ylim()[1])[-1]  # so that the highest can be read
-        axes.set_ylim(0, 100 if plot.percent else above)
+        bottom = axes.get_ylim()[0] if any(y < 0 for line in plot.lines for _, y in line.points) else 0
+        ends = axes.yaxis.get_major_locator().tick_values(bottom, max(0, axes.get_ylim()[1]))  # lie beyond all values
+        axes.set_ylim(*(0, 100) if plot.percent else (ends[0], ends[-1]))
 
 
 def _power(value: float) -> str:

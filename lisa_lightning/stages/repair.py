@@ -32,14 +32,15 @@ def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple
 
     def make(folder: Path) -> Metrics:
         if setting.fabric.is_global_zero:
-            net = attach_saved(setting.load(tuned), adapter).to(setting.fabric.device)
+            device = setting.fabric.device
+            net = attach_saved(setting.load(tuned), adapter).to(device)
             repaired = own.repair(
                 Given(
                     {name: w.detach() for name, w in trainable(net).items()},
                     net=lambda: net,
                     rows=lambda stream: setting.padded(rows[stream]),
-                    deltas=lambda: setting.deltas(aligned),
-                    reference=lambda: load_file(reference / "reference.safetensors") if reference else {},
+                    deltas=lambda: {name: delta.to(device) for name, delta in setting.deltas(aligned).items()},
+                    reference=lambda: {name: w.to(device) for name, w in _loaded(reference).items()},
                 )
             )
             changed = _changed(trainable(net), repaired.factors)
@@ -50,6 +51,10 @@ def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple
 
     folder, cost = setting.stage("repair", key, make)
     return Model(tuned.folder, folder / "adapter"), cost | made | read_json(folder / "changed.json")
+
+
+def _loaded(reference: Path | None) -> Factors:
+    return load_file(reference / "reference.safetensors") if reference else {}
 
 
 def _changed(before: Mapping[str, Tensor], after: Factors) -> Metrics:
