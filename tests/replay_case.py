@@ -73,7 +73,7 @@ def method_of(facts: dict[str, Any]) -> Method:
             if called in facts:
                 given[key] = facts[called]
     if name == "booster":
-        given["rho"] = 0.0  # the case's rho belongs to the trainer's other methods
+        given["rho"] *= facts.get("perturb_aware", False)  # else the case's rho is of the trainer's other methods
     return instantiate(cfg, **given, **{k: v for k, v in OFFICIAL.items() if k in cfg})
 
 

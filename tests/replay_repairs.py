@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any, Literal
+from unittest.mock import patch
 
 from replay_case import deltas_of, rows_of, tiny_net, under
 from replay_errors import Errors
@@ -44,12 +45,24 @@ def _nlsr(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
     net, rows, reference = tiny_net(facts, tensors), rows_of(tensors, "safety"), under("reference.", tensors)
     settings = (facts[k] for k in ("sparsity_ratio", "prune_rate", "epsilon", "draw_seed"))
     given = _given(under("init.", tensors), net=lambda: net, rows=lambda stream: rows, reference=lambda: reference)
-    found = NLSR(*settings, most_similar_first=True).repair(given)
+    scores: dict[str, Tensor] = {}
+
+    def heard(own: NLSR, reference: Factors, a: str, b: str, latent: Tensor) -> Factors:
+        scores.update({a: latent, b: latent @ reference[b].T})
+        return truncate(own, reference, a, b, latent)
+
+    truncate = NLSR._truncate
+    with patch.object(NLSR, "_truncate", heard):
+        found = NLSR(*settings, most_similar_first=True).repair(given)
+    for name, wanted in under("activation_score.", tensors).items():  # of sums that cancel: relative to the whole
+        errors.add("scores", (scores[f"{name}.weight"] - wanted).norm() / wanted.norm(), 0.0)
     errors.each("low rank", found.low_rank, under("lowrank.", tensors))
     for name, mask in under("mask.", tensors).items():
         errors.same("masks", found.masks[f"{name}.weight"].tolist(), mask.bool().tolist())
     for what, values in (("similarity", found.similarity), ("probability", found.probability)):
         errors.add(what, [values[name.removeprefix(PREFIX)] for name in facts["modules"]], facts[what])
+    drawn = [int(name.removeprefix(PREFIX) in found.replaced) for name in facts["modules"]]
+    errors.same("drawn", drawn, facts["bernoulli"])
     errors.same("replaced", sorted(found.replaced), sorted(name.removeprefix(PREFIX) for name in facts["replaced"]))
     errors.each("weights", found.factors, under("final.", tensors))
 

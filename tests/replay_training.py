@@ -59,7 +59,10 @@ def train(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
     for t, (step, batches, found) in enumerate(zip(steps, groups, recorder.metrics, strict=True)):
         wanted = facts["steps"][batches[0]] | {"loss": sum(facts["steps"][i]["loss"] for i in batches)}
         _compare_step(wanted, found, recorder.kept[t], step, errors)
-        _compare_layers(wanted, recorder.layers[t], errors)
+        _compare_layers(wanted, recorder.layers[t], method, errors)
+        for name, weight in recorder.before[t].items():
+            if (recorded := tensors.get(f"before{batches[0]:03d}.{name}")) is not None:
+                errors.add("weights", weight, recorded)
     if "drifts" in facts:
         drifts = {t: m["switch/drift"] for t, m in enumerate(recorder.metrics) if "switch/drift" in m}
         recorded = {d["before_step"]: d["drift"] for d in facts["drifts"]}
@@ -91,10 +94,11 @@ class _MeanOfMeans(Passes):
 
 
 class _Recorder(Callback):
-    """Keeps every step's metrics, what the method kept, and what it made of single layers but reports in sum."""
+    """Keeps of every step weights, metrics, what the method kept, what it made of single layers but reports in sum."""
 
     def __init__(self, method: Method) -> None:
         self.method = method
+        self.before: list[dict[str, Tensor]] = []
         self.metrics: list[dict[str, float]] = []
         self.kept: list[dict[str, list[Tensor]]] = []
         self.layers: list[dict[str, list[Tensor]]] = []
@@ -120,6 +124,11 @@ class _Recorder(Callback):
             for name, owner in where.items():
                 stack.enter_context(patch.object(owner, name, listened(name, getattr(owner, name))))
             yield
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
+        """Before every optimizer step."""
+        assert isinstance(pl_module, LisaModule)
+        self.before.append({name: weight.detach().clone() for name, weight in trainable(pl_module.net).items()})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         """After every optimizer step."""
@@ -159,12 +168,12 @@ def _compare_step(
         errors.add("harmless", found["train/loss"], wanted["ce_harmless"])
 
 
-def _compare_layers(wanted: dict[str, Any], heard: dict[str, list[Tensor]], errors: Errors) -> None:
+def _compare_layers(wanted: dict[str, Any], heard: dict[str, list[Tensor]], method: Method, errors: Errors) -> None:
     """Of one recorded batch, what is recorded of each layer."""
-    if "penalty_per_layer" in wanted:
+    if isinstance(method, LDIFS):
         (terms,) = heard["_terms_of"]
         errors.add("layer penalties", terms, wanted["penalty_per_layer"])
-        errors.same("layers", (terms < 0.1).tolist(), wanted["kept"])
+        errors.same("layers", (terms < method.drop_threshold).tolist(), wanted["kept"])
     if "mmd_per_layer" in wanted:
         errors.add("layer mmd", torch.stack(heard["mmd"]), wanted["mmd_per_layer"])
         entropies = [*wanted["ce_harmful_hidden"], wanted["ce_harmful_final"]]
@@ -221,7 +230,8 @@ def token_weights(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Err
     batch = Batch("user", [[pack]], len(pack.targets))
     descent = method.gradient(passes, Step(0, {"user": batch}))
     counted = labels[:, 1:] != IGNORED
-    errors.add("log-probabilities", policy, tensors["policy_logps"][:, 1:][counted])
+    for found, name in ((policy, "policy_logps"), (reference, "reference_logps")):
+        errors.add("log-probabilities", found, tensors[name][:, 1:][counted])
     errors.add("weights", method.weights(policy, reference, pack.places), tensors["weights"][:, 1:][counted])
     errors.add("loss", descent.metrics["constrained_sft/loss"], facts["loss"])
     errors.add("gradient", descent.gradient[0], tensors["grad_policy_logits"])

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from replay import replay
+from replay import GOLDEN, replay
 
-CASES = sorted((Path(__file__).parent / "golden").glob("*.json"))
+CASES = sorted(GOLDEN.glob("*.json"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.stem)
