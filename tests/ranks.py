@@ -12,7 +12,7 @@ from training import ALIGNMENT, DEFENDER, USER, deltas
 
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
-from lisa_lightning.data.packing import pack
+from lisa_lightning.data.packing import pack, pad
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.method import Method
 from lisa_lightning.net import attach, load, load_tokenizer
@@ -22,19 +22,25 @@ from lisa_lightning.schedule import Stream
 STEPS = 4
 
 
-def steps(method: Method, tiny: Path, rank: int, world: int) -> list[Tensor]:
-    """The adapter after a few steps on four rows each, shared out among the ranks."""
-    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+def steps(method: Method, tiny: Path, rank: int, world: int, dropout: float = 0.0, apart: bool = False) -> list[Tensor]:
+    """The adapter after a few steps on four rows each, shared out among the ranks.
+
+    Args:
+        apart: without shared prefixes, whatever the method says.
+    """
+    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
     tokenizer = load_tokenizer(tiny)
     tokenizer.chat_template = "{{ messages[0].content }}"
     encoded = partial(encode, tokenizer, "chat", max_length=64)
     rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "defender": DEFENDER}
     streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
-    data = StepBatches(streams, pack, method, STEPS, 4 // world, 1, seed=1, rank=rank, world=world)
+    data = StepBatches(streams, pad if apart else pack, method, STEPS, 4 // world, 1, seed=1, rank=rank, world=world)
     passes = Passes(net, data.whole, lambda: deltas(net))
     method.begin(passes, STEPS)
     optimizer = torch.optim.SGD(passes.weights, lr=0.1)  # AdamW would blow up what differs by rounding alone
     for t in range(STEPS):
+        passes.seed = STEPS * rank + t
+        method.before_step(t, passes.weights)
         descent = method.gradient(passes, data[t])
         for weight, gradient in zip(passes.weights, descent.gradient, strict=True):
             weight.grad = gradient
@@ -44,12 +50,16 @@ def steps(method: Method, tiny: Path, rank: int, world: int) -> list[Tensor]:
 
 
 def main(tiny: Path, out: Path, rank: int, world: int) -> None:
-    """Run all methods on this rank; the first writes what came of them."""
-    from test_method_laws import METHODS
+    """Run all methods on this rank, and all that shall be alike; the first writes what came of them."""
+    from test_method_laws import ALIKE, METHODS
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}.rendezvous", rank=rank, world_size=world)
     found = {name: steps(make(), tiny, rank, world) for name, make in METHODS.items()}
+    for name, (method, builds_on) in ALIKE.items():
+        apart = "alignment" in method.rows_apart
+        found[f"{name} without its term"] = steps(method, tiny, rank, world, 0.2)
+        found[f"what {name} builds on"] = steps(builds_on, tiny, rank, world, 0.2, apart)
     if rank == 0:
         torch.save(found, out)
     torch.distributed.destroy_process_group()

@@ -26,17 +26,23 @@ from lisa_lightning.method.asft import AsFT
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ewc import EWC
 from lisa_lightning.method.ldifs import LDIFS
+from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.method.method import Method
 from lisa_lightning.method.sft import SFT
+from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.method.vlguard_loss import VLGuardLoss
-from lisa_lightning.module import LisaModule
+from lisa_lightning.module import LisaModule, _mix
 from lisa_lightning.net import load_tokenizer
 from lisa_lightning.repair._dpo import DPO
 from lisa_lightning.schedule import Draw
 
 LAYERS = 2  # of the tiny model
 METHODS: dict[str, Callable[[], Method]] = {
+    "sft": SFT,
+    "lisa": partial(Lisa, 2, 3, 0.5, 0.1),
+    "vlguard": partial(VLGuard, 0.2),
     "ewc": partial(EWC, 10.0, 2, False),
+    "ewc_carrying_over": partial(EWC, 10.0, 2, True),
     "vlguard_loss": partial(VLGuardLoss, 0.5, 2),
     "ldifs": partial(LDIFS, 0.1, None, None, False),
     "ldifs_dropping": partial(LDIFS, 0.1, 0.1, 5.0, False),
@@ -46,6 +52,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "t_vaccine": partial(TVaccine, 2.0, 1, 3, 4, 0),
     "booster": partial(Booster, 5.0, 0.1, 0.0, False),
     "booster_vaccine": partial(Booster, 5.0, 0.1, 2.0, False),
+    "booster_adding_back": partial(Booster, 5.0, 0.1, 0.0, True),
     "repnoise": partial(RepNoise, 0.1, 50.0, False, 0),  # enough for the noise to count
     "dpo": partial(DPO, 0.1),
 }
@@ -86,9 +93,10 @@ def test_vlguard_as_a_loss_draws_as_many_alignment_rows_as_it_is_told() -> None:
 
 def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train) -> None:
     method = METHODS["constrained_sft"]
-    one, plain = train(method(), 0.2, folder="a", steps=1), train(SFT(), 0.2, folder="b", steps=1)
-    assert largest_difference(one, plain) < 1e-6
-    assert one.metrics == {}
+    for split in ({}, {"batch_size": 2, "accumulate": 2}):
+        one, plain = (train(m, 0.2, folder=str((m, split)), steps=1, **split) for m in (method(), SFT()))
+        assert largest_difference(one, plain) < 1e-6
+        assert one.metrics == {}
     plain = train(SFT(), folder="c", steps=8)
     assert largest_difference(train(method(), folder="d", steps=8), plain) > 1e-4
     assert largest_difference(train(ConstrainedSFT(0.0, 5.0, 20.0, 5), folder="e", steps=8), plain) < 5e-6
@@ -120,6 +128,7 @@ def test_every_step_draws_dropout_masks_of_its_own(train: Train) -> None:
     seeds = _Seeds()
     train(SFT(), 0.5, steps=6, more=[seeds])
     assert len(set(seeds.seen)) == 6
+    assert _mix(1, 2, 0) != _mix(1, 2, 1)  # and every rank
 
 
 class _Seeds(L.Callback):
@@ -209,7 +218,7 @@ def test_inactive_layers_stand_still_and_their_moments_too(train: Train) -> None
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_that_has_their_rows(tiny: Path, tmp_path: Path) -> None:
+def test_two_ranks_equal_one_that_has_their_rows_and_laws_hold_on_them(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(Path(ranks.__file__)), str(tiny), str(tmp_path / "two.pt")]
     started = [subprocess.Popen([*command, str(rank), "2"]) for rank in range(2)]
     assert [process.wait(timeout=200) for process in started] == [0, 0]
@@ -217,3 +226,6 @@ def test_two_ranks_equal_one_that_has_their_rows(tiny: Path, tmp_path: Path) -> 
     for name, make in METHODS.items():
         one = ranks.steps(make(), tiny, 0, 1)
         assert max(float((a - b).abs().max()) for a, b in zip(one, two[name], strict=True)) < 1e-5, name
+    for name in ALIKE:
+        without, builds_on = two[f"{name} without its term"], two[f"what {name} builds on"]
+        assert all(torch.equal(a, b) for a, b in zip(without, builds_on, strict=True)), name

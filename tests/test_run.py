@@ -126,7 +126,12 @@ def _answers(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "defense", [CYCLE[:2], ["align=t_vaccine", "align.method.active_layers=1", "method=vlguard_loss"]]
+    "defense",
+    [
+        CYCLE[:2],
+        ["align=t_vaccine", "align.method.active_layers=1", "method=vlguard_loss"],
+        ["curate=seal", "curate.epochs=1", "source.alignment.take=40", "repair=nlsr"],
+    ],
 )
 def test_two_processes_equal_one_at_twice_the_batch(run: Run, defense: list[str]) -> None:
     small = [*defense, "optim.steps=8", "align.optim.steps=3", "evaluate.every=4"]
@@ -160,6 +165,10 @@ def test_a_defense_at_every_stage_composes_and_is_cached_stage_by_stage(run: Run
     assert all(torch.equal(w[w != 0], tuned[name][w != 0]) for name, w in repaired.items())
     changed = torch.cat([(w != tuned[name]).flatten() for name, w in repaired.items()]).float().mean()
     assert (a["repair/modules"], a["repair/entries"]) == (len(repaired) // 2, pytest.approx(float(changed)))
+    for idle in ("antidote repair.dense_ratio=0", "safe_lora repair.mode=threshold repair.threshold=-1"):
+        untouched = run(f"idle {idle[:8]}", *align, "method=asft", *f"repair={idle}".split())
+        weights = load_file(untouched / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(w, tuned[name]) for name, w in weights.items())
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert all(f"<code>{choice}</code>" in page for choice in ("curate=random", "align=t_vaccine", "repair=antidote"))
 

@@ -71,13 +71,6 @@ def test_every_adapter_weight_moves_and_nothing_else(train: Train, tiny: Path) -
         assert torch.equal(old, new[name]) != old.requires_grad, name
 
 
-@pytest.mark.parametrize("method", [Lisa(2, 3, 0.5, 0.1), SFT()])
-def test_batch_four_is_two_micro_batches_of_two(train: Train, method: Method) -> None:
-    whole = train(method, folder="a")
-    halves = train(method, folder="b", batch_size=2, accumulate=2)
-    assert largest_difference(whole, halves) < 5e-6
-
-
 def test_moments_are_not_reset_at_a_switch(train: Train) -> None:
     """AdamW's own step count is that of the run, and with equal streams a switch changes nothing at all."""
     module = train(BSO(2, 3))
