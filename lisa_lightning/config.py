@@ -117,7 +117,7 @@ REPAIR: dict[str, Check] = {
     "number": COUNT_OR_0,
     "threshold": (lambda v: _number(v) and -1 <= v <= 1, "a number from -1 to 1"),
     **dict.fromkeys(("dense_ratio", "sparsity_ratio", "prune_rate", "epsilon"), SHARE),
-    **dict.fromkeys(("random", "pads_count", "most_similar_first"), SWITCH),
+    **dict.fromkeys(("random", "rounded", "pads_count", "most_similar_first"), SWITCH),
     "seed": COUNT_OR_0,
 }
 CURATE: dict[str, Check] = {

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Set
 from typing import Any, Literal, Protocol
 
+from omegaconf import OmegaConf
+
 from lisa_lightning.errors import UserError
 
-Need = Literal["defender rows", "aligned change", "stacked adapters"]
+Need = Literal["defender rows", "aligned change", "stacked adapters", "undivided steps"]
 """Harmful rows of the provider's own (`source.defender`); what the stage align changed in the model; an adapter of
-fine-tuning's own on the aligned model."""
+fine-tuning's own on the aligned model; a step's rows in one micro-batch of one process."""
 
 
 class Defense(Protocol):
@@ -38,12 +40,13 @@ def defending(config: Mapping[str, Any]) -> list[str]:
     return [group for group, defends in there.items() if defends]
 
 
-def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cfg: Any) -> None:
+def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cfg: Any, processes: int) -> None:
     """Refuse what the config can't give.
 
     Args:
         defenses: those of the stages that run, by config group.
         choices: config group -> what was chosen.
+        processes: among which a step's rows are shared out.
 
     Raises:
         UserError: the choice, and what would give it what it needs.
@@ -71,4 +74,11 @@ def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cf
         if "stacked adapters" in defense.needs and cfg.model.adapters == "continued":
             raise UserError(
                 f"{choice} compares adapters on the aligned model: it needs model.adapters=stacked (now continued)"
+            )
+        optim = "align.optim" if group == "align" else "optim"
+        micro_batches = OmegaConf.select(cfg, f"{optim}.accumulate", default=1)
+        if "undivided steps" in defense.needs and micro_batches * processes > 1:
+            raise UserError(
+                f"{choice} compares all rows of a step with one another here: it needs {optim}.accumulate=1 "
+                f"(now {micro_batches}) and one process (now {processes})"
             )

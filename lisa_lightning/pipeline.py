@@ -36,6 +36,7 @@ from lisa_lightning.method.method import Method
 from lisa_lightning.module import refuse_other_run
 from lisa_lightning.needs import Defense, defending, refuse_unmet
 from lisa_lightning.net import refuse_quantization
+from lisa_lightning.rehearsal import rehearse
 from lisa_lightning.repair.repair import Repair
 from lisa_lightning.report.page import Told, page, samples
 from lisa_lightning.report.terminal import terminal
@@ -77,7 +78,7 @@ def run(cfg: DictConfig, job: str | None = None) -> Metrics:
     task = get_class(cfg.task._target_)()
     choices = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
     defenses = _defenses(cfg)
-    refuse_unmet(defenses.there, choices, cfg)
+    refuse_unmet(defenses.there, choices, cfg, fabric.world_size)
     defender = any("defender rows" in defense.needs for defense in defenses.there.values())
     rows = load_rows(cfg.source, task, cfg.data.allow_overlap, defender)
     if defenses.repair and "reference" in cfg.repair:
@@ -92,6 +93,7 @@ def run(cfg: DictConfig, job: str | None = None) -> Metrics:
     fabric.launch()  # every rank runs all stages from here on, so that evaluation is shared out too
     out = Path(fabric.broadcast(str(out)))
     base, base_key = base_model(fabric, cfg.model, cache_folder(cfg.cache_dir))
+    rehearse(base, cfg, defenses.align, defenses.method, defenses.repair)
 
     tracker = Tracker(out, wandb_init(plain(cfg), choices, job), cfg.resume) if fabric.is_global_zero else None
     failed = True

@@ -21,7 +21,7 @@ def _safe_lora(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors
     prefixes: dict[Literal["threshold", "number"], str] = {"threshold": "final.", "number": "final_number."}
     for mode, prefix in prefixes.items():
         wanted = facts["results"][mode]
-        repair = SafeLoRA(mode, facts["num_proj_layers"], facts["threshold"])
+        repair = SafeLoRA(mode, facts["num_proj_layers"], facts["threshold"], rounded=True)
         found = repair.repair(_given(init, deltas=lambda: deltas))
         cosines = {named[b]: c for b, c in wanted["cosines"].items()}
         errors.same("modules", found.cosines.keys(), cosines.keys())

@@ -173,6 +173,7 @@ def _compare_layers(wanted: dict[str, Any], heard: dict[str, list[Tensor]], meth
     if isinstance(method, LDIFS):
         (terms,) = heard["_terms_of"]
         errors.add("layer penalties", terms, wanted["penalty_per_layer"])
+        assert method.drop_threshold is not None
         errors.same("layers", (terms < method.drop_threshold).tolist(), wanted["kept"])
     if "mmd_per_layer" in wanted:
         errors.add("layer mmd", torch.stack(heard["mmd"]), wanted["mmd_per_layer"])

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import ranks
 import torch
+import training
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from training import DEFENDER, Train, largest_difference
@@ -22,6 +23,7 @@ from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.align.vaccine import Vaccine
 from lisa_lightning.blocks import final_norm, mlp_blocks, outputs
 from lisa_lightning.data import packing
+from lisa_lightning.data.source import Row
 from lisa_lightning.method.asft import AsFT
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ewc import EWC
@@ -205,6 +207,15 @@ def test_repnoise_is_what_the_models_own_passes_say(train: Train, tiny: Path) ->
     layers = [pad_sequence(list(layer), batch_first=True).flatten(1) for layer in zip(*activations, strict=True)]
     distances = torch.stack([mmd(layer, torch.zeros_like(layer)) for layer in layers])
     assert seen.values("repnoise/mmd")[0] == pytest.approx(float(distances.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("cut_off", ["ALIGNMENT", "DEFENDER"])
+def test_official_repnoise_compares_with_nothing_where_all_other_answers_are_cut_off(
+    train: Train, monkeypatch: pytest.MonkeyPatch, cut_off: str
+) -> None:
+    monkeypatch.setattr(training, cut_off, [Row("a prompt that leaves no room for its answer " * 2, "", "no")] * 5)
+    module = train(RepNoise(0.1, 50.0, True, 0), steps=2)
+    assert all(w.isfinite().all() for w in module.weights)
 
 
 def test_inactive_layers_stand_still_and_their_moments_too(train: Train) -> None:

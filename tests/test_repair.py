@@ -162,6 +162,8 @@ def test_safe_lora_projects_as_many_modules_as_it_is_told() -> None:
     assert len({tuple(c) for c in controls}) > 1
     with pytest.raises(UserError, match="changed 6 of the adapter"):
         projected("number", 7, 0.0)
+    factors = {name: w * (".lora_A." in name) for name, w in factors.items()}  # all cosines are 0
+    assert [len(projected("number", 1, 0.0, rounded=r).projected) for r in (False, True)] == [1, 6]
 
 
 @pytest.mark.parametrize("pads_count", [False, True])

@@ -55,7 +55,7 @@ class RepNoise(Method):
     included, though the rows are no pairs; logits behind other positions are zeroed, not left out; labels with id 0 are
     none; ids of harmful labels go through bfloat16, which rounds those above 256, and so do hidden states on their way
     into the final norm, the last one twice; n + 1 cross entropies are divided by n. Its masks compare padded rows of
-    two micro-batches, so it wants a step's rows in one. For N to mean much a step wants several.
+    two micro-batches, so a step's rows must not be split. For N to mean much a step wants several.
 
     Args:
         alpha: factor of log H, >= 0. The paper's is 1, that of Booster's script 0.1.
@@ -64,10 +64,9 @@ class RepNoise(Method):
         seed: of the noise.
     """
 
-    needs = frozenset({"defender rows"})
-
     def __init__(self, alpha: float, beta: float, official: bool, seed: int) -> None:
         super().__init__(Schedule(alignment_steps=1, user_steps=0))
+        self.needs = frozenset({"defender rows", "undivided steps"} if official else {"defender rows"})
         self.alpha = alpha
         self.beta = beta
         self.official = official
@@ -144,7 +143,8 @@ class RepNoise(Method):
         """For each pack of each of this rank's micro-batches that hold a row."""
         own, beside = ([packs for packs in b.micro_batches if packs] for b in (batch, others))
         if self.official:
-            return [[_differing(p[0], o[0], rounded)] for p, o in zip(own, beside, strict=True)]
+            others_ids = beside[0][0].ids if beside else torch.zeros(0, 0)  # none where every answer is cut off
+            return [[_differing(packs[0], others_ids, rounded)] for packs in own]
         return [[_labelled(p) for p in packs] for packs in own]
 
     def _labels(self, passes: Passes, counted: Sequence[Sequence[Counted]]) -> float:
@@ -249,11 +249,11 @@ def _labelled(pack: Pack) -> Counted:
     return Counted(at, compared, pack.rows[behind], columns, pack.predictors, pack.targets, None)
 
 
-def _differing(pack: Pack, other: Pack, rounded: bool) -> Counted:
+def _differing(pack: Pack, others_ids: Tensor, rounded: bool) -> Counted:
     """The official masks: the other batch's ids are cut, or filled up by id 0, to this one's shape."""
     fitted = torch.zeros_like(pack.ids)
-    rows, columns = (min(a, b) for a, b in zip(pack.ids.shape, other.ids.shape, strict=True))
-    fitted[:rows, :columns] = other.ids[:rows, :columns]
+    rows, columns = (min(a, b) for a, b in zip(pack.ids.shape, others_ids.shape, strict=True))
+    fitted[:rows, :columns] = others_ids[:rows, :columns]
     mask = pack.ids != fitted
     labels = pack.ids[:, 1:] * mask[:, 1:]
     if rounded:

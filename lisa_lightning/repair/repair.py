@@ -53,6 +53,13 @@ class Repair(ABC):
     needs: Set[Need] = frozenset()
     """What it can't do without."""
 
+    def refuse(self, factors: Iterable[str], deltas: Mapping[str, Delta]) -> None:  # noqa: B027 - most take any adapter
+        """Called before anything is trained, with the names of the adapter's factors and of what aligning changes.
+
+        Raises:
+            UserError: they can't be repaired so.
+        """
+
     @abstractmethod
     def repair(self, given: Given) -> Repaired:
         """The repaired adapter. Neither the given factors nor the net are changed.

@@ -1,6 +1,6 @@
 """Safe LoRA: modules whose update points away from what aligning changed are turned towards it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -31,15 +31,17 @@ class SafeLoRA(Repair):
     changes its size. Modules that aligning left as they were (T-Vaccine trains a few at a time) have no C and stay as
     they are. No pass through the net: a few products of d_out x r matrices a module.
 
-    Departures of the official code: it rounds cosines to five decimals, so that in mode "number" ties project more
-    modules than asked for; here it is exactly `number`, of equal cosines the first. (Its first pass of that mode, at a
-    threshold of 0.3, leaves no trace.) It pairs matrices by position, here by name.
+    Departures of the official code: `rounded`, without which exactly `number` modules are projected, of equal cosines
+    the first. (Its first pass of that mode, at a threshold of 0.3, leaves no trace.) It pairs matrices by position,
+    here by name.
 
     Args:
         mode: `number` (the official default) projects the `number` modules of lowest cosine, `threshold` those whose
             cosine is at most `threshold`.
         number: modules, 0 or more; the official default is 10.
         threshold: of the cosine; the official default is 0.5, and -1 projects none.
+        rounded: choose by cosines of five decimals, as the official code does, where number projects those up to the
+            number-th lowest, more than `number` where they are equal.
         random: the control: project as many modules, drawn at random.
         seed: determines that draw.
     """
@@ -51,21 +53,28 @@ class SafeLoRA(Repair):
         mode: Literal["number", "threshold"],
         number: int,
         threshold: float,
+        rounded: bool = False,
         random: bool = False,
         seed: int = 0,
     ) -> None:
         self.mode = mode
         self.number = number
         self.threshold = threshold
+        self.rounded = rounded
         self.random = random
         self.seed = seed
 
-    def repair(self, given: Given) -> Projected:
-        """Uses the deltas.
+    def refuse(self, factors: Iterable[str], deltas: Mapping[str, Delta]) -> None:
+        """Raises UserError where aligning changes none of the adapted modules, or fewer than `number`."""
+        there = len(changed(deltas, modules(factors)))
+        if self.mode == "number" and self.number > there:
+            raise UserError(
+                f"repair.number={self.number} is too many: aligning changed {there} of the adapter's modules"
+            )
 
-        Raises:
-            UserError: aligning changed none of the adapted modules, or fewer than `number`.
-        """
+    def repair(self, given: Given) -> Projected:
+        """Uses the deltas. Raises UserError like `refuse`, since aligning may have changed less than it could."""
+        self.refuse(given.factors, given.deltas())
         pairs = modules(given.factors)
         deltas = changed(given.deltas(), pairs)
         cosines = {module: cosine(given.factors, *pairs[module], delta) for module, delta in deltas.items()}
@@ -73,14 +82,12 @@ class SafeLoRA(Repair):
         return Projected(project(given.factors, deltas, projected), cosines, projected)
 
     def _chosen(self, cosines: Mapping[str, float]) -> tuple[str, ...]:
+        compared = {module: round(value, 5) if self.rounded else value for module, value in cosines.items()}
+        chosen = sorted(compared, key=compared.__getitem__)[: self.number]  # stable: of equal cosines the first
         if self.mode == "threshold":
-            chosen = [module for module, value in cosines.items() if value <= self.threshold]
-        elif self.number <= len(cosines):
-            chosen = sorted(cosines, key=cosines.__getitem__)[: self.number]
-        else:
-            raise UserError(
-                f"repair.number={self.number} is too many: aligning changed {len(cosines)} of the adapter's modules"
-            )
+            chosen = [module for module, value in compared.items() if value <= self.threshold]
+        elif self.rounded and chosen:
+            chosen = [module for module, value in compared.items() if value <= compared[chosen[-1]]]
         if self.random:
             drawn = torch.randperm(len(cosines), generator=torch.Generator().manual_seed(self.seed))
             chosen = [sorted(cosines)[i] for i in drawn[: len(chosen)].tolist()]
