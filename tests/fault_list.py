@@ -184,6 +184,15 @@ FAULTS = [
         ("self.to(self.trainer.strategy.root_device)", "pass"),
         ("[t.to(self.device) for t in kept]", "list(kept)"),
     ),
+    *_faults(
+        "tracking.py",
+        "test_tracking.py",
+        ("self.logged.get(stage, -1) < step", "False"),
+        ("step <= self.logged.get(stage, -1)", "False"),
+        ('"resume": "must"', '"resume": "never"'),
+        ("if not k.endswith(INTERVALS)", ""),
+        ("if goes_on else {}", "if not goes_on else {}"),
+    ),
     *_faults("optim.py", "test_training_laws.py", ("math.ceil(self.warmup_ratio * self.steps)", "0")),
     *_faults(
         "module.py",

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -47,10 +49,60 @@ def test_a_stage_that_goes_on_forgets_what_it_will_repeat(tmp_path: Path, monkey
     ]
 
 
-@pytest.mark.slow
-def test_an_offline_run_holds_every_step_and_a_resumed_one_all_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class _Runs:
+    """W&B as far as a tracker needs it: runs by id, whose summary holds what was logged last."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+        self.runs: dict[str, Any] = {}
+
+    def init(self, **told: Any) -> Any:
+        self.told.append(told)
+        if told.get("resume"):
+            return self.runs[told["id"]]
+        run = MagicMock(id=f"run{len(self.runs)}", summary={}, logged=[])
+        run.log.side_effect = lambda row: (run.logged.append(row), run.summary.update(row))
+        self.runs[run.id] = run
+        return run
+
+
+@pytest.mark.parametrize("held", [5, 2])
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_resumed_run_holds_every_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, held: int
 ) -> None:
+    """Interrupted after step 5, the last checkpoint at 3: of an online run W&B may have got fewer than were made."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_MODE", mode)
+    wandb = _Runs()
+    monkeypatch.setattr("wandb.init", wandb.init)
+    first = Tracker(tmp_path, {"config": {}}, resumed=False)
+    first.log("align", 1, {"train/loss": 9.0})
+    for step in range(1, 6):
+        first.log("finetune", step, {"user/loss": 10.0 - step, "eval/accuracy": 1.0, "eval/accuracy_low": 0.0})
+    (run,) = wandb.runs.values()
+    run.logged = [row for row in run.logged if row.get("trainer/global_step", 0) <= held]
+    run.summary["trainer/global_step"] = held
+    again = Tracker(tmp_path, {"config": {}}, resumed=True)
+    again.take_over(read_rows(tmp_path / "curves.csv")[:1])
+    again.start("finetune", 3)
+    for step in range(4, 8):
+        again.log("finetune", step, {"user/loss": 10.0 - step, "eval/accuracy": 1.0, "eval/accuracy_low": 0.0})
+    goes_on = {key: wandb.told[-1].get(key) for key in ("id", "resume", "mode")}
+    if mode == "online":
+        assert goes_on == {"id": "run0", "resume": "must", "mode": "online"}
+    else:
+        assert goes_on == {"id": None, "resume": None, "mode": "offline"}
+        assert wandb.told[-1]["config"] == {"resumed_from": "run0"}
+        run = wandb.runs["run1"]
+    losses = [(row["trainer/global_step"], row["user/loss"]) for row in run.logged if "user/loss" in row]
+    assert losses == [(step, 10.0 - step) for step in range(1, 8)]
+    assert [row["stage/align_step"] for row in run.logged if "align/loss" in row] == [1]
+    assert not any("eval/accuracy_low" in row for row in run.logged)
+
+
+@pytest.mark.slow
+def test_an_offline_run_is_read_by_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
