@@ -23,8 +23,20 @@ def usage() -> str:
     """The text, for Hydra's template of `--help`."""
     defaults, _, keys = (CONF / "config.yaml").read_text(encoding="utf-8").partition("\n\n")
     keys = keys.partition("\nhydra:")[0]
-    text = "\n".join([START, *_groups(defaults), "Keys beside those of the chosen files (conf/config.yaml)", "", keys])
+    said = "Keys, of which the chosen files have more: conf/config.yaml, and conf/method/ for the default method's"
+    text = "\n".join([START, *_groups(defaults), said, "", keys, *_of_the_method(defaults), ""])
     return text.replace("$", "$$")
+
+
+def _of_the_method(defaults: str) -> Iterator[str]:
+    """The keys of the method that is chosen where nothing is said."""
+    name = defaults.partition("- method: ")[2].split()[0]
+    folder = CONF / "method"
+    shared = re.findall(r"^  - (_(?!self)\w+)", (folder / f"{name}.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    yield f"method:                     # the keys of method={name}; each method has its own"
+    for file in (*shared, name):
+        lines = (folder / f"{file}.yaml").read_text(encoding="utf-8").splitlines()
+        yield from (f"  {line.replace('  #', '#', 1)}" for line in lines if re.match("[a-z]\\w*: ", line))
 
 
 def _groups(defaults: str) -> Iterator[str]:

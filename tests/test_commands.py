@@ -99,6 +99,13 @@ def test_a_command_runs(
     elif "stages=[judge]" in line and "responses=" not in line:  # an old run's answers anew
         run(composed(["experiment=sst2_lisa", *SMALL, cache], out))
         assert run(composed([*words, cache], out))["judges"] == words[1].partition("[")[2].rstrip("]").split(",")
+    elif "resume=true" in words:  # after the same command without it, in the same folder
+        first = run(composed([*words[:-1], *SMALL, cache], out))
+        assert words[-1] == "resume=true"
+        again = run(composed([*words, *SMALL, cache], out))
+        assert {k: v for k, v in first.items() if "time/" not in k} == {
+            k: v for k, v in again.items() if "time/" not in k
+        }
     else:
         small = [] if "responses=" in line else [w for w in SMALL if "model.id=" not in line or w != "model=tiny"]
         metrics = run(composed([*words, *small, cache], out))

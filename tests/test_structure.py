@@ -80,21 +80,22 @@ def test_every_key_has_a_rule(config: Callable[..., DictConfig], group: str) -> 
 
 
 def _keys(file: Path) -> list[tuple[str, bool]]:
-    """Each key of a YAML file but Hydra's own and those of blocks, and whether a comment says what it is."""
+    """Each key of a YAML file, with dots, but Hydra's own and those of blocks; whether a comment says what it is."""
     keys: list[tuple[str, bool]] = []
-    above: list[tuple[int, bool]] = []
+    above: list[tuple[int, str, bool]] = []
     quoted = 99
     for line in file.read_text().splitlines():
         indent = len(line) - len(line.lstrip())
         if indent > quoted or not (found := re.match(r" *([a-z_0-9]+):(?: |$)", line)):
             continue
         quoted = indent if re.search(r": \|", line) else 99
-        above = [(i, said) for i, said in above if i < indent]
-        said = "#" in line or any(s for _, s in above)
-        above.append((indent, said))
+        above = [entry for entry in above if entry[0] < indent]
+        elsewhere = re.search(rf"\$\{{[\w.]+\.{found[1]}\}}$", line)  # the same key of another place, whose own it is
+        said = "#" in line or bool(elsewhere) or any(s for _, _, s in above)
+        above.append((indent, found[1], said))
         value = line.partition(":")[2].partition("#")[0].strip()
         if value and found[1] not in ("_target_", "defaults"):
-            keys.append((found[1], said))
+            keys.append((".".join(name for _, name, _ in above), said))
     return keys
 
 

@@ -260,6 +260,7 @@ def test_help_names_what_can_be_chosen_and_says_what_keys_mean(forked: Forked, t
     assert judges.split(", ") == sorted(f.stem for f in (ROOT / "conf" / "judge").glob("[!_]*.yaml"))
     assert "harmful_ratio: 0.1          # share p of harmful rows" in shown
     assert "${model.finetune_targets}" in shown
+    assert re.search(r"^  rho: 0\.1 +# proximal factor", shown, re.MULTILINE)
 
 
 @pytest.mark.slow
