@@ -102,7 +102,7 @@ def outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def probed(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Zeros added to each block's output in the passes within: the loss's gradient by them is that by the outputs.
+    """Adds zeros to each block's output in the passes within: their gradient is that of the output.
 
     (Those themselves need not have a gradient: none does below the first adapter.)
     """

@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the terminal, and what it quotes of a library's."""
+"""`UserError`, whose message a person sees instead of a traceback, and the line that it quotes of a library's error."""
 
 
 class UserError(Exception):

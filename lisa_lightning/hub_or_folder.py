@@ -1,4 +1,4 @@
-"""What the config calls 'a hub id or a folder': which of them a value is, and what tells a folder's contents apart."""
+"""Whether a value of the config is a hub id or a folder, and what tells a folder's contents apart."""
 
 from pathlib import Path
 

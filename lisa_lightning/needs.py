@@ -1,4 +1,4 @@
-"""Which defenses a run has, what they need beside its own rows and model, and the refusal where that can't be had."""
+"""What each defense of a run needs beside its own rows and model, and the refusal where the config can't give it."""
 
 from collections.abc import Mapping, Set
 from typing import Any, Literal, Protocol

@@ -96,7 +96,7 @@ class Passes:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """A pass within draws the dropout masks that the pass behind it draws, and leaves no gradient."""
+        """Forward passes within have no gradient, and the dropout masks of the pass that follows."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             yield

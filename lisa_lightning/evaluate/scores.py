@@ -1,4 +1,4 @@
-"""What answers are worth: shares with their 95 % intervals, their names in metrics.json, the word for one answer."""
+"""Scores of answers: shares with their 95 % intervals, their names in metrics.json, the word for one answer."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
