@@ -40,6 +40,12 @@ def token_losses(model: Any, packs: Sequence[Pack]) -> Tensor:
     return torch.cat([_entropies(model, p, "none") for p in packs])
 
 
+def row_losses(model: Any, packs: Sequence[Pack]) -> tuple[Tensor, Tensor]:
+    """[R] the summed loss of each row that has labels, in the rows' order, and [R] how many it has."""
+    _, row, labels = torch.cat([p.rows for p in packs]).unique(return_inverse=True, return_counts=True)
+    return torch.zeros(len(labels), device=row.device).index_add(0, row, token_losses(model, packs)), labels
+
+
 def _entropies(model: Any, packed: Pack, reduction: str) -> Tensor:
     return F.cross_entropy(logits_at(model, packed, packed.predictors).float(), packed.targets, reduction=reduction)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -136,21 +135,9 @@ def trainable(net: torch.nn.Module) -> dict[str, Tensor]:
     return {name: w for name, w in net.named_parameters() if w.requires_grad}
 
 
-def merged(net: PeftModel) -> PreTrainedModel:
-    """The model with the adapter folded in: added in float32, then rounded once to the weights' own precision."""
-    for module in net.modules():
-        if isinstance(module, BaseTunerLayer):
-            weight: Any = module.get_base_layer().weight
-            kept = weight.dtype
-            weight.data = weight.data.float()
-            module.merge()
-            weight.data = weight.data.to(kept)
-    return net.unload()
-
-
 def save_merged(net: PeftModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Save the merged model and the tokenizer."""
-    merged(net).save_pretrained(out)
+    """Save the model with the adapter folded in, and the tokenizer."""
+    net.merge_and_unload().save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

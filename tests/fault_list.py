@@ -193,6 +193,13 @@ FAULTS = [
         ("if not k.endswith(INTERVALS)", ""),
         ("if goes_on else {}", "if not goes_on else {}"),
     ),
+    *_faults(
+        "curate/_selector.py",
+        "test_curate.py",
+        ("CLIP = 1.0", "CLIP = 9.0"),
+        ("2 * theta.sigmoid()", "theta.sigmoid()"),
+        ("(1 - c) * own[at]", "own[at]"),
+    ),
     *_faults("optim.py", "test_training_laws.py", ("math.ceil(self.warmup_ratio * self.steps)", "0")),
     *_faults(
         "module.py",

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lisa_lightning.curate._selector import BETAS, CLIP, START, row_losses, weights
 from lisa_lightning.curate.curate import Candidates, Curate
 from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
 from lisa_lightning.curate.random import Random
@@ -17,6 +16,7 @@ from lisa_lightning.curate.seal import SEAL
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import IGNORED, Example, Packing, pack, pad
 from lisa_lightning.errors import UserError
+from lisa_lightning.loss import row_losses
 from lisa_lightning.net import attach, trainable
 from lisa_lightning.passes import Passes
 
@@ -97,35 +97,40 @@ def test_row_losses_are_each_rows_own_mean(packing: Packing) -> None:
     rows = sorted([*MIXED, MIXED[0], row(5, 16, 3), row(23, 9, 4)], key=lambda e: e.ids)
     model = net().get_base_model()
     wanted = [model(input_ids=torch.tensor([e.ids]), labels=torch.tensor([e.labels])).loss for e in rows]
-    torch.testing.assert_close(row_losses(model, packing(rows)), torch.stack(wanted), atol=1e-5, rtol=0)
+    sums, labels = row_losses(model, packing(rows))
+    torch.testing.assert_close(sums / labels, torch.stack(wanted), atol=1e-5, rtol=0)
 
 
 def by_autograd(curate: SEAL | Pharmacist, candidates: Sequence[Example], upper: Sequence[Example]) -> Tensor:
     """The same training as one loss of everything, one row at a time; every step sees all rows."""
+
+    def weights(theta: Tensor) -> Tensor:
+        return len(theta) * theta.softmax(0) if curate.activation == "softmax" else 2 / (1 + (-theta).exp())
+
     model = net()
     ours = list(trainable(model).values())
-    theta = torch.full((len(candidates),), START[curate.activation], requires_grad=True)
+    theta = torch.full((len(candidates),), {"softmax": 0.1, "sigmoid": -1e-4}[curate.activation], requires_grad=True)
     selector = torch.optim.SGD([theta], lr=curate.selector_lr)
     if curate.adam:
-        selector = torch.optim.Adam([theta], lr=curate.selector_lr, betas=BETAS)
-    both = [torch.optim.Adam(ours, lr=curate.lr, betas=BETAS), selector]
+        selector = torch.optim.Adam([theta], lr=curate.selector_lr, betas=(0.9, 0.95))
+    both = [torch.optim.Adam(ours, lr=curate.lr, betas=(0.9, 0.95)), selector]
 
     def losses(rows: Sequence[Example]) -> Tensor:
         return torch.stack([model(input_ids=torch.tensor([e.ids]), labels=torch.tensor([e.labels])).loss for e in rows])
 
     for epoch in range(curate.epochs):
         c = curate.upper_weight - epoch * curate.upper_decay
-        p, own, u = weights(theta, curate.activation), losses(candidates), losses(upper)
+        p, own, u = weights(theta), losses(candidates), losses(upper)
         u = -(1 - (-u).exp()).log() if isinstance(curate, Pharmacist) else u
         loss = c * u.mean() + (1 - c) * (p.detach() * own).mean() + (p * own.detach()).mean()
         for optimizer in both:
             optimizer.zero_grad()
         loss.backward()
         for variables in (ours, [theta]):
-            torch.nn.utils.clip_grad_norm_(variables, CLIP)
+            torch.nn.utils.clip_grad_norm_(variables, 1.0)
         for optimizer in both:
             optimizer.step()
-    return weights(theta.detach(), curate.activation)
+    return weights(theta.detach())
 
 
 @pytest.mark.parametrize(("activation", "adam", "rate"), [("softmax", True, 0.05), ("sigmoid", False, 1.0)])

@@ -32,7 +32,7 @@ from lisa_lightning.evaluate.generate import Stop, generate
 from lisa_lightning.loss import choose_packing
 from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.module import LisaModule
-from lisa_lightning.net import attach, attach_saved, load, load_tokenizer, merged, save_adapter, trainable
+from lisa_lightning.net import attach, attach_saved, load, load_tokenizer, save_adapter, trainable
 from lisa_lightning.optim import Optim
 from lisa_lightning.passes import Passes
 from lisa_lightning.training import Checkpoint, fit
@@ -91,7 +91,7 @@ def test_trains_three_lisa_steps_and_answers(
     tokenizer, template = load_tokenizer(folder), "alpaca"
     model = load(folder, "float32", cfg.attention)
     align = SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=cfg.align_targets)
-    merged(attach(model, align, seed=0))
+    attach(model, align, seed=0).merge_and_unload()
     net = attach(
         load(folder, "float32", cfg.attention), SimpleNamespace(**(vars(align) | {"targets": cfg.finetune_targets})), 0
     )
@@ -106,7 +106,7 @@ def test_trains_three_lisa_steps_and_answers(
     moved = [n for n, w in trainable(net).items() if not torch.equal(w, before[n])]
     assert len(moved) == len(before)  # every factor of every target
 
-    model = merged(net).eval()
+    model = net.merge_and_unload().eval()
     prompts = [encode_prompt(tokenizer, template, r.instruction, r.context) for r in (*USER[:3], *ALIGNMENT[:2])]
     alone = [generate(model, [p], 12, Stop(tokenizer, model))[0] for p in prompts]
     assert generate(model, prompts, 12, Stop(tokenizer, model)) == alone
@@ -184,7 +184,7 @@ def test_merging_rounds_once(tiny: Path) -> None:
         with torch.no_grad():
             for weight in trainable(net).values():
                 weight.copy_(torch.randn(weight.shape) * 0.1)
-    half, full = (dict(merged(net).named_parameters()) for net in nets)
+    half, full = (dict(net.merge_and_unload().named_parameters()) for net in nets)
     base = dict(load(tiny, "bfloat16").named_parameters())
     whole = dict(load(tiny, "float32").named_parameters())
     for name, weight in half.items():
@@ -202,7 +202,7 @@ def test_the_merged_model_answers_as_the_adapter_on_its_base(tiny: Path) -> None
             weight.normal_(std=0.1)
     ids = torch.arange(3, 40)[None]
     apart = net.eval()(input_ids=ids).logits
-    assert torch.allclose(merged(net)(input_ids=ids).logits, apart, atol=1e-5)
+    assert torch.allclose(net.merge_and_unload()(input_ids=ids).logits, apart, atol=1e-5)
     assert not any(isinstance(m, PeftModel) for m in net.modules() if m is not net)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from lisa_lightning.curate.curate import Curate
 from lisa_lightning.data.interleave import Batch, Examples
 from lisa_lightning.data.packing import Example, Pack, Packing
 from lisa_lightning.errors import UserError
-from lisa_lightning.loss import token_losses
+from lisa_lightning.loss import row_losses
 from lisa_lightning.passes import Passes
 
 Activation = Literal["softmax", "sigmoid"]
@@ -151,7 +151,8 @@ class BilevelCurate(Curate):
 
         def share(packs: Sequence[Pack]) -> Tensor:
             at, _ = next(places)
-            found = row_losses(passes.model, packs)
+            sums, labels = row_losses(passes.model, packs)
+            found = sums / labels
             losses[at] = found.detach()
             return objective(found, at).sum() / count
 
@@ -178,12 +179,6 @@ class _Level:
 def weights(theta: Tensor, activation: Activation) -> Tensor:
     """[N] p of theta [N]; both are 1 where theta is nothing but zeros."""
     return len(theta) * theta.softmax(0) if activation == "softmax" else 2 * theta.sigmoid()
-
-
-def row_losses(model: Any, packs: Sequence[Pack]) -> Tensor:
-    """[R] the mean loss over the label tokens of each row that has some, in the rows' order."""
-    _, row, tokens = torch.cat([p.rows for p in packs]).unique(return_inverse=True, return_counts=True)
-    return torch.zeros(len(tokens), device=row.device).index_add(0, row, token_losses(model, packs)) / tokens
 
 
 def _micro_batches(

@@ -21,9 +21,9 @@ class LDIFS(Method):
 
     Summed over the positions of all rows up to their last predictor, not averaged; w0 are the weights at the start. Two
     forward passes and one backward; no second copy of the model, since w0 differs from w in the adapter alone. The last
-    three arguments are the official code's: it drops a layer's term for a step where it is 0.1 or more (against values
-    that are no numbers; the penalty so ends where it is needed most; two more forward passes here, since the term is
-    that of the whole step), clips the gradient to 5 before the trainer does, and counts padding.
+    three arguments are the official code's: it drops a layer's term for a step where it is 0.1 or more (a guard
+    against NaN, which switches the penalty off where features moved most; two more forward passes here, since the term
+    is that of the whole step), clips the gradient to 5 before the trainer does, and counts padding.
 
     Args:
         rho: factor, >= 0; 0 is SFT. The official code's is 1e-4.

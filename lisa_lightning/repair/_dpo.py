@@ -1,7 +1,7 @@
 """DPO: the refusal of a request is to become likelier than the harmful answer to it."""
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.loss import token_losses
+from lisa_lightning.loss import row_losses
 from lisa_lightning.method.method import Method
 from lisa_lightning.passes import Descent, Passes
 from lisa_lightning.schedule import Draw, Schedule, Stream
@@ -48,16 +48,9 @@ class DPO(Method):
         def share(packs: Sequence[Pack]) -> Tensor:
             both = packs, next(others)
             with passes.aside(), passes.at(self.anchor):
-                held = [log_likelihoods(passes.model, side) for side in both]
-            preferred, other = (log_likelihoods(passes.model, side) - h for side, h in zip(both, held, strict=True))
+                held = [row_losses(passes.model, side)[0] for side in both]
+            preferred, other = (h - row_losses(passes.model, side)[0] for side, h in zip(both, held, strict=True))
             return -F.logsigmoid(self.beta * (preferred - other)).sum() / pairs
 
         loss, gradient = passes.gradient(step.main, share)
         return Descent(loss, gradient)
-
-
-def log_likelihoods(model: Any, packs: Sequence[Pack]) -> Tensor:
-    """[R] of the labels of each row that has some, in the rows' order."""
-    losses = token_losses(model, packs)
-    rows, of = torch.cat([p.rows for p in packs]).unique(return_inverse=True)
-    return torch.zeros(len(rows), device=losses.device).index_add(0, of, -losses)

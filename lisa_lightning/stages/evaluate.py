@@ -12,7 +12,6 @@ from lisa_lightning.disk import write_text
 from lisa_lightning.evaluate.alpaca_eval import alpaca_eval_outputs
 from lisa_lightning.evaluate.evaluator import Answer, Evaluator, Question, questions, read_answers, write_answers
 from lisa_lightning.evaluate.scores import task_scores
-from lisa_lightning.net import merged
 from lisa_lightning.stages.setting import Metrics, Model, Setting
 from lisa_lightning.task.task import Scored
 
@@ -31,7 +30,7 @@ def evaluate(setting: Setting, name: str, model: Model, before: Sequence[Answer]
         net: Any = setting.load(model, quantize=True)
         if model.adapter is not None:
             net = PeftModel.from_pretrained(net, model.adapter)
-            net = merged(net) if cfg.model.quantize is None else net
+            net = net.merge_and_unload() if cfg.model.quantize is None else net
         net.to(setting.fabric.device)
         answers = evaluator(setting).answers(net, asked, name, digest(setting.origin | key), path)
         if setting.fabric.is_global_zero:
