@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lisa_lightning.curate._selector import _descend
 from lisa_lightning.curate.curate import Candidates, Curate
 from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
 from lisa_lightning.curate.random import Random
@@ -131,6 +132,12 @@ def by_autograd(curate: SEAL | Pharmacist, candidates: Sequence[Example], upper:
         for optimizer in both:
             optimizer.step()
     return weights(theta.detach())
+
+
+def test_both_levels_clip_their_gradient_at_norm_one() -> None:
+    variable = torch.zeros(2)
+    _descend(torch.optim.SGD([variable], lr=1.0), [variable], [torch.tensor([3.0, 4.0])])
+    torch.testing.assert_close(variable, torch.tensor([-0.6, -0.8]))
 
 
 @pytest.mark.parametrize(("activation", "adam", "rate"), [("softmax", True, 0.05), ("sigmoid", False, 1.0)])
