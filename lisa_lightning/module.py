@@ -91,7 +91,7 @@ class LisaModule(L.LightningModule):
         optimizer.step()
 
         metrics |= {"train/loss": descent.loss, f"{batch.main.stream}/loss": descent.loss, "train/lr": lr}
-        metrics |= descent.metrics | {"proximal/drift": self.method.drift(self.weights)}
+        metrics |= descent.metrics | self.method.after_step(self.weights)
         metrics["time/step_s"] = perf_counter() - started
         self.metrics = metrics
         self.log("loss", descent.loss, prog_bar=True, logger=False)

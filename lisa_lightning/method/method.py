@@ -77,6 +77,6 @@ class Method:
         return {"switch/drift": drift}
 
     @final
-    def drift(self, weights: Sequence[Tensor]) -> float:
-        """||w - anchor||^2 now."""
-        return squared_distance(weights, self.anchor).item()
+    def after_step(self, weights: Sequence[Tensor]) -> dict[str, float]:
+        """Measure ||w - anchor||^2."""
+        return {"proximal/drift": squared_distance(weights, self.anchor).item()}
