@@ -1,11 +1,13 @@
-"""What a step of each training-time defense costs against plain training on the same rows."""
+"""What each defense costs against plain training on the same rows: a step, or the whole of a repair."""
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from benchmarks.setting import LORA, RHO, Result, Rows, spread
@@ -15,7 +17,9 @@ from lisa_lightning.align.repnoise import RepNoise
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.align.vaccine import Vaccine
 from lisa_lightning.alignment_delta import Delta
-from lisa_lightning.data.interleave import Batch, Step
+from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
+from lisa_lightning.curate.seal import SEAL
+from lisa_lightning.data.interleave import Batch, Examples, Step
 from lisa_lightning.data.packing import Example, pack, pad
 from lisa_lightning.method.asft import AsFT
 from lisa_lightning.method.bso import BSO
@@ -30,6 +34,10 @@ from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.method.vlguard_loss import VLGuardLoss
 from lisa_lightning.net import attach, load, modules, trainable
 from lisa_lightning.passes import Passes
+from lisa_lightning.repair.antidote import Antidote
+from lisa_lightning.repair.nlsr import NLSR
+from lisa_lightning.repair.repair import Given, Repair
+from lisa_lightning.repair.safe_lora import SafeLoRA
 from lisa_lightning.schedule import Stream
 
 SIZE = 5
@@ -51,6 +59,28 @@ METHODS: dict[str, tuple[str, Callable[[], Method]]] = {
     "asft": ("1F 1B", lambda: AsFT(1.0, False)),
 }
 """The passes that a step makes, F forward and B backward, as docs/methods.md has them; at the papers' settings."""
+SELECTOR: dict[str, Any] = {
+    "keep": 0.8,
+    "epochs": 1,
+    "batch_size": SIZE,
+    "micro_batch": SIZE,
+    "lr": 1e-5,
+    "selector_lr": 5e-3,
+    "adam": True,
+    "activation": "softmax",
+    "upper_weight": 0.9,
+    "upper_decay": 0.1,
+    "seed": 0,
+}
+CURATES: dict[str, Callable[[], SEAL | Pharmacist]] = {
+    "seal": lambda: SEAL(**SELECTOR),
+    "pharmacist": lambda: Pharmacist(**SELECTOR),
+}
+REPAIRS: dict[str, tuple[str, Callable[[], Repair]]] = {
+    "safe_lora": ("no pass", lambda: SafeLoRA("number", 10, 0.5)),
+    "antidote": ("1F", lambda: Antidote(0.1)),
+    "nlsr": ("2F, the trainings of its reference apart,", lambda: NLSR(0.8, 0.5, 0.2, 0)),
+}
 
 
 def measure(folder: Path, rows: Rows) -> list[Result]:
@@ -90,7 +120,44 @@ def measure(folder: Path, rows: Rows) -> list[Result]:
         )
         note = f"{cost}; {spread(found)}{beside}"
         results.append(Result(f"{name}: a step, of SFT's", median(found), None, "lower", "times", note))
-    return results
+    return [*results, *_selectors(passes, rows), *_repairs(net, passes, rows)]
+
+
+def _selectors(passes: Passes, rows: Rows) -> Iterator[Result]:
+    """A step of a selector's training, as often as a step of SFT on the candidates of each."""
+    whole = Examples(rows.sst2[: SIZE * REPEATED], lambda row: row)
+    plain = SFT()
+    plain.begin(passes, total_steps=100)
+    for name, made in CURATES.items():
+        own, found = made(), []
+        for _ in range(REPEATED):
+            started = perf_counter()
+            if isinstance(own, Pharmacist):
+                own.trained(passes, pack, whole, whole, unlikelihood)
+            else:
+                own.trained(passes, pack, whole, whole, lambda losses: losses)
+            taken = perf_counter() - started
+            sft = [_seconds(passes, plain, batch(rows.sst2, SIZE, i), i, set()) for i in range(REPEATED)]
+            found.append(taken / sum(sft))
+        yield Result(f"{name}: a step, of SFT's", median(found), None, "lower", "times", f"2F 2B; {spread(found)}")
+
+
+def _repairs(net: PeftModel, passes: Passes, rows: Rows) -> Iterator[Result]:
+    """A whole repair, on as many rows padded as a step of SFT has."""
+    factors = {name: w.detach().clone() for name, w in trainable(net).items()}
+    plain = SFT()
+    plain.begin(passes, total_steps=100)
+    for name, (cost, made) in REPAIRS.items():
+        found = []
+        for i in range(REPEATED):
+            own = batch(rows.sst2, SIZE, i)
+            given = Given(factors, lambda: net, lambda _, own=own: pad(own), lambda: _deltas(net), lambda: factors)
+            started = perf_counter()
+            made().repair(given)
+            taken = perf_counter() - started
+            found.append(taken / _seconds(passes, plain, own, i, set()))
+        note = f"{cost} over {SIZE} rows; {spread(found)}"
+        yield Result(f"{name}: the repair, of SFT's step", median(found), None, "lower", "times", note)
 
 
 def _seconds(passes: Passes, method: Method, rows: Sequence[Example], step: int, apart: Set[Stream]) -> float:
@@ -101,7 +168,7 @@ def _seconds(passes: Passes, method: Method, rows: Sequence[Example], step: int,
     }
     method.before_step(step, passes.weights)
     method.gradient(passes, Step(step, batches))
-    method.drift(passes.weights)
+    method.after_step(passes.weights)
     return perf_counter() - started
 
 

@@ -83,7 +83,7 @@ class Ours:
         self.seconds["forward"] = self.passes.forward
         self.seconds["backward"] -= self.passes.forward
         self._timed("optimizer", lambda: self._descend(descent))
-        self._timed("penalty", lambda: self.method.drift(self.weights))
+        self._timed("penalty", lambda: self.method.after_step(self.weights))
         return descent.loss
 
     def _descend(self, descent: Descent) -> None:

@@ -17,7 +17,8 @@ class Booster(Method):
     """min_w f(w) + lambda * (h(w) - h(w - alpha * grad h(w) / ||grad h(w)||)) (Huang et al., ICLR 2025, Eq. 1 and 3).
 
     f is the loss on alignment rows, h that on harmful ones, as many a step (in the official code always 10). Three
-    forward and three backward passes, four with `rho`; second derivatives are dropped as in the paper.
+    forward and three backward passes, four with `rho`; second derivatives are dropped as in the paper. All draw the
+    same dropout masks (in the official code each draws its own).
 
     Args:
         lamb: lambda, >= 0; 0 is SFT on alignment rows. The paper's is 5 (its script for GSM8K has 25).

@@ -44,9 +44,9 @@ class NLSR(Repair):
        most similar to `prune_rate` + `epsilon` for the least.
     5. In a replaced module critical entries of A and B become the reference's.
 
-    Two forward passes over the alignment rows, each layer being passed once with the reference's factors and once with
-    their low-rank versions. Kept are the rows' hidden states behind one layer, padding with them, and of a layer's
-    modules r numbers a token, since X W^T of B is that of A times B^T.
+    Beside the reference's trainings two forward passes over the alignment rows, each layer being passed once with the
+    reference's factors and once with their low-rank versions. Kept are the rows' hidden states behind one layer,
+    padding with them, and of a layer's modules r numbers a token, since X W^T of B is that of A times B^T.
 
     Departures of the official code: its singular vectors are randomised, inexact by up to 6e-2 where the spectrum has
     no gap, here they are exact; where the quantile is 0 it draws entries at random, here only nonzero ones are
