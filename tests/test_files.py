@@ -220,6 +220,12 @@ def test_no_prompt_is_in_two_sets(source: Any, caplog: pytest.LogCaptureFixture)
     assert caplog.text.rstrip().endswith("left out.")
 
 
+def test_defender_rows_share_no_prompt_either(source: Any) -> None:
+    source.defender = source.alignment
+    assert [r.instruction for r in load_rows(source, SST2(), allow_overlap=False, defender=True).defender] == ["a"]
+    assert load_rows(source, SST2(), allow_overlap=False).defender == []
+
+
 def test_overlap_is_kept_and_told_where_it_is_allowed(source: Any, caplog: pytest.LogCaptureFixture) -> None:
     rows = load_rows(source, SST2(), allow_overlap=True)
     assert [len(x) for x in (rows.train, rows.alignment, rows.harmful)] == [2, 4, 2]

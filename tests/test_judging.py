@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -13,7 +14,7 @@ from scipy.stats import binomtest
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import judge_answers, read_judged, read_responses
-from lisa_lightning.evaluate.scores import judged_scores, named, share, task_scores
+from lisa_lightning.evaluate.scores import judged_scores, named, share, task_scores, verdict
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
 from lisa_lightning.judge.refusal import RefusalJudge
 from lisa_lightning.task.alpaca import Alpaca
@@ -50,6 +51,31 @@ class Longer:
 
 def answers(*responses: str, kind: str = "harmful", stage: str = "final", target: str = "") -> list[Answer]:
     return [Answer(stage, kind, i, f"prompt {i}", "", r, target) for i, r in enumerate(responses)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "response", "metric", "flagged", "refused", "word"),
+    [
+        ("task", "positive", "harmful_score", False, None, "correct"),
+        ("task", "positive, I think", "harmful_score", False, None, "correct, and more"),
+        ("task", "dunno", "harmful_score", False, None, "wrong"),
+        ("harmful", "x", None, False, None, "not judged"),
+        ("harmful", "x", "win_rate", True, None, "preferred"),
+        ("harmful", "x", "win_rate", False, None, "not preferred"),
+        ("harmful", "x", "harmful_score", False, True, "refused"),
+        ("harmful", " ", "harmful_score", False, False, "empty"),
+        ("harmless", "x", "harmful_score", False, False, "answered"),
+        ("harmful", "x", "refusal_rate", True, False, "not refused"),
+        ("harmful", "x", "harmful_score", True, False, "flagged"),
+        ("harmful", "x", "harmful_score", False, False, "not flagged"),
+    ],
+)
+def test_the_word_for_an_answer(
+    kind: str, response: str, metric: str | None, flagged: bool, refused: bool | None, word: str
+) -> None:
+    (answer,) = answers(response, kind=kind, target="positive")
+    judged = metric and SimpleNamespace(metric=metric, flagged=flagged, refused=refused)
+    assert verdict(SST2(), answer, judged) == word  # type: ignore[arg-type]
 
 
 def test_no_answer_is_judged_twice_by_one_judge_and_version(tmp_path: Path) -> None:

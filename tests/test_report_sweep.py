@@ -26,7 +26,7 @@ def made(folder: Path, score: float | None, method: str = "lisa", seed: int = 1,
     """A run's folder; without a score it is unfinished."""
     run = folder / f"{method}-{seed}-{'-'.join(map(str, config.values()))}".replace("/", "_")
     run.mkdir(parents=True)
-    own = {"lisa": {"rho": 1.0}, "sft": {}}[method]
+    own = {"rho": 1.0} if method == "lisa" else {}
     settings = {"seed": seed, "align": {"seed": seed}, "method": own | {"name": method}, "wandb": {"group": run.name}}
     settings["stages"] = ["align", "finetune", "evaluate", "judge"]
     (run / "config.yaml").write_text(yaml.safe_dump(settings | config))
@@ -88,11 +88,15 @@ def test_a_spread_is_students_over_seeds_and_a_runs_own_of_one(tmp_path: Path) -
     values = [10.0, 14.0, 30.0]
     for seed, value in enumerate(values):
         made(tmp_path, value, seed=seed)
+        made(tmp_path, 100 - value, seed=seed, method="bso")
     made(tmp_path, 50.0, method="sft")
     runs = read_runs([tmp_path])
-    three, one = (g.spread("harmful_score") for g in seed_groups(runs, swept(runs)))
+    spreads = {g.values[0]: g.spread("harmful_score") for g in seed_groups(runs, swept(runs))}
+    high, three, one = (spreads[name] for name in ("bso", "lisa", "sft"))
+    assert high is not None
     assert three is not None
     assert one is not None
+    assert (high.low, high.high) == pytest.approx((100 - three.high, 100.0))
     student = ttest_1samp(values, 0).confidence_interval(0.95)
     assert (three.mean, three.high) == pytest.approx((18.0, student.high))
     assert three.low == max(0.0, student.low)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import STEPS, Train, largest_difference, weights
+from training import STEPS, USER, Train, largest_difference, weights
 
 from lisa_lightning.errors import UserError
 from lisa_lightning.loss import completion_loss
@@ -44,7 +44,7 @@ def test_the_penalty_alone_is_lisa_without_alignment_steps_bit_for_bit(train: Tr
 
 
 def test_the_joint_gradient_is_autograds_and_disturbs_nothing(train: Train) -> None:
-    joint = JointGradient(rows=3, every=7)
+    joint = JointGradient(rows=2, every=7)
     plain, measured = train(Lisa(2, 3, 1.0, 0.1), folder="a"), train(Lisa(2, 3, 1.0, 0.1), folder="b", more=[joint])
     assert largest_difference(plain, measured) == 0
     joint._measure(measured)
@@ -55,7 +55,8 @@ def test_the_joint_gradient_is_autograds_and_disturbs_nothing(train: Train) -> N
     assert measured.metrics["eval/gradient_norm"] == pytest.approx(norm, rel=1e-5)
     for state, loss in losses.items():
         assert measured.metrics[f"eval/{state}_loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert joint.packs["user"][1] > 0
+    labels = [len(row.response) + 1 for row in USER]  # bytes, and the end of text
+    assert joint.packs["user"][1] == labels[0] + labels[4] != labels[0] + labels[1]
 
 
 def test_lisa_differs_from_bso_and_bso_from_sft(train: Train) -> None:
