@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.config import check
 from lisa_lightning.curves import read_rows
-from lisa_lightning.pipeline import run
+from lisa_lightning.needs import refuse_unmet
+from lisa_lightning.pipeline import _defenses, run
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("sst2", "agnews", "gsm8k", "alpaca")
@@ -95,6 +96,8 @@ def test_every_defense_has_its_papers_settings(config: Callable[..., DictConfig]
         text = (ROOT / "conf" / "experiment" / "paper" / f"{name}.yaml").read_text(encoding="utf-8")
         needed = ["source.refusals=pairs.json"] if "source.refusals" in text else []
         cfg = config(f"experiment=paper/{name}", *needed)
+        check(cfg)
+        refuse_unmet(_defenses(cfg).there, dict.fromkeys(("curate", "align", "method", "repair"), name), cfg, 1)
         for group in ("curate", "align", "method", "repair"):
             file = ROOT / "conf" / group / f"{name.replace('booster_vaccine', 'booster')}.yaml"
             if file.exists():
