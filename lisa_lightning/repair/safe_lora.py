@@ -74,9 +74,9 @@ class SafeLoRA(Repair):
 
     def repair(self, given: Given) -> Projected:
         """Uses the deltas. Raises UserError like `refuse`, since aligning may have changed less than it could."""
-        self.refuse(given.factors, given.deltas())
-        pairs = modules(given.factors)
-        deltas = changed(given.deltas(), pairs)
+        pairs, deltas = modules(given.factors), given.deltas()
+        self.refuse(given.factors, deltas)
+        deltas = changed(deltas, pairs)
         cosines = {module: cosine(given.factors, *pairs[module], delta) for module, delta in deltas.items()}
         projected = self._chosen(cosines)
         return Projected(project(given.factors, deltas, projected), cosines, projected)
