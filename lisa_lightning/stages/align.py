@@ -13,15 +13,15 @@ from lisa_lightning.stages.setting import Metrics, Model, Setting, plain, rows_d
 from lisa_lightning.stages.train import train
 
 
-def align(setting: Setting, own: list[Row], method: Method) -> tuple[Model, Metrics]:
+def align(setting: Setting, alignment: list[Row], method: Method) -> tuple[Model, Metrics]:
     """The base model aligned on these rows."""
     cfg, adapters = setting.cfg.align, setting.cfg.model.adapters
-    optim = Optim.of(cfg.optim, len(own), setting.fabric.world_size)
-    rows: dict[Stream, Sequence[Row]] = {"user": [], "alignment": own, "defender": setting.defender_rows(method)}
+    optim = Optim.of(cfg.optim, len(alignment), setting.fabric.world_size)
+    rows: dict[Stream, Sequence[Row]] = {"user": [], "alignment": alignment, "defender": setting.defender_rows(method)}
     key = {
         "align": plain(cfg),
         "own_code": own_code(method),
-        "rows": rows_digest(own),
+        "rows": rows_digest(alignment),
         "defender_rows": rows_digest(rows["defender"]),
     }
 

@@ -15,16 +15,16 @@ from lisa_lightning.stages.reference import reference_adapter
 from lisa_lightning.stages.setting import Metrics, Model, Setting, plain, rows_digest
 
 
-def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple[Model, Metrics]:
+def repair(setting: Setting, aligned: Model, tuned: Model, defense: Repair) -> tuple[Model, Metrics]:
     """The fine-tuned model with its adapter repaired, by the first rank alone."""
     assert tuned.adapter is not None
     cfg, adapter = setting.cfg.repair, tuned.adapter
-    rows = {"defender": setting.defender_rows(own), "alignment": setting.rows.alignment}
+    rows = {"defender": setting.defender_rows(defense), "alignment": setting.rows.alignment}
     reference, made = reference_adapter(setting, aligned) if "reference" in cfg else (None, {})
     key = {
         "tuned": tuned.name,
         "repair": plain(cfg),
-        "own_code": own_code(own),
+        "own_code": own_code(defense),
         "reference": reference.name if reference else "",
         "rows_together": setting.cfg.evaluate.batch_size,  # how `Given.rows` are padded
         **{f"{name}_rows": rows_digest(found) for name, found in rows.items()},
@@ -34,7 +34,7 @@ def repair(setting: Setting, aligned: Model, tuned: Model, own: Repair) -> tuple
         if setting.fabric.is_global_zero:
             device = setting.fabric.device
             net = attach_saved(setting.load(tuned), adapter).to(device)
-            repaired = own.repair(
+            repaired = defense.repair(
                 Given(
                     {name: w.detach() for name, w in trainable(net).items()},
                     net=lambda: net,
