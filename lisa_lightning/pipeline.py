@@ -30,7 +30,7 @@ from lisa_lightning.disk import explained, read_json, write_text
 from lisa_lightning.errors import UserError, first_line
 from lisa_lightning.evaluate.evaluator import Answer, read_answers
 from lisa_lightning.evaluate.judging import read_judged, read_responses
-from lisa_lightning.evaluate.scores import verdict
+from lisa_lightning.evaluate.scores import Metrics, verdict
 from lisa_lightning.judge.judge import Judge
 from lisa_lightning.method.method import Method
 from lisa_lightning.module import refuse_other_run
@@ -47,7 +47,7 @@ from lisa_lightning.stages.finetune import finetune
 from lisa_lightning.stages.judge import judge
 from lisa_lightning.stages.reference import pairs
 from lisa_lightning.stages.repair import repair
-from lisa_lightning.stages.setting import Metrics, Setting, plain
+from lisa_lightning.stages.setting import Setting, plain
 from lisa_lightning.tracking import Tracker, wandb_init
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,10 @@ from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import Packing
 from lisa_lightning.data.source import Row
 from lisa_lightning.disk import read_json, write_text
+from lisa_lightning.evaluate.scores import Metrics
 from lisa_lightning.loss import choose_packing
 from lisa_lightning.passes import Passes
-from lisa_lightning.stages.setting import Metrics, Setting, plain, rows_digest
+from lisa_lightning.stages.setting import Setting, plain, rows_digest
 
 
 def curate(setting: Setting, chooser: Curate) -> tuple[list[Row], Metrics]:

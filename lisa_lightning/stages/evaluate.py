@@ -11,8 +11,8 @@ from lisa_lightning.cache import digest
 from lisa_lightning.disk import write_text
 from lisa_lightning.evaluate.alpaca_eval import alpaca_eval_outputs
 from lisa_lightning.evaluate.evaluator import Answer, Evaluator, Question, questions, read_answers, write_answers
-from lisa_lightning.evaluate.scores import task_scores
-from lisa_lightning.stages.setting import Metrics, Model, Setting
+from lisa_lightning.evaluate.scores import Metrics, task_scores
+from lisa_lightning.stages.setting import Model, Setting
 from lisa_lightning.task.task import Scored
 
 

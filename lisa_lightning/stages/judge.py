@@ -7,10 +7,9 @@ from time import perf_counter
 from lisa_lightning.disk import write_text
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import judge_answers
-from lisa_lightning.evaluate.scores import judged_scores
+from lisa_lightning.evaluate.scores import Metrics, judged_scores
 from lisa_lightning.judge.judge import Documented, Judge
 from lisa_lightning.judge.refusal import RefusalJudge
-from lisa_lightning.stages.setting import Metrics
 
 
 def judge(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cache: Path) -> Metrics:

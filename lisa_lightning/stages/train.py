@@ -9,13 +9,14 @@ from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.source import Row
+from lisa_lightning.evaluate.scores import Metrics
 from lisa_lightning.loss import choose_packing
 from lisa_lightning.method.method import Method
 from lisa_lightning.module import LisaModule
 from lisa_lightning.optim import Optim
 from lisa_lightning.passes import Passes
 from lisa_lightning.schedule import Stream
-from lisa_lightning.stages.setting import Metrics, Setting
+from lisa_lightning.stages.setting import Setting
 from lisa_lightning.training import Checkpoint, Record, fit
 
 
