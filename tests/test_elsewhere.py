@@ -18,15 +18,15 @@ from lisa_lightning.pipeline import run
 
 pytestmark = pytest.mark.slow
 RUNS = {
-    "seal, t_vaccine, asft, nlsr": [
-        *("curate=seal", "align=t_vaccine", "align.method.active_layers=1", "method=asft", "repair=nlsr"),
-        "source.alignment.take=40",
+    "seal, t_vaccine, asft, antidote": [
+        *("curate=seal", "align=t_vaccine", "align.method.active_layers=1", "method=asft", "repair=antidote"),
+        *("source.alignment.take=8", "source.defender.take=8"),
     ],
     "pharmacist, booster, ewc, safe_lora": [
         *("curate=pharmacist", "align=booster", "align.method.rho=5", "method=ewc", "repair=safe_lora"),
-        *("repair.number=2", "source.alignment.take=16", "source.defender.take=12"),
+        *("repair.number=2", "source.alignment.take=8", "source.defender.take=8"),
     ],
-    "repnoise, ldifs, antidote": ["align=repnoise", "method=ldifs", "repair=antidote", "source.defender.take=12"],
+    "repnoise, ldifs, nlsr": ["align=repnoise", "method=ldifs", "repair=nlsr", "source.alignment.take=40"],
 }
 
 
