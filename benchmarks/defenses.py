@@ -17,6 +17,7 @@ from lisa_lightning.align.repnoise import RepNoise
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.align.vaccine import Vaccine
 from lisa_lightning.alignment_delta import Delta
+from lisa_lightning.curate._selector import UpperLoss
 from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
 from lisa_lightning.curate.seal import SEAL
 from lisa_lightning.data.interleave import Batch, Examples, Step
@@ -72,9 +73,9 @@ SELECTOR: dict[str, Any] = {
     "upper_decay": 0.1,
     "seed": 0,
 }
-CURATES: dict[str, Callable[[], SEAL | Pharmacist]] = {
-    "seal": lambda: SEAL(**SELECTOR),
-    "pharmacist": lambda: Pharmacist(**SELECTOR),
+CURATES: dict[str, tuple[SEAL | Pharmacist, UpperLoss]] = {
+    "seal": (SEAL(**SELECTOR), lambda losses: losses),
+    "pharmacist": (Pharmacist(**SELECTOR), unlikelihood),
 }
 REPAIRS: dict[str, tuple[str, Callable[[], Repair]]] = {
     "safe_lora": ("no pass", lambda: SafeLoRA("number", 10, 0.5)),
@@ -96,11 +97,12 @@ def measure(folder: Path, rows: Rows) -> list[Result]:
         return [_batch(stream, rows.sst2[:size], apart=False)]
 
     passes = Passes(net, lambda stream, size: iter(whole(stream, size)), lambda: _deltas(net))
+    plain = SFT()
+    plain.begin(passes, total_steps=100)
     results = []
     for name, (cost, made) in METHODS.items():
-        method, plain = made(), SFT()
-        for own in (method, plain):
-            own.begin(passes, total_steps=100)
+        method = made()
+        method.begin(passes, total_steps=100)
         found, like = [], []
         for i in range(REPEATED + 1):
             own = batch(rows.sst2, SIZE, i)
@@ -120,33 +122,26 @@ def measure(folder: Path, rows: Rows) -> list[Result]:
         )
         note = f"{cost}; {spread(found)}{beside}"
         results.append(Result(f"{name}: a step, of SFT's", median(found), None, "lower", "times", note))
-    return [*results, *_selectors(passes, rows), *_repairs(net, passes, rows)]
+    return [*results, *_selectors(passes, plain, rows), *_repairs(net, passes, plain, rows)]
 
 
-def _selectors(passes: Passes, rows: Rows) -> Iterator[Result]:
+def _selectors(passes: Passes, plain: SFT, rows: Rows) -> Iterator[Result]:
     """A step of a selector's training, as often as a step of SFT on the candidates of each."""
     whole = Examples(rows.sst2[: SIZE * REPEATED], lambda row: row)
-    plain = SFT()
-    plain.begin(passes, total_steps=100)
-    for name, made in CURATES.items():
-        own, found = made(), []
+    for name, (own, upper_loss) in CURATES.items():
+        found = []
         for _ in range(REPEATED):
             started = perf_counter()
-            if isinstance(own, Pharmacist):
-                own.trained(passes, pack, whole, whole, unlikelihood)
-            else:
-                own.trained(passes, pack, whole, whole, lambda losses: losses)
+            own.trained(passes, pack, whole, whole, upper_loss)
             taken = perf_counter() - started
             sft = [_seconds(passes, plain, batch(rows.sst2, SIZE, i), i, set()) for i in range(REPEATED)]
             found.append(taken / sum(sft))
         yield Result(f"{name}: a step, of SFT's", median(found), None, "lower", "times", f"2F 2B; {spread(found)}")
 
 
-def _repairs(net: PeftModel, passes: Passes, rows: Rows) -> Iterator[Result]:
+def _repairs(net: PeftModel, passes: Passes, plain: SFT, rows: Rows) -> Iterator[Result]:
     """A whole repair, on as many rows padded as a step of SFT has."""
     factors = {name: w.detach().clone() for name, w in trainable(net).items()}
-    plain = SFT()
-    plain.begin(passes, total_steps=100)
     for name, (cost, made) in REPAIRS.items():
         found = []
         for i in range(REPEATED):

@@ -82,7 +82,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation, where its tensors are."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     if any(t.device == DEVICE and not isinstance(t, There) for t in tensors):
-        raise NotImplementedError(f"{func}: a tensor was made there behind our back")
+        raise AssertionError(f"{func} of a tensor that was made there without numbers")
     there = any(isinstance(t, There) for t in tensors)
     if there and func not in MOVING:
         own = (args[0], args[2:]) if func in INDEXED and isinstance(args[0], There) else (args, kwargs)

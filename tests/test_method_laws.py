@@ -14,7 +14,7 @@ import torch
 import training
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from training import DEFENDER, Train, largest_difference
+from training import DEFENDER, STEPS, Train, largest_difference
 
 from lisa_lightning.align.booster import Booster
 from lisa_lightning.align.repnoise import RepNoise, mmd
@@ -146,9 +146,10 @@ class _Seeds(L.Callback):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_batch_four_is_two_micro_batches_of_two(train: Train, name: str) -> None:
-    whole = train(METHODS[name](), folder="a", steps=6)
-    halves = train(METHODS[name](), folder="b", steps=6, batch_size=2, accumulate=2)
-    assert largest_difference(whole, halves) < 5e-5
+    steps, bound = (STEPS, 5e-6) if name in ("sft", "lisa") else (6, 5e-5)
+    whole = train(METHODS[name](), folder="a", steps=steps)
+    halves = train(METHODS[name](), folder="b", steps=steps, batch_size=2, accumulate=2)
+    assert largest_difference(whole, halves) < bound
 
 
 @pytest.mark.parametrize("name", METHODS)

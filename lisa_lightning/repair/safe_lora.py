@@ -66,17 +66,20 @@ class SafeLoRA(Repair):
 
     def refuse(self, factors: Iterable[str], deltas: Mapping[str, Delta]) -> None:
         """Raises UserError where aligning changes none of the adapted modules, or fewer than `number`."""
-        there = len(changed(deltas, modules(factors)))
-        if self.mode == "number" and self.number > there:
+        self._changed(factors, deltas)
+
+    def _changed(self, factors: Iterable[str], deltas: Mapping[str, Delta]) -> dict[str, Delta]:
+        found = changed(deltas, modules(factors))
+        if self.mode == "number" and self.number > len(found):
             raise UserError(
-                f"repair.number={self.number} is too many: aligning changed {there} of the adapter's modules"
+                f"repair.number={self.number} is too many: aligning changed {len(found)} of the adapter's modules"
             )
+        return found
 
     def repair(self, given: Given) -> Projected:
         """Uses the deltas. Raises UserError like `refuse`, since aligning may have changed less than it could."""
-        pairs, deltas = modules(given.factors), given.deltas()
-        self.refuse(given.factors, deltas)
-        deltas = changed(deltas, pairs)
+        pairs = modules(given.factors)
+        deltas = self._changed(given.factors, given.deltas())
         cosines = {module: cosine(given.factors, *pairs[module], delta) for module, delta in deltas.items()}
         projected = self._chosen(cosines)
         return Projected(project(given.factors, deltas, projected), cosines, projected)
