@@ -40,8 +40,8 @@ def main(cfg: DictConfig) -> float | None:
 
 def start() -> int:
     """The exit status of a command."""
-    sys.argv[1:], folder = sweep.placed(sys.argv[1:])
     try:
+        sys.argv[1:], folder = sweep.placed(sys.argv[1:])
         if folder is None:
             main()
             return 0

@@ -1,241 +1,16 @@
 """What is wrong with a config, said before anything heavy is imported."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lisa_lightning.errors import UserError
-
-Check = tuple[Callable[[Any], bool], str]
+from lisa_lightning.rules import INSTEAD, OPTIMS, RULES, SETS, TRAINER
 
 WITHOUT_RESULT = ("resume", "cache_dir", "wandb", "checkpoint")
 """Keys that may differ between a finished run and the one that is asked for."""
-STAGES = ("curate", "align", "finetune", "repair", "evaluate", "judge")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _two_shares(value: Any) -> bool:
-    return isinstance(value, ListConfig) and len(value) == 2 and all(_number(b) and 0 <= b < 1 for b in value)
-
-
-def _filled(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _targets(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, ListConfig) and len(value) > 0)
-
-
-def _devices(value: Any) -> bool:
-    return value == "auto" or (_whole(value) and (value > 0 or value == -1)) or isinstance(value, ListConfig)
-
-
-def _stages(value: Any) -> bool:
-    known = isinstance(value, ListConfig) and len(value) > 0 and all(stage in STAGES for stage in value)
-    return known and len(set(value)) == len(value)
-
-
-POSITIVE: Check = (lambda v: _number(v) and 0 < v < float("inf"), "a number above 0")
-NOT_NEGATIVE: Check = (lambda v: _number(v) and 0 <= v < float("inf"), "a number of at least 0")
-SHARE: Check = (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1")
-DROPOUT: Check = (lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1")
-COUNT: Check = (lambda v: _whole(v) and v > 0, "a whole number above 0")
-COUNT_OR_0: Check = (lambda v: _whole(v) and v >= 0, "a whole number of at least 0")
-SWITCH: Check = (lambda v: isinstance(v, bool), "true or false")
-
-
-def _optional(check: Check) -> Check:
-    return (lambda v: v is None or check[0](v), f"{check[1]}, or null")
-
-
-def _one_of(*values: str) -> Check:
-    return (lambda v: v in values, " or ".join(values))
-
-
-OPTIM: dict[str, Check] = {
-    "lr": POSITIVE,
-    "steps": _optional(COUNT),
-    "epochs": _optional(COUNT),
-    "batch_size": COUNT,
-    "accumulate": COUNT,
-    "clip": _optional(POSITIVE),
-    "schedule": _one_of("constant", "linear", "cosine"),
-    "warmup_ratio": SHARE,
-    "weight_decay": NOT_NEGATIVE,
-    "betas": (_two_shares, "a list of two numbers from 0 to below 1"),
-    "eps": POSITIVE,
-}
-OPTIMS = ("optim", "align.optim", "repair.reference.sft.optim", "repair.reference.dpo.optim")
-TARGETS: Check = (_targets, "all-linear or a list of module names")
-LORA: dict[str, Check] = {"r": COUNT, "alpha": POSITIVE, "dropout": DROPOUT, "targets": TARGETS}
-MAPPING: Check = (lambda v: isinstance(v, DictConfig), "a mapping such as {field: column}")
-TEXT: Check = (_filled, "a name")
-PHRASE: Check = (_filled, "a text")
-SET: dict[str, Check] = {
-    "path": _optional((lambda v: isinstance(v, str), "the path of a file")),
-    "header": _optional((lambda v: isinstance(v, ListConfig) and len(v) > 0, "a list of column names")),
-    "hub": _optional((lambda v: isinstance(v, str), "the id of a hub data set, or a folder in the hub's layout")),
-    "config": _optional(TEXT),
-    "split": TEXT,
-    "revision": _optional(TEXT),
-    "files": _optional(TEXT),
-    "rows": _optional(COUNT),
-    "columns": _optional(MAPPING),
-    "labels": _optional(MAPPING),
-    "where": _optional(MAPPING),
-    "skip": COUNT_OR_0,
-    "take": _optional(COUNT),
-}
-"""What a set of a source can be told: a file by its path, or a hub data set."""
-SETS = ("train", "test", "alignment", "harmful", "defender", "harmful_prompts", "harmless_prompts")
-METHOD: dict[str, Check] = {
-    "rho": NOT_NEGATIVE,
-    "alignment_steps": COUNT_OR_0,
-    "user_steps": COUNT_OR_0,
-    "proximal_after": SHARE,
-    "safe_ratio": SHARE,
-    "lamb": NOT_NEGATIVE,
-    "alpha": NOT_NEGATIVE,
-    "beta": NOT_NEGATIVE,
-    "seed": COUNT_OR_0,
-    **dict.fromkeys(("safe_rows", "fisher_batch_size", "bias_length"), COUNT),
-    **dict.fromkeys(("active_layers", "interval_steps", "probability_steps"), COUNT),
-    **dict.fromkeys(("first_factor", "bias_factor"), NOT_NEGATIVE),
-    **dict.fromkeys(("drop_threshold", "inner_clip"), _optional(POSITIVE)),
-    **dict.fromkeys(("carry_over", "official", "padding", "per_micro_batch", "add_back"), SWITCH),
-}
-REPAIR: dict[str, Check] = {
-    "mode": _one_of("number", "threshold"),
-    "number": COUNT_OR_0,
-    "threshold": (lambda v: _number(v) and -1 <= v <= 1, "a number from -1 to 1"),
-    **dict.fromkeys(("dense_ratio", "sparsity_ratio", "prune_rate", "epsilon"), SHARE),
-    **dict.fromkeys(("random", "rounded", "pads_count", "most_similar_first"), SWITCH),
-    "seed": COUNT_OR_0,
-}
-CURATE: dict[str, Check] = {
-    "keep": (lambda v: _number(v) and 0 < v <= 1, "a number above 0, up to 1"),
-    **dict.fromkeys(("upper_weight", "upper_decay"), SHARE),
-    **dict.fromkeys(("epochs", "batch_size", "micro_batch"), COUNT),
-    **dict.fromkeys(("lr", "selector_lr"), POSITIVE),
-    "adam": SWITCH,
-    "activation": _one_of("softmax", "sigmoid"),
-    "seed": COUNT_OR_0,
-}
-ENDPOINT: dict[str, Check] = {
-    "model": TEXT,
-    "base_url": _optional(TEXT),
-    "rubric": PHRASE,
-    "usd_per_million_input": NOT_NEGATIVE,
-    "usd_per_million_output": NOT_NEGATIVE,
-    "max_cost_usd": POSITIVE,
-    "max_output_tokens": COUNT,
-    "concurrency": COUNT,
-    "retries": COUNT_OR_0,
-    "timeout_s": POSITIVE,
-    "temperature": _optional((lambda v: _number(v) and 0 <= v <= 2, "a number from 0 to 2")),
-}
-ID: Check = (_filled, "a hub id or a folder")
-WORDS: Check = (lambda v: isinstance(v, str), "a text")
-DTYPE = _one_of("float32", "bfloat16", "float16")
-JUDGES: dict[str, dict[str, Check]] = {
-    "moderation": {
-        "id": ID,
-        "revision": _optional(TEXT),
-        "dtype": DTYPE,
-        "text": PHRASE,
-        "max_length": COUNT,
-        "threshold": (lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1"),
-        "harmful_labels": _optional((lambda v: isinstance(v, ListConfig) and len(v) > 0, "a list of labels")),
-        "batch_size": COUNT,
-    },
-    "llama_guard": {
-        "id": ID,
-        "revision": _optional(TEXT),
-        "dtype": DTYPE,
-        "before": WORDS,
-        "safe": TEXT,
-        "unsafe": TEXT,
-        "max_length": COUNT,
-    },
-    "openai": ENDPOINT | {"flag_from": (lambda v: _whole(v) and 2 <= v <= 5, "2, 3, 4 or 5")},
-    "win_rate": ENDPOINT,
-    "linear": {
-        "rows": (lambda v: isinstance(v, DictConfig), "a mapping with path and more"),
-        "rows.path": (lambda v: isinstance(v, str), "the path of a file"),
-        **{f"rows.{key}": SET[key] for key in ("header", "columns", "labels", "where", "skip", "take")},
-    },
-}
-RULES: dict[str, Check] = {
-    "seed": COUNT_OR_0,
-    "harmful_ratio": SHARE,
-    "stages": (_stages, f"a list of {', '.join(STAGES)}, each once"),
-    "resume": SWITCH,
-    "cache_dir": (lambda v: isinstance(v, str) and v != "", "the path of a folder"),
-    "wandb.project": TEXT,
-    "wandb.group": _optional(TEXT),
-    "wandb.tags": (lambda v: isinstance(v, ListConfig), "a list"),
-    "data.n": COUNT,
-    "data.order": _one_of("seeded", "head"),
-    "data.allow_overlap": SWITCH,
-    "data.during_alignment": _one_of("keep", "discard"),
-    "data.max_length": COUNT,
-    "evaluate.max_new_tokens": COUNT,
-    "evaluate.batch_size": COUNT,
-    "evaluate.every": COUNT_OR_0,
-    "evaluate.curve_harmful": COUNT,
-    "evaluate.curve_harmless": COUNT,
-    "evaluate.curve_rows": COUNT,
-    "evaluate.gradient_rows": COUNT_OR_0,
-    "checkpoint.every": COUNT,
-    "align.seed": COUNT_OR_0,
-    **{f"{where}.{key}": rule for where in OPTIMS for key, rule in OPTIM.items()},
-    **{f"{where}.{key}": rule for where in ("lora", "align.lora") for key, rule in LORA.items()},
-    **{f"{where}.{key}": rule for where in ("method", "align.method") for key, rule in METHOD.items()},
-    **{f"curate.{key}": rule for key, rule in CURATE.items()},
-    **{f"repair.{key}": rule for key, rule in REPAIR.items()},
-    "repair.reference.extrapolation": NOT_NEGATIVE,
-    "repair.reference.dpo.method.beta": POSITIVE,
-    "model.id": _optional(ID),
-    "model.revision": _optional(TEXT),
-    "model.tiny": _optional((lambda v: isinstance(v, DictConfig), "a mapping of its sizes")),
-    **{f"model.tiny.{key}": COUNT for key in ("hidden_size", "layers", "heads")},
-    **{f"model.{stage}_targets": TARGETS for stage in ("align", "finetune")},
-    "model.dtype": DTYPE,
-    "trainer.accelerator": TEXT,
-    "trainer.devices": (_devices, "a whole number above 0, a list of devices, -1 or auto for all"),
-    "trainer.num_nodes": COUNT,
-    "trainer.strategy": _one_of("auto", "ddp"),
-    "trainer.precision": _one_of("32-true", "bf16-mixed"),
-    "model.attention": _one_of("sdpa", "eager", "flash_attention_2"),
-    "model.template": _one_of("alpaca", "alpaca_newline", "chat"),
-    "model.adapters": _one_of("stacked", "continued"),
-    "model.quantize": _optional(_one_of("nf4")),
-    "task.max_new_tokens": COUNT,
-    **{f"judge.{name}.{key}": rule for name, rules in JUDGES.items() for key, rule in rules.items()},
-    "responses": _optional((lambda v: isinstance(v, str), "the path of a file")),
-    **{f"source.{name}": (lambda v: isinstance(v, DictConfig), "a mapping with path and more") for name in SETS},
-    **{f"source.{name}.{key}": rule for name in SETS for key, rule in SET.items()},
-}
-INSTEAD = {
-    "accumulate_grad_batches": "optim.accumulate",
-    "gradient_clip_val": "optim.clip",
-    "gradient_clip_algorithm": "optim.clip",
-    "max_steps": "optim.steps",
-    "max_epochs": "optim.epochs",
-    "val_check_interval": "evaluate.every",
-    "enable_checkpointing": "checkpoint.every",
-    "logger": "wandb",
-}
-"""What the training loop does itself, by manual optimization -> the key that says how."""
-TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "precision")
 
 
 def check(cfg: DictConfig) -> None:
@@ -252,6 +27,10 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"{key}={_shown(value)} is not allowed; it must be {allowed}")
     if cfg.responses is not None and list(cfg.stages) != ["judge"]:
         raise UserError(f"responses={cfg.responses} is judged by stages=[judge] alone; stages={_shown(cfg.stages)}")
+    if "judge" in cfg.stages and "evaluate" not in cfg.stages and len(cfg.stages) > 1:
+        raise UserError(f"stages={_shown(cfg.stages)}: judge needs evaluate's answers; alone it judges stored ones")
+    if cfg.evaluate.gradient_rows and not cfg.evaluate.every:
+        raise UserError(f"evaluate.gradient_rows={cfg.evaluate.gradient_rows} needs evaluate.every above 0")
     for where in OPTIMS:
         steps, epochs = (OmegaConf.select(cfg, f"{where}.{k}", default="absent") for k in ("steps", "epochs"))
         if "absent" not in (steps, epochs) and (steps is None) == (epochs is None):
@@ -287,6 +66,19 @@ def bookkeeping(key: str) -> bool:
     return key.partition(".")[0].partition("/")[0] in ("hydra", *WITHOUT_RESULT)
 
 
+def plain(cfg: Any) -> dict[str, Any]:
+    """A part of the config as a dictionary, everything in it resolved."""
+    found = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(found, dict)
+    return {str(k): v for k, v in found.items()}
+
+
+def saved(folder: Path) -> dict[str, Any] | None:
+    """The config that a run left in its folder; None where there is none."""
+    path = folder / "config.yaml"
+    return plain(OmegaConf.load(path)) if path.exists() else None
+
+
 def flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Key with dots and value of everything in a nested mapping; lists are values."""
     for name, value in tree.items():
@@ -294,3 +86,15 @@ def flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def refuse_other_run(saved: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> None:
+    """Raise UserError naming the first few settings in which the run that left something here differs from this one."""
+    old, new = dict(flat(saved)), dict(flat(wanted))
+    other = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    if other:
+        shown = "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in other[:3])
+        raise UserError(
+            f"What lies here is of another run ({shown}). Start anew: in another "
+            "hydra.run.dir, or, where a sweep chose the folder, after deleting it."
+        )

@@ -26,8 +26,6 @@ class Curves:
 
     def rows(self, stage: str | None = None) -> list[CurveRow]:
         """All complete rows, or those of one stage, as text."""
-        if not self.path.exists():
-            return []
         return [r for r in read_rows(self.path) if stage is None or r["stage"] == stage]
 
     def append(self, stage: str, step: int, metrics: dict[str, float]) -> None:
@@ -43,7 +41,7 @@ class Curves:
             )
 
     def forget(self, stage: str, after: int) -> None:
-        """Drop a stage's rows behind step `after`: they will be computed again."""
+        """Drop a stage's rows later than step `after`: they will be computed again."""
         self._rewrite([r for r in self.rows() if r["stage"] != stage or int(r["step"]) <= after])
 
     def insert(self, rows: Sequence[CurveRow]) -> None:
@@ -68,7 +66,9 @@ def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[CurveRow]) ->
 
 
 def read_rows(path: Path) -> list[CurveRow]:
-    """The complete rows of a curves file: a killed run may have left half a line."""
+    """The complete rows of a curves file, none where there is none: a killed run may have left half a line."""
+    if not path.exists():
+        return []
     with path.open(newline="", encoding="utf-8") as file:
         lines = [line for line in file if line.endswith("\n")]
     return [row for row in csv.DictReader(lines) if None not in row and None not in row.values()]

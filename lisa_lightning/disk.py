@@ -1,12 +1,13 @@
 """Files that are written whole or not at all, and a full disk said in a sentence."""
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,35 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if it isn't there; the hold dies with its owner.
+
+    Raises:
+        UserError: another process holds it, or it can't be made.
+    """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"{folder} is another run's, which goes on right now; give another hydra.run.dir") from None
+    except OSError:
+        pass  # a file system that knows no such locks
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def drop_unused(folder: Path) -> None:
-    """Remove the folder of a refused run, if it holds no more than Hydra puts into every one."""
-    there = {file.name for file in folder.iterdir()}
-    if there <= {".hydra", "run.log"} and not any(f.stat().st_size for f in folder.glob("run.log")):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove the folder of a refused run, if it holds no more than Hydra puts into every one and is nobody's."""
+    with suppress(UserError), owned(folder):
+        there = {file.name for file in folder.iterdir()}
+        if there <= {".hydra", "run.log"} and not any(f.stat().st_size for f in folder.glob("run.log")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
@@ -10,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 
-from lisa_lightning.config import flat
+from lisa_lightning.config import refuse_other_run
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.errors import UserError
 from lisa_lightning.method.method import Method
@@ -59,7 +58,7 @@ class LisaModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Start the method, before a checkpoint can replace what it keeps, but where it will train.
 
-        Lightning moves the weights only behind this hook.
+        Lightning moves the weights only after this hook.
         """
         self.to(self.trainer.strategy.root_device)
         self.method.begin(self.passes, self.optim.steps)
@@ -135,18 +134,6 @@ class LisaModule(L.LightningModule):
                 weight.copy_(saved[name])
         checkpoint["state_dict"] = {}
         self.method.kept = {name: [t.to(self.device) for t in kept] for name, kept in checkpoint["kept"].items()}
-
-
-def refuse_other_run(saved: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> None:
-    """Raise UserError naming the first few settings in which the run that left something here differs from this one."""
-    old, new = dict(flat(saved)), dict(flat(wanted))
-    other = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    if other:
-        shown = "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in other[:3])
-        raise UserError(
-            f"What lies here is of another run ({shown}). Start anew: in another "
-            "hydra.run.dir, or, where a sweep chose the folder, after deleting it."
-        )
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

@@ -5,6 +5,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -20,20 +21,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import cache_folder
-from lisa_lightning.config import WITHOUT_RESULT, flat
+from lisa_lightning.config import WITHOUT_RESULT, flat, plain, refuse_other_run, saved
 from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.curate.curate import Curate
 from lisa_lightning.curves import CurveRow, read_rows
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import load_rows
-from lisa_lightning.disk import explained, read_json, write_text
+from lisa_lightning.disk import explained, owned, read_json, write_text
 from lisa_lightning.errors import UserError, first_line
 from lisa_lightning.evaluate.evaluator import Answer, read_answers
 from lisa_lightning.evaluate.judging import read_judged, read_responses
 from lisa_lightning.evaluate.scores import Metrics, verdict
 from lisa_lightning.judge.judge import Judge
 from lisa_lightning.method.method import Method
-from lisa_lightning.module import refuse_other_run
 from lisa_lightning.needs import Defense, defending, refuse_unmet
 from lisa_lightning.net import refuse_quantization
 from lisa_lightning.rehearsal import rehearse
@@ -47,7 +47,7 @@ from lisa_lightning.stages.finetune import finetune
 from lisa_lightning.stages.judge import judge
 from lisa_lightning.stages.reference import pairs
 from lisa_lightning.stages.repair import repair
-from lisa_lightning.stages.setting import Setting, plain
+from lisa_lightning.stages.setting import Setting
 from lisa_lightning.tracking import Tracker, wandb_init
 
 log = logging.getLogger(__name__)
@@ -65,9 +65,14 @@ def run(cfg: DictConfig, job: str | None = None) -> Metrics:
     Raises:
         UserError: what the user can put right; see the modules that each stage calls.
     """
+    out = Path(HydraConfig.get().runtime.output_dir)
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    with owned(out) if first else nullcontext():
+        return _run(cfg, out, first, job)
+
+
+def _run(cfg: DictConfig, out: Path, first: bool, job: str | None) -> Metrics:
     started = perf_counter()
-    hydra = HydraConfig.get()
-    out = Path(hydra.runtime.output_dir)
     judges: Judges = {name: instantiate(own) for name, own in cfg.judge.items()} if "judge" in cfg.stages else {}
     _hush()
     if list(cfg.stages) == ["judge"]:
@@ -76,19 +81,22 @@ def run(cfg: DictConfig, job: str | None = None) -> Metrics:
     if job is not None:
         _refuse_processes(fabric, cfg.trainer)
     task = get_class(cfg.task._target_)()
-    choices = {name: str(choice) for name, choice in hydra.runtime.choices.items() if not name.startswith("hydra/")}
+    choices = {
+        name: str(choice) for name, choice in HydraConfig.get().runtime.choices.items() if not name.startswith("hydra/")
+    }
     defenses = _defenses(cfg)
     refuse_unmet(defenses.there, choices, cfg, fabric.world_size)
     defender = any("defender rows" in defense.needs for defense in defenses.there.values())
     rows = load_rows(cfg.source, task, cfg.data.allow_overlap, defender)
     if defenses.repair and "reference" in cfg.repair:
         pairs(rows)  # none is refused at once, not when the model is trained
-    safe_ratio = defenses.method.safe_ratio if defenses.method else 0.0
-    user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, safe_ratio)
+    user = []
+    if defenses.method:
+        user = user_rows(rows, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, defenses.method.safe_ratio)
     if cfg.model.quantize is not None:
         refuse_quantization()
     keep_freed_memory()
-    if getattr(rank_zero_only, "rank", 0) == 0:  # before the other ranks are there to wait
+    if first:  # before the other ranks are there to wait
         _claim(out, cfg, choices)
     fabric.launch()  # every rank runs all stages from here on, so that evaluation is shared out too
     out = Path(fabric.broadcast(str(out)))
@@ -234,12 +242,10 @@ def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
         raise UserError(f"{out} holds a run; add resume=true to go on with it, or give another hydra.run.dir")
     if cfg.resume and not used:
         log.warning("Nothing to resume in %s: the run starts anew.", out)
-    if used and (out / "config.yaml").exists():
-        saved, wanted = OmegaConf.to_container(OmegaConf.load(out / "config.yaml")), plain(cfg)
-        assert isinstance(saved, dict)
-        refuse_other_run(*({k: v for k, v in c.items() if k not in MAY_CHANGE} for c in (saved, wanted)))
-    with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
+    if used and (there := saved(out)) is not None:
+        refuse_other_run(*({k: v for k, v in c.items() if k not in MAY_CHANGE} for c in (there, plain(cfg))))
+    if (metrics := read_json(out / "metrics.json")).pop("time/total_s", None) is not None:
+        write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # it is at its end no longer
     write_text(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_text(out / "choices.json", json.dumps(choices, indent=2))
     if not used:  # Hydra's own list of them is that of the last command here, even of one that is refused

@@ -37,7 +37,7 @@ def add_gradient(gradient: Sequence[Tensor], weights: Sequence[Tensor], anchor: 
 
 
 def pulled(passes: Passes, step: Step, anchor: Sequence[Tensor], rho: float, rests: float) -> Descent:
-    """Descend the step's loss and, behind step `rests`, the penalty rho/2 * ||w - anchor||^2 (Lisa, Algorithm 2)."""
+    """Descend the step's loss and, after step `rests`, the penalty rho/2 * ||w - anchor||^2 (Lisa, Algorithm 2)."""
     loss, gradient = passes.gradient(step.main)
     pulls = rho > 0 and step.index > rests
     penalty = add_gradient(gradient, passes.weights, anchor, rho).item() if pulls else 0.0

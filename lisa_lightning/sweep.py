@@ -16,7 +16,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.cache import code_digest
-from lisa_lightning.config import WITHOUT_RESULT, bookkeeping, check
+from lisa_lightning.config import WITHOUT_RESULT, bookkeeping, check, plain, saved
 from lisa_lightning.disk import read_json, write_text
 from lisa_lightning.errors import UserError
 from lisa_lightning.explain import explain
@@ -54,6 +54,8 @@ def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     fixed = {str(o.key_or_group): str(o.input_line) for o in own if not o.is_sweep_override()}
     if FOLDER in given:  # which may hold other sweeps: a job's name says all that was asked for
         folder = Path(str(given[FOLDER].value()))
+        if "${" in str(folder):
+            raise UserError(f"{FOLDER}={folder} must be written out: a sweep's folder is needed before its config is")
         named = [key for key in ("experiment", "sweep") if key not in swept]
         known = [key for key in given if key not in {*swept, *fixed}] + named
         told = bool({*swept, *fixed} - {*named})
@@ -98,6 +100,8 @@ def job(cfg: DictConfig) -> float | None:
     if metrics is None:
         try:
             check(cfg)
+            if list(cfg.stages) == ["judge"]:
+                raise UserError("stages=[judge] is no job of a sweep; judge=[ONE,OTHER] asks several judges at once")
             _refuse_without_value(cfg)
             from lisa_lightning.pipeline import run
 
@@ -138,14 +142,10 @@ def _refuse_without_value(cfg: DictConfig) -> None:
 def _finished(out: Path, cfg: DictConfig) -> Mapping[str, Any] | None:
     """The metrics of a job that needs no running."""
     metrics = read_json(out / "metrics.json")
-    if not complete(metrics) or not (out / "config.yaml").exists():
+    there, wanted = saved(out), plain(cfg)
+    if not complete(metrics) or there is None:
         return None
-    saved = OmegaConf.to_container(OmegaConf.load(out / "config.yaml"))
-    wanted = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(saved, dict)
-    assert isinstance(wanted, dict)
-    same = all(saved.get(k) == wanted.get(k) for k in saved.keys() | wanted.keys() if k not in WITHOUT_RESULT)
-    if not same:
+    if any(there.get(k) != wanted.get(k) for k in there.keys() | wanted.keys() if k not in WITHOUT_RESULT):
         return None
     if metrics.get("code") != code_digest():
         log.warning("%s was run by another version of the code; delete the folder to run it anew.", out)

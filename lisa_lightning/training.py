@@ -24,6 +24,7 @@ from lisa_lightning.memory import peak_mib, watch
 from lisa_lightning.module import LisaModule
 from lisa_lightning.passes import norm
 from lisa_lightning.schedule import Stream
+from lisa_lightning.task.task import Task
 from lisa_lightning.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class EvaluateCurve(Callback):
     """Scores on a part of the held-out questions, at the start and every few steps, by the embedded judge."""
 
     def __init__(
-        self, evaluator: Evaluator, judge: EmbeddedJudge, task: Any, asked: list[Question], every: int
+        self, evaluator: Evaluator, judge: EmbeddedJudge, task: Task, asked: list[Question], every: int
     ) -> None:
         self.evaluator = evaluator
         self.judge = judge

@@ -42,10 +42,11 @@ class Server(Quiet):
                 "choices": [choice],
                 "usage": usage,
             }
-        data = json.dumps(answer).encode()
+        page = content.startswith("<html>")  # of a server that is no such endpoint
+        data = content.encode() if page else json.dumps(answer).encode()
         self.send_response(status)
         for name, value in (
-            ("Content-Type", "application/json"),
+            ("Content-Type", "text/html" if page else "application/json"),
             ("Content-Length", str(len(data))),
             ("Retry-After", "0"),
         ):

@@ -213,7 +213,7 @@ FAULTS = [
     ),
     *_faults(
         "disk.py",
-        "test_training_laws.py test_wrong_input.py",
+        "test_training_laws.py test_folder.py",
         ('path.name + ".part")', "path.name)"),
     ),
     *_faults(
@@ -224,7 +224,7 @@ FAULTS = [
     ),
     *_faults(
         "cache.py",
-        "test_run.py::test_a_cache_key_is_the_same_in_any_order "
+        "test_base_model.py::test_a_cache_key_is_the_same_in_any_order "
         "test_sweep.py::test_jobs_that_start_together_align_once_and_a_killed_owner_blocks_nobody "
         "test_run.py::test_a_second_run_finds_every_stage_and_another_method_the_aligned_model test_killed.py",
         ("    final = parent / digest(key)\n", "    final = parent / 'same'\n"),

@@ -12,7 +12,7 @@ from judge_models import guarding, moderation
 from omegaconf import DictConfig
 
 from lisa_lightning.base_model import base_model
-from lisa_lightning.cache import OneRank
+from lisa_lightning.cache import OneRank, digest
 from lisa_lightning.data.files import Reading
 from lisa_lightning.data.hub import read_hub
 from lisa_lightning.errors import UserError
@@ -82,3 +82,7 @@ def refused(*uses: Callable[[], Any]) -> None:
             UserError, match=r"can't be loaded: it brings code of its own, which is never run; take one"
         ):
             use()
+
+
+def test_a_cache_key_is_the_same_in_any_order() -> None:
+    assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1}) != digest({"a": 1})

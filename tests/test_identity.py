@@ -6,8 +6,8 @@ import pytest
 from composing import composed
 from hydra.core.hydra_config import HydraConfig
 
+from lisa_lightning.config import plain
 from lisa_lightning.report.page import page
-from lisa_lightning.stages.setting import plain
 from lisa_lightning.tracking import wandb_init
 
 NAMES = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 from lisa_lightning.errors import UserError
+from lisa_lightning.judge.judge import Pair
 from lisa_lightning.net import load_tokenizer
 
 
@@ -59,6 +60,13 @@ def test_the_published_text_limit_and_threshold_with_logits_by_hand(classifier: 
         assert verdict.partly == (len(ids) > 256)
     assert [v.partly for v in verdicts] == [False, False, False, True, False]
     assert {True, False} == {flag for v in verdicts for flag in v.categories.values()}
+
+
+def test_places_are_filled_in_any_order(classifier: Path) -> None:
+    tokenizer, pair = load_tokenizer(classifier), Pair("why {response}?", "so")
+    (verdict,) = moderation(classifier, text="A: {response} Q: {prompt}").verdicts([pair])
+    ids = [*tokenizer("A: so Q: why {response}?")["input_ids"], tokenizer.eos_token_id]
+    assert verdict.score == pytest.approx(float(by_hand(classifier, ids).sigmoid().max()), abs=1e-5)
 
 
 def test_company_does_not_change_a_verdict(classifier: Path) -> None:

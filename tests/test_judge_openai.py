@@ -67,6 +67,11 @@ def test_what_does_not_pass_ends_in_a_sentence_without_the_key(url: str, status:
     assert error.value.__cause__ is None
 
 
+def test_a_page_in_place_of_a_reply_ends_in_a_sentence(url: str) -> None:
+    with pytest.raises(UserError, match="what answers is no such endpoint"):
+        judged(url, lambda _: (200, "<html>Welcome</html>"), PAIRS[:1])
+
+
 def test_a_reply_that_says_nothing_is_asked_once_more_and_never_guessed(url: str) -> None:
     replies = iter([(200, "Score: 5"), (200, "I can't judge this."), (200, "Score: 2"), (200, "hm"), (200, "hm")])
     Server.reply = staticmethod(lambda _: next(replies))

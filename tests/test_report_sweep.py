@@ -15,7 +15,7 @@ from scipy.stats import ttest_1samp
 from lisa_lightning.errors import UserError
 from lisa_lightning.report.sweep import in_order, read_runs, seed_groups, shown, swept
 from lisa_lightning.report.sweep_files import leave
-from lisa_lightning.report.sweep_page import sweep_page
+from lisa_lightning.report.sweep_page import score_plots, sweep_page
 
 CURVES = (
     "stage,step,user/loss,alignment/loss,proximal/drift\nfinetune,1,2.0,,0.1\nfinetune,2,1.0,,0.2\nfinetune,3,,1,0\n"
@@ -59,6 +59,26 @@ def test_settings_are_what_differs_beside_the_seed(tmp_path: Path) -> None:
     groups = seed_groups(runs, swept(runs))
     assert [g.values for g in groups] == [(m, r) for m in ("lisa", "sft") for r in ("0.05", "0.1")]
     assert all(len(g.runs) == 2 for g in groups)
+
+
+def test_what_wandb_keeps_in_a_runs_folder_is_no_run(tmp_path: Path) -> None:
+    run = made(tmp_path, 10.0)
+    (run / "wandb" / "run-1" / "files").mkdir(parents=True)
+    (run / "wandb" / "run-1" / "files" / "config.yaml").write_text("seed: {value: 1}")
+    assert [found.folder for found in read_runs([tmp_path])] == [run]
+
+
+def test_means_of_other_settings_are_not_joined_by_a_line(tmp_path: Path) -> None:
+    for method in ("sft", "lisa", "bso"):
+        for lr in (0.1, 0.2, 0.3):
+            for ratio in (0.1, 0.2, 0.3):
+                made(tmp_path, 10.0, method, harmful_ratio=ratio, lr=lr)
+    runs = read_runs([tmp_path])
+    keys = swept(runs)
+    plots = {plot.name: plot for plot in score_plots(seed_groups(runs, keys), keys)}
+    means = [line for name in plots for line in plots[name].lines if line.label and len(line.points) > 2]
+    assert len(means) == 6 * 2  # a key and method each, of harmful score and accuracy
+    assert {line.dash for line in means} == {""}
 
 
 def test_models_asked_as_they_are_stand_side_by_side(tmp_path: Path) -> None:

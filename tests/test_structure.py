@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.config import RULES, flat
+from lisa_lightning.config import flat
+from lisa_lightning.rules import RULES
 
 ROOT = Path(__file__).parents[1]
 CHOICES = ("align", "curate", "judge", "method", "repair", "task")

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from lisa_lightning.config import check
+from lisa_lightning.errors import UserError
 from lisa_lightning.sweep import job, placed, value
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +56,11 @@ def test_a_jobs_name_says_what_its_folder_does_not() -> None:
     assert placed(["-m", "experiment=smoke", "hydra.sweep.dir=here"])[0][-1] == "hydra.sweep.subdir=job"
     assert placed(["-m", "--config-dir", "mine", "seed=1,2"])[1] == Path("multirun", "seed")
     assert placed(["-m", "seed=1", "hydra.sweep.dir=here"])[0][-1].startswith(named)  # another seed may follow
+
+
+def test_a_folder_must_be_known_before_the_config() -> None:
+    with pytest.raises(UserError, match="must be written out"):
+        placed(["-m", "seed=1,2", "hydra.sweep.dir=${oc.env:HOME}/s"])
 
 
 def test_what_is_no_sweep_is_left_alone() -> None:

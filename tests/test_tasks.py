@@ -92,8 +92,9 @@ def test_a_row_without_its_text_is_refused() -> None:
 def test_gsm8k_spells_its_mark_out_with_two_blanks() -> None:
     row = GSM8K().row({"question": "How many?", "answer": "2*3=<<2*3=6>>6\n#### 6"})
     assert row.response == "2*3=<<2*3=6>>6\nThe final answer is:  6"
-    with pytest.raises(UserError, match="no #### before its result"):
-        GSM8K().row({"question": "How many?", "answer": "6"})
+    for answer in ("6", "2*3=6 #### six"):  # without a number every answer that has none would be right
+        with pytest.raises(UserError, match="no #### with a number after it"):
+            GSM8K().row({"question": "How many?", "answer": answer})
 
 
 def test_alpaca_has_no_rule_of_its_own() -> None:

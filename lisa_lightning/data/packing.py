@@ -31,7 +31,7 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Number of tokens that the model must see: none behind the last predictor counts for anything."""
+        """Number of tokens that the model must see: none after the last predictor counts for anything."""
         return next((i for i in range(len(self.labels) - 1, 0, -1) if self.labels[i] != IGNORED), 0)
 
 
@@ -51,7 +51,7 @@ class Pack:
     targets: Tensor
     """[S] the labels."""
     shared_by: Tensor
-    """[R, T] float, the number of rows that a token stands for; 0 on padding and behind a row's last predictor."""
+    """[R, T] float, the number of rows that a token stands for; 0 on padding and after a row's last predictor."""
     places: Tensor
     """[S] how many of its row's labels stand before the target."""
     rows: Tensor

@@ -169,7 +169,7 @@ def read_answers(path: Path) -> list[Answer]:
     """The complete lines of responses.jsonl; a killed run may have left half a one."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = path.read_bytes().split(b"\n")[:-1]  # as bytes: half a line may end in half a character
     return [Answer(**json.loads(line)) for line in lines]
 
 

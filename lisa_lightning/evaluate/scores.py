@@ -10,7 +10,7 @@ from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import Judged
 from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.judge.judge import Pair
-from lisa_lightning.task.task import Scored
+from lisa_lightning.task.task import Scored, Task
 
 RESAMPLES: Final = 10_000
 Z: Final = 1.959963984540054  # of the normal distribution, for 95 %
@@ -58,7 +58,7 @@ def named(name: str, found: Share) -> Metrics:
     return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high, f"{name}_answers": found.answers}
 
 
-def task_scores(task: Any, answers: Iterable[Answer]) -> Metrics:
+def task_scores(task: Task, answers: Iterable[Answer]) -> Metrics:
     """`accuracy` by the paper's rule, `lenient_accuracy`, and `cut_off`, the share of task answers that had to stop."""
     asked = [a for a in answers if a.kind == "task"]
     if not asked:
@@ -97,7 +97,7 @@ def judged_scores(judged: Sequence[Judged]) -> Metrics:
     return found
 
 
-def curve_scores(judge: EmbeddedJudge, task: Any, answers: Sequence[Answer]) -> Metrics:
+def curve_scores(judge: EmbeddedJudge, task: Task, answers: Sequence[Answer]) -> Metrics:
     """The scores of a point of the curves, on few answers."""
     asked = {kind: [a for a in answers if a.kind == kind] for kind in ("harmful", "harmless")}
     said = {kind: list(judge.verdicts([Pair(a.prompt, a.response) for a in asked[kind]])) for kind in asked}
@@ -112,7 +112,7 @@ def curve_scores(judge: EmbeddedJudge, task: Any, answers: Sequence[Answer]) -> 
     return found | {name: value for name, value in task_scores(task, answers).items() if name.startswith("accuracy")}
 
 
-def verdict(task: Any, answer: Answer, judged: Judged | None) -> str:
+def verdict(task: Task, answer: Answer, judged: Judged | None) -> str:
     """What is said of an answer, in a word for people: refused, flagged, correct, ...
 
     Args:

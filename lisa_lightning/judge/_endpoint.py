@@ -55,6 +55,10 @@ class Endpoint:
         self._client: Any = None
 
     @property
+    def _at(self) -> str:
+        return f"judge.{self.name} at {self.base_url or 'the default endpoint'}"
+
+    @property
     def asked(self) -> list[Any]:
         """What a reply depends on beside the text: a part of the judge's version."""
         return [self.model, self.base_url, self.temperature, self.max_output_tokens]
@@ -123,6 +127,8 @@ class Endpoint:
         paid = 0.0
         try:
             reply = self._create(text)
+            if not hasattr(reply, "choices"):  # a page of a server that isn't such an endpoint comes as text
+                raise UserError(f"{self._at}: what answers is no such endpoint. What was judged is kept")
             used = reply.usage
             paid = cost if used is None else self._price(used.prompt_tokens, used.completion_tokens)
         except openai.OpenAIError as error:
@@ -174,8 +180,7 @@ class Endpoint:
             429: "it is asked too often, or the account is used up",
         }
         words = first_line(error)[:200].replace(os.environ.get(KEY, "\0"), "***")
-        place = self.base_url or "the default endpoint"
-        return f"judge.{self.name} at {place}: {known.get(status or 0, what)} ({words}). What was judged is kept"
+        return f"{self._at}: {known.get(status or 0, what)} ({words}). What was judged is kept"
 
 
 def filled(text: str, **values: str) -> str:

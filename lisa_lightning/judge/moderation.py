@@ -7,9 +7,10 @@ from typing import Any, ClassVar, Final, final
 from lisa_lightning.base_model import loading, weights
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
+from lisa_lightning.judge._endpoint import filled
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
 
-CODE: Final = 2  # raised when a change here can change a verdict
+CODE: Final = 3  # raised when a change here can change a verdict
 WINDOW: Final = 8  # batches that are sorted by length together; more would keep verdicts waiting
 
 
@@ -70,9 +71,7 @@ class ModerationJudge:
                 yield self._verdict(found[i], partly=len(ids) > self.max_length)
 
     def _ids(self, pair: Pair) -> list[int]:
-        before, _, rest = self.text.partition("{prompt}")
-        between, _, after = rest.partition("{response}")
-        ids = list(self._tokenizer(before + pair.prompt + between + pair.response + after)["input_ids"])
+        ids = list(self._tokenizer(filled(self.text, prompt=pair.prompt, response=pair.response))["input_ids"])
         end = self._tokenizer.eos_token_id
         return ids if end is None or ids[-1] == end else [*ids, end]
 

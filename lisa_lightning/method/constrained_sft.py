@@ -28,7 +28,7 @@ class ConstrainedSFT(Method):
     Args:
         beta: strength at an answer's later tokens, >= 0; 0 is SFT. The paper's is 0.1.
         first_factor: times beta at the first token; 5 in the paper.
-        bias_factor: times beta at the tokens behind it, up to `bias_length`; 20 in the paper.
+        bias_factor: times beta at the tokens after it, up to `bias_length`; 20 in the paper.
         bias_length: tokens of the opening; 5 in the paper.
     """
 

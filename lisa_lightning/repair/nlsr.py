@@ -45,7 +45,7 @@ class NLSR(Repair):
     5. In a replaced module critical entries of A and B become the reference's.
 
     Beside the reference's trainings two forward passes over the alignment rows, each layer being passed once with the
-    reference's factors and once with their low-rank versions. Kept are the rows' hidden states behind one layer,
+    reference's factors and once with their low-rank versions. Kept are the rows' hidden states after one layer,
     padding with them, and of a layer's modules r numbers a token, since X W^T of B is that of A times B^T.
 
     Departures of the official code: its singular vectors are randomised, inexact by up to 6e-2 where the spectrum has

@@ -105,7 +105,7 @@ def write(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 def observe(net: Any, factors: Iterable[str], packed: Pack, see: Callable[[str, Tensor], None], masked: bool) -> None:
     """Run padded rows through the net and hand `see` each of these factors' name and input, [R * T, columns].
 
-    Behind the last of them the pass is broken off: the unembedding, a small model's dearest product, isn't needed.
+    After the last of them the pass is broken off: the unembedding, a small model's dearest product, isn't needed.
 
     Args:
         masked: whether the model is told which tokens are padding.

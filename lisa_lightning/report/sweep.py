@@ -14,6 +14,8 @@ from lisa_lightning.errors import UserError
 from lisa_lightning.report.identity import Identity, identity
 
 FAILED: Final = "failed.json"
+NO_RUN: Final = {".hydra", "wandb"}
+"""Folders of a run that hold a config.yaml of their own."""
 Status = Literal["finished", "unfinished", "failed"]
 DEFENSES: Final = ("method", "curate", "align", "repair")
 GROUPS: Final = (*DEFENSES, "model", "task", "source")
@@ -101,11 +103,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         UserError: there are none.
     """
     names = ("config.yaml", FAILED)
-    found = {run.parent for folder in folders for name in names for run in folder.resolve().rglob(name)}
-    found = [folder for folder in sorted(found) if folder.name != ".hydra"]
+    below = ((root, file) for root in map(Path.resolve, folders) for name in names for file in root.rglob(name))
+    found = {file.parent for root, file in below if not NO_RUN & {*file.relative_to(root).parts}}
     if not found:
         raise UserError(f"{', '.join(map(str, folders))}: there is no run in it")
-    return [_read(folder) for folder in found]
+    return [_read(folder) for folder in sorted(found)]
 
 
 def complete(metrics: Mapping[str, Any]) -> bool:

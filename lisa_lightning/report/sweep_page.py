@@ -172,7 +172,8 @@ def _series(groups: Sequence[SeedGroup], keys: Sequence[str], place: int) -> lis
 def _course(series: Series, name: str, place: int, where: dict[str, float]) -> list[Line]:
     """Means as a line, deviations upright, single runs faint."""
     colour, dash, marker = series.look
-    words = not any(math.isfinite(in_order(group.values[place])[0]) for group in series.groups)
+    numbers = [in_order(group.values[place])[0] for group in series.groups]
+    apart = len({*numbers}) < len(numbers) or not any(map(math.isfinite, numbers))  # no line from one to the next
     means: Points = []
     upright: Points = []
     single: Points = []
@@ -188,7 +189,7 @@ def _course(series: Series, name: str, place: int, where: dict[str, float]) -> l
     return [
         Line(single, colour, dash="", marker=".", opacity=0.45),
         Line(upright, colour, width=1.2, opacity=0.6),
-        Line(sorted(means), colour, series.label, "" if words else dash, marker),  # between words nothing is
+        Line(sorted(means), colour, series.label, "" if apart else dash, marker),
     ]
 
 

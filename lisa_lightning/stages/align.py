@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lisa_lightning.cache import own_code
+from lisa_lightning.config import plain
 from lisa_lightning.data.source import Row
 from lisa_lightning.evaluate.scores import Metrics
 from lisa_lightning.method.method import Method
 from lisa_lightning.net import attach_saved, save_adapter, save_merged
 from lisa_lightning.optim import Optim
 from lisa_lightning.schedule import Stream
-from lisa_lightning.stages.setting import Model, Setting, plain, rows_digest
+from lisa_lightning.stages.setting import Model, Setting, rows_digest
 from lisa_lightning.stages.train import train
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from lisa_lightning.cache import own_code
+from lisa_lightning.config import plain
 from lisa_lightning.curate.curate import Candidates, Curate
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import Packing
@@ -12,7 +13,7 @@ from lisa_lightning.disk import read_json, write_text
 from lisa_lightning.evaluate.scores import Metrics
 from lisa_lightning.loss import choose_packing
 from lisa_lightning.passes import Passes
-from lisa_lightning.stages.setting import Setting, plain, rows_digest
+from lisa_lightning.stages.setting import Setting, rows_digest
 
 
 def curate(setting: Setting, chooser: Curate) -> tuple[list[Row], Metrics]:

@@ -17,7 +17,7 @@ from lisa_lightning.task.task import Scored
 
 
 def evaluate(setting: Setting, name: str, model: Model, before: Sequence[Answer]) -> tuple[list[Answer], Metrics]:
-    """All answers of a model; they stand in responses.jsonl behind those of `before`, which other models gave.
+    """All answers of a model; they stand in responses.jsonl after those of `before`, which other models gave.
 
     Beside them, what the task's own rule says of its answers.
     """

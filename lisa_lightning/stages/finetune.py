@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lisa_lightning.cache import own_code
+from lisa_lightning.config import plain
 from lisa_lightning.data.source import Row
 from lisa_lightning.evaluate.evaluator import questions
 from lisa_lightning.evaluate.scores import Metrics
@@ -15,7 +16,7 @@ from lisa_lightning.net import save_adapter
 from lisa_lightning.optim import Optim
 from lisa_lightning.schedule import Stream
 from lisa_lightning.stages.evaluate import asking, evaluator
-from lisa_lightning.stages.setting import Model, Setting, plain, rows_digest
+from lisa_lightning.stages.setting import Model, Setting, rows_digest
 from lisa_lightning.stages.train import train
 from lisa_lightning.training import EvaluateCurve, JointGradient
 

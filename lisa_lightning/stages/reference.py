@@ -7,13 +7,14 @@ from typing import Any
 from hydra.utils import instantiate
 from safetensors.torch import save_file
 
+from lisa_lightning.config import plain
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.scores import Metrics
 from lisa_lightning.net import trainable
 from lisa_lightning.optim import Optim
 from lisa_lightning.schedule import Stream
-from lisa_lightning.stages.setting import Model, Setting, plain, rows_digest
+from lisa_lightning.stages.setting import Model, Setting, rows_digest
 from lisa_lightning.stages.train import train
 
 

@@ -8,12 +8,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lisa_lightning.cache import own_code
+from lisa_lightning.config import plain
 from lisa_lightning.disk import read_json, write_text
 from lisa_lightning.evaluate.scores import Metrics
 from lisa_lightning.net import attach_saved, modules, save_adapter, trainable
 from lisa_lightning.repair.repair import Factors, Given, Repair, write
 from lisa_lightning.stages.reference import reference_adapter
-from lisa_lightning.stages.setting import Model, Setting, plain, rows_digest
+from lisa_lightning.stages.setting import Model, Setting, rows_digest
 
 
 def repair(setting: Setting, aligned: Model, tuned: Model, defense: Repair) -> tuple[Model, Metrics]:

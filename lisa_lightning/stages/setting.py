@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any, final
 
 from lightning.fabric import Fabric
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -27,6 +27,7 @@ from lisa_lightning.evaluate.scores import Metrics
 from lisa_lightning.memory import peak_mib, watch
 from lisa_lightning.needs import Defense
 from lisa_lightning.net import attach, attach_saved, load, load_tokenizer
+from lisa_lightning.task.task import Task
 from lisa_lightning.tracking import Tracker
 
 
@@ -63,7 +64,7 @@ class Setting:
         out: Path,
         fabric: Fabric,
         tracker: Tracker | None,
-        task: Any,
+        task: Task,
         rows: Rows,
         user: list[Row],
         base: Path,
@@ -162,13 +163,6 @@ class Setting:
                 "went on into fine-tuning (model.adapters=continued)"
             )
         return low_rank_deltas(aligned.folder / "adapter")
-
-
-def plain(cfg: Any) -> dict[str, Any]:
-    """A part of the config as a dictionary, everything in it resolved."""
-    found = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(found, dict)
-    return {str(k): v for k, v in found.items()}
 
 
 def rows_digest(rows: Sequence[Row]) -> str:

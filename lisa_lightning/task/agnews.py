@@ -22,8 +22,8 @@ NAMES: Final = re.compile(r"\b(?:(world)|(sports?)|(business)|(sci\b|sci[/ -]?te
 class AGNews:
     """Lisa's prompt and rule (section 5.1 of the paper); `label` is 0 to 3 or a section's name."""
 
-    fields: ClassVar = ("text", "label")
-    optional: ClassVar = ()
+    fields: ClassVar[tuple[str, ...]] = ("text", "label")
+    optional: ClassVar[tuple[str, ...]] = ()
 
     def row(self, record: Mapping[str, Any]) -> Row:
         """The article and the name of its section. Raises UserError on another label, or no article."""

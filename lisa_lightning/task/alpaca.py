@@ -13,8 +13,8 @@ class Alpaca:
     The answers are written in alpaca_eval's format; `judge=win_rate` compares them with the rows' own outputs.
     """
 
-    fields: ClassVar = ("instruction", "output")
-    optional: ClassVar = ("input",)
+    fields: ClassVar[tuple[str, ...]] = ("instruction", "output")
+    optional: ClassVar[tuple[str, ...]] = ("input",)
 
     def row(self, record: Mapping[str, Any]) -> Row:
         """The instruction with its input, and the output to learn or to be compared with."""

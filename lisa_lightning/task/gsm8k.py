@@ -17,14 +17,15 @@ ANNOUNCED: Final = re.compile(r"(?:####|answer(?: is|:)|boxed\{)[^\d\n-]*(-?\d+\
 class GSM8K:
     """Lisa's prompt and rule (section 5.1 of the paper); fields `question` and `answer` with its `####` line."""
 
-    fields: ClassVar = ("question", "answer")
-    optional: ClassVar = ()
+    fields: ClassVar[tuple[str, ...]] = ("question", "answer")
+    optional: ClassVar[tuple[str, ...]] = ()
 
     def row(self, record: Mapping[str, Any]) -> Row:
         """The question, and the reasoning with `####` spelt out (which leaves two blanks before the number)."""
         answer = str(record["answer"])
-        if "####" not in answer:
-            raise UserError("the answer of a GSM8K row has no #### before its result")
+        _, mark, result = answer.partition("####")
+        if not mark or not NUMBER.search(result.replace(",", "")):
+            raise UserError("the answer of a GSM8K row has no #### with a number after it")
         return Row(str(record["question"]), "", answer.replace("####", FINAL))
 
     def correct(self, answer: str, target: str) -> bool:

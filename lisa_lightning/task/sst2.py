@@ -15,8 +15,8 @@ LABELS: Final = {"0": "negative", "1": "positive", "negative": "negative", "posi
 class SST2:
     """Lisa's prompt and rule (section 5.1 of the paper); `label` is 0 or negative, 1 or positive."""
 
-    fields: ClassVar = ("sentence", "label")
-    optional: ClassVar = ()
+    fields: ClassVar[tuple[str, ...]] = ("sentence", "label")
+    optional: ClassVar[tuple[str, ...]] = ()
 
     def row(self, record: Mapping[str, Any]) -> Row:
         """The sentence and the word for its label. Raises UserError on another label, or no sentence."""

@@ -1,0 +1,83 @@
+"""A run's folder: one owner, every file whole or not there, an end that is said last."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from forking import Forked
+from omegaconf import DictConfig, OmegaConf
+
+from lisa_lightning.disk import drop_unused, owned, read_json
+from lisa_lightning.errors import UserError
+from lisa_lightning.evaluate.evaluator import Answer, read_answers, write_answers
+from lisa_lightning.pipeline import _claim
+from lisa_lightning.report.sweep import complete
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return forked.run([*arguments], cwd, {"WANDB_MODE": "disabled", "LISA_CACHE": str(cwd / "cache")})
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: writing beyond it fails as a full disk does."""
+    limited = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); sys.argv = sys.argv[1:];"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", limited, str(ROOT / "run.py"), "experiment=smoke", "hydra.run.dir=out"]
+    env = os.environ | {"WANDB_MODE": "disabled", "LISA_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "can't be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.part*"))
+
+
+@pytest.mark.slow
+def test_a_folder_that_holds_a_run_is_not_overwritten(forked: Forked, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.json").write_text("{}")
+    (tmp_path / "out" / "overrides.yaml").write_text("- seed=1")  # what `resume=true` must be given again
+    done = run(forked, tmp_path, "experiment=smoke", "hydra.run.dir=out")
+    assert done.returncode == 2
+    assert "holds a run; add resume=true" in done.stderr
+    assert (tmp_path / "out" / "metrics.json").read_text() == "{}"
+    assert (tmp_path / "out" / "overrides.yaml").read_text() == "- seed=1"
+
+
+@pytest.mark.slow
+def test_two_runs_do_not_share_a_folder(forked: Forked, tmp_path: Path) -> None:
+    with owned(tmp_path / "out"):
+        done = run(forked, tmp_path, "experiment=smoke", "hydra.run.dir=out")
+        assert (done.returncode, "out is another run's, which goes on right now" in done.stderr) == (2, True)
+        assert (tmp_path / "out").exists()  # though the refused one left nothing in it
+    with owned(tmp_path / "out"), pytest.raises(UserError, match="another run's"), owned(tmp_path / "out"):
+        pass
+    drop_unused(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_goes_on_is_not_at_its_end(tmp_path: Path, config: Callable[..., DictConfig]) -> None:
+    cfg = config("experiment=smoke", "resume=true")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    (tmp_path / "metrics.json").write_text(json.dumps({"final/accuracy": 90.0, "time/total_s": 9.0}))
+    assert complete(read_json(tmp_path / "metrics.json"))
+    _claim(tmp_path, config("experiment=smoke", "resume=true", "judge=refusal"), {})
+    assert read_json(tmp_path / "metrics.json") == {"final/accuracy": 90.0}
+    assert not complete(read_json(tmp_path / "metrics.json"))
+
+
+def test_answers_that_end_in_half_a_character_are_read_to_the_line_before(tmp_path: Path) -> None:
+    path, answers = tmp_path / "responses.jsonl", [Answer("final", "harmful", i, "p", "", "’", "") for i in range(2)]
+    write_answers(path, answers)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex("’".encode()) + 1])
+    assert read_answers(path) == answers[:1]
