@@ -13,6 +13,7 @@ from test_method_laws import METHODS
 from torch import Tensor
 from training import Train, weights
 
+from lisa_lightning import cpu
 from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.pipeline import run
 
@@ -28,6 +29,12 @@ RUNS = {
     ],
     "repnoise, ldifs, nlsr": ["align=repnoise", "method=ldifs", "repair=nlsr", "source.alignment.take=40"],
 }
+
+
+@pytest.fixture(autouse=True)
+def products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU whose frozen layers multiply by oneDNN, which the other device doesn't: other roundings."""
+    monkeypatch.setattr(cpu, "made_by_intel", lambda: True)
 
 
 @pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
