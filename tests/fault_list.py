@@ -215,6 +215,7 @@ FAULTS = [
         "disk.py",
         "test_training_laws.py test_folder.py",
         ('path.name + ".part")', "path.name)"),
+        ("fcntl.LOCK_EX |", "fcntl.LOCK_SH |"),
     ),
     *_faults(
         "curves.py",

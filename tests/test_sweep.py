@@ -253,6 +253,12 @@ def test_several_processes_a_job_are_refused_with_the_ways_out(work: Path, sweep
 
 
 @pytest.mark.slow
+def test_judging_alone_is_no_job_of_a_sweep(sweep: Sweep) -> None:
+    said = sweep("experiment=smoke", "stages=[judge]", "judge=refusal,embedded", "hydra.sweep.dir=judging", status=1)
+    assert "judge=[ONE,OTHER] asks several judges at once" in said
+
+
+@pytest.mark.slow
 def test_a_study_looks_for_the_best_and_goes_on(work: Path, sweep: Sweep) -> None:
     optuna: Any = pytest.importorskip("optuna")
     for trials in (3, 6):
