@@ -30,7 +30,7 @@ test: setup ## all tests
 test-fast: setup ## all but those that run whole commands, every config, models of true widths or published sets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-bench: setup ## measure against the published implementations, into benchmarks/results (a quarter of an hour)
+bench: setup ## measure against the published implementations, into benchmarks/results (twenty minutes)
 	$(BIN)/python -m benchmarks
 
 experiments: setup ## measure a claim of experiments/: make experiments CLAIM=harmful_ratio MORE="seed=1"

@@ -11,6 +11,7 @@ from forking import Forked
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
+from benchmarks.defenses import CURATES, METHODS, REPAIRS
 from experiments import __main__ as experiments
 from experiments import tuned
 from experiments.tables import SCORES, by_key, read, spread
@@ -71,6 +72,16 @@ def test_the_readmes_tables_are_those_of_the_numbers() -> None:
             (line,) = re.findall(rf"^\| {re.escape(found['what'])} \|.*\|$", page, re.MULTILINE) or [""]
             if line:
                 assert line.split("|")[column + 1].split()[0] == f"{found['measured']:.3g}", (cpu, found["what"])
+
+
+def test_the_benchmark_names_the_passes_of_every_defense() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "amd-epyc.json").read_text())["results"]
+    notes = {row["what"]: row["note"] for row in rows if row["what"].endswith("of SFT's")}
+    wanted = {f"{name}: a step, of SFT's": passes for name, (passes, _) in METHODS.items()}
+    assert wanted | dict.fromkeys((f"{name}: a step, of SFT's" for name in CURATES), "2F 2B") == {
+        what: note.partition(f"; {re.findall(r'[0-9.]+ to [0-9.]+ in', note)[0]}")[0] for what, note in notes.items()
+    }
+    assert {f"{name}: the repair, of SFT's step" for name in REPAIRS} <= {row["what"] for row in rows}
 
 
 @pytest.mark.slow
