@@ -88,9 +88,9 @@ def flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{name}", value
 
 
-def refuse_other_run(saved: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> None:
+def refuse_other_run(there: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> None:
     """Raise UserError naming the first few settings in which the run that left something here differs from this one."""
-    old, new = dict(flat(saved)), dict(flat(wanted))
+    old, new = dict(flat(there)), dict(flat(wanted))
     other = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     if other:
         shown = "; ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in other[:3])

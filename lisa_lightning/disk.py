@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and a full disk said in a sentence."""
+"""Files that are written whole or not at all, a folder's one owner, and a full disk said in a sentence."""
 
 import errno
 import fcntl

@@ -142,9 +142,9 @@ def _refuse_without_value(cfg: DictConfig) -> None:
 def _finished(out: Path, cfg: DictConfig) -> Mapping[str, Any] | None:
     """The metrics of a job that needs no running."""
     metrics = read_json(out / "metrics.json")
-    there, wanted = saved(out), plain(cfg)
-    if not complete(metrics) or there is None:
+    if not complete(metrics) or (there := saved(out)) is None:
         return None
+    wanted = plain(cfg)  # not of others: what can't be resolved is their own failure
     if any(there.get(k) != wanted.get(k) for k in there.keys() | wanted.keys() if k not in WITHOUT_RESULT):
         return None
     if metrics.get("code") != code_digest():

@@ -10,18 +10,13 @@ from pathlib import Path
 import pytest
 from forking import Forked
 from omegaconf import DictConfig, OmegaConf
+from test_wrong_input import ROOT, run
 
 from lisa_lightning.disk import drop_unused, owned, read_json
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer, read_answers, write_answers
 from lisa_lightning.pipeline import _claim
 from lisa_lightning.report.sweep import complete
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return forked.run([*arguments], cwd, {"WANDB_MODE": "disabled", "LISA_CACHE": str(cwd / "cache")})
 
 
 @pytest.mark.slow
