@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
@@ -181,11 +180,6 @@ class Endpoint:
         }
         words = first_line(error)[:200].replace(os.environ.get(KEY, "\0"), "***")
         return f"{self._at}: {known.get(status or 0, what)} ({words}). What was judged is kept"
-
-
-def filled(text: str, **values: str) -> str:
-    """The text with its places filled, whatever braces the values hold."""
-    return re.sub(r"\{(\w+)\}", lambda place: values.get(place[1], place[0]), text)
 
 
 class _Capped(Exception):

@@ -1,5 +1,6 @@
 """What a judge is: (prompt, response) pairs in, verdicts out, and a version by which verdicts are kept."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, runtime_checkable
@@ -64,3 +65,8 @@ class Documented(Protocol):
     def card(self) -> dict[str, str]:
         """Files that go with its verdicts: name -> text."""
         ...
+
+
+def filled(text: str, **values: str) -> str:
+    """What a judge reads or is asked: the text with its {places} filled, whatever braces the values hold."""
+    return re.sub(r"\{(\w+)\}", lambda place: values.get(place[1], place[0]), text)

@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Final, final
 from lisa_lightning.base_model import loading, weights
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
-from lisa_lightning.judge._endpoint import filled
-from lisa_lightning.judge.judge import Metric, Pair, Verdict
+from lisa_lightning.judge.judge import Metric, Pair, Verdict, filled
 
 CODE: Final = 3  # raised when a change here can change a verdict
 WINDOW: Final = 8  # batches that are sorted by length together; more would keep verdicts waiting

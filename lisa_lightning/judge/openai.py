@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Final, final
 
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
-from lisa_lightning.judge._endpoint import Endpoint, filled
-from lisa_lightning.judge.judge import Metric, Pair, Verdict
+from lisa_lightning.judge._endpoint import Endpoint
+from lisa_lightning.judge.judge import Metric, Pair, Verdict, filled
 
 CODE: Final = 2  # raised when a change here can change a verdict
 # What names the scale and not a place on it: "(1-5)", "1 to 5", "/5", "out of 5". A range is no score either.

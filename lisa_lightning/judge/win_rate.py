@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Final, final
 
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
-from lisa_lightning.judge._endpoint import Endpoint, filled
-from lisa_lightning.judge.judge import Metric, Pair, Verdict
+from lisa_lightning.judge._endpoint import Endpoint
+from lisa_lightning.judge.judge import Metric, Pair, Verdict, filled
 
 CODE: Final = 1  # raised when a change here can change a verdict
 BETTER: Final = re.compile(r"better\W*([ab])\b", re.IGNORECASE)
