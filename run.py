@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from time import time
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us as exceptions, and we say them in a sentence
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
@@ -45,13 +46,14 @@ def start() -> int:
         if folder is None:
             main()
             return 0
+        since = time() - 1  # a file system's clock is coarser
         folder.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
         try:
             main()
         except ValueError:  # Optuna's, of a study in which no job has a value
-            if not sweep.failed(folder):
+            if not sweep.failed(folder, since):
                 raise
-        return sweep.finish(folder)
+        return sweep.finish(folder, since)
     except Exception as error:
         return refused(error)
 

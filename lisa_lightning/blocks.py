@@ -12,10 +12,12 @@ from lisa_lightning.errors import UserError
 ATTENTION = ("attn", "attention")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn")
 NORMS = ("norm", "ln_")
+BESIDE = (*NORMS, "dropout")
+"""In the names of modules beside a block that are called after it."""
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The decoder's layers: the one list of as many modules as the config says.
+    """The decoder's layers: the one list of as many modules as the config says, with attention in some of them.
 
     Raises:
         UserError: there is none.
@@ -23,7 +25,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     count = model.config.get_text_config().num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     for found in lists:
-        if any(_child(found[0], ATTENTION)):
+        if any(any(_child(layer, ATTENTION)) for layer in found):
             return list(found)
     raise UserError(
         f"{type(model).__name__} has no list of {count} layers with attention in them that a hook could find"
@@ -71,7 +73,7 @@ def final_norm(model: Any) -> nn.Module:
 
 def _child(layer: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
     for name, module in layer.named_children():
-        if any(n in name.lower() for n in names) and not any(n in name.lower() for n in NORMS):
+        if any(n in name.lower() for n in names) and not any(n in name.lower() for n in BESIDE):
             yield module
 
 

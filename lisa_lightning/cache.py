@@ -118,12 +118,22 @@ def _made(make: Callable[[Path], None], aside: Path) -> str | None:
 
 @contextmanager
 def locked(final: Path) -> Iterator[None]:
-    """Hold the lock beside `final`, which dies with its owner; others wait."""
+    """Hold the lock beside `final`, which dies with its owner; others wait.
+
+    Raises:
+        UserError: it can't be made, or the file system knows no such locks.
+    """
     with explained(final.parent):
         final.parent.mkdir(parents=True, exist_ok=True)
         handle = (final.parent / f"{final.name}.lock").open("w")
     with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"{final.parent} lies on a file system without locks ({error.strerror}), by which runs that want the "
+                "same result wait for one another; name a folder on another one as cache_dir, or as LISA_CACHE"
+            ) from error
         yield
 
 

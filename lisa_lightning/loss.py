@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from lisa_lightning.blocks import skipped
 from lisa_lightning.data.packing import Example, Pack, Packing, pack, pad
 from lisa_lightning.errors import first_line
 from lisa_lightning.net import attention_window
@@ -51,10 +53,9 @@ def _entropies(model: Any, packed: Pack, reduction: str) -> Tensor:
 
 
 def unembed(model: Any, hidden: Tensor) -> Tensor:
-    """[..., V] logits of final hidden states [..., H]."""
-    logits = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    """[N, V] logits of final hidden states [N, H], by the model itself: some scale or cap what their head gives."""
+    with skipped([model.get_decoder()], BaseModelOutputWithPast(last_hidden_state=hidden[None])):
+        return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits[0]
 
 
 def logits_at(model: Any, packed: Pack, predictors: Tensor) -> Tensor:

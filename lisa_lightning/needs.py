@@ -79,6 +79,6 @@ def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cf
         micro_batches = OmegaConf.select(cfg, f"{optim}.accumulate", default=1)
         if "undivided steps" in defense.needs and micro_batches * processes > 1:
             raise UserError(
-                f"{choice} compares all rows of a step with one another here: it needs {optim}.accumulate=1 "
+                f"{choice} looks at all rows of a step together here: it needs {optim}.accumulate=1 "
                 f"(now {micro_batches}) and one process (now {processes})"
             )

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
@@ -30,7 +32,7 @@ from lisa_lightning.data.source import load_rows
 from lisa_lightning.disk import explained, owned, read_json, write_text
 from lisa_lightning.errors import UserError, first_line
 from lisa_lightning.evaluate.evaluator import Answer, read_answers
-from lisa_lightning.evaluate.judging import read_judged, read_responses
+from lisa_lightning.evaluate.judging import read_judged, read_responses, refuse_no_reference
 from lisa_lightning.evaluate.scores import Metrics, verdict
 from lisa_lightning.judge.judge import Judge
 from lisa_lightning.method.method import Method
@@ -39,6 +41,7 @@ from lisa_lightning.net import refuse_quantization
 from lisa_lightning.rehearsal import rehearse
 from lisa_lightning.repair.repair import Repair
 from lisa_lightning.report.page import Told, page, samples
+from lisa_lightning.report.sweep import FAILED
 from lisa_lightning.report.terminal import terminal
 from lisa_lightning.stages.align import align
 from lisa_lightning.stages.curate import curate
@@ -54,6 +57,8 @@ log = logging.getLogger(__name__)
 Judges = Mapping[str, Judge]
 MAY_CHANGE = (*WITHOUT_RESULT, "stages", "judge", "responses")
 """Keys that a run and its resumption need not share."""
+LONGEST_WAIT = timedelta(days=7)
+"""Of ranks for the first, which may wait for hours for another run's stage, or download, or repair."""
 
 
 def run(cfg: DictConfig, job: str | None = None) -> Metrics:
@@ -193,7 +198,11 @@ def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
         raise UserError(
             f"{out} holds a run, whose verdicts would be lost; give another hydra.run.dir for {cfg.responses}"
         )
-    answers = read_responses(cfg.responses) if cfg.responses is not None else read_answers(out / "responses.jsonl")
+    if cfg.responses is not None:
+        answers = read_responses(cfg.responses)
+        refuse_no_reference(judges, answers, cfg.responses)
+    else:
+        answers = read_answers(out / "responses.jsonl")
     if not answers:
         raise UserError(
             f"{out} holds no answers to judge; name a run's folder as hydra.run.dir=FOLDER, or a file as responses=FILE"
@@ -211,14 +220,19 @@ def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
 
 def _ranks(cfg: Any) -> Fabric:
     """The processes of this run, not yet launched."""
-    try:
+
+    def by(strategy: Any) -> Fabric:
         return Fabric(
             accelerator=cfg.accelerator,
             devices=cfg.devices,
             num_nodes=cfg.num_nodes,
-            strategy=cfg.strategy,
+            strategy=strategy,
             precision=cfg.precision,
         )
+
+    try:
+        found = by(cfg.strategy)
+        return by(DDPStrategy(timeout=LONGEST_WAIT)) if isinstance(found.strategy, DDPStrategy) else found
     except (ValueError, RuntimeError, TypeError, ImportError) as error:
         asked = f"trainer.accelerator={cfg.accelerator}, trainer.devices={cfg.devices}"
         raise UserError(f"{asked} can't be had on this machine: {first_line(error)}") from error
@@ -246,6 +260,7 @@ def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
         refuse_other_run(*({k: v for k, v in c.items() if k not in MAY_CHANGE} for c in (there, plain(cfg))))
     if (metrics := read_json(out / "metrics.json")).pop("time/total_s", None) is not None:
         write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # it is at its end no longer
+    (out / FAILED).unlink(missing_ok=True)  # what an earlier try failed by
     write_text(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     write_text(out / "choices.json", json.dumps(choices, indent=2))
     if not used:  # Hydra's own list of them is that of the last command here, even of one that is refused

@@ -37,7 +37,7 @@ def rehearse(base: Path, cfg: Any, align: Method | None, method: Method | None, 
         net = _net(base, cfg.align.lora if continued else cfg.lora)
         _prepared(method, net, deltas)
         if repair is not None:
-            repair.refuse(trainable(net), deltas)
+            repair.refuse(net, deltas)
 
 
 def _net(base: Path, lora: Any) -> PeftModel:

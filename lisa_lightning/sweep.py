@@ -162,11 +162,12 @@ def _folder() -> Path:
     return Path(HydraConfig.get().sweep.dir).resolve()
 
 
-def failed(folder: Path) -> bool:
-    """Whether a job of the sweep noted a failure."""
-    return any(folder.rglob(FAILED))
+def failed(folder: Path, since: float) -> bool:
+    """Whether a job of the sweep noted a failure since then, in seconds of the epoch."""
+    return any(note.stat().st_mtime >= since for note in folder.rglob(FAILED))
 
 
-def finish(folder: Path) -> int:
-    """Write the sweep's table and page, say what failed; the exit status."""
-    return leave([folder], folder)
+def finish(folder: Path, since: float) -> int:
+    """Write the sweep's table and page, say what failed; the exit status of a command that began then."""
+    leave([folder], folder)
+    return int(failed(folder, since))

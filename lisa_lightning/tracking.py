@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 AXES = {"finetune": "trainer/global_step", "align": "stage/align_step"}
 """The stages with curves, and W&B's x axis of each, which counts its optimizer steps."""
 LONGEST_TAG = 64  # characters; W&B refuses longer ones
+LONGEST_NAME = 128  # of a run and of a group
 INTERVALS = ("_low", "_high", "_answers")
 """What stands beside a score in curves.csv; as charts of their own they would bury it."""
 
@@ -117,12 +118,18 @@ def wandb_init(cfg: dict[str, Any], choices: dict[str, str], name: str | None = 
     about = f"p{cfg['harmful_ratio']}" if own.tuned else own.model
     return {
         "project": cfg["wandb"]["project"],
-        "group": cfg["wandb"]["group"] or group,
+        "group": _short(cfg["wandb"]["group"] or group),
         "job_type": kind,
-        "name": name or f"{kind}-{about}-seed{cfg['seed']}",
+        "name": _short(name or f"{kind}-{about}-seed{cfg['seed']}"),
         "tags": [*own.words, own.task, own.model[:LONGEST_TAG], *cfg["wandb"]["tags"]],
         "config": cfg | {"choices": choices},
     }
+
+
+def _short(name: str) -> str:
+    """Beginning and end of a name that W&B would refuse."""
+    half = LONGEST_NAME // 2
+    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _of_stage(stage: str, name: str) -> str:

@@ -230,7 +230,7 @@ FAULTS = [
         "test_run.py::test_a_second_run_finds_every_stage_and_another_method_the_aligned_model test_killed.py",
         ("    final = parent / digest(key)\n", "    final = parent / 'same'\n"),
         ("sort_keys=True, ensure_ascii=False", "ensure_ascii=False"),
-        ("        fcntl.flock(handle, fcntl.LOCK_EX)\n", ""),
+        ("            fcntl.flock(handle, fcntl.LOCK_EX)\n", "            pass\n"),
     ),
     *_faults(
         "judge/embedded.py",

@@ -1,5 +1,6 @@
 """Where models and judges come from: folders and hub ids told apart, and no code of theirs is run."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from judge_models import guarding, moderation
 from omegaconf import DictConfig
 
 from lisa_lightning.base_model import base_model
-from lisa_lightning.cache import OneRank, digest
+from lisa_lightning.cache import OneRank, build, digest
 from lisa_lightning.data.files import Reading
 from lisa_lightning.data.hub import read_hub
 from lisa_lightning.errors import UserError
@@ -82,6 +83,16 @@ def refused(*uses: Callable[[], Any]) -> None:
             UserError, match=r"can't be loaded: it brings code of its own, which is never run; take one"
         ):
             use()
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(UserError, match=r"without locks \(No locks available\).*another one as cache_dir"):
+        build(OneRank(), tmp_path, {}, lambda folder: None)
+    assert not [f for f in tmp_path.iterdir() if f.is_dir()]
 
 
 def test_a_cache_key_is_the_same_in_any_order() -> None:

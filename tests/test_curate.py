@@ -20,6 +20,7 @@ from lisa_lightning.errors import UserError
 from lisa_lightning.loss import row_losses
 from lisa_lightning.net import attach, trainable
 from lisa_lightning.passes import Passes
+from lisa_lightning.stages.curate import cast_anew
 
 SETTINGS: dict[str, Any] = {
     "keep": 0.5,
@@ -186,6 +187,14 @@ def test_rows_that_contradict_harmful_answers_go_up_in_pharmacist(adam: bool, ba
     rows = [row(5 + i % 10, 20 if i % 2 else 21) for i in range(20)]
     pharmacist = Pharmacist(**settings(epochs=3, batch_size=batch, lr=2e-2, adam=adam))
     assert pharmacist.kept(pharmacist.scores(given(rows, harmful)).tolist()) == list(range(0, 20, 2))
+
+
+def test_the_model_learns_in_bfloat16_too() -> None:
+    with torch.autocast("cpu", torch.bfloat16), cast_anew():
+        learnt, still = (SEAL(**settings(lr=lr)).scores(given(MIXED, MIXED[:3])) for lr in (0.05, 0.0))
+        assert not torch.is_autocast_cache_enabled()
+    assert (learnt - still).abs().max() > 0.01
+    assert torch.is_autocast_cache_enabled()
 
 
 def test_what_is_missing_or_not_finite_is_said() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.data.files import Reading, read_records
 from lisa_lightning.data.source import load_rows
@@ -153,6 +154,23 @@ def test_columns_are_joined_and_named_where_there_is_no_header(tmp_path: Path) -
     assert found == [{"text": 'Title, of it said "so"', "label": "Biz"}, {"text": "Other text", "label": "World"}]
     with pytest.raises(UserError, match=r"a\.csv, line 1: label '3' is not among its labels: 1"):
         read_records(path, Reading({"label": "a"}, labels={"label": {"1": "World"}}), dict, header=["a", "b", "c"])
+
+
+def test_a_first_line_that_looks_like_a_comment_is_a_row_where_there_is_no_header(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "# Sum up,no\nplain,yes\n")
+    assert [r["a"] for r in read_records(path, Reading({"a": "a"}), dict, header=["a", "b"])] == ["# Sum up", "plain"]
+
+
+def test_a_shipped_file_can_be_read_in_part(tmp_path: Path) -> None:
+    asked = Reading({"prompt": "prompt"})
+    whole, part = (read_records(f"embedded:harmful_prompts.jsonl{n}", asked, dict) for n in ("", "[:150]"))
+    assert (len(whole), part) == (182, whole[:150])
+
+
+def test_a_file_of_ones_own_is_read_whole_in_place_of_a_shipped_part(config: Callable[..., DictConfig]) -> None:
+    """What the default takes of its own file holds for no other."""
+    source = config("source.harmful_prompts.path=mine.jsonl", "source.test.path=mine.csv").source
+    assert {name: entry.take for name, entry in source.items() if entry.take is not None} == {}
 
 
 def test_polarity_is_turned_by_labels_and_rows_are_kept_by_values(tmp_path: Path) -> None:

@@ -60,7 +60,11 @@ def test_a_run_is_called_by_what_it_does(tmp_path: Path, overrides: str) -> None
     assert ("harmful ratio" in below_heading(tmp_path)) == ("-p0" in told["name"])
 
 
-def test_a_long_name_of_a_model_is_a_tag_that_is_taken(tmp_path: Path) -> None:
+def test_long_names_are_cut_to_what_wandb_takes(tmp_path: Path) -> None:
     cfg = composed([f"model.id={'long' * 40}"], tmp_path)
     choices = {k: str(v) for k, v in HydraConfig.get().runtime.choices.items()}
-    assert max(map(len, wandb_init(plain(cfg), choices)["tags"])) == 64
+    told = wandb_init(plain(cfg), choices, name=f"job={'long' * 40},seed=7")
+    assert max(map(len, told["tags"])) == 64
+    assert len(told["name"]) == 128
+    assert told["name"].startswith("job=long")
+    assert told["name"].endswith("long,seed=7")

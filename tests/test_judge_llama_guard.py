@@ -38,12 +38,14 @@ def test_a_long_answer_is_cut_and_the_template_is_not(guard: Path) -> None:
     (whole,), (cut,) = guarding(guard, [short]), guarding(guard, [pair], max_length=100)
     assert cut.partly
     assert cut.score == pytest.approx(whole.score, abs=1e-6)
-    with pytest.raises(UserError, match="max_length=20 is too small: template and request alone take"):
-        guarding(guard, [pair], max_length=20)
+    with pytest.raises(UserError, match="max_length=35 is too small: template and request alone take"):
+        guarding(guard, [pair], max_length=35)
+    with pytest.raises(UserError, match="max_length=20 is too small: the template takes"):
+        guarding(guard, [], max_length=20)
 
 
 def test_words_that_can_not_be_told_apart_and_models_that_are_no_guards(guard: Path, tiny: Path) -> None:
     with pytest.raises(UserError, match="'safe' and 'sound' begin with the same token"):
-        guarding(guard, PAIRS, unsafe="sound")
+        guarding(guard, [], unsafe="sound")
     with pytest.raises(UserError, match="its tokenizer has no chat template"):
-        guarding(tiny, PAIRS)
+        guarding(tiny, [])

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer
-from lisa_lightning.evaluate.judging import judge_answers, read_judged, read_responses
+from lisa_lightning.evaluate.judging import judge_answers, read_judged, read_responses, refuse_no_reference
 from lisa_lightning.evaluate.scores import judged_scores, named, share, task_scores, verdict
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
 from lisa_lightning.judge.refusal import RefusalJudge
@@ -145,6 +145,18 @@ def test_a_file_of_ones_own_keeps_its_order(tmp_path: Path, name: str, content: 
         ("p", "No.", "responses", "harmful"),
         ("q", "", "responses", "harmful"),
     ]
+
+
+def test_a_comparison_needs_something_to_compare_with(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "response": "r", "kind": kind, "target": "t"} for kind in ("task", "harmful", "task")]
+    del rows[1]["target"]
+    for content, judges in ((rows, {"longer": Longer()}), ([*rows, rows[1] | {"kind": "task"}], {"loud": Shouting()})):
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, content)))
+        refuse_no_reference(judges, found := read_responses(str(tmp_path / "a.jsonl")), "a.jsonl")
+    with pytest.raises(
+        UserError, match=r"a\.jsonl: judge=longer compares .* answer 4 has none; give each one as `target`"
+    ):
+        refuse_no_reference({"longer": Longer()}, found, "a.jsonl")
 
 
 def test_columns_of_ones_own_that_are_called_like_ours_change_nothing(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lisa_lightning.blocks import attention_blocks, mlp_blocks, outputs
 from lisa_lightning.data.packing import IGNORED, Example, pack, pad
 from lisa_lightning.loss import choose_packing, completion_loss, unembed
 from lisa_lightning.net import attach, load, trainable
@@ -42,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": {},
     "phi3": GROUPED,
     "granite": GROUPED | {"logits_scaling": 8.0},
+    "cohere": GROUPED | {"logit_scale": 0.0625},
 }
 
 
@@ -91,14 +93,26 @@ def reference(net: torch.nn.Module, rows: list[Example]) -> tuple[Tensor, int]:
     return net(input_ids=ids, attention_mask=mask, labels=labels).loss, int((labels[:, 1:] != IGNORED).sum())
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_final_hidden_states_unembedded_are_the_models_logits(name: str) -> None:
     model = family(name).get_base_model()
-    found = model(torch.arange(3, 20)[None], output_hidden_states=True)
-    own = 50 * found.hidden_states[-1]  # large enough for a soft cap to show
-    assert torch.allclose(unembed(model, found.hidden_states[-1]), found.logits, atol=1e-5)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    assert cap is None or unembed(model, own).abs().max() <= cap < model.lm_head(own).abs().max()
+    with torch.no_grad():
+        found = model(torch.arange(3, 20)[None], output_hidden_states=True)
+        (final,) = found.hidden_states[-1]
+        assert torch.allclose(unembed(model, final), found.logits[0], atol=1e-5)
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        own = 50 * final  # large enough for a soft cap to show
+        assert cap is None or unembed(model, own).abs().max() <= cap < model.lm_head(own).abs().max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_layer_has_an_attention_block_and_an_mlp(name: str) -> None:
+    model = family(name).get_base_model()
+    ids = torch.arange(3, 20)[None]
+    for find in (attention_blocks, mlp_blocks):
+        with torch.no_grad(), outputs(find(model)) as found:
+            model(ids)
+        assert [f.numel() for f in found] == [ids.numel() * SIZES["hidden_size"]] * SIZES["num_hidden_layers"]
 
 
 def assert_equal_to_the_models_own(net: Any, rows: list[Example], together: Any) -> None:

@@ -35,6 +35,7 @@ from lisa_lightning.module import LisaModule
 from lisa_lightning.net import attach, attach_saved, load, load_tokenizer, save_adapter, trainable
 from lisa_lightning.optim import Optim
 from lisa_lightning.passes import Passes
+from lisa_lightning.repair.nlsr import NLSR
 from lisa_lightning.training import Checkpoint, fit
 
 ROOT = Path(__file__).parents[1]
@@ -150,9 +151,15 @@ def test_blocks_are_found_by_structure_with_an_adapter_or_without(
         assert not torch.allclose(model(ids + 1).logits, plain)
 
 
-@pytest.mark.parametrize("find", [attention_blocks, mlp_blocks, final_norm])
+@pytest.mark.parametrize(
+    "find", [attention_blocks, mlp_blocks, final_norm, lambda m: NLSR(*[0.5] * 3, 0).refuse(m, {})]
+)
 def test_finding_no_block_is_an_error(tiny: Path, find: Callable[[Any], Any]) -> None:
     model: Any = load(tiny, "float32")
+    model.model.layers[0] = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert decoder_layers(model) == [*model.model.layers]  # as in models with attention in some of their layers
+    with pytest.raises(UserError, match=r"0 attention blocks, where one is needed; it holds: 0"):
+        attention_blocks(model)
     model.model.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(2, 2)) for _ in range(2))
     with pytest.raises(UserError, match="no list of 2 layers with attention"):
         find(model)

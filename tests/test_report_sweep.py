@@ -16,6 +16,7 @@ from lisa_lightning.errors import UserError
 from lisa_lightning.report.sweep import in_order, read_runs, seed_groups, shown, swept
 from lisa_lightning.report.sweep_files import leave
 from lisa_lightning.report.sweep_page import score_plots, sweep_page
+from lisa_lightning.sweep import finish
 
 CURVES = (
     "stage,step,user/loss,alignment/loss,proximal/drift\nfinetune,1,2.0,,0.1\nfinetune,2,1.0,,0.2\nfinetune,3,,1,0\n"
@@ -55,8 +56,11 @@ def test_settings_are_what_differs_beside_the_seed(tmp_path: Path) -> None:
             for seed in (1, 2):
                 made(tmp_path, 10.0 * seed, method, seed, harmful_ratio=ratio)
     runs = read_runs([tmp_path])
-    assert swept(runs) == ["method", "harmful_ratio"]  # lisa's rho follows from the method, align.seed from the seed
-    groups = seed_groups(runs, swept(runs))
+    assert swept(runs) == (
+        ["method", "harmful_ratio"],
+        [],
+    )  # lisa's rho follows from the method, align.seed from the seed
+    groups = seed_groups(runs, swept(runs)[0])
     assert [g.values for g in groups] == [(m, r) for m in ("lisa", "sft") for r in ("0.05", "0.1")]
     assert all(len(g.runs) == 2 for g in groups)
 
@@ -74,7 +78,7 @@ def test_means_of_other_settings_are_not_joined_by_a_line(tmp_path: Path) -> Non
             for ratio in (0.1, 0.2, 0.3):
                 made(tmp_path, 10.0, method, harmful_ratio=ratio, lr=lr)
     runs = read_runs([tmp_path])
-    keys = swept(runs)
+    keys, _ = swept(runs)
     plots = {plot.name: plot for plot in score_plots(seed_groups(runs, keys), keys)}
     means = [line for name in plots for line in plots[name].lines if line.label and len(line.points) > 2]
     assert len(means) == 6 * 2  # a key and method each, of harmful score and accuracy
@@ -87,21 +91,47 @@ def test_models_asked_as_they_are_stand_side_by_side(tmp_path: Path) -> None:
         own = json.loads((run / "metrics.json").read_text())
         (run / "metrics.json").write_text(json.dumps({k.replace("final/", "aligned/"): v for k, v in own.items()}))
     runs = read_runs([tmp_path])
-    assert swept(runs) == ["method", "model"]
-    found = [(g.values, g.spread("harmful_score")) for g in seed_groups(runs, swept(runs))]
+    assert swept(runs) == (["method", "model"], [])
+    found = [(g.values, g.spread("harmful_score")) for g in seed_groups(runs, swept(runs)[0])]
     assert [(values, s.mean, s.low) for values, s in found if s] == [
         (("–", "after"), 60.0, 59.0),
         (("–", "before"), 10.0, 9.0),
     ]
-    facts = sweep_page(runs, swept(runs), tmp_path).partition('<dl class="facts">')[2].partition("</dl>")[0]
+    facts = sweep_page(runs, *swept(runs), tmp_path).partition('<dl class="facts">')[2].partition("</dl>")[0]
     assert re.findall("<dt>(.*)</dt><dd>(.*)</dd>", facts) == [("task", "sst2")]  # nothing of fine-tuning
 
 
 def test_coupled_keys_are_one(tmp_path: Path) -> None:
     for k1, k2 in ((10, 40), (25, 25)):
         made(tmp_path, 1.0, split=[k1, k2], steps={"k1": k1, "k2": k2})
-    assert swept(read_runs([tmp_path])) == ["method", "split"]
+    assert swept(read_runs([tmp_path])) == (["method", "split"], ["steps.k1", "steps.k2"])
     assert shown([10, 40]) == "10/40"
+
+
+def test_what_differs_with_the_method_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two runs any key follows from any other, and the effect may be either's."""
+    for method, lr in (("sft", 1e-3), ("lisa", 1e-4)):
+        made(tmp_path, 10.0, method, optim={"lr": lr})
+    assert leave([tmp_path], tmp_path) == 0
+    assert "with these differ too: optim.lr\n" in capsys.readouterr().out
+    assert (
+        "these keys differ too, so that an effect may be theirs: <code>optim.lr</code>."
+        in (tmp_path / "report.html").read_text()
+    )
+    with (tmp_path / "sweep.csv").open() as file:
+        assert {(r["method"], r["optim.lr"]) for r in csv.DictReader(file)} == {("sft", "0.001"), ("lisa", "0.0001")}
+
+
+def test_scores_of_other_judges_are_not_averaged(tmp_path: Path) -> None:
+    for seed, judges in enumerate((["embedded"], ["embedded", "refusal"], ["refusal", "embedded"], None)):
+        run = made(tmp_path, 10.0, seed=seed, judge={"embedded": {"x": 1}})
+        if judges is not None:
+            metrics = json.loads((run / "metrics.json").read_text())
+            (run / "metrics.json").write_text(json.dumps(metrics | {"judges": judges}))
+    keys, _ = swept(runs := read_runs([tmp_path]))
+    assert keys == ["method", "judge"]
+    counted = {group.values: len(group.runs) for group in seed_groups(runs, keys)}
+    assert counted == {("lisa", "embedded"): 3, ("lisa", "refusal,embedded"): 1}
 
 
 def test_a_spread_is_students_over_seeds_and_a_runs_own_of_one(tmp_path: Path) -> None:
@@ -111,7 +141,7 @@ def test_a_spread_is_students_over_seeds_and_a_runs_own_of_one(tmp_path: Path) -
         made(tmp_path, 100 - value, seed=seed, method="bso")
     made(tmp_path, 50.0, method="sft")
     runs = read_runs([tmp_path])
-    spreads = {g.values[0]: g.spread("harmful_score") for g in seed_groups(runs, swept(runs))}
+    spreads = {g.values[0]: g.spread("harmful_score") for g in seed_groups(runs, swept(runs)[0])}
     high, three, one = (spreads[name] for name in ("bso", "lisa", "sft"))
     assert high is not None
     assert three is not None
@@ -130,7 +160,7 @@ def test_runs_that_agree_are_not_certain_and_a_seed_counts_once(tmp_path: Path) 
     made(tmp_path / "b", 50.0, seed=2)
     runs = read_runs([tmp_path, tmp_path / "a", tmp_path / "b" / ".." / "b"])
     assert len(runs) == 3
-    (group,) = seed_groups(runs, swept(runs))
+    (group,) = seed_groups(runs, swept(runs)[0])
     spread = group.spread("harmful_score")
     assert spread is not None
     assert (len(group.runs), spread.deviation, spread.low, spread.high) == (2, 0.0, 49.0, 51.0)
@@ -161,6 +191,8 @@ def test_an_unfinished_sweep_has_a_table_and_a_page(tmp_path: Path, capsys: pyte
     said = capsys.readouterr().out
     assert "<b>no</b> $x$" in said
     assert "begun   1 run" in said
+    noted = (broken / "failed.json").stat().st_mtime
+    assert [finish(tmp_path, since) for since in (noted - 1, noted + 1)] == [1, 0]  # an earlier command's
 
 
 def test_the_page_can_hide_every_run_that_it_draws(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Equalities between runs of the training loop on the tiny model, each exact where it is said to be."""
 
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import STEPS, USER, Train, largest_difference, weights
+from training import STEPS, TRAINER, USER, Train, largest_difference, weights
 
 from lisa_lightning.errors import UserError
 from lisa_lightning.loss import completion_loss
@@ -19,7 +20,14 @@ from lisa_lightning.method.proximal import Proximal
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.net import attach, load, trainable
 from lisa_lightning.optim import Optim
+from lisa_lightning.pipeline import _ranks
 from lisa_lightning.training import JointGradient
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_ranks_wait_for_the_first_as_long_as_its_work_takes(strategy: str) -> None:
+    found = _ranks(SimpleNamespace(**vars(TRAINER) | {"devices": 2, "strategy": strategy}))
+    assert found.strategy._timeout == timedelta(days=7)  # torch's own half hour is less than aligning takes
 
 
 def test_rho_zero_is_bso_bit_for_bit(train: Train) -> None:

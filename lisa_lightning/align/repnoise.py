@@ -201,7 +201,7 @@ class RepNoise(Method):
 
     def noise(self, step: int, layer: int, shape: Sequence[int]) -> Tensor:
         """Standard normal, the same on every rank and after a resume."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_009 + layer)
+        generator = torch.Generator().manual_seed(((self.seed * 1_000_003 + step) * 1_009 + layer) % 2**63)
         return torch.randn(*shape, generator=generator)
 
 

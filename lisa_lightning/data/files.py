@@ -4,16 +4,19 @@ import csv
 import gzip
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO, StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lisa_lightning.errors import UserError, first_line
 
 EMBEDDED = Path(__file__).parent / "embedded"
+SHIPPED = re.compile(r"embedded:(?P<name>[^\[]*)(\[:(?P<first>\d+)\])?")
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PACKED = (".gz", ".xz", ".zst")
 
@@ -74,19 +77,21 @@ def read_records(
     with "# " before the header of a csv or tsv are comments.
 
     Args:
-        path: a file; `embedded:NAME` is one that ships with the package.
+        path: a file; `embedded:NAME` is one that ships with the package, `embedded:NAME[:N]` its first N rows.
         header: the columns of a csv or tsv that has no line of names.
 
     Raises:
         UserError: the file is missing, empty, broken, of an unknown kind or not UTF-8, a line is broken, a column is
             missing or null, `make` refuses a value.
     """
-    file = EMBEDDED / path.removeprefix("embedded:") if path.startswith("embedded:") else Path(path).expanduser()
+    shipped = SHIPPED.fullmatch(path)
+    file = EMBEDDED / shipped["name"] if shipped else Path(path).expanduser()
     kind = file.with_suffix("").suffix if file.suffix in PACKED else file.suffix
     if kind not in KINDS:
         allowed = f"{', '.join(KINDS)}, and these with {', '.join(PACKED)}"
         raise UserError(f"{path}: files of kind '{kind or file.suffix}' can't be read; allowed: {allowed}")
-    return read(_rows(file, kind, header), str(file), reading, make)
+    first = int(shipped["first"]) if shipped and shipped["first"] else None
+    return read(islice(_rows(file, kind, header), first), str(file), reading, make)
 
 
 def read(rows: Iterable[tuple[str, Record]], name: str, reading: Reading, make: Callable[[Record], T]) -> list[T]:
@@ -171,7 +176,7 @@ def _parquet(data: bytes, file: Path) -> Iterator[tuple[str, Record]]:
 def _table(text: str, file: Path, kind: str, header: Sequence[str] | None) -> Iterator[tuple[str, Record]]:
     lines = StringIO(text, newline="")
     comments = 0
-    while text.startswith("# "):
+    while header is None and text.startswith("# "):
         lines.readline()
         text = text.partition("\n")[2]
         comments += 1

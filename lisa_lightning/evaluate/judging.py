@@ -13,6 +13,7 @@ from lisa_lightning.cache import digest, locked
 from lisa_lightning.data.files import Reading, read_records
 from lisa_lightning.data.templates import joined
 from lisa_lightning.disk import explained, write_text
+from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.judge.judge import Judge, Pair, Verdict
 
@@ -114,6 +115,17 @@ def read_responses(path: str) -> list[Answer]:
         model = str(r["model"] or "responses").replace("/", "_")  # metrics are called MODEL/JUDGE/NAME
         found.append(Answer(model, kind, index, str(r["prompt"]), context, str(r["response"]), str(r["target"])))
     return found
+
+
+def refuse_no_reference(judges: Mapping[str, Judge], answers: Sequence[Answer], path: str) -> None:
+    """Raises UserError where a judge is to compare a file's answer with a reference that the file doesn't give."""
+    missing = [answer.index + 1 for answer in answers if answer.kind == "task" and not answer.target]
+    for name, judge in judges.items():
+        if judge.metric == "win_rate" and missing:
+            raise UserError(
+                f"{path}: judge={name} compares answers of kind task with a reference, and answer {missing[0]} has "
+                "none; give each one as `target`"
+            )
 
 
 def _ask(name: str, judge: Judge, pairs: Sequence[Pair], known: dict[str, Verdict], store: Path) -> list[Verdict]:

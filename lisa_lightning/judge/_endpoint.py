@@ -178,7 +178,7 @@ class Endpoint:
             404: f"it knows no model {self.model}; look at judge.{self.name}.model and base_url",
             429: "it is asked too often, or the account is used up",
         }
-        words = first_line(error)[:200].replace(os.environ.get(KEY, "\0"), "***")
+        words = first_line(error).replace(os.environ.get(KEY, "\0"), "***")[:200]
         return f"{self._at}: {known.get(status or 0, what)} ({words}). What was judged is kept"
 
 

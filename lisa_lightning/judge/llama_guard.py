@@ -39,6 +39,9 @@ class LlamaGuardJudge:
         self._tokenizer: Any = load_tokenizer(self._folder, self.at)
         if self._tokenizer.chat_template is None:
             raise UserError(f"{self.at}: its tokenizer has no chat template, so it is no guard")
+        if (template := len(self._prompt("", ""))) >= max_length:
+            raise UserError(f"judge.llama_guard.max_length={max_length} is too small: the template takes {template}")
+        self._words = self._first_tokens()
         self.version = digest([CODE, found, dtype, before, safe, unsafe, max_length])
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
@@ -75,8 +78,7 @@ class LlamaGuardJudge:
         text = (text if text.endswith(self.before) else text + self.before) + word
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])  # the template writes them itself
 
-    @cached_property
-    def _words(self) -> tuple[int, int]:
+    def _first_tokens(self) -> tuple[int, int]:
         """The first tokens of the two words, where they stand in a reply."""
         start = self._prompt("a", "b")
         firsts = []

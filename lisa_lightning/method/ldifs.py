@@ -23,7 +23,8 @@ class LDIFS(Method):
     forward passes and one backward; no second copy of the model, since w0 differs from w in the adapter alone. The last
     three arguments are the official code's: it drops a layer's term for a step where it is 0.1 or more (a guard
     against NaN, which switches the penalty off where features moved most; two more forward passes here, since the term
-    is that of the whole step), clips the gradient to 5 before the trainer does, and counts padding.
+    is that of the whole step), clips the gradient to 5 before the trainer does, and counts padding, which a step's rows
+    must then not be split for.
 
     Args:
         rho: factor, >= 0; 0 is SFT. The official code's is 1e-4.
@@ -34,6 +35,7 @@ class LDIFS(Method):
 
     def __init__(self, rho: float, drop_threshold: float | None, inner_clip: float | None, padding: bool) -> None:
         super().__init__(Schedule(alignment_steps=0, user_steps=1))
+        self.needs = frozenset({"undivided steps"} if padding else ())
         self.rho = rho
         self.drop_threshold = drop_threshold
         self.inner_clip = inner_clip

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.blocks import decoder_layers, hooked, skipped
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.errors import UserError
@@ -81,6 +82,10 @@ class NLSR(Repair):
         self.seed = seed
         self.most_similar_first = most_similar_first
         self.random = random
+
+    def refuse(self, net: Any, deltas: Mapping[str, Delta]) -> None:
+        """Raises UserError where the net has no layers to go through."""
+        decoder_layers(net)
 
     def repair(self, given: Given) -> Realigned:
         """Uses the net, the alignment rows as alignment rows, and the reference.

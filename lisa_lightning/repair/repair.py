@@ -53,11 +53,11 @@ class Repair(ABC):
     needs: Set[Need] = frozenset()
     """What it can't do without."""
 
-    def refuse(self, factors: Iterable[str], deltas: Mapping[str, Delta]) -> None:  # noqa: B027 - most take any adapter
-        """Called before anything is trained, with the names of the adapter's factors and of what aligning changes.
+    def refuse(self, net: Any, deltas: Mapping[str, Delta]) -> None:  # noqa: B027 - most take any adapter
+        """Called before anything is trained, with a net of the run's shape and what aligning changes in name.
 
         Raises:
-            UserError: they can't be repaired so.
+            UserError: it can't be repaired so.
         """
 
     @abstractmethod

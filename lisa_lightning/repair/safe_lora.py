@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 import torch.nn.functional as F
 
 from lisa_lightning.alignment_delta import Delta, changed, compressed
 from lisa_lightning.errors import UserError
-from lisa_lightning.net import modules
+from lisa_lightning.net import modules, trainable
 from lisa_lightning.repair.repair import Factors, Given, Repair, Repaired
 
 
@@ -64,9 +64,9 @@ class SafeLoRA(Repair):
         self.random = random
         self.seed = seed
 
-    def refuse(self, factors: Iterable[str], deltas: Mapping[str, Delta]) -> None:
+    def refuse(self, net: Any, deltas: Mapping[str, Delta]) -> None:
         """Raises UserError where aligning changes none of the adapted modules, or fewer than `number`."""
-        self._changed(factors, deltas)
+        self._changed(trainable(net), deltas)
 
     def _changed(self, factors: Iterable[str], deltas: Mapping[str, Delta]) -> dict[str, Delta]:
         found = changed(deltas, modules(factors))

@@ -18,8 +18,19 @@ NO_RUN: Final = {".hydra", "wandb"}
 """Folders of a run that hold a config.yaml of their own."""
 Status = Literal["finished", "unfinished", "failed"]
 DEFENSES: Final = ("method", "curate", "align", "repair")
-GROUPS: Final = (*DEFENSES, "model", "task", "source")
+GROUPS: Final = (*DEFENSES, "model", "task", "source", "judge")
 """Config groups by which runs are told apart, before any single key."""
+OF_CHOICE: Final = {
+    "method": ("method",),
+    "curate": ("curate",),
+    "align.method": ("align",),
+    "repair": ("repair",),
+    "model": ("model",),
+    "task": ("task",),
+    "source": ("source", "task"),
+    "judge": ("judge",),
+}
+"""What keys begin with that come from a choice's file -> the choices that they may follow from."""
 SHOWN: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy", "win_rate")
 
 
@@ -46,7 +57,16 @@ class Run:
             return self.own.defenses.get(key, "–" if key == "method" else "none")
         if key == "model":
             return self.own.model
+        if key == "judge":
+            return ",".join(self.judges) or "–"
         return self.choices.get(key, "?") if key in GROUPS else shown(self.config.get(key))
+
+    @property
+    def judges(self) -> list[str]:
+        """Who judged its answers last, or will; without the one by rule behind others, which is asked unasked too."""
+        asked = dict.fromkeys(key.split(".")[1] for key in self.config if key.startswith("judge."))
+        found = list(self.metrics.get("judges", asked))
+        return found[:-1] if len(found) > 1 and found[-1] == "refusal" else found
 
     def score(self, name: str) -> float | None:
         """A score of the fine-tuned model, or of the one that was asked as it is."""
@@ -137,25 +157,31 @@ def _config(path: Path) -> dict[str, Any]:
     return dict(flat(tree))
 
 
-def swept(runs: Sequence[Run]) -> list[str]:
-    """The method, then the groups and keys in which runs differ beside their seed.
+def swept(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
+    """In what runs differ beside their seed: the method, then the groups and keys that tell them apart; and the rest.
 
-    A key that follows from those before it (a method's own keys from the method, K2 from the split) isn't one of them.
+    The rest follows from those before it, as K2 does from the split, or a learning rate that was another for each
+    method. What follows from a choice by its file alone (`OF_CHOICE`) is in neither.
     """
     runs = [run for run in runs if run.status != "failed"] or runs  # a refused config may be half of one
     keys = sorted({k for run in runs for k in run.config}, key=lambda k: (k.count("."), k))
-    found = ["method"]
+    found, rest = ["method"], []
     for key in [*GROUPS, *keys]:
         if key in found or bookkeeping(key) or key in ("seed", "experiment", "responses"):
             continue
         if key.endswith(".seed") and all(r.value(key) == r.value("seed") for r in runs):
             continue
-        seen: dict[tuple[str, ...], set[str]] = {}
-        for run in runs:
-            seen.setdefault(tuple(run.value(k) for k in found), set()).add(run.value(key))
-        if any(len(values) > 1 for values in seen.values()):
+        if not _follows(runs, key, found):
             found.append(key)
-    return found
+        elif not any(key.startswith(f"{part}.") and _follows(runs, key, of) for part, of in OF_CHOICE.items()):
+            rest.append(key)
+    return found, rest
+
+
+def _follows(runs: Sequence[Run], key: str, known: Sequence[str]) -> bool:
+    """Whether runs that are alike in `known` are alike in `key`."""
+    seen = {(*(run.value(k) for k in known), run.value(key)) for run in runs}
+    return len(seen) == len({values[:-1] for values in seen})
 
 
 def seed_groups(runs: Sequence[Run], keys: Sequence[str]) -> list[SeedGroup]:

@@ -32,12 +32,12 @@ def leave(folders: Sequence[Path], out: Path) -> int:
     if (out / "config.yaml").exists():
         raise UserError(f"{out} is one run's folder, whose page is {out / 'report.html'}; name the folder above it")
     runs = read_runs(folders)
-    keys = swept(runs)
+    keys, rest = swept(runs)
     with explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "sweep.csv", _table(runs, keys, out))
-    write_text(out / "report.html", sweep_page(runs, keys, out))
-    _print(runs, keys, out)
+    write_text(out / "sweep.csv", _table(runs, [*keys, *rest], out))
+    write_text(out / "report.html", sweep_page(runs, keys, rest, out))
+    _print(runs, keys, rest, out)
     return int(any(run.status == "failed" for run in runs))
 
 
@@ -56,7 +56,7 @@ def _table(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
     return text.getvalue()
 
 
-def _print(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
+def _print(runs: Sequence[Run], keys: Sequence[str], rest: Sequence[str], out: Path) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -74,6 +74,8 @@ def _print(runs: Sequence[Run], keys: Sequence[str], out: Path) -> None:
             spreads = (cell(group.spread(name), mean_and_deviation) for name in names)
             scored.add_row(*map(escape, group.values), str(len(group.runs)), *spreads)
         console.print(scored)
+    if rest:
+        console.print(f"with these differ too: {', '.join(rest)}", soft_wrap=True, markup=False)
     for cause, failed in causes(runs).items():
         names_of = ", ".join(relative(run.folder, out) for run in failed)
         console.print(f"failed  {len(failed)} ({names_of})", soft_wrap=True, markup=False)

@@ -63,12 +63,12 @@ class Series:
     groups: list[SeedGroup]
 
 
-def sweep_page(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
+def sweep_page(runs: Sequence[Run], keys: Sequence[str], rest: Sequence[str], out: Path) -> str:
     """The whole page as HTML, with everything in it.
 
     Args:
         runs: finished or not, in any order.
-        keys: in what they differ (`report.sweep.swept`).
+        keys, rest: in what they differ (`report.sweep.swept`).
         out: where the page will lie, for its links to the runs.
     """
     groups = seed_groups(runs, keys)
@@ -80,6 +80,7 @@ def sweep_page(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
         "counts": {status: sum(r.status == status for r in runs) for status in ("finished", "unfinished", "failed")},
         "codes": len({r.metrics.get("code") for r in runs if r.status == "finished"}),
         "keys": keys,
+        "rest": rest,
         "scores": [SCORES[name][0] for name in names],
         "rows": [
             (

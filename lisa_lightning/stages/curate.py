@@ -1,7 +1,11 @@
 """The alignment rows that are worth aligning on."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from lisa_lightning.cache import own_code
 from lisa_lightning.config import plain
@@ -36,7 +40,7 @@ def curate(setting: Setting, chooser: Curate) -> tuple[list[Row], Metrics]:
 
     def make(folder: Path) -> Metrics:
         candidates, others = (Examples(r, setting.encode) for r in (rows, defender))
-        with setting.fabric.autocast():
+        with setting.fabric.autocast(), cast_anew():
             scores = chooser.scores(Candidates(candidates, others, trainee))
         if setting.fabric.is_global_zero:
             write_text(folder / "scores.json", json.dumps({"scores": scores.float().tolist()}))
@@ -45,3 +49,14 @@ def curate(setting: Setting, chooser: Curate) -> tuple[list[Row], Metrics]:
     folder, cost = setting.stage("curate", key, make)
     kept = [rows[i] for i in chooser.kept(read_json(folder / "scores.json")["scores"])]
     return kept, cost | {"rows/curated": len(kept)}
+
+
+@contextmanager
+def cast_anew() -> Iterator[None]:
+    """Within autocast no weight's cast is kept for the next pass, before which a step changes the weight."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

@@ -75,7 +75,7 @@ def _points(setting: Setting) -> tuple[list[Any], dict[str, Any] | None]:
     asked = questions(setting.rows, cfg.curve_harmful, cfg.curve_harmless, cfg.curve_rows)
     judge = EmbeddedJudge()
     callbacks: list[Any] = [EvaluateCurve(evaluator(setting), judge, setting.task, asked, cfg.every)]
-    key = asking(setting, asked) | {"every": cfg.every, "judge": judge.version}
+    key = asking(setting, asked) | {"every": cfg.every, "judge": judge.version, "own_code": own_code(setting.task)}
     if cfg.gradient_rows:
         callbacks.append(JointGradient(cfg.gradient_rows, cfg.every))
         key |= {"gradient_rows": cfg.gradient_rows}

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.utils import instantiate
 from safetensors.torch import save_file
 
+from lisa_lightning.cache import own_code
 from lisa_lightning.config import plain
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.errors import UserError
@@ -22,9 +22,11 @@ def reference_adapter(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
     """The folder of a safe adapter, extrapolated from plain fine-tuning on alignment rows through DPO."""
     cfg, seed = setting.cfg.repair.reference, setting.cfg.align.seed
     preferred, others = pairs(setting.rows)
+    methods = {name: instantiate(cfg[name].method) for name in ("sft", "dpo")}
     key = {
         "aligned": aligned.name,
         "reference": plain(cfg),
+        "own_code": {name: own_code(method) for name, method in methods.items()},
         "lora": plain(setting.cfg.lora),
         "seed": seed,
         "alignment_rows": rows_digest(setting.rows.alignment),
@@ -34,14 +36,13 @@ def reference_adapter(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
     def make(folder: Path) -> Metrics:
         net = setting.attach(aligned, setting.cfg.lora, seed)
 
-        def trained(name: str, own: Any, rows: dict[Stream, Sequence[Row]]) -> Metrics:
-            optim = Optim.of(own.optim, len(rows["alignment"]), setting.fabric.world_size)
-            method = instantiate(own.method)
-            return train(setting, f"reference_{name}", net, method, optim, seed, rows, key, curves=False)
+        def trained(name: str, rows: dict[Stream, Sequence[Row]]) -> Metrics:
+            optim = Optim.of(cfg[name].optim, len(rows["alignment"]), setting.fabric.world_size)
+            return train(setting, f"reference_{name}", net, methods[name], optim, seed, rows, key, curves=False)
 
-        costs = [trained("sft", cfg.sft, {"alignment": setting.rows.alignment})]
+        costs = [trained("sft", {"alignment": setting.rows.alignment})]
         before = {name: w.detach().clone() for name, w in trainable(net).items()}
-        costs.append(trained("dpo", cfg.dpo, {"alignment": preferred, "defender": others}))
+        costs.append(trained("dpo", {"alignment": preferred, "defender": others}))
         if setting.fabric.is_global_zero:
             further = {n: w.detach().lerp(before[n], -cfg.extrapolation).cpu() for n, w in trainable(net).items()}
             save_file(further, folder / "reference.safetensors")

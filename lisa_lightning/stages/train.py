@@ -44,6 +44,7 @@ def train(
         curves: whether its steps are points of the run's curves.
     """
     streams: dict[Stream, Examples] = {name: Examples(found, setting.encode) for name, found in rows.items()}
+    net.to(setting.fabric.device)  # there is attention that can't be tried out elsewhere
     packing = choose_packing(net.get_base_model(), setting.cfg.data.max_length)
     batches = StepBatches(
         streams,
