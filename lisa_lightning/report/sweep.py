@@ -171,6 +171,8 @@ def swept(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
             continue
         if key.endswith(".seed") and all(r.value(key) == r.value("seed") for r in runs):
             continue
+        if _follows(runs, key, ()):
+            continue
         if not _follows(runs, key, found):
             found.append(key)
         elif not any(key.startswith(f"{part}.") and _follows(runs, key, of) for part, of in OF_CHOICE.items()):
