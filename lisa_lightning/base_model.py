@@ -82,6 +82,19 @@ def loading(at: str) -> Iterator[None]:
         raise UserError(f"{at} can't be loaded: {said}") from error
 
 
+def whole(at: str, loaded: tuple[Any, dict[str, Any]]) -> Any:
+    """The model that `from_pretrained(..., output_loading_info=True)` gives.
+
+    Raises:
+        UserError, which begins with `at`: weights are missing, in whose place the library draws random ones.
+    """
+    model, told = loaded
+    if told["missing_keys"]:
+        missing = ", ".join(sorted(told["missing_keys"])[:3])
+        raise UserError(f"{at}: its weights are not all there ({missing})")
+    return model
+
+
 def _built(ranks: Ranks, cache: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
     return build(ranks, cache / "models", key, lambda out: make(out) if ranks.is_global_zero else None)
 

@@ -10,10 +10,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from lisa_lightning.disk import disk_trouble, explained, write_text
 from lisa_lightning.errors import UserError
+
+T = TypeVar("T")
 
 
 class Ranks(Protocol):
@@ -44,6 +46,24 @@ class OneRank:
 
     def barrier(self, name: str | None = None) -> None:
         """Nobody to wait for."""
+
+
+def by_first(ranks: Ranks, act: Callable[[], T]) -> T:
+    """What `act` gives on the first rank, on all of them.
+
+    Raises:
+        UserError: the first rank's, on all of them: those that went on would wait for it in vain.
+    """
+    found, trouble = None, None
+    if ranks.is_global_zero:
+        try:
+            found = act()
+        except UserError as error:
+            trouble = str(error)
+    found, trouble = ranks.broadcast((found, trouble))
+    if trouble is not None:
+        raise UserError(trouble)
+    return found
 
 
 def cache_folder(configured: str) -> Path:

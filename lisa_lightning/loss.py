@@ -6,12 +6,13 @@ gradients.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from lisa_lightning.blocks import skipped
 from lisa_lightning.data.packing import Example, Pack, Packing, pack, pad
@@ -22,6 +23,13 @@ log = logging.getLogger(__name__)
 _ROWS = ((5, 6, 7, 8, 9), (5, 6, 9, 7, 5, 8))  # in a trie's order, which is that of their logits
 PROBE = [Example(ids, ids) for ids in _ROWS]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@dataclass
+class _Decoded(BaseModelOutputWithPastAndCrossAttentions):
+    """A decoder's output, with all that some heads pass on."""
+
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 def completion_loss(model: Any, packs: Sequence[Pack]) -> Tensor:
@@ -54,7 +62,7 @@ def _entropies(model: Any, packed: Pack, reduction: str) -> Tensor:
 
 def unembed(model: Any, hidden: Tensor) -> Tensor:
     """[N, V] logits of final hidden states [N, H], by the model itself: some scale or cap what their head gives."""
-    with skipped([model.get_decoder()], BaseModelOutputWithPast(last_hidden_state=hidden[None])):
+    with skipped([model.get_decoder()], _Decoded(last_hidden_state=hidden[None])):
         return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)).logits[0]
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lisa_lightning.base_model import loading
+from lisa_lightning.base_model import loading, whole
 from lisa_lightning.cpu import multiply_by_onednn
 from lisa_lightning.errors import UserError, first_line
 
@@ -29,10 +30,10 @@ def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None
 
     Raises:
         UserError: `quantize` where there is no GPU or no bitsandbytes; it can't be loaded, or not without code of its
-            own.
+            own, or lacks weights.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
-    options |= {"use_safetensors": True, "trust_remote_code": False}
+    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     if quantize is not None:
         refuse_quantization()
         from transformers import BitsAndBytesConfig
@@ -44,8 +45,9 @@ def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
-    with loading(f"The model in {folder}"):
-        model = AutoModelForCausalLM.from_pretrained(folder, **options).requires_grad_(False)
+    at = f"The model in {folder}"
+    with loading(at):
+        model = whole(at, AutoModelForCausalLM.from_pretrained(folder, **options)).requires_grad_(False)
     multiply_by_onednn(model)
     return model
 
@@ -76,7 +78,7 @@ def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
         seed: determines the initial factors.
 
     Raises:
-        UserError: a target matches no module.
+        UserError: a target matches no module, or one whose weights another module has too.
     """
     torch.manual_seed(seed)
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -93,6 +95,12 @@ def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
         net = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"lora.targets={targets}: {first_line(error)}") from error
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if ends[0].weight is ends[1].weight and any(isinstance(end, BaseTunerLayer) for end in ends):
+        raise UserError(
+            f"lora.targets={targets}: input and output embedding are one matrix in this model, and to merge an "
+            "adapter of either would change the other too; leave them out"
+        )
     # Models arrive in evaluation mode, where dropout and gradient checkpointing are silently off.
     net.train()
     return net

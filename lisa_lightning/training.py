@@ -12,10 +12,12 @@ import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from lisa_lightning.cache import by_first
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import StepBatches
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.disk import beside, explained
+from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Evaluator, Question
 from lisa_lightning.evaluate.scores import curve_scores
 from lisa_lightning.judge.embedded import EmbeddedJudge
@@ -162,9 +164,12 @@ class Record(Callback):
         assert isinstance(module, LisaModule)
         left_out = SAYS_NOTHING.get(self.stage, ())
         metrics = {name: value for name, value in module.metrics.items() if name not in left_out}
-        if self.tracker is not None and metrics:
-            self.tracker.log(self.stage, trainer.global_step, metrics)
+        by_first(trainer.strategy, lambda: self._log(trainer.global_step, metrics))
         module.metrics = {}
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.tracker is not None and metrics:
+            self.tracker.log(self.stage, step, metrics)
 
 
 class Checkpoint(Callback):
@@ -204,8 +209,16 @@ class Checkpoint(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         """Save where it is due; all ranks take part."""
-        if trainer.global_step % self.every == 0 or trainer.global_step == self.last:
+        if trainer.global_step % self.every and trainer.global_step != self.last:
+            return
+        trouble = None
+        try:
             trainer.save_checkpoint(self.path)
+        except UserError as error:  # of the first rank, which alone writes
+            trouble = str(error)
+            trainer.strategy.barrier()  # at which the others wait
+        if (trouble := trainer.strategy.broadcast(trouble)) is not None:
+            raise UserError(trouble)
 
 
 def fit(

@@ -22,7 +22,7 @@ class Errors:
         a, b = torch.as_tensor(found, dtype=torch.float64), torch.as_tensor(wanted, dtype=torch.float64)
         unit = torch.ones_like(b) if name == "weights" else b.abs().clamp(min=1)
         error = ((a - b).abs() / unit).max().item() if a.shape == b.shape else float("inf")
-        self.found[name] = max(self.found.get(name, 0.0), error)
+        self._keep(name, error)
 
     def each(self, name: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
         """Tensors by name."""
@@ -32,7 +32,11 @@ class Errors:
 
     def same(self, name: str, found: Any, wanted: Any) -> None:
         """For what can't be nearly right."""
-        self.found[name] = max(self.found.get(name, 0.0), 0.0 if found == wanted else float("inf"))
+        self._keep(name, 0.0 if found == wanted else float("inf"))
+
+    def _keep(self, name: str, error: float) -> None:
+        before = self.found.get(name, 0.0)
+        self.found[name] = before if error <= before else error  # which NaN is not
 
     @property
     def passed(self) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 from unittest.mock import patch
 
+import torch
 from replay_case import deltas_of, rows_of, tiny_net, under
 from replay_errors import Errors
 from torch import Tensor
@@ -25,8 +26,8 @@ def _safe_lora(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors
         found = repair.repair(_given(init, deltas=lambda: deltas))
         cosines = {named[b]: c for b, c in wanted["cosines"].items()}
         errors.same("modules", found.cosines.keys(), cosines.keys())
-        off = max(abs(found.cosines[module] - cosine) for module, cosine in cosines.items())
-        errors.add("cosines", max(0.0, off - 5e-6), 0.0)  # recorded with five decimals
+        off = torch.tensor([abs(found.cosines[module] - cosine) for module, cosine in cosines.items()])
+        errors.add("cosines", (off.max() - 5e-6).clamp(min=0), 0.0)  # recorded with five decimals
         errors.same("projected", sorted(found.projected), sorted(named[b] for b in wanted["projected"]))
         errors.each("weights", found.factors, under(prefix, tensors))
 

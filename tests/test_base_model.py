@@ -6,14 +6,16 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from judge_models import guarding, moderation
 from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
 
 from lisa_lightning.base_model import base_model
-from lisa_lightning.cache import OneRank, build, digest
+from lisa_lightning.cache import OneRank, build, by_first, digest
 from lisa_lightning.data.files import Reading
 from lisa_lightning.data.hub import read_hub
 from lisa_lightning.errors import UserError
@@ -83,6 +85,29 @@ def refused(*uses: Callable[[], Any]) -> None:
             UserError, match=r"can't be loaded: it brings code of its own, which is never run; take one"
         ):
             use()
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path: Path, guard: Path) -> None:
+    folder = shutil.copytree(guard, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    save_file({f"module.{k}" if "layers.1" in k else k: w for k, w in weights.items()}, folder / "model.safetensors")
+    for use in (partial(load, folder, "float32"), partial(guarding, folder)):
+        with pytest.raises(UserError, match=r"its weights are not all there \(model\.layers\.1\."):
+            use()
+
+
+def test_what_stops_the_first_rank_stops_all() -> None:
+    def full() -> None:
+        raise UserError("full")
+
+    told: list[Any] = []
+    first: Any = SimpleNamespace(is_global_zero=True, broadcast=lambda x: told.append(x) or x)
+    other: Any = SimpleNamespace(is_global_zero=False, broadcast=lambda _: told[-1])
+    assert [by_first(rank, lambda: 7) for rank in (first, other)] == [7, 7]
+    for rank in (first, other):
+        with pytest.raises(UserError, match="full"):
+            by_first(rank, full)
+    assert told == [(7, None), (None, "full")]
 
 
 def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

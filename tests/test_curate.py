@@ -193,7 +193,7 @@ def test_the_model_learns_in_bfloat16_too() -> None:
     with torch.autocast("cpu", torch.bfloat16), cast_anew():
         learnt, still = (SEAL(**settings(lr=lr)).scores(given(MIXED, MIXED[:3])) for lr in (0.05, 0.0))
         assert not torch.is_autocast_cache_enabled()
-    assert (learnt - still).abs().max() > 0.01
+    assert (learnt - still).abs().max() > 1e-3
     assert torch.is_autocast_cache_enabled()
 
 

@@ -47,6 +47,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+HEADS: dict[str, dict[str, Any]] = {"gpt2": {}, "mixtral": GROUPED | {"num_local_experts": 2}}
+"""Families whose heads read more of the decoder's output than its hidden states."""
+
+
 def lora(dropout: float = 0.0) -> SimpleNamespace:
     return SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear")
 
@@ -54,7 +58,7 @@ def lora(dropout: float = 0.0) -> SimpleNamespace:
 def family(name: str, **changed: object) -> Any:
     """A tiny random model of a family, with an adapter that is not zero."""
     torch.manual_seed(0)
-    settings = SIZES | FAMILIES[name] | changed
+    settings = SIZES | (FAMILIES | HEADS)[name] | changed
     attention = settings.pop("attn_implementation", "sdpa")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings), attn_implementation=attention)
     return stirred(attach(model, lora(), seed=0))
@@ -93,7 +97,7 @@ def reference(net: torch.nn.Module, rows: list[Example]) -> tuple[Tensor, int]:
     return net(input_ids=ids, attention_mask=mask, labels=labels).loss, int((labels[:, 1:] != IGNORED).sum())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *HEADS])
 def test_final_hidden_states_unembedded_are_the_models_logits(name: str) -> None:
     model = family(name).get_base_model()
     with torch.no_grad():

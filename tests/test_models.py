@@ -1,6 +1,7 @@
 """Every model of conf/model as a tiny random one of the same classes: it trains under Lisa and answers."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lisa_lightning.blocks import (
     attention_blocks,
@@ -171,6 +173,16 @@ def test_a_target_that_matches_nothing_is_refused(tiny: Path, targets: Any) -> N
         attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=targets), 0)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_matrix_that_is_also_another_modules_is_not_adapted(target: str, tied: bool) -> None:
+    """Merging adds to the weights in place, so that the other module would change too."""
+    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, tie_word_embeddings=tied))
+    with pytest.raises(UserError, match=r"\['q_proj', '.*'\]: .* are one matrix") if tied else nullcontext():
+        attach(model, SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=["q_proj", target]), 0)
+
+
 def test_an_adapter_that_goes_on_is_the_one_that_was_saved(tiny: Path, tmp_path: Path) -> None:
     net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=["q_proj"]), 0)
     with torch.no_grad():
@@ -223,6 +235,19 @@ def test_templates_by_name(tiny: Path, template: Template) -> None:
     text = tokenizer.decode(encode_prompt(tokenizer, template, "do", "this"))
     whole = alpaca("do", "this")
     assert text == {"alpaca": whole, "alpaca_newline": whole + "\n", "chat": "<user>do\n\nthis<assistant>"}[template]
+
+
+def test_a_prompt_is_the_same_every_day_and_open_at_its_end(tiny: Path) -> None:
+    tokenizer: Any = load_tokenizer(tiny)
+    plain = encode_prompt(tokenizer, "alpaca", "do")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 0)])
+    assert tokenizer("x")["input_ids"][-1] == tokenizer.eos_token_id
+    assert encode_prompt(tokenizer, "alpaca", "do") == plain
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    assert tokenizer.decode(encode_prompt(tokenizer, "chat", "do")) == "26 Jul 2024: do"
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end of text"):
+        encode(tokenizer, "alpaca", Row("do", "", "it"), 64)
 
 
 def test_the_alpaca_prompt_to_the_letter() -> None:

@@ -115,4 +115,5 @@ def weights(module: LisaModule) -> dict[str, Tensor]:
 
 
 def largest_difference(a: LisaModule, b: LisaModule) -> float:
-    return max(float((x - y).abs().max()) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
+    both = zip(weights(a).values(), weights(b).values(), strict=True)
+    return float(torch.stack([(x - y).abs().max() for x, y in both]).max())  # NaN, where there is any

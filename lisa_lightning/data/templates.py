@@ -1,6 +1,7 @@
 """The prompts that a model sees, by name, exactly as the papers write them."""
 
-from typing import Final, Literal
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -8,6 +9,8 @@ from lisa_lightning.errors import UserError
 
 Template = Literal["alpaca", "alpaca_newline", "chat"]
 MARKER: Final = "### Response:"
+TODAY: Final = datetime(2024, 7, 26, tzinfo=UTC)
+"""For chat templates that tell the date, the one that Llama 3's fall back to: tomorrow's prompts must be today's."""
 
 
 def alpaca(instruction: str, context: str = "") -> str:
@@ -32,7 +35,7 @@ def encode_prompt(
 
     Args:
         template: `alpaca`; `alpaca_newline`, the same and a newline (Booster's and Antidote's form); `chat`, the
-            tokenizer's own, the input behind the instruction after an empty line.
+            tokenizer's own, the input behind the instruction after an empty line, on the same day (`TODAY`) for ever.
 
     Raises:
         UserError: the tokenizer has no chat template.
@@ -41,9 +44,11 @@ def encode_prompt(
         if tokenizer.chat_template is None:
             raise UserError("model.template=chat: this tokenizer has no chat template; use alpaca or alpaca_newline")
         message = {"role": "user", "content": joined(instruction, context)}
-        text = str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+        asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "strftime_now": TODAY.strftime}
+        text = str(tokenizer.apply_chat_template([message], **asked))
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes them itself
-    return tokenizer(alpaca(instruction, context) + ("\n" if template == "alpaca_newline" else ""))["input_ids"]
+    ids = tokenizer(alpaca(instruction, context) + ("\n" if template == "alpaca_newline" else ""))["input_ids"]
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # there are tokenizers that end every text
 
 
 def joined(instruction: str, context: str) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lisa_lightning.cache import by_first
 from lisa_lightning.data.source import Rows
 from lisa_lightning.data.templates import MARKER, Template, encode_prompt
 from lisa_lightning.disk import explained, write_text
@@ -105,7 +107,7 @@ class Evaluator:
     ) -> dict[int, Answer]:
         fabric, world = self.fabric, self.fabric.world_size
         stop = Stop(self.tokenizer, model)
-        found = fabric.broadcast(_begin(path, name, origin) if fabric.is_global_zero else None)
+        found = by_first(fabric, lambda: _begin(path, name, origin))
         todo = [g for g in self._groups(asked) if any(i not in found for p in g for i in p.places)]
         bar = tqdm(
             total=len(asked),
@@ -124,8 +126,7 @@ class Evaluator:
                     for q in (asked[i],)
                 ]
                 done = [answer for share in _gather(new, world) for answer in share]
-                if fabric.is_global_zero and path is not None:
-                    _append(path, done)
+                by_first(fabric, partial(_append, path, done))
                 found |= {answer.index: answer for answer in done}
                 bar.update(len(done))
         return found
@@ -184,7 +185,9 @@ def _begin(path: Path | None, name: str, origin: str) -> dict[int, Answer]:
     return {a.index: a for a in kept if a.model == name}
 
 
-def _append(path: Path, answers: Sequence[Answer]) -> None:
+def _append(path: Path | None, answers: Sequence[Answer]) -> None:
+    if path is None:
+        return
     with explained(path), path.open("a", encoding="utf-8") as file:
         file.write(_lines(answers))
 

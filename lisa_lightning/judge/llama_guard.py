@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Final, final
 
-from lisa_lightning.base_model import loading, weights
+from lisa_lightning.base_model import loading, weights, whole
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
@@ -99,7 +99,11 @@ class LlamaGuardJudge:
         from transformers import AutoModelForCausalLM
 
         with loading(self.at):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self._folder, dtype=getattr(torch, self.dtype), use_safetensors=True, trust_remote_code=False
+            loaded = AutoModelForCausalLM.from_pretrained(
+                self._folder,
+                dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
-            return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+            return whole(self.at, loaded).to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Final, final
 
-from lisa_lightning.base_model import loading, weights
+from lisa_lightning.base_model import loading, weights, whole
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
 from lisa_lightning.judge.judge import Metric, Pair, Verdict, filled
@@ -95,16 +95,14 @@ class ModerationJudge:
         from transformers import AutoModelForSequenceClassification
 
         with loading(self.at):
-            model, told = AutoModelForSequenceClassification.from_pretrained(
+            loaded = AutoModelForSequenceClassification.from_pretrained(
                 self._folder,
                 dtype=getattr(torch, self.dtype),
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-            if told["missing_keys"]:  # the library would draw them at random
-                missing = ", ".join(sorted(told["missing_keys"])[:3])
-                raise UserError(f"{self.at}: its weights are not all there ({missing}), so it is no classifier")
+            model = whole(self.at, loaded)
             # Decoders classify by the last token that is not padding. Batches here have none, and where padding and end
             # of text are one token, the end would be taken for padding.
             model.config.get_text_config().pad_token_id = -1
