@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -105,20 +105,21 @@ def build(ranks: Ranks, parent: Path, key: Any, make: Callable[[Path], None]) ->
         UserError: the folder can't be written.
     """
     final = parent / digest(key)
-    with locked(final) if ranks.is_global_zero else nullcontext():
-        if ranks.broadcast(not final.exists()):
-            aside = Path(ranks.broadcast(_fresh(final) if ranks.is_global_zero else None))
+
+    def absent() -> bool:
+        held.enter_context(locked(final))
+        return not final.exists()
+
+    with ExitStack() as held:
+        if by_first(ranks, absent):
+            aside = Path(by_first(ranks, lambda: _fresh(final)))
             try:
                 trouble = _made(make, aside)
                 ranks.barrier()
-                if ranks.is_global_zero and trouble is None:
-                    _complete(aside, final, key)
+                by_first(ranks, lambda: _complete(aside, final, key, trouble))
             finally:
                 if ranks.is_global_zero:
                     shutil.rmtree(aside, ignore_errors=True)
-            trouble = ranks.broadcast(trouble)  # what only the first rank met must end the others too
-            if trouble is not None:
-                raise UserError(trouble)
     ranks.barrier()
     return final
 
@@ -161,10 +162,13 @@ def _fresh(final: Path) -> str:
     """An empty folder beside `final`; what killed builders left is removed, for the caller holds the lock."""
     for left in final.parent.glob(f"{final.name}.part-*"):
         shutil.rmtree(left, ignore_errors=True)
-    return tempfile.mkdtemp(prefix=f"{final.name}.part-", dir=final.parent)
+    with explained(final.parent):
+        return tempfile.mkdtemp(prefix=f"{final.name}.part-", dir=final.parent)
 
 
-def _complete(aside: Path, final: Path, key: Any) -> None:
+def _complete(aside: Path, final: Path, key: Any, trouble: str | None) -> None:
+    if trouble is not None:
+        raise UserError(trouble)
     with explained(final.parent):
         write_text(aside / "key.json", json.dumps(key, indent=1, sort_keys=True))
         aside.chmod(0o755)

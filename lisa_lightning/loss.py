@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lisa_lightning.blocks import skipped
 from lisa_lightning.data.packing import Example, Pack, Packing, pack, pad
@@ -26,10 +26,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass
-class _Decoded(BaseModelOutputWithPastAndCrossAttentions):
-    """A decoder's output, with all that some heads pass on."""
+class _Decoded(BaseModelOutputWithPast):
+    """A decoder's hidden states; what else a head may pass on is None."""
 
-    router_logits: tuple[Tensor, ...] | None = None
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def completion_loss(model: Any, packs: Sequence[Pack]) -> Tensor:

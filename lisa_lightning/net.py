@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -84,6 +83,7 @@ def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     for target in [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets:
         _refuse_absent(model, target)
+        _refuse_tied(model, target)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -95,12 +95,6 @@ def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
         net = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"lora.targets={targets}: {first_line(error)}") from error
-    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if ends[0].weight is ends[1].weight and any(isinstance(end, BaseTunerLayer) for end in ends):
-        raise UserError(
-            f"lora.targets={targets}: input and output embedding are one matrix in this model, and to merge an "
-            "adapter of either would change the other too; leave them out"
-        )
     # Models arrive in evaluation mode, where dropout and gradient checkpointing are silently off.
     net.train()
     return net
@@ -116,9 +110,24 @@ def attach_saved(model: PreTrainedModel, adapter: Path) -> PeftModel:
 def _refuse_absent(model: torch.nn.Module, target: str) -> None:
     """Raises UserError if no module's name is `target` or ends in `.target`."""
     names = [name for name, _ in model.named_modules() if name]
-    if not any(f".{name}".endswith(f".{target}") for name in names):
+    if not any(_is(name, target) for name in names):
         there = sorted({n.rpartition(".")[2] for n in names} - set(map(str, range(1000))))
         raise UserError(f"lora.targets: the model has no module '{target}'; there are: {', '.join(there)}")
+
+
+def _refuse_tied(model: Any, target: str) -> None:
+    """Raises UserError if `target` is an embedding that is input and output in one."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    if ends[0].weight is ends[1].weight and any(_is(name, target) for name in names):
+        raise UserError(
+            f"lora.targets: {' and '.join(names)} are one matrix in this model, and to merge an adapter of "
+            f"{target} would change both; leave it out"
+        )
+
+
+def _is(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
 
 
 def modules(names: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,10 +14,6 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
-from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.base_model import base_model
@@ -30,7 +25,7 @@ from lisa_lightning.curves import CurveRow, read_rows
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import load_rows
 from lisa_lightning.disk import explained, owned, read_json, write_text
-from lisa_lightning.errors import UserError, first_line
+from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer, read_answers
 from lisa_lightning.evaluate.judging import read_judged, read_responses, refuse_no_reference
 from lisa_lightning.evaluate.scores import Metrics, verdict
@@ -38,6 +33,7 @@ from lisa_lightning.judge.judge import Judge
 from lisa_lightning.method.method import Method
 from lisa_lightning.needs import Defense, defending, refuse_unmet
 from lisa_lightning.net import refuse_quantization
+from lisa_lightning.processes import first_rank, launched, ranks, refuse_processes
 from lisa_lightning.rehearsal import rehearse
 from lisa_lightning.repair.repair import Repair
 from lisa_lightning.report.page import Told, page, samples
@@ -57,8 +53,6 @@ log = logging.getLogger(__name__)
 Judges = Mapping[str, Judge]
 MAY_CHANGE = (*WITHOUT_RESULT, "stages", "judge", "responses")
 """Keys that a run and its resumption need not share."""
-LONGEST_WAIT = timedelta(days=7)
-"""Of ranks for the first, which may wait for hours for another run's stage, or download, or repair."""
 
 
 def run(cfg: DictConfig, job: str | None = None) -> Metrics:
@@ -71,7 +65,7 @@ def run(cfg: DictConfig, job: str | None = None) -> Metrics:
         UserError: what the user can put right; see the modules that each stage calls.
     """
     out = Path(HydraConfig.get().runtime.output_dir)
-    first = getattr(rank_zero_only, "rank", 0) == 0
+    first = first_rank()
     with owned(out) if first else nullcontext():
         return _run(cfg, out, first, job)
 
@@ -82,9 +76,9 @@ def _run(cfg: DictConfig, out: Path, first: bool, job: str | None) -> Metrics:
     _hush()
     if list(cfg.stages) == ["judge"]:
         return _judge_stored(cfg, out, judges)
-    fabric = _ranks(cfg.trainer)
+    fabric = ranks(cfg.trainer)
     if job is not None:
-        _refuse_processes(fabric, cfg.trainer)
+        refuse_processes(fabric, cfg.trainer)
     task = get_class(cfg.task._target_)()
     choices = {
         name: str(choice) for name, choice in HydraConfig.get().runtime.choices.items() if not name.startswith("hydra/")
@@ -103,26 +97,26 @@ def _run(cfg: DictConfig, out: Path, first: bool, job: str | None) -> Metrics:
     keep_freed_memory()
     if first:  # before the other ranks are there to wait
         _claim(out, cfg, choices)
-    fabric.launch()  # every rank runs all stages from here on, so that evaluation is shared out too
-    out = Path(fabric.broadcast(str(out)))
-    base, base_key = base_model(fabric, cfg.model, cache_folder(cfg.cache_dir))
-    rehearse(base, cfg, defenses.align, defenses.method, defenses.repair)
+    with launched(fabric):  # every rank runs all stages from here on, so that evaluation is shared out too
+        out = Path(fabric.broadcast(str(out)))
+        base, base_key = base_model(fabric, cfg.model, cache_folder(cfg.cache_dir))
+        rehearse(base, cfg, defenses.align, defenses.method, defenses.repair)
 
-    tracker = Tracker(out, wandb_init(plain(cfg), choices, job), cfg.resume) if fabric.is_global_zero else None
-    failed = True
-    try:
-        setting = Setting(cfg, out, fabric, tracker, task, rows, user, base, base_key)
-        metrics, answers = _stages(setting, defenses)
-        if tracker is not None:  # judging is done by the first rank; the others have nothing left to do
-            if judges:
-                write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # a judge may fail
-                metrics |= judge(judges, answers, out, cache_folder(cfg.cache_dir))
-            metrics["time/total_s"] = perf_counter() - started
-            _leave(cfg, out, tracker, metrics, choices)
-        failed = False
-    finally:
-        if tracker is not None:
-            tracker.finish(failed)
+        tracker = Tracker(out, wandb_init(plain(cfg), choices, job), cfg.resume) if fabric.is_global_zero else None
+        failed = True
+        try:
+            setting = Setting(cfg, out, fabric, tracker, task, rows, user, base, base_key)
+            metrics, answers = _stages(setting, defenses)
+            if tracker is not None:  # judging is done by the first rank; the others have nothing left to do
+                if judges:
+                    write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # a judge may fail
+                    metrics |= judge(judges, answers, out, cache_folder(cfg.cache_dir))
+                metrics["time/total_s"] = perf_counter() - started
+                _leave(cfg, out, tracker, metrics, choices)
+            failed = False
+        finally:
+            if tracker is not None:
+                tracker.finish(failed)
     return metrics
 
 
@@ -216,37 +210,6 @@ def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
         _page(own, out, metrics, read_rows(out / "curves.csv"), read_json(out / "choices.json"))
     terminal(out, metrics, None, None)
     return metrics
-
-
-def _ranks(cfg: Any) -> Fabric:
-    """The processes of this run, not yet launched."""
-
-    def by(strategy: Any) -> Fabric:
-        return Fabric(
-            accelerator=cfg.accelerator,
-            devices=cfg.devices,
-            num_nodes=cfg.num_nodes,
-            strategy=strategy,
-            precision=cfg.precision,
-        )
-
-    try:
-        found = by(cfg.strategy)
-        return by(DDPStrategy(timeout=LONGEST_WAIT)) if isinstance(found.strategy, DDPStrategy) else found
-    except (ValueError, RuntimeError, TypeError, ImportError) as error:
-        asked = f"trainer.accelerator={cfg.accelerator}, trainer.devices={cfg.devices}"
-        raise UserError(f"{asked} can't be had on this machine: {first_line(error)}") from error
-
-
-def _refuse_processes(fabric: Fabric, cfg: Any) -> None:
-    """Raises UserError in a sweep's job if Lightning would start its processes, by running the whole command again."""
-    if fabric.world_size > 1 and isinstance(fabric.strategy.launcher, _SubprocessScriptLauncher):
-        raise UserError(
-            f"trainer.strategy={cfg.strategy} with trainer.devices={cfg.devices} can't run in a sweep: each of its "
-            f"{fabric.world_size} processes would start the whole sweep again. Ways out: one device a job "
-            "(trainer.strategy=auto trainer.devices=1); a launcher that starts a job's processes itself "
-            "(hydra/launcher=submitit_slurm with hydra.launcher.tasks_per_node and gpus_per_node); or one command a job"
-        )
 
 
 def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:

@@ -152,8 +152,7 @@ class Record(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The point before the first step, or the place where the curves go on."""
-        if self.tracker is not None:
-            self.tracker.start(self.stage, trainer.global_step if trainer.global_step else -1)
+        by_first(trainer.strategy, lambda: self._start(trainer.global_step or -1))
         self._record(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
@@ -166,6 +165,10 @@ class Record(Callback):
         metrics = {name: value for name, value in module.metrics.items() if name not in left_out}
         by_first(trainer.strategy, lambda: self._log(trainer.global_step, metrics))
         module.metrics = {}
+
+    def _start(self, step: int) -> None:
+        if self.tracker is not None:
+            self.tracker.start(self.stage, step)
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         if self.tracker is not None and metrics:

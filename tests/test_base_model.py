@@ -90,7 +90,8 @@ def refused(*uses: Callable[[], Any]) -> None:
 def test_weights_that_are_missing_are_not_made_up(tmp_path: Path, guard: Path) -> None:
     folder = shutil.copytree(guard, tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
-    save_file({f"module.{k}" if "layers.1" in k else k: w for k, w in weights.items()}, folder / "model.safetensors")
+    renamed = {f"module.{k}" if "layers.1" in k else k: w for k, w in weights.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     for use in (partial(load, folder, "float32"), partial(guarding, folder)):
         with pytest.raises(UserError, match=r"its weights are not all there \(model\.layers\.1\."):
             use()

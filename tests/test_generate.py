@@ -69,7 +69,7 @@ class Ranks:
         return nullcontext()
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return {} if obj is None else obj  # to other ranks the first says that nothing is answered yet
+        return ({}, None) if obj == (None, None) else obj  # to other ranks the first says that nothing is answered yet
 
 
 ASKED = [Question("harmful", f"request {i % 3}") for i in range(5)] + [

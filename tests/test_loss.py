@@ -45,8 +45,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": GROUPED | {"logits_scaling": 8.0},
     "cohere": GROUPED | {"logit_scale": 0.0625},
 }
-
-
 HEADS: dict[str, dict[str, Any]] = {"gpt2": {}, "mixtral": GROUPED | {"num_local_experts": 2}}
 """Families whose heads read more of the decoder's output than its hidden states."""
 
@@ -55,13 +53,17 @@ def lora(dropout: float = 0.0) -> SimpleNamespace:
     return SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear")
 
 
-def family(name: str, **changed: object) -> Any:
-    """A tiny random model of a family, with an adapter that is not zero."""
+def bare(name: str, **changed: object) -> Any:
+    """A tiny random model of a family."""
     torch.manual_seed(0)
     settings = SIZES | (FAMILIES | HEADS)[name] | changed
     attention = settings.pop("attn_implementation", "sdpa")
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings), attn_implementation=attention)
-    return stirred(attach(model, lora(), seed=0))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings), attn_implementation=attention)
+
+
+def family(name: str, **changed: object) -> Any:
+    """The same with an adapter that is not zero."""
+    return stirred(attach(bare(name, **changed), lora(), seed=0))
 
 
 def stirred(net: Any) -> Any:
@@ -99,7 +101,7 @@ def reference(net: torch.nn.Module, rows: list[Example]) -> tuple[Tensor, int]:
 
 @pytest.mark.parametrize("name", [*FAMILIES, *HEADS])
 def test_final_hidden_states_unembedded_are_the_models_logits(name: str) -> None:
-    model = family(name).get_base_model()
+    model = bare(name).eval()
     with torch.no_grad():
         found = model(torch.arange(3, 20)[None], output_hidden_states=True)
         (final,) = found.hidden_states[-1]

@@ -14,6 +14,7 @@ MISFITS = {
     "align.lora.targets=[q_proj] lora.targets=[v_proj] method=asft": r"are fine-tuned \(v_proj\); it changed q_proj",
     "align.lora.targets=[q_proj] lora.targets=[v_proj] repair=safe_lora": r"are fine-tuned \(v_proj\)",
     "align=repnoise align.method.official=true align.optim.accumulate=2": r"accumulate=1 \(now 2\) and one process",
+    "method=ldifs method.padding=true optim.accumulate=2": r"needs optim\.accumulate=1 \(now 2\) and one process",
     "lora.targets=[nope]": r"lora\.targets: the model has no module 'nope'",
 }
 

@@ -54,12 +54,11 @@ def test_settings_are_what_differs_beside_the_seed(tmp_path: Path) -> None:
     for method in ("sft", "lisa"):
         for ratio in (0.1, 0.05):
             for seed in (1, 2):
-                made(tmp_path, 10.0 * seed, method, seed, harmful_ratio=ratio)
+                own = {"repair": {"seed": seed}} if method == "lisa" else {}
+                made(tmp_path, 10.0 * seed, method, seed, harmful_ratio=ratio, **own)
     runs = read_runs([tmp_path])
-    assert swept(runs) == (
-        ["method", "harmful_ratio"],
-        [],
-    )  # lisa's rho follows from the method, align.seed from the seed
+    # Lisa's rho follows from the method, other seeds from the seed.
+    assert swept(runs) == (["method", "harmful_ratio"], [])
     groups = seed_groups(runs, swept(runs)[0])
     assert [g.values for g in groups] == [(m, r) for m in ("lisa", "sft") for r in ("0.05", "0.1")]
     assert all(len(g.runs) == 2 for g in groups)

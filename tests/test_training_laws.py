@@ -20,14 +20,35 @@ from lisa_lightning.method.proximal import Proximal
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.net import attach, load, trainable
 from lisa_lightning.optim import Optim
-from lisa_lightning.pipeline import _ranks
-from lisa_lightning.training import JointGradient
+from lisa_lightning.processes import ranks
+from lisa_lightning.training import Checkpoint, JointGradient
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])
 def test_ranks_wait_for_the_first_as_long_as_its_work_takes(strategy: str) -> None:
-    found = _ranks(SimpleNamespace(**vars(TRAINER) | {"devices": 2, "strategy": strategy}))
-    assert found.strategy._timeout == timedelta(days=7)  # torch's own half hour is less than aligning takes
+    found = ranks(SimpleNamespace(**vars(TRAINER) | {"devices": 2, "strategy": strategy}))
+    assert found.strategy._timeout == timedelta(days=1)  # torch's own half hour is less than aligning takes
+
+
+def test_a_checkpoint_that_the_first_rank_can_not_write_stops_all(tmp_path: Path) -> None:
+    """Each rank passes one barrier, Lightning's behind the writing or in its place ours, before they speak."""
+    told: list[str | None] = []
+    for first in (True, False):
+        passed: list[str] = []
+
+        def save(_: Path, first: bool = first, passed: list[str] = passed) -> None:
+            if first:
+                raise UserError("full")
+            passed.append("barrier")
+
+        strategy = SimpleNamespace(
+            barrier=lambda passed=passed: passed.append("barrier"), broadcast=lambda x: told.append(x) or told[0]
+        )
+        trainer: Any = SimpleNamespace(global_step=3, save_checkpoint=save, strategy=strategy)
+        with pytest.raises(UserError, match="full"):
+            Checkpoint(tmp_path, every=3, last=9).on_train_batch_end(trainer, None)  # type: ignore[arg-type]
+        assert passed == ["barrier"]
+    assert told == ["full", None]
 
 
 def test_rho_zero_is_bso_bit_for_bit(train: Train) -> None:

@@ -11,6 +11,10 @@ Template = Literal["alpaca", "alpaca_newline", "chat"]
 MARKER: Final = "### Response:"
 TODAY: Final = datetime(2024, 7, 26, tzinfo=UTC)
 """For chat templates that tell the date, the one that Llama 3's fall back to: tomorrow's prompts must be today's."""
+_PARTS: Final = ("%Y", "%y", "%m", "%d", "%B", "%b", "%A", "%a")
+_FILLED: Final = "".join(f" | replace('{part}', '{TODAY.strftime(part)}')" for part in _PARTS)
+ON_ONE_DAY: Final = f"{{%- macro strftime_now(format) -%}}{{{{ format{_FILLED} }}}}{{%- endmacro %}}"
+"""Before a template, it takes the place of the function that the library offers there."""
 
 
 def alpaca(instruction: str, context: str = "") -> str:
@@ -44,7 +48,9 @@ def encode_prompt(
         if tokenizer.chat_template is None:
             raise UserError("model.template=chat: this tokenizer has no chat template; use alpaca or alpaca_newline")
         message = {"role": "user", "content": joined(instruction, context)}
-        asked: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "strftime_now": TODAY.strftime}
+        own = tokenizer.get_chat_template()
+        form = ON_ONE_DAY + own if "strftime_now" in own else own
+        asked: dict[str, Any] = {"chat_template": form, "tokenize": False, "add_generation_prompt": True}
         text = str(tokenizer.apply_chat_template([message], **asked))
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes them itself
     ids = tokenizer(alpaca(instruction, context) + ("\n" if template == "alpaca_newline" else ""))["input_ids"]

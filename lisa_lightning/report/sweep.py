@@ -29,6 +29,8 @@ OF_CHOICE: Final = {
     "task": ("task",),
     "source": ("source", "task"),
     "judge": ("judge",),
+    "lora.targets": ("model",),
+    "align.lora.targets": ("model",),
 }
 """What keys begin with that come from a choice's file -> the choices that they may follow from."""
 SHOWN: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy", "win_rate")
@@ -169,13 +171,13 @@ def swept(runs: Sequence[Run]) -> tuple[list[str], list[str]]:
     for key in [*GROUPS, *keys]:
         if key in found or bookkeeping(key) or key in ("seed", "experiment", "responses"):
             continue
-        if key.endswith(".seed") and all(r.value(key) == r.value("seed") for r in runs):
+        if key.endswith(".seed") and all(r.value(key) == r.value("seed") for r in runs if key in r.config):
             continue
         if _follows(runs, key, ()):
             continue
         if not _follows(runs, key, found):
             found.append(key)
-        elif not any(key.startswith(f"{part}.") and _follows(runs, key, of) for part, of in OF_CHOICE.items()):
+        elif not any(f"{key}.".startswith(f"{part}.") and _follows(runs, key, of) for part, of in OF_CHOICE.items()):
             rest.append(key)
     return found, rest
 
