@@ -27,7 +27,7 @@ run: setup ## align, fine-tune with Lisa on SST-2 with 10 % harmful rows, evalua
 test: setup ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: setup ## all but those that run whole commands, every config, models of true widths or published sets
+test-fast: setup ## all but those that run whole commands, every config or method, models of true widths or published sets
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 bench: setup ## measure against the published implementations, into benchmarks/results (twenty minutes)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lisa_lightning import pipeline
+from lisa_lightning import processes
 
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
@@ -132,7 +132,7 @@ class _Trainer(L.Trainer):
 def elsewhere() -> Iterator[None]:
     """While this lasts, runs of the pipeline compute there."""
     with (
-        patch.object(pipeline, "Fabric", _Fabric),
+        patch.object(processes, "Fabric", _Fabric),
         patch("lisa_lightning.training.L.Trainer", _Trainer),
         patch.object(torch, "tensor", _made),
         _Mode(),

@@ -31,6 +31,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", experiments.CLAIMS)
 def test_every_claim_has_a_command_that_composes_and_a_folder_that_says_what_came_of_it(
     name: str, monkeypatch: pytest.MonkeyPatch

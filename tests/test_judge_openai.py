@@ -49,6 +49,7 @@ def test_order_is_kept_however_late_a_reply_comes(url: str) -> None:
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.slow
 def test_what_passes_is_tried_again(url: str, status: int) -> None:
     replies = iter([(status, "later"), (status, "later"), (200, "Score: 1")])
     assert judged(url, lambda _: next(replies), PAIRS[:1]) == [Verdict(False, 0.0)]

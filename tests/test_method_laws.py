@@ -3,9 +3,10 @@
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -70,8 +71,15 @@ ALIKE = {
     "repnoise": (RepNoise(0.0, 0.0, False, 0), AlignmentSFT()),
 }
 
+QUICK = ("lisa", "vlguard_loss", "booster_vaccine")
 
-@pytest.mark.parametrize("name", ALIKE)
+
+def each(methods: Iterable[str]) -> list[Any]:
+    """Every method, all but a few of them in the slow part."""
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in methods]
+
+
+@pytest.mark.parametrize("name", each(ALIKE))
 def test_without_its_term_a_method_is_what_it_builds_on_bit_for_bit(train: Train, name: str) -> None:
     method, builds_on = ALIKE[name]
     apart = "alignment" in method.rows_apart
@@ -144,7 +152,7 @@ class _Seeds(L.Callback):
         self.seen.append(pl_module.passes.seed)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", each(METHODS))
 def test_batch_four_is_two_micro_batches_of_two(train: Train, name: str) -> None:
     steps, bound = (STEPS, 5e-6) if name in ("sft", "lisa") else (6, 5e-5)
     whole = train(METHODS[name](), folder="a", steps=steps)
@@ -152,7 +160,7 @@ def test_batch_four_is_two_micro_batches_of_two(train: Train, name: str) -> None
     assert largest_difference(whole, halves) < bound
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", each(METHODS))
 def test_resume_equals_the_straight_run_bit_for_bit_with_dropout(train: Train, name: str) -> None:
     straight = train(METHODS[name](), 0.2, folder="straight", steps=7)
     with pytest.raises(InterruptedError):
@@ -170,7 +178,7 @@ def test_with_dropout_the_pass_of_the_reference_draws_the_masks_of_the_models_ow
     assert seen.values()[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", each(METHODS))
 def test_padded_rows_one_trie_or_many_are_the_same(train: Train, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     seen = {folder: _Seen() for folder in ("one", "padded", "many")}
 

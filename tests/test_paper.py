@@ -85,6 +85,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_every_defense_has_its_papers_settings(config: Callable[..., DictConfig]) -> None:
     """Those of choices that are a method of their own; `sft` and `none` are part of the others."""
     chosen = {

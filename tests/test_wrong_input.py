@@ -154,6 +154,7 @@ def test_two_states_of_length_zero_are_refused(config: Config) -> None:
         check(config("method.alignment_steps=0", "method.user_steps=0"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_is_accepted(config: Config, experiment: str) -> None:
     cfg = config(f"experiment={experiment}")
