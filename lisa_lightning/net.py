@@ -46,7 +46,8 @@ def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None
         )
     at = f"The model in {folder}"
     with loading(at):
-        model = whole(at, AutoModelForCausalLM.from_pretrained(folder, **options)).requires_grad_(False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model = whole(at, loaded).requires_grad_(False)
     multiply_by_onednn(model)
     return model
 

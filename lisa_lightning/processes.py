@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from lightning.fabric import Fabric
-from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 

@@ -154,7 +154,7 @@ def test_blocks_are_found_by_structure_with_an_adapter_or_without(
 
 
 @pytest.mark.parametrize(
-    "find", [attention_blocks, mlp_blocks, final_norm, lambda m: NLSR(*[0.5] * 3, 0).refuse(m, {})]
+    "find", [attention_blocks, mlp_blocks, final_norm, lambda m: NLSR(0.8, 0.5, 0.2, 0).refuse(m, {})]
 )
 def test_finding_no_block_is_an_error(tiny: Path, find: Callable[[Any], Any]) -> None:
     model: Any = load(tiny, "float32")

@@ -26,7 +26,7 @@ from lisa_lightning.training import Checkpoint, JointGradient
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])
 def test_ranks_wait_for_the_first_as_long_as_its_work_takes(strategy: str) -> None:
-    found = ranks(SimpleNamespace(**vars(TRAINER) | {"devices": 2, "strategy": strategy}))
+    found: Any = ranks(SimpleNamespace(**vars(TRAINER) | {"devices": 2, "strategy": strategy}))
     assert found.strategy._timeout == timedelta(days=1)  # torch's own half hour is less than aligning takes
 
 

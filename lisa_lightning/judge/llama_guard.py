@@ -99,7 +99,7 @@ class LlamaGuardJudge:
         from transformers import AutoModelForCausalLM
 
         with loading(self.at):
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self._folder,
                 dtype=getattr(torch, self.dtype),
                 use_safetensors=True,
