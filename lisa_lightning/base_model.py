@@ -82,13 +82,16 @@ def loading(at: str) -> Iterator[None]:
         raise UserError(f"{at} can't be loaded: {said}") from error
 
 
-def whole(at: str, loaded: tuple[Any, dict[str, Any]]) -> Any:
-    """The model that `from_pretrained(..., output_loading_info=True)` gives.
+def load_whole(at: str, kind: Any, folder: Path, **options: Any) -> Any:
+    """The model in a folder, as the class `kind` of transformers loads it, without code of its own.
 
     Raises:
-        UserError, which begins with `at`: weights are missing, in whose place the library draws random ones.
+        UserError, which begins with `at`: it can't be loaded, or lacks weights, in whose place the library draws random
+            ones.
     """
-    model, told = loaded
+    safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+    with loading(at):
+        model, told = kind.from_pretrained(folder, **safe, **options, output_loading_info=True)
     if told["missing_keys"]:
         missing = ", ".join(sorted(told["missing_keys"])[:3])
         raise UserError(f"{at}: its weights are not all there ({missing})")

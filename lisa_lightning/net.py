@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lisa_lightning.base_model import loading, whole
+from lisa_lightning.base_model import load_whole, loading
 from lisa_lightning.cpu import multiply_by_onednn
 from lisa_lightning.errors import UserError, first_line
 
@@ -32,7 +32,6 @@ def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None
             own, or lacks weights.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
-    options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     if quantize is not None:
         refuse_quantization()
         from transformers import BitsAndBytesConfig
@@ -44,10 +43,7 @@ def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
-    at = f"The model in {folder}"
-    with loading(at):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-        model = whole(at, loaded).requires_grad_(False)
+    model = load_whole(f"The model in {folder}", AutoModelForCausalLM, folder, **options).requires_grad_(False)
     multiply_by_onednn(model)
     return model
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Final, final
 
-from lisa_lightning.base_model import loading, weights, whole
+from lisa_lightning.base_model import load_whole, weights
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
 from lisa_lightning.judge.judge import Metric, Pair, Verdict
@@ -98,12 +98,5 @@ class LlamaGuardJudge:
         import torch
         from transformers import AutoModelForCausalLM
 
-        with loading(self.at):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self._folder,
-                dtype=getattr(torch, self.dtype),
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-            return whole(self.at, loaded).to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        model = load_whole(self.at, AutoModelForCausalLM, self._folder, dtype=getattr(torch, self.dtype))
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

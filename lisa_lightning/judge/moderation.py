@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Final, final
 
-from lisa_lightning.base_model import loading, weights, whole
+from lisa_lightning.base_model import load_whole, loading, weights
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
 from lisa_lightning.judge.judge import Metric, Pair, Verdict, filled
@@ -94,19 +94,11 @@ class ModerationJudge:
         import torch
         from transformers import AutoModelForSequenceClassification
 
-        with loading(self.at):
-            loaded = AutoModelForSequenceClassification.from_pretrained(
-                self._folder,
-                dtype=getattr(torch, self.dtype),
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-            model = whole(self.at, loaded)
-            # Decoders classify by the last token that is not padding. Batches here have none, and where padding and end
-            # of text are one token, the end would be taken for padding.
-            model.config.get_text_config().pad_token_id = -1
-            return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        model = load_whole(self.at, AutoModelForSequenceClassification, self._folder, dtype=getattr(torch, self.dtype))
+        # Decoders classify by the last token that is not padding. Batches here have none, and where padding and end
+        # of text are one token, the end would be taken for padding.
+        model.config.get_text_config().pad_token_id = -1
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def _read_config(self) -> tuple[list[str], bool]:
         """The classifier's labels, and whether one excludes the others."""
