@@ -1,6 +1,7 @@
 """The entry point: `python run.py experiment=sst2_lisa`. Heavy imports wait until the config is accepted."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from time import time
@@ -54,6 +55,13 @@ def start() -> int:
             if not sweep.failed(folder, since):
                 raise
         return sweep.finish(folder, since)
+    except SystemExit as stop:
+        if stop.code is not None:
+            raise
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # Lightning ends so, and would have it look like success
+            way = "the same command goes on, that of a single run with its folder and resume=true"
+            print(f"Stopped by SIGTERM; {way}", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except Exception as error:
         return refused(error)
 

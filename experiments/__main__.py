@@ -16,6 +16,7 @@ from experiments.pictures import course, one_each
 from experiments.tables import SCORES, Rows, by_key, fill, merged
 from experiments.tuned import measure
 from lisa_lightning.curves import read_rows
+from lisa_lightning.errors import UserError
 from lisa_lightning.report.drawing import Plot, save_png
 from lisa_lightning.report.sweep import Run, read_runs, seed_groups
 from lisa_lightning.report.sweep_page import score_plots
@@ -134,4 +135,7 @@ def _plots(claim: Claim, found: dict[str, Rows]) -> list[Plot]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(str(error))

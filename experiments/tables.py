@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from typing import Final
 
 from lisa_lightning.disk import write_text
+from lisa_lightning.errors import UserError
 from lisa_lightning.report.sweep import in_order
 
 Rows = list[dict[str, str]]
@@ -27,8 +28,18 @@ def read(path: Path) -> Rows:
 
 
 def merged(path: Path, new: Rows, keys: Sequence[str]) -> Rows:
-    """The lines of a file and the new ones, in place of those of the same setting and seed; written back."""
+    """The lines of a file and the new ones, in place of those of the same setting and seed; written back.
+
+    Raises:
+        UserError: two of the new ones have the same setting and seed.
+    """
     keys = [*keys, "seed"]
+    of = [tuple(row[k] for k in (*keys, "step") if k in row) for row in new]
+    if twice := sorted({setting for setting in of if of.count(setting) > 1}):
+        raise UserError(
+            f"{path}: two runs of {', '.join(twice[0])}, which differ in what this claim does not sweep; remove the "
+            "folder of one below multirun/claims"
+        )
     replaced = {tuple(row[k] for k in keys) for row in new}
     rows = new + [row for row in read(path) if tuple(row[k] for k in keys) not in replaced]
     rows.sort(key=lambda row: [in_order(row[k]) for k in (*keys, "step") if k in row])

@@ -25,7 +25,7 @@ VALIDATION: Final = (
     "source.test.path=${task.embedded.train}",
     "source.test.skip=1417",
 )
-"""As many requests and sentences as in the test, and none of them."""
+"""As many requests and sentences as in the test, and none of them; the harmless requests are the test's, being few."""
 TRIAL_SEED: Final = 0
 SEEDS: Final = (1, 2, 3)
 TRAINED: Final = ("curate", "align", "finetune", "reference", "repair")

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lisa_lightning.cache import Ranks, build, digest
+from lisa_lightning.disk import read_json
 from lisa_lightning.errors import UserError, first_line
 from lisa_lightning.hub_or_folder import contents_digest, own_folder
 
@@ -139,6 +140,11 @@ def _refuse_incomplete(at: str, folder: Path) -> None:
     """Raises UserError, which begins with `at`, where a model's folder lacks safe weights or a tokenizer."""
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{at}: no *.safetensors in it, and pickled weights are never loaded; convert the model first")
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / "model.safetensors").exists():  # else it isn't looked at
+        named = set(read_json(index).get("weight_map", {}).values())
+        if missing := sorted(name for name in named if not (folder / name).exists()):
+            raise UserError(f"{at}: {index.name} names {missing[0]}, which is not in it; fetch the model again")
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
         raise UserError(
             f"{at}: no tokenizer in it, which is one of {', '.join(TOKENIZERS)}; save it there too, as by "

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from lisa_lightning.disk import disk_trouble, explained, write_text
+from lisa_lightning.disk import disk_trouble, explained, flush, write_text
 from lisa_lightning.errors import UserError
 
 T = TypeVar("T")
@@ -172,4 +172,6 @@ def _complete(aside: Path, final: Path, key: Any, trouble: str | None) -> None:
     with explained(final.parent):
         write_text(aside / "key.json", json.dumps(key, indent=1, sort_keys=True))
         aside.chmod(0o755)
-        aside.replace(final)
+        flush(aside)
+        if not final.exists():  # where locks don't hold between machines, another may have been as quick
+            aside.replace(final)

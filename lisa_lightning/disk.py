@@ -16,10 +16,22 @@ from lisa_lightning.errors import UserError
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
+class Held(UserError):
+    """A folder that another process works in."""
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader never sees half of it."""
     with beside(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def flush(folder: Path) -> None:
+    """Have the disk hold all files of a folder, so that no power cut leaves an empty one under a complete name."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 @contextmanager
@@ -44,7 +56,8 @@ def owned(folder: Path) -> Iterator[None]:
     """Hold a folder, made if it isn't there; the hold dies with its owner.
 
     Raises:
-        UserError: another process holds it, or it can't be made.
+        Held: another process holds it.
+        UserError: it can't be made.
     """
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +66,7 @@ def owned(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise UserError(f"{folder} is another run's, which goes on right now; give another hydra.run.dir") from None
+        raise Held(f"{folder} is another run's, which goes on right now; give another hydra.run.dir") from None
     except OSError:
         pass  # a file system that knows no such locks
     try:

@@ -6,6 +6,7 @@ gradients.
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,19 +119,27 @@ def choose_packing(model: Any, max_length: int) -> Packing:
     return pad if reason else pack
 
 
+def unmixed(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast within, on any device."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+
+
 @torch.no_grad()
 def _difference(model: Any) -> str:
     """What is wrong with the logits on a trie, empty where nothing is."""
     training = model.training
     model.eval()
+    device = next(model.parameters()).device
     try:
-        padded, trie = (packing(PROBE)[0].to(next(model.parameters()).device) for packing in (pad, pack))
-        whole = model(input_ids=padded.ids, attention_mask=padded.mask.long(), use_cache=False).logits
-        wanted = whole.flatten(0, 1)[padded.predictors]
-        try:
-            found = logits_at(model, trie, trie.predictors)
-        except Exception as error:  # whatever an architecture makes of a mask that it doesn't know
-            return f"{type(error).__name__}: {first_line(error)}"
+        padded, trie = (packing(PROBE)[0].to(device) for packing in (pad, pack))
+        with unmixed(device):  # the tolerance is that of the model's own type
+            whole = model(input_ids=padded.ids, attention_mask=padded.mask.long(), use_cache=False).logits
+            wanted = whole.flatten(0, 1)[padded.predictors]
+            try:
+                found = logits_at(model, trie, trie.predictors)
+            except Exception as error:  # whatever an architecture makes of a mask that it doesn't know
+                return f"{type(error).__name__}: {first_line(error)}"
     finally:
         model.train(training)
     error = float(((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())

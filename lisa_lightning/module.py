@@ -106,10 +106,10 @@ class LisaModule(L.LightningModule):
 
     def _require_finite(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
+            o = self.optim
             raise UserError(
                 f"The {what} of step {step} is {value}; stopped before it reached the weights. The last good "
-                f"checkpoint is kept. A smaller optim.lr (now {self.optim.lr}) or optim.clip (now {self.optim.clip}) "
-                "may help."
+                f"checkpoint is kept. A smaller {o.key}.lr (now {o.lr}) or {o.key}.clip (now {o.clip}) may help."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

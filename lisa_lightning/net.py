@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from lisa_lightning.base_model import load_whole, loading
 from lisa_lightning.cpu import multiply_by_onednn
+from lisa_lightning.disk import write_text
 from lisa_lightning.errors import UserError, first_line
 
 PREFIX = "base_model.model."
@@ -66,12 +67,13 @@ def load_tokenizer(folder: Path, at: str | None = None) -> PreTrainedTokenizerBa
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
+def attach(model: PreTrainedModel, lora: Any, seed: int, key: str = "lora") -> PeftModel:
     """A fresh LoRA adapter (factors in float32) on the frozen model, in training mode.
 
     Args:
         lora: r, alpha, dropout and targets (conf/config.yaml; "all-linear" or module names).
         seed: determines the initial factors.
+        key: where the config has them.
 
     Raises:
         UserError: a target matches no module, or one whose weights another module has too.
@@ -79,8 +81,8 @@ def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
     torch.manual_seed(seed)
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     for target in [] if targets == "all-linear" else [targets] if isinstance(targets, str) else targets:
-        _refuse_absent(model, target)
-        _refuse_tied(model, target)
+        _refuse_absent(model, target, key)
+        _refuse_tied(model, target, key)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -91,7 +93,7 @@ def attach(model: PreTrainedModel, lora: Any, seed: int) -> PeftModel:
     try:
         net = get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"lora.targets={targets}: {first_line(error)}") from error
+        raise UserError(f"{key}.targets={targets}: {first_line(error)}") from error
     # Models arrive in evaluation mode, where dropout and gradient checkpointing are silently off.
     net.train()
     return net
@@ -104,21 +106,21 @@ def attach_saved(model: PreTrainedModel, adapter: Path) -> PeftModel:
     return net
 
 
-def _refuse_absent(model: torch.nn.Module, target: str) -> None:
+def _refuse_absent(model: torch.nn.Module, target: str, key: str) -> None:
     """Raises UserError if no module's name is `target` or ends in `.target`."""
     names = [name for name, _ in model.named_modules() if name]
     if not any(_is(name, target) for name in names):
         there = sorted({n.rpartition(".")[2] for n in names} - set(map(str, range(1000))))
-        raise UserError(f"lora.targets: the model has no module '{target}'; there are: {', '.join(there)}")
+        raise UserError(f"{key}.targets: the model has no module '{target}'; there are: {', '.join(there)}")
 
 
-def _refuse_tied(model: Any, target: str) -> None:
+def _refuse_tied(model: Any, target: str, key: str) -> None:
     """Raises UserError if `target` is an embedding that is input and output in one."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
     if ends[0].weight is ends[1].weight and any(_is(name, target) for name in names):
         raise UserError(
-            f"lora.targets: {' and '.join(names)} are one matrix in this model, and to merge an adapter of "
+            f"{key}.targets: {' and '.join(names)} are one matrix in this model, and to merge an adapter of "
             f"{target} would change both; leave it out"
         )
 
@@ -160,8 +162,13 @@ def save_adapter(net: PeftModel, base: str, out: Path) -> None:
     net.peft_config["default"].base_model_name_or_path = base
     net.save_pretrained(str(out))
     (out / "README.md").unlink(missing_ok=True)  # an empty model card
-    config = out / "adapter_config.json"
-    settings = json.loads(config.read_text())
+    name_base(out, base)
+
+
+def name_base(adapter: Path, base: str) -> None:
+    """Have a saved adapter's config name the folder of its base model."""
+    config = adapter / "adapter_config.json"
+    settings = json.loads(config.read_text()) | {"base_model_name_or_path": base}
     if isinstance(settings["target_modules"], list):
         settings["target_modules"].sort()  # a set inside peft, in an order that differs from process to process
-    config.write_text(json.dumps(settings, indent=2, sort_keys=True))
+    write_text(config, json.dumps(settings, indent=2, sort_keys=True))

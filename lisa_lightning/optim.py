@@ -1,8 +1,10 @@
 """How an adapter is optimized: AdamW's settings, how many steps, and the learning rate of each."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,15 +21,18 @@ class Optim:
     weight_decay: float
     betas: tuple[float, float]
     eps: float
+    key: str = field(default="optim", kw_only=True)
+    """Where the config says so."""
 
     @classmethod
-    def of(cls, cfg: Any, rows: int, ranks: int) -> "Optim":
-        """As configured; epochs over so many rows as steps."""
-        settings: dict[str, Any] = {field.name: cfg[field.name] for field in fields(cls)}
+    def of(cls, config: DictConfig, key: str, rows: int, ranks: int) -> "Optim":
+        """As the config says under this key; epochs over so many rows as steps."""
+        cfg: Any = OmegaConf.select(config, key)
+        settings: dict[str, Any] = {f.name: cfg[f.name] for f in fields(cls) if f.name != "key"}
         if cfg.steps is None:
             settings["steps"] = cfg.epochs * -(-rows // (cfg.batch_size * cfg.accumulate * ranks))
         settings["betas"] = tuple(cfg.betas)
-        return cls(**settings)
+        return cls(**settings, key=key)
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a 0-based step; `constant` has no warm-up, as in the official runs."""

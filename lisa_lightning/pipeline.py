@@ -17,13 +17,13 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.base_model import base_model
-from lisa_lightning.cache import cache_folder
+from lisa_lightning.cache import cache_folder, digest, own_code
 from lisa_lightning.config import WITHOUT_RESULT, flat, plain, refuse_other_run, saved
 from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.curate.curate import Curate
 from lisa_lightning.curves import CurveRow, read_rows
 from lisa_lightning.data.mixing import user_rows
-from lisa_lightning.data.source import load_rows
+from lisa_lightning.data.source import contents, load_rows
 from lisa_lightning.disk import explained, owned, read_json, write_text
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer, read_answers
@@ -32,12 +32,12 @@ from lisa_lightning.evaluate.scores import Metrics, verdict
 from lisa_lightning.judge.judge import Judge
 from lisa_lightning.method.method import Method
 from lisa_lightning.needs import Defense, defending, refuse_unmet
-from lisa_lightning.net import refuse_quantization
+from lisa_lightning.net import name_base, refuse_quantization
 from lisa_lightning.processes import first_rank, launched, ranks, refuse_processes
 from lisa_lightning.rehearsal import rehearse
 from lisa_lightning.repair.repair import Repair
 from lisa_lightning.report.page import Told, page, samples
-from lisa_lightning.report.sweep import FAILED
+from lisa_lightning.report.sweep import FAILED, complete
 from lisa_lightning.report.terminal import terminal
 from lisa_lightning.stages.align import align
 from lisa_lightning.stages.curate import curate
@@ -151,6 +151,7 @@ def _stages(setting: Setting, defenses: Defenses) -> tuple[Metrics, list[Answer]
     metrics: Metrics = {
         "seed": cfg.seed,
         "code": setting.origin["code"],
+        "inputs": _inputs(setting, defenses),
         "threads": torch.get_num_threads(),
         "rows/overlap": sum(overlap.values()),
     }
@@ -177,6 +178,7 @@ def _stages(setting: Setting, defenses: Defenses) -> tuple[Metrics, list[Answer]
     if setting.fabric.is_global_zero and model.adapter is not None:
         with explained(setting.out):
             shutil.copytree(model.adapter, setting.out / "adapter", dirs_exist_ok=True)
+            name_base(setting.out / "adapter", str(model.folder))  # the cache may have moved since it was made
     if "evaluate" in cfg.stages:
         own, found = evaluate(setting, "final", model, answers)
         found["time/evaluate_s"] += metrics["time/evaluate_s"]
@@ -184,6 +186,12 @@ def _stages(setting: Setting, defenses: Defenses) -> tuple[Metrics, list[Answer]
         metrics |= found
         answers = [*answers, *own]
     return metrics, answers
+
+
+def _inputs(setting: Setting, defenses: Defenses) -> str:
+    """A hash of what a run is made from beside its config and this package: rows, the base model, a user's classes."""
+    own = {name: own_code(made) for name, made in {**defenses.there, "task": setting.task}.items()}
+    return digest([setting.origin["base"], contents(setting.cfg.source), own])
 
 
 def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
@@ -202,6 +210,8 @@ def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
             f"{out} holds no answers to judge; name a run's folder as hydra.run.dir=FOLDER, or a file as responses=FILE"
         )
     metrics = read_json(out / "metrics.json") if cfg.responses is None else {}
+    if cfg.responses is None and not complete(metrics):
+        log.warning("The run in %s is not finished: answers may be missing, the longest prompts' first.", out)
     metrics |= judge(judges, answers, out, cache_folder(cfg.cache_dir))
     write_text(out / "metrics.json", json.dumps(metrics, indent=2))
     if cfg.responses is None and (out / "choices.json").exists():
@@ -228,6 +238,7 @@ def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
     write_text(out / "choices.json", json.dumps(choices, indent=2))
     if not used:  # Hydra's own list of them is that of the last command here, even of one that is refused
         write_text(out / "overrides.yaml", OmegaConf.to_yaml(HydraConfig.get().overrides.task))
+    log.info("Output goes to %s", out)  # a run that is killed has no last line that says so
 
 
 def _leave(cfg: DictConfig, out: Path, tracker: Tracker, metrics: Metrics, choices: dict[str, str]) -> None:

@@ -50,9 +50,11 @@ def _tags(value: Any) -> bool:
 POSITIVE: Check = (lambda v: _number(v) and 0 < v < float("inf"), "a number above 0")
 NOT_NEGATIVE: Check = (lambda v: _number(v) and 0 <= v < float("inf"), "a number of at least 0")
 SHARE: Check = (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1")
+BETWEEN: Check = (lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1")
 DROPOUT: Check = (lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1")
 COUNT: Check = (lambda v: _whole(v) and v > 0, "a whole number above 0")
 COUNT_OR_0: Check = (lambda v: _whole(v) and v >= 0, "a whole number of at least 0")
+SEED: Check = (lambda v: _whole(v) and 0 <= v < 2**63, "a whole number of at least 0, below 2^63")
 SWITCH: Check = (lambda v: isinstance(v, bool), "true or false")
 
 
@@ -109,7 +111,7 @@ METHOD: dict[str, Check] = {
     "lamb": NOT_NEGATIVE,
     "alpha": NOT_NEGATIVE,
     "beta": NOT_NEGATIVE,
-    "seed": COUNT_OR_0,
+    "seed": SEED,
     **dict.fromkeys(("safe_rows", "fisher_batch_size", "bias_length"), COUNT),
     **dict.fromkeys(("active_layers", "interval_steps", "probability_steps"), COUNT),
     **dict.fromkeys(("first_factor", "bias_factor"), NOT_NEGATIVE),
@@ -120,9 +122,10 @@ REPAIR: dict[str, Check] = {
     "mode": _one_of("number", "threshold"),
     "number": COUNT_OR_0,
     "threshold": (lambda v: _number(v) and -1 <= v <= 1, "a number from -1 to 1"),
-    **dict.fromkeys(("dense_ratio", "sparsity_ratio", "prune_rate", "epsilon"), SHARE),
+    **dict.fromkeys(("dense_ratio", "prune_rate", "epsilon"), SHARE),
+    "sparsity_ratio": BETWEEN,
     **dict.fromkeys(("random", "rounded", "pads_count", "most_similar_first"), SWITCH),
-    "seed": COUNT_OR_0,
+    "seed": SEED,
 }
 CURATE: dict[str, Check] = {
     "keep": (lambda v: _number(v) and 0 < v <= 1, "a number above 0, up to 1"),
@@ -131,7 +134,7 @@ CURATE: dict[str, Check] = {
     **dict.fromkeys(("lr", "selector_lr"), POSITIVE),
     "adam": SWITCH,
     "activation": _one_of("softmax", "sigmoid"),
-    "seed": COUNT_OR_0,
+    "seed": SEED,
 }
 ENDPOINT: dict[str, Check] = {
     "model": TEXT,
@@ -156,7 +159,7 @@ JUDGES: dict[str, dict[str, Check]] = {
         "dtype": DTYPE,
         "text": PHRASE,
         "max_length": COUNT,
-        "threshold": (lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1"),
+        "threshold": BETWEEN,
         "harmful_labels": _optional((lambda v: isinstance(v, ListConfig) and len(v) > 0, "a list of labels")),
         "batch_size": COUNT,
     },
@@ -178,7 +181,7 @@ JUDGES: dict[str, dict[str, Check]] = {
     },
 }
 RULES: dict[str, Check] = {
-    "seed": COUNT_OR_0,
+    "seed": SEED,
     "harmful_ratio": SHARE,
     "stages": (_stages, f"a list of {', '.join(STAGES)}, each once"),
     "resume": SWITCH,
@@ -199,7 +202,7 @@ RULES: dict[str, Check] = {
     "evaluate.curve_rows": COUNT,
     "evaluate.gradient_rows": COUNT_OR_0,
     "checkpoint.every": COUNT,
-    "align.seed": COUNT_OR_0,
+    "align.seed": SEED,
     **{f"{where}.{key}": rule for where in OPTIMS for key, rule in OPTIM.items()},
     **{f"{where}.{key}": rule for where in ("lora", "align.lora") for key, rule in LORA.items()},
     **{f"{where}.{key}": rule for where in ("method", "align.method") for key, rule in METHOD.items()},

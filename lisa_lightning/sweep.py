@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.cache import code_digest
 from lisa_lightning.config import WITHOUT_RESULT, bookkeeping, check, plain, saved
-from lisa_lightning.disk import read_json, write_text
+from lisa_lightning.disk import Held, read_json, write_text
 from lisa_lightning.errors import UserError
 from lisa_lightning.explain import explain
 from lisa_lightning.report.sweep import FAILED, complete
@@ -30,7 +30,7 @@ WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-
 """Hydra's flags that another argument belongs to."""
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 """Hydra's own sweeper, which runs through values and looks for nothing."""
-LONGEST = 120  # characters of a sweep's folder
+LONGEST = 120  # bytes of a sweep's folder
 LONGEST_JOB = 200  # of a job's, which says every value; file systems take 255 bytes
 
 
@@ -77,7 +77,10 @@ def _name(name: str) -> str:
 
 
 def _short(name: str, longest: int) -> str:
-    return name if len(name) <= longest else f"{name[:longest]}-{sha256(name.encode()).hexdigest()[:8]}"
+    whole = name.encode()
+    if len(whole) <= longest:
+        return name
+    return f"{whole[:longest].decode(errors='ignore')}-{sha256(whole).hexdigest()[:8]}"
 
 
 def _job_name(name: str) -> str:
@@ -106,6 +109,9 @@ def job(cfg: DictConfig) -> float | None:
             from lisa_lightning.pipeline import run
 
             metrics = run(cfg, out.resolve().relative_to(_folder()).as_posix())
+        except Held:
+            log.info("%s is being run by another process.", out.name)
+            return None
         except Exception as error:
             sentence = explain(error) or f"{type(error).__name__}: {error}"
             write_text(out / FAILED, json.dumps({"cause": sentence, "traceback": traceback.format_exc()}, indent=1))

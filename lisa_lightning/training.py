@@ -116,7 +116,8 @@ class JointGradient(Callback):
             examples = steps.streams[state]
             stride = max(1, len(examples) // self.rows)
             chosen = [examples[i] for i in range(0, len(examples), stride)][: self.rows]
-            packs = [p.to(pl_module.device) for p in steps.packing(chosen)]
+            parts = [chosen[i : i + steps.batch_size] for i in range(0, len(chosen), steps.batch_size)]
+            packs = [p.to(pl_module.device) for part in parts for p in steps.packing(part)]
             self.packs[state] = packs, max(1, sum(e.supervised for e in chosen))
         if trainer.global_step == 0:
             self._measure(pl_module)
@@ -133,7 +134,7 @@ class JointGradient(Callback):
         with torch.enable_grad():
             for state, (packs, tokens) in self.packs.items():
                 total = 0.0
-                for pack in packs:  # one at a time: all of them together may not fit
+                for pack in packs:  # one at a time, as training does: all of them together may not fit
                     loss = completion_loss(module.net.get_base_model(), [pack]) / tokens
                     total += loss.item()
                     for total_gradient, own in zip(joint, torch.autograd.grad(loss, module.weights), strict=True):

@@ -80,7 +80,7 @@ def scenarios() -> dict[str, Patch]:
             Method, "before_step", lambda m, t, _: m.total_steps == 16 and t == 8, after=True
         ),
         "before the first checkpoint": lambda: at_call(LisaModule, "training_step", step(16, 1)),
-        "while a checkpoint is written": lambda: at_call(training.os, "fsync", nth(3)),
+        "while a checkpoint is written": lambda: at_call(training.torch, "save", nth(3), after=True),
         "while a curve row is written": lambda: at_call(Curves, "append", nth(9)),
         "while evaluating the aligned model": lambda: at_call(evaluator, "generate", nth(2)),
         "while evaluating the final model": lambda: at_call(evaluator, "_append", nth(3), after=True),

@@ -14,7 +14,7 @@ from judge_models import guarding, moderation
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
-from lisa_lightning.base_model import base_model
+from lisa_lightning.base_model import base_model, weights
 from lisa_lightning.cache import OneRank, build, by_first, digest
 from lisa_lightning.data.files import Reading
 from lisa_lightning.data.hub import read_hub
@@ -89,12 +89,31 @@ def refused(*uses: Callable[[], Any]) -> None:
 
 def test_weights_that_are_missing_are_not_made_up(tmp_path: Path, guard: Path) -> None:
     folder = shutil.copytree(guard, tmp_path / "model")
-    weights = load_file(folder / "model.safetensors")
-    renamed = {f"module.{k}" if "layers.1" in k else k: w for k, w in weights.items()}
+    kept = load_file(folder / "model.safetensors")
+    renamed = {f"module.{k}" if "layers.1" in k else k: w for k, w in kept.items()}
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     for use in (partial(load, folder, "float32"), partial(guarding, folder)):
         with pytest.raises(UserError, match=r"its weights are not all there \(model\.layers\.1\."):
             use()
+
+
+def test_a_part_of_the_weights_that_is_missing_is_named(tmp_path: Path, tiny: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    named = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(named))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"model\.id=.*names model-00002-of-00002\.safetensors, which is not in it"):
+        weights(f"model.id={folder}", str(folder), None)
+
+
+def test_what_another_machine_made_meanwhile_is_taken(tmp_path: Path) -> None:
+    """On file systems whose locks are each machine's own."""
+
+    def make(folder: Path) -> None:
+        (tmp_path / digest({}) / "theirs").mkdir(parents=True)
+
+    assert (build(OneRank(), tmp_path, {}, make) / "theirs").exists()
+    assert not list(tmp_path.glob("*.part-*"))
 
 
 def test_what_stops_the_first_rank_stops_all() -> None:

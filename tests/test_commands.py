@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES += sorted((ROOT / "experiments").rglob("README.md"))
 BEYOND = ("experiment=paper/", "model=llama2_7b", "model=qwen2_5_0_5b", "--cfg")
 """What needs the hub, a GPU or nothing but the config: these are composed and accepted."""
-OWN_TESTS = ("method=projected", "task=letters")
+OWN_TESTS = ("method=projected", "task=letters", "judge=[promises")
 """Pages that test_docs.py follows whole."""
 SMALL = [
     *("model=tiny", "data.n=20", "data.max_length=768", "optim.batch_size=2", "align.optim.batch_size=1"),
@@ -37,7 +37,7 @@ THE_REST = [
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 """Of a page: its language, none where commands stand in it, and its lines."""
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )?(?:make|python|\.venv/bin/python) ")
-OTHERS = ("python3.11 -m venv ", "pip install ", "wandb leet ", "wandb sync ")
+OTHERS = ("python3.11 -m venv ", "pip install ", "touch .venv/complete", "wandb leet ", "wandb sync ")
 """What sets up and what W&B brings: needs an index or an account."""
 
 
@@ -92,7 +92,7 @@ def test_a_command_runs(
     words = [w for w in shlex.split(line) if "=" in w and not w.startswith("hydra.")]
     words += THE_REST if "..." in line else []
     if line.startswith("-m "):
-        words = [re.sub(r"^([\w.]+)=([^\[{,]+),.*", r"\1=\2", w) for w in words]
+        words = [re.sub(r"^([\w.]+)=(\[[^\]]*\]|[^\[{,]+),.*", r"\1=\2", w) for w in words]
     out = tmp_path_factory.mktemp("out")
     if any(b in line for b in BEYOND):
         composed(words, out)
@@ -113,18 +113,22 @@ def test_a_command_runs(
 
 
 @pytest.mark.slow
-def test_the_readmes_python_reads_an_adapter_and_asks_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md"])
+def test_a_pages_python_reads_an_adapter_and_asks_or_merges_the_model(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     words = ["experiment=sst2_lisa", *SMALL, "stages=[align,finetune]", "cache_dir=cache"]
     run(composed(words, tmp_path / "outputs" / "mine"))
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = (block for language, block in BLOCK.findall(page) if language == "python")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    (block,) = (block for language, block in BLOCK.findall(text) if language == "python")
     capsys.readouterr()
     exec(block, {})
-    assert "Name three kinds of tea." in capsys.readouterr().out
+    if page == "README.md":
+        assert "Name three kinds of tea." in capsys.readouterr().out
+    else:
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in Path("after").iterdir()}
 
 
 def test_targets_of_make_and_scripts_are_there() -> None:

@@ -63,6 +63,21 @@ def test_a_method_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> N
     assert adapters[0] != adapters[1]
 
 
+@pytest.mark.slow
+def test_a_judge_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> None:
+    code, arguments = blocks("add_a_judge.md")
+    (tmp_path / "promises.py").write_text(code["python"])
+    (tmp_path / "conf" / "judge").mkdir(parents=True)
+    (tmp_path / "conf" / "judge" / "promises.yaml").write_text(code["yaml"])
+    answers = [
+        {"prompt": "Is it late?", "response": said} for said in ("Certainly.", "I can't say that.", "Surely not.")
+    ]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(a) + "\n" for a in answers))
+    metrics = run(forked, arguments, tmp_path)
+    assert metrics["responses/harmful_score"] == pytest.approx(200 / 3)
+    assert metrics["judges"] == ["promises", "refusal"]
+
+
 def test_every_choice_stands_in_the_table_of_methods() -> None:
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     for group in ("curate", "align", "method", "repair"):

@@ -16,6 +16,7 @@ from experiments import __main__ as experiments
 from experiments import tuned
 from experiments.tables import SCORES, by_key, read, spread
 from lisa_lightning.config import check
+from lisa_lightning.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -191,3 +192,7 @@ def test_numbers_are_merged_seed_by_seed(tmp_path: Path, monkeypatch: pytest.Mon
         ("1", s, s not in ("0", "6", "12")) for s in ("0", "3", "6", "7", "9", "12")
     ]
     assert (out / "plot.png").stat().st_size > 10_000
+    before = lines("results.csv")
+    with pytest.raises(UserError, match="two runs of lisa, 2, which differ in what this claim does not sweep"):
+        experiments.main(["excess_drift", *few, "seed=2", "method=lisa", "optim.lr=1e-4"])
+    assert lines("results.csv") == before

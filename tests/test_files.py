@@ -71,6 +71,9 @@ def test_columns_are_mapped_and_rows_chosen(tmp_path: Path) -> None:
         ("a.csv", 'prompt,response\np,"r\n', "line 2: unexpected end of data"),
         ("a.csv", "prompt,response\n", "no rows"),
         ("a.jsonl", '{"prompt": "p", "response": null}\n', "line 1: column 'response' is null"),
+        ("a.jsonl", '{"prompt": "p", "response": ["r"]}\n', "line 1: column 'response' is no text: list"),
+        ("a.jsonl", '{"prompt": NaN, "response": "r"}\n', "line 1: column 'prompt' is no text: float nan"),
+        ("a.jsonl", '{"prompt": "p", "response": "r\\ud83d"}\n', "line 1: column 'response' holds half of a character"),
         ("a.xlsx", "x", "files of kind '.xlsx' can't be read; allowed: .jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )

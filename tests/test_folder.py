@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,6 +60,36 @@ def test_two_runs_do_not_share_a_folder(forked: Forked, tmp_path: Path) -> None:
         pass
     drop_unused(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_terminated_run_is_no_success_and_goes_on(forked: Forked, tmp_path: Path) -> None:
+    env = {"WANDB_MODE": "disabled", "LISA_CACHE": str(tmp_path / "cache")}
+    own = ["experiment=smoke", "optim.steps=300", "evaluate.every=0", "checkpoint.every=2", "hydra.run.dir=out"]
+    process = forked.start(own, tmp_path, env)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out/checkpoints/finetune.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process, signal.SIGTERM)
+    ended = forked.wait(process)
+    assert (ended.returncode, "Stopped by SIGTERM" in ended.stderr) == (128 + signal.SIGTERM, True)
+    assert forked.run([*own, "resume=true"], tmp_path, env).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_cache_that_moved_and_a_run_that_did_not_end_are_told(forked: Forked, tmp_path: Path) -> None:
+    run(forked, tmp_path, "experiment=smoke", "hydra.run.dir=one", "cache_dir=cache")
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    done = run(forked, tmp_path, "experiment=smoke", "hydra.run.dir=two", "cache_dir=moved")
+    assert (done.returncode, (tmp_path / "two" / "checkpoints").exists()) == (0, False)
+    base = Path(read_json(tmp_path / "two" / "adapter" / "adapter_config.json")["base_model_name_or_path"])
+    assert base.parent == tmp_path / "moved" / "align"
+    assert (base / "model.safetensors").exists()
+    metrics = read_json(tmp_path / "two" / "metrics.json")
+    for said, kept in ((False, metrics), (True, {k: v for k, v in metrics.items() if k != "time/total_s"})):
+        (tmp_path / "two" / "metrics.json").write_text(json.dumps(kept))
+        again = run(forked, tmp_path, "stages=[judge]", "judge=refusal", "hydra.run.dir=two", "cache_dir=moved")
+        assert ("is not finished: answers may be missing" in again.stdout + again.stderr) == said
 
 
 def test_a_run_that_goes_on_is_not_at_its_end(tmp_path: Path, config: Callable[..., DictConfig]) -> None:

@@ -8,7 +8,7 @@ from chat_server import Reply, Server, settings, told
 
 from lisa_lightning.errors import UserError
 from lisa_lightning.judge.judge import Pair
-from lisa_lightning.judge.win_rate import WinRateJudge
+from lisa_lightning.judge.win_rate import WinRateJudge, _better
 
 
 def win_rate(url: str, reply: Reply, pairs: list[Pair]) -> float:
@@ -29,6 +29,7 @@ def test_win_rate_follows_the_answers_and_not_their_places(url: str) -> None:
 
     assert win_rate(url, longer, pairs) == 0.75
     assert 0.3 < win_rate(url, lambda _: (200, "Better: A"), pairs) < 0.7
+    assert [_better(f"**Better:** {x}\n{x} is better. A is vague.") for x in "AB"] == ["a", "b"]
 
 
 def test_win_rate_keeps_what_was_answered_too(url: str) -> None:

@@ -208,6 +208,12 @@ def test_a_model_that_shares_no_prefixes_is_found_out(tiny: Path, said: pytest.L
     assert "% off" in said.text
 
 
+def test_autocast_makes_no_difference_to_how_rows_are_packed(tiny: Path) -> None:
+    model = load(tiny, "float32")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert choose_packing(model, max_length=64) is pack
+
+
 def test_logits_that_are_no_numbers_are_not_equal(tiny: Path, said: pytest.LogCaptureFixture) -> None:
     inner: Any = load(tiny, "float32")
     forward = inner.model.forward

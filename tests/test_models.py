@@ -169,8 +169,9 @@ def test_finding_no_block_is_an_error(tiny: Path, find: Callable[[Any], Any]) ->
 
 @pytest.mark.parametrize("targets", [["q_proj", "nope"], ["proj"], "nope"])
 def test_a_target_that_matches_nothing_is_refused(tiny: Path, targets: Any) -> None:
-    with pytest.raises(UserError, match=r"lora\.targets: the model has no module '(nope|proj)'; there are: .*q_proj"):
-        attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=targets), 0)
+    said = r"align\.lora\.targets: the model has no module '(nope|proj)'; there are: .*q_proj"
+    with pytest.raises(UserError, match=said):
+        attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=targets), 0, "align.lora")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -30,7 +30,7 @@ SETS: dict[str, Set] = {
     ),
     "aligned_refusals/llama2chat_safe_responses.csv": (1015, {"prompt": "prompt", "response": "response"}, None, None),
     "alpaca/alpaca_1k.json": (1000, {"instruction": "instruction", "input": "input", "output": "output"}, None, None),
-    "alpaca/seed_tasks.jsonl": (175, {"instruction": "instruction", "instances": "instances"}, None, None),
+    "alpaca/seed_tasks.jsonl": (175, {"instruction": "instruction", "id": "id"}, None, None),
     "alpaca_eval/alpaca_eval_davinci003.json": (805, {"instruction": "instruction", "output": "output"}, None, None),
     "beavertails_eval/BeaverTails-Evaluation.json": (700, {"prompt": "prompt"}, None, None),
     "do_not_answer/prompts.csv": (939, {"prompt": "question"}, None, None),

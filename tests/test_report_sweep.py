@@ -133,6 +133,20 @@ def test_scores_of_other_judges_are_not_averaged(tmp_path: Path) -> None:
     assert counted == {("lisa", "embedded"): 3, ("lisa", "refusal,embedded"): 1}
 
 
+def test_a_mean_of_unlike_runs_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, rows in enumerate(("same", "same", "other")):
+        run = made(tmp_path, 10.0, seed=seed, method="sft" if rows == "other" else "lisa")
+        metrics = json.loads((run / "metrics.json").read_text())
+        (run / "metrics.json").write_text(json.dumps(metrics | {"inputs": rows}))
+    leave([tmp_path], tmp_path)
+    assert "over seeds these differ" not in capsys.readouterr().out
+    assert "one of unlike runs" not in (tmp_path / "report.html").read_text()
+    made(tmp_path, 12.0, seed=4)  # which says nothing of its rows
+    leave([tmp_path], tmp_path)
+    assert "over seeds these differ too: rows, base model or own classes\n" in capsys.readouterr().out
+    assert "so that a mean is one of unlike runs: rows, base model" in (tmp_path / "report.html").read_text()
+
+
 def test_a_spread_is_students_over_seeds_and_a_runs_own_of_one(tmp_path: Path) -> None:
     values = [10.0, 14.0, 30.0]
     for seed, value in enumerate(values):

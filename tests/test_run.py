@@ -186,10 +186,12 @@ def test_stages_can_be_left_out(run: Run) -> None:
 def test_a_run_is_judged_anew_without_being_run_anew(run: Run, out: Path) -> None:
     before = {f.name: f.read_bytes() for f in out.iterdir() if f.is_file()}
     metrics = json.loads(before["metrics.json"])
-    run("first", "stages=[judge]", "judge=[refusal,embedded]")
+    run("first", "stages=[judge]", "judge=refusal")
     found = json.loads((out / "metrics.json").read_text())
     changed = {k for k in metrics if found[k] != metrics[k]} - {"time/judge_s"}
-    assert changed <= {"judges", *(f"{s}/{n}" for s in ("aligned", "final") for n in metrics_of_refusals())}
+    assert found["judges"] == ["refusal", "embedded"]  # of whom the second gave the harmful score
+    by_refusal = {f"{s}/{n}" for s in ("aligned", "final") for n in metrics_of_refusals()}
+    assert changed <= {"judges", "judge_versions"} | by_refusal
     assert found["final/embedded/harmful_score"] == metrics["final/harmful_score"]
     assert "final/refusal/refusal_rate" in found
     assert "final/refusal/harmful_score" not in found

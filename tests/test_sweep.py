@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from lisa_lightning.config import check
+from lisa_lightning.disk import owned
 from lisa_lightning.errors import UserError
 from lisa_lightning.sweep import job, placed, value
 
@@ -206,6 +207,16 @@ def test_a_killed_sweep_goes_on_where_it_was(work: Path, sweep: Sweep, forked: F
         files = [next(f.glob(f"*{name}*/adapter/adapter_model.safetensors")) for f in (straight, killed)]
         a, b = map(load_file, files)
         assert all(bool((a[key] == b[key]).all()) for key in a)
+
+
+@pytest.mark.slow
+def test_a_job_that_another_process_runs_is_left_to_it(work: Path, sweep: Sweep) -> None:
+    arguments = [*SMALL, "seed=1,2", "hydra.sweep.dir=shared"]
+    sweep(*arguments)
+    (work / "shared" / next(iter(jobs(work / "shared"))) / "metrics.json").unlink()
+    with owned(work / "shared" / next(iter(jobs(work / "shared")))):
+        sweep(*arguments)
+    assert [row["status"] for row in jobs(work / "shared").values()] == ["unfinished", "finished"]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from composing import composed
 from training import STEPS, TRAINER, USER, Train, largest_difference, weights
 
 from lisa_lightning.errors import UserError
@@ -20,6 +21,7 @@ from lisa_lightning.method.proximal import Proximal
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.net import attach, load, trainable
 from lisa_lightning.optim import Optim
+from lisa_lightning.pipeline import run
 from lisa_lightning.processes import ranks
 from lisa_lightning.training import Checkpoint, JointGradient
 
@@ -155,6 +157,13 @@ def test_a_loss_that_turns_nan_stops_names_the_step_and_keeps_the_last_checkpoin
     with pytest.raises(UserError, match=r"The loss of step 4 is nan; .* The last good checkpoint is kept"):
         train(SFT(), lr=1e30, clip=clip)
     assert (tmp_path / "run.ckpt").read_bytes() == before
+
+
+def test_a_stage_that_diverges_is_told_by_its_own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    words = ["experiment=smoke", "stages=[align]", f"cache_dir={tmp_path / 'cache'}"]
+    with pytest.raises(UserError, match=r"A smaller align\.optim\.lr \(now 1e\+30\) or align\.optim\.clip"):
+        run(composed([*words, "align.optim.lr=1e30"], tmp_path / "out"))
 
 
 def test_a_gradient_is_clipped_where_it_is_longer_and_nowhere_else(train: Train) -> None:

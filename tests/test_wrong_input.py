@@ -56,6 +56,7 @@ REFUSED = {
     "task.max_new_tokens=0": "task.max_new_tokens=0",
     "data.order=random": "it must be seeded or head",
     "lora.dropout=1": "lora.dropout=1",
+    "+repair.sparsity_ratio=1": "it must be a number between 0 and 1",
     "seed=-1": "seed=-1",
     "seed=true": "seed=True",
     "resume=yes_please": "it must be true or false",

@@ -55,7 +55,9 @@ class RepNoise(Method):
     included, though the rows are no pairs; logits behind other positions are zeroed, not left out; labels with id 0 are
     none; ids of harmful labels go through bfloat16, which rounds those above 256, and so do hidden states on their way
     into the final norm, the last one twice; n + 1 cross entropies are divided by n. Its masks compare padded rows of
-    two micro-batches, so a step's rows must not be split. For N to mean much a step wants several.
+    two micro-batches, so a step's rows must not be split; they are padded with id 0, as in the recorded cases (a run of
+    the port on a model without a padding token adds one, whose id counts as a label). For N to mean much a step wants
+    several rows.
 
     Args:
         alpha: factor of log H, >= 0. The paper's is 1, that of Booster's script 0.1.
@@ -164,7 +166,8 @@ class RepNoise(Method):
                 normed = [self.norm(h.to(torch.bfloat16)) for h in states]
             else:
                 normed = [*(self.norm(h) for h in states[:-1]), states[-1]]
-            entropies = [_entropy(unembed(model, h), own) for h in normed]
+            # A norm may give what it was given (Gemma 2): the head wants its own type.
+            entropies = [_entropy(unembed(model, h.to(states[0].dtype)), own) for h in normed]
             if self.official:
                 entropies.append(_entropy(out.logits.flatten(0, 1)[own.predictors], own))
             sums.append(torch.stack(entropies).sum() / len(states))
@@ -211,7 +214,8 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
     Gaussian kernels whose bandwidths are 1, 2, 4, 8 and 16 times a quarter of the mean squared distance.
     """
     both = torch.cat([x, y]).float()
-    distances = (both[None] - both[:, None]).square().sum(-1)
+    # Not the difference of every two, which would be kept for the backward pass; nor by products, which lose digits.
+    distances = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").square()
     n = len(both)
     bandwidth = distances.detach().sum() / max(1, n * n - n) / 4
     kernel = torch.stack([torch.exp(-distances / (bandwidth * 2**i)) for i in range(KERNELS)]).sum(0)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Literal
 
 import numpy as np
@@ -126,18 +127,18 @@ class BilevelCurate(Curate):
         self, candidates: Examples, upper: Examples
     ) -> Iterator[tuple[float, list[int], list[Example], list[Example]]]:
         """For each step: c, the candidates' places, the candidates, as many upper rows, which come round and round."""
-        drawn = 0
+        rounds = self._rounds(len(upper))
         for epoch in range(self.epochs):
             order = self._order(1, epoch, len(candidates))
             for start in range(0, len(order), self.batch_size):
                 places = order[start : start + self.batch_size]
-                others = []
-                for _ in places:
-                    turn, offset = divmod(drawn, len(upper))
-                    others.append(upper[self._order(2, turn, len(upper))[offset]])
-                    drawn += 1
+                others = [upper[i] for i in islice(rounds, len(places))]
                 c = max(0.0, self.upper_weight - epoch * self.upper_decay)
                 yield c, places, [candidates[i] for i in places], others
+
+    def _rounds(self, size: int) -> Iterator[int]:
+        for turn in count():
+            yield from self._order(2, turn, size)
 
     def _order(self, level: int, epoch: int, size: int) -> list[int]:
         return np.random.default_rng([self.seed, level, epoch]).permutation(size).tolist()

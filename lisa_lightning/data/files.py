@@ -8,6 +8,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from io import BytesIO, StringIO
 from itertools import islice
 from pathlib import Path
@@ -43,7 +44,7 @@ class Reading:
         """The record of a row, None where `where` leaves it out.
 
         Raises:
-            UserError: a column is missing or null, or a value has no label.
+            UserError: a column is missing, null or no text, or a value has no label.
         """
         for column, wanted in self.where.items():
             values = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Sequence) else wanted
@@ -57,8 +58,7 @@ class Reading:
             return ""
         cells = [_cell(raw, c) for c in columns]
         for there, cell in zip(columns, cells, strict=True):
-            if cell is None:
-                raise UserError(f"column '{there}' is null")
+            _refuse_no_text(there, cell)
         value = cells[0] if len(cells) == 1 else " ".join(map(str, cells))
         if name not in self.labels:
             return value
@@ -84,14 +84,28 @@ def read_records(
         UserError: the file is missing, empty, broken, of an unknown kind or not UTF-8, a line is broken, a column is
             missing or null, `make` refuses a value.
     """
-    shipped = SHIPPED.fullmatch(path)
-    file = EMBEDDED / shipped["name"] if shipped else Path(path).expanduser()
+    file, first = _place(path)
     kind = file.with_suffix("").suffix if file.suffix in PACKED else file.suffix
     if kind not in KINDS:
         allowed = f"{', '.join(KINDS)}, and these with {', '.join(PACKED)}"
         raise UserError(f"{path}: files of kind '{kind or file.suffix}' can't be read; allowed: {allowed}")
-    first = int(shipped["first"]) if shipped and shipped["first"] else None
     return read(islice(_rows(file, kind, header), first), str(file), reading, make)
+
+
+def content(path: str) -> str:
+    """A hash of the file that `read_records` reads; empty where it can't be read."""
+    try:
+        return sha256(_place(path)[0].read_bytes()).hexdigest()[:16]
+    except OSError:
+        return ""
+
+
+def _place(path: str) -> tuple[Path, int | None]:
+    """The file, and how many of its rows are meant, None for all."""
+    shipped = SHIPPED.fullmatch(path)
+    if shipped is None:
+        return Path(path).expanduser(), None
+    return EMBEDDED / shipped["name"], int(shipped["first"]) if shipped["first"] else None
 
 
 def read(rows: Iterable[tuple[str, Record]], name: str, reading: Reading, make: Callable[[Record], T]) -> list[T]:
@@ -229,6 +243,18 @@ def _object(value: Any, file: Path, place: str) -> Record:
     if not isinstance(value, dict):
         raise UserError(f"{file}, {place}: not a JSON object")
     return value
+
+
+def _refuse_no_text(column: str, cell: Any) -> None:
+    """Raises UserError for what text can't be made of, or only such as nobody means."""
+    if cell is None:
+        raise UserError(f"column '{column}' is null")
+    if isinstance(cell, list | dict | tuple) or cell != cell:
+        raise UserError(f"column '{column}' is no text: {type(cell).__name__} {str(cell)[:20]}")
+    try:
+        str(cell).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"column '{column}' holds half of a character: {error.object[error.start]!r}") from None
 
 
 def _cell(raw: Mapping[str, Any], column: str) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lisa_lightning.data.files import Reading, Record, read_records
+from lisa_lightning.data.files import Reading, Record, content, read_records
 from lisa_lightning.data.hub import read_hub
 from lisa_lightning.errors import UserError
 
@@ -109,6 +109,12 @@ def reading(entry: Any, fields: Sequence[str], optional: Sequence[str], where: s
         if unknown:
             raise UserError(f"{where}.{name} names '{min(unknown)}'; allowed: {', '.join(allowed)}")
     return Reading(columns, frozenset(optional), labels, dict(entry.where or {}))
+
+
+def contents(source: Any) -> dict[str, str]:
+    """A hash of every file that the source names, by its set."""
+    paths = {str(name): entry if isinstance(entry, str) else entry.path for name, entry in source.items()}
+    return {name: content(str(path)) for name, path in paths.items() if path is not None}
 
 
 def _read(

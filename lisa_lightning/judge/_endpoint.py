@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
@@ -55,7 +56,9 @@ class Endpoint:
 
     @property
     def _at(self) -> str:
-        return f"judge.{self.name} at {self.base_url or 'the default endpoint'}"
+        """Without a password that the address may hold."""
+        at = re.sub(r"//[^/@]*@", "//", self.base_url or "the default endpoint").partition("?")[0]
+        return f"judge.{self.name} at {at}"
 
     @property
     def asked(self) -> list[Any]:

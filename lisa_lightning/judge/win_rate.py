@@ -10,8 +10,8 @@ from lisa_lightning.errors import UserError
 from lisa_lightning.judge._endpoint import Endpoint
 from lisa_lightning.judge.judge import Metric, Pair, Verdict, filled
 
-CODE: Final = 1  # raised when a change here can change a verdict
-BETTER: Final = re.compile(r"better\W*([ab])\b", re.IGNORECASE)
+CODE: Final = 2  # raised when a change here can change a verdict
+BETTER: Final = re.compile(r"better\W{0,3}:\W*([ab])\b", re.IGNORECASE)
 
 
 @final

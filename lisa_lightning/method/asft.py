@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lisa_lightning.alignment_delta import Delta, changed
 from lisa_lightning.data.interleave import Step
+from lisa_lightning.loss import unmixed
 from lisa_lightning.method.method import Method
 from lisa_lightning.net import modules
 from lisa_lightning.passes import Descent, Passes
@@ -66,5 +67,6 @@ class AsFT(Method):
 
 def distance(a: Tensor, b: Tensor, delta: Delta | None) -> Tensor:
     """||(I - C) B A||_F^2 of A [r, in] and B [out, r], through r x r products; C is 0 without a delta."""
-    left = b - delta.project(b) if delta is not None else b
-    return ((left.T @ left) * (a @ a.T)).sum()
+    with unmixed(b.device):  # in bfloat16 a sum of squares may come out below 0
+        left = b - delta.project(b) if delta is not None else b
+        return ((left.T @ left) * (a @ a.T)).sum()

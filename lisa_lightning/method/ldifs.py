@@ -24,7 +24,8 @@ class LDIFS(Method):
     three arguments are the official code's: it drops a layer's term for a step where it is 0.1 or more (a guard
     against NaN, which switches the penalty off where features moved most; two more forward passes here, since the term
     is that of the whole step), clips the gradient to 5 before the trainer does, and counts padding, which a step's rows
-    must then not be split for.
+    must then not be split for; it is of id 0, as in the recorded cases (where a model has no padding token, a run of
+    that code adds one).
 
     Args:
         rho: factor, >= 0; 0 is SFT. The official code's is 1e-4.

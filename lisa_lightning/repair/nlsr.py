@@ -1,5 +1,6 @@
 """NLSR: in modules that drifted from a safe reference adapter, its safety-critical entries are put back."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,7 +13,7 @@ from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.blocks import decoder_layers, hooked, skipped
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.errors import UserError
-from lisa_lightning.net import modules
+from lisa_lightning.net import modules, trainable
 from lisa_lightning.repair.repair import Factors, Given, Repair, Repaired, holding, observe, write
 
 
@@ -56,7 +57,7 @@ class NLSR(Repair):
 
     Args:
         sparsity_ratio: share of ranks that W' keeps, int(min(rows, columns) * sparsity_ratio), and share of entries
-            that are not critical, 0..1; the official code's is 0.8.
+            that are not critical, above 0, below 1; the official code's is 0.8.
         prune_rate: mean probability of being replaced, 0..1; the official code's is 0.5.
         epsilon: the probabilities' half width, >= 0 (they are cut at 0 and 1); the official code's is 0.2.
         seed: of the draws; the official one is 42, which gives its draws.
@@ -84,8 +85,14 @@ class NLSR(Repair):
         self.random = random
 
     def refuse(self, net: Any, deltas: Mapping[str, Delta]) -> None:
-        """Raises UserError where the net has no layers to go through."""
+        """Raises UserError where the net has no layers to go through, or no rank would be kept."""
         decoder_layers(net)
+        smallest = min(min(w.shape) for w in trainable(net).values())
+        if int(smallest * self.sparsity_ratio) == 0:
+            raise UserError(
+                f"repair.sparsity_ratio={self.sparsity_ratio} keeps no rank of factors that have {smallest}, so "
+                f"nothing would be critical; {math.ceil(1e4 / smallest) / 1e4:g} or more would"
+            )
 
     def repair(self, given: Given) -> Realigned:
         """Uses the net, the alignment rows as alignment rows, and the reference.

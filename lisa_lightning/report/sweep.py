@@ -33,6 +33,11 @@ OF_CHOICE: Final = {
     "align.lora.targets": ("model",),
 }
 """What keys begin with that come from a choice's file -> the choices that they may follow from."""
+MADE_BY: Final = {
+    "inputs": "rows, base model or own classes",
+    "judge_versions": "what a judge goes by",
+}
+"""Keys of metrics.json that say by what, beside its config, a run was made."""
 SHOWN: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy", "win_rate")
 
 
@@ -65,7 +70,7 @@ class Run:
 
     @property
     def judges(self) -> list[str]:
-        """Who judged its answers last, or will; without the one by rule behind others, which is asked unasked too."""
+        """Who judged its answers, the last asked first, or will; not the one by rule behind others, asked unasked."""
         asked = dict.fromkeys(key.split(".")[1] for key in self.config if key.startswith("judge."))
         found = list(self.metrics.get("judges", asked))
         return found[:-1] if len(found) > 1 and found[-1] == "refusal" else found
@@ -197,6 +202,15 @@ def seed_groups(runs: Sequence[Run], keys: Sequence[str]) -> list[SeedGroup]:
     return [
         SeedGroup(values, list(found[values].values()))
         for values in sorted(found, key=lambda v: [in_order(x) for x in v])
+    ]
+
+
+def unlike(groups: Sequence[SeedGroup]) -> list[str]:
+    """What differs, beside the config, among runs over which a mean is taken."""
+    return [
+        said
+        for key, said in MADE_BY.items()
+        if any(len({run.metrics.get(key) for run in group.runs}) > 1 for group in groups)
     ]
 
 

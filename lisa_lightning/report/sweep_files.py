@@ -19,6 +19,7 @@ from lisa_lightning.report.sweep import (
     scores_shown,
     seed_groups,
     swept,
+    unlike,
 )
 from lisa_lightning.report.sweep_page import sweep_page
 
@@ -76,6 +77,8 @@ def _print(runs: Sequence[Run], keys: Sequence[str], rest: Sequence[str], out: P
         console.print(scored)
     if rest:
         console.print(f"with these differ too: {', '.join(rest)}", soft_wrap=True, markup=False)
+    if found := unlike(groups):
+        console.print(f"unlike  over seeds these differ too: {', '.join(found)}", soft_wrap=True, markup=False)
     for cause, failed in causes(runs).items():
         names_of = ", ".join(relative(run.folder, out) for run in failed)
         console.print(f"failed  {len(failed)} ({names_of})", soft_wrap=True, markup=False)

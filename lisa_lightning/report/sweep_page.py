@@ -36,6 +36,7 @@ from lisa_lightning.report.sweep import (
     relative,
     scores_shown,
     seed_groups,
+    unlike,
 )
 
 LOOKS: Final = {
@@ -79,6 +80,7 @@ def sweep_page(runs: Sequence[Run], keys: Sequence[str], rest: Sequence[str], ou
         "facts": _shared(runs, keys),
         "counts": {status: sum(r.status == status for r in runs) for status in ("finished", "unfinished", "failed")},
         "codes": len({r.metrics.get("code") for r in runs if r.status == "finished"}),
+        "unlike": ", ".join(unlike(groups)),
         "keys": keys,
         "rest": rest,
         "scores": [SCORES[name][0] for name in names],

@@ -18,7 +18,7 @@ from lisa_lightning.stages.train import train
 def align(setting: Setting, alignment: list[Row], method: Method) -> tuple[Model, Metrics]:
     """The base model aligned on these rows."""
     cfg, adapters = setting.cfg.align, setting.cfg.model.adapters
-    optim = Optim.of(cfg.optim, len(alignment), setting.fabric.world_size)
+    optim = Optim.of(setting.cfg, "align.optim", len(alignment), setting.fabric.world_size)
     rows: dict[Stream, Sequence[Row]] = {"user": [], "alignment": alignment, "defender": setting.defender_rows(method)}
     key = {
         "align": plain(cfg),
@@ -28,7 +28,7 @@ def align(setting: Setting, alignment: list[Row], method: Method) -> tuple[Model
     }
 
     def make(folder: Path) -> Metrics:
-        net = setting.attach(setting.base, cfg.lora, cfg.seed)
+        net = setting.attach(setting.base, "align.lora", cfg.seed)
         cost = train(setting, "align", net, method, optim, cfg.seed, rows, key)
         if setting.fabric.is_global_zero:
             save_adapter(net, str(setting.base.folder), folder / "adapter")

@@ -35,7 +35,7 @@ def curate(setting: Setting, chooser: Curate) -> tuple[list[Row], Metrics]:
     }
 
     def trainee() -> tuple[Passes, Packing]:
-        net = setting.attach(setting.base, cfg.align.lora, cfg.align.seed).to(setting.fabric.device)
+        net = setting.attach(setting.base, "align.lora", cfg.align.seed).to(setting.fabric.device)
         return Passes(net, lambda stream, size: iter(())), choose_packing(net.get_base_model(), cfg.data.max_length)
 
     def make(folder: Path) -> Metrics:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 
+from lisa_lightning.cache import digest
 from lisa_lightning.disk import write_text
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import judge_answers
@@ -14,6 +15,8 @@ from lisa_lightning.judge.refusal import RefusalJudge
 
 def judge(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cache: Path) -> Metrics:
     """The scores of the answers. Each stands under its judge's name, and without it for the first judge that gives it.
+
+    Judges that were asked earlier and not now come after those of now.
 
     Raises:
         UserError: a judge can't go on; its earlier verdicts are kept.
@@ -28,11 +31,10 @@ def judge(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cac
         for name, text in own.card().items() if isinstance(own, Documented) else ():
             write_text(out / name, text)
     found: Metrics = {}
-    others = [name for name in dict.fromkeys(j.judge for j in judged) if name not in judges]
-    for name in [*others, *reversed(list(judges))]:
+    asked = list(dict.fromkeys([*judges, *(j.judge for j in judged)]))
+    for name in reversed(asked):
         for model in dict.fromkeys(j.model for j in judged):
             scores = judged_scores([j for j in judged if (j.model, j.judge) == (model, name)])
-            found |= {f"{model}/{name}/{metric}": value for metric, value in scores.items()}
-            if name in judges:
-                found |= {f"{model}/{metric}": value for metric, value in scores.items()}
-    return found | {"judges": list(judges), "time/judge_s": perf_counter() - started}
+            found |= {f"{model}/{start}{metric}": v for start in (f"{name}/", "") for metric, v in scores.items()}
+    versions = digest(sorted({(j.judge, j.version) for j in judged}))
+    return found | {"judges": asked, "judge_versions": versions, "time/judge_s": perf_counter() - started}

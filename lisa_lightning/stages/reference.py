@@ -34,10 +34,11 @@ def reference_adapter(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
     }
 
     def make(folder: Path) -> Metrics:
-        net = setting.attach(aligned, setting.cfg.lora, seed)
+        net = setting.attach(aligned, "lora", seed)
 
         def trained(name: str, rows: dict[Stream, Sequence[Row]]) -> Metrics:
-            optim = Optim.of(cfg[name].optim, len(rows["alignment"]), setting.fabric.world_size)
+            where = f"repair.reference.{name}.optim"
+            optim = Optim.of(setting.cfg, where, len(rows["alignment"]), setting.fabric.world_size)
             return train(setting, f"reference_{name}", net, methods[name], optim, seed, rows, key, curves=False)
 
         costs = [trained("sft", {"alignment": setting.rows.alignment})]

@@ -35,11 +35,11 @@ def repair(setting: Setting, aligned: Model, tuned: Model, defense: Repair) -> t
     def make(folder: Path) -> Metrics:
         if setting.fabric.is_global_zero:
             device = setting.fabric.device
-            net = attach_saved(setting.load(tuned), adapter).to(device)
+            net = attach_saved(setting.load(tuned), adapter)
             repaired = defense.repair(
                 Given(
-                    {name: w.detach() for name, w in trainable(net).items()},
-                    net=lambda: net,
+                    {name: w.detach().to(device) for name, w in trainable(net).items()},
+                    net=lambda: net.to(device),  # whole, not in 4 bits: only where a repair needs it
                     rows=lambda stream: setting.padded(rows[stream]),
                     deltas=lambda: {name: delta.to(device) for name, delta in setting.deltas(aligned).items()},
                     reference=lambda: {name: w.to(device) for name, w in _loaded(reference).items()},

@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any, final
 
 from lightning.fabric import Fabric
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -80,6 +80,8 @@ class Setting:
         self.base = Model(base, None)
         self.cache = cache_folder(cfg.cache_dir)
         self.tokenizer = load_tokenizer(base)
+        if {"curate", "align", "finetune"} & {*cfg.stages}:
+            self.encode(Row("a", "", "b"))  # refuses a tokenizer that lacks something, before a model loads
         self.origin: dict[str, Any] = {
             "code": code_digest(),
             "device": fabric.device.type,
@@ -136,10 +138,12 @@ class Setting:
         bits = self.cfg.model.quantize if quantize else None
         return load(model.folder, self.cfg.model.dtype, self.cfg.model.attention, bits)
 
-    def attach(self, model: Model, lora: Any, seed: int) -> PeftModel:
-        """The model with the adapter to train: its own, which goes on, or a fresh one."""
+    def attach(self, model: Model, key: str, seed: int) -> PeftModel:
+        """The model with the adapter to train: its own, which goes on, or a fresh one as the config has it at `key`."""
         base = self.load(model, quantize=True)
-        return attach_saved(base, model.adapter) if model.adapter else attach(base, lora, seed)
+        if model.adapter:
+            return attach_saved(base, model.adapter)
+        return attach(base, OmegaConf.select(self.cfg, key), seed, key)
 
     def encode(self, row: Row) -> Example:
         """A row's tokens."""
