@@ -65,7 +65,7 @@ def test_two_runs_do_not_share_a_folder(forked: Forked, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_terminated_run_is_no_success_and_goes_on(forked: Forked, tmp_path: Path) -> None:
     env = {"WANDB_MODE": "disabled", "LISA_CACHE": str(tmp_path / "cache")}
-    own = ["experiment=smoke", "optim.steps=300", "evaluate.every=0", "checkpoint.every=2", "hydra.run.dir=out"]
+    own = ["experiment=smoke", "optim.steps=80", "evaluate.every=0", "checkpoint.every=2", "hydra.run.dir=out"]
     process = forked.start(own, tmp_path, env)
     deadline = time.monotonic() + 120
     while not (tmp_path / "out/checkpoints/finetune.ckpt").exists() and time.monotonic() < deadline:
