@@ -1,6 +1,7 @@
 """A claim's own numbers: merged into its file run by run, and as a table between two marks of its README."""
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -34,8 +35,8 @@ def merged(path: Path, new: Rows, keys: Sequence[str]) -> Rows:
         UserError: two of the new ones have the same setting and seed.
     """
     keys = [*keys, "seed"]
-    of = [tuple(row[k] for k in (*keys, "step") if k in row) for row in new]
-    if twice := sorted({setting for setting in of if of.count(setting) > 1}):
+    counts = Counter(tuple(row[k] for k in (*keys, "step") if k in row) for row in new)
+    if twice := sorted(setting for setting, count in counts.items() if count > 1):
         raise UserError(
             f"{path}: two runs of {', '.join(twice[0])}, which differ in what this claim does not sweep; remove the "
             "folder of one below multirun/claims"

@@ -19,6 +19,15 @@ def blocks(page: str) -> tuple[dict[str, str], list[str]]:
     return dict(re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)), command.split()
 
 
+def put(group: str, name: str, folder: Path) -> tuple[dict[str, str], list[str]]:
+    """What the page of a group says, its Python and YAML put where it says; what `blocks` gives."""
+    code, arguments = blocks(f"add_a_{group}.md")
+    (folder / f"{name}.py").write_text(code["python"])
+    (folder / "conf" / group).mkdir(parents=True)
+    (folder / "conf" / group / f"{name}.yaml").write_text(code["yaml"])
+    return code, arguments
+
+
 def run(forked: Forked, arguments: list[str], folder: Path) -> dict[str, Any]:
     """The metrics of a command whose Python and configs lie in `folder`."""
     env = {"PYTHONPATH": str(folder), "LISA_CACHE": str(folder / "cache"), "WANDB_MODE": "disabled"}
@@ -30,10 +39,7 @@ def run(forked: Forked, arguments: list[str], folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_task_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> None:
-    code, arguments = blocks("add_a_task.md")
-    (tmp_path / "letters.py").write_text(code["python"])
-    (tmp_path / "conf" / "task").mkdir(parents=True)
-    (tmp_path / "conf" / "task" / "letters.yaml").write_text(code["yaml"])
+    code, arguments = put("task", "letters", tmp_path)
     row = json.loads(code["json"])
     for name, count in (("train", 40), ("test", 3)):
         rows = [row | {"word": name[0] * n, "count": n} for n in range(1, count + 1)]
@@ -45,11 +51,8 @@ def test_a_task_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_method_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> None:
-    code, arguments = blocks("add_a_method.md")
+    code, arguments = put("method", "projected", tmp_path)
     assert code["python"].count("\n") < 40
-    (tmp_path / "projected.py").write_text(code["python"])
-    (tmp_path / "conf" / "method").mkdir(parents=True)
-    (tmp_path / "conf" / "method" / "projected.yaml").write_text(code["yaml"])
     assert run(forked, arguments, tmp_path)["train/steps"] == 36
     with (tmp_path / "out" / "curves.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["stage"] == "finetune"]
@@ -65,10 +68,7 @@ def test_a_method_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_judge_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> None:
-    code, arguments = blocks("add_a_judge.md")
-    (tmp_path / "promises.py").write_text(code["python"])
-    (tmp_path / "conf" / "judge").mkdir(parents=True)
-    (tmp_path / "conf" / "judge" / "promises.yaml").write_text(code["yaml"])
+    _, arguments = put("judge", "promises", tmp_path)
     answers = [
         {"prompt": "Is it late?", "response": said} for said in ("Certainly.", "I can't say that.", "Surely not.")
     ]

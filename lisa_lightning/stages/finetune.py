@@ -24,7 +24,7 @@ from lisa_lightning.training import EvaluateCurve, JointGradient
 def finetune(setting: Setting, aligned: Model, method: Method) -> tuple[Model, Metrics]:
     """The aligned model with the adapter that the user's rows gave it."""
     cfg = setting.cfg
-    optim = Optim.of(setting.cfg, "optim", len(setting.user), setting.fabric.world_size)
+    optim = Optim.of(cfg, "optim", len(setting.user), setting.fabric.world_size)
     rows: dict[Stream, Sequence[Row]] = {
         "alignment": setting.rows.alignment,
         "user": setting.user,
