@@ -1,5 +1,6 @@
 """What is wrong with a config, said before anything heavy is imported."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,15 @@ def _check_trainer(trainer: Any) -> None:
 
 def beyond_trainer(name: str) -> str:
     """What to use in place of an argument that Lightning's Trainer has and `trainer` doesn't."""
-    instead = f"use {INSTEAD[name]}" if name in INSTEAD else f"there are: {', '.join(TRAINER)}"
-    return f"Lightning can't honour this under manual optimization; {instead}"
+    if name in INSTEAD:
+        return f"Lightning can't honour this under manual optimization; use {INSTEAD[name]}"
+    return f"this is none of what a run takes of the Trainer's arguments: {', '.join(TRAINER)}"
 
 
 def _shown(value: Any) -> str:
-    return str(OmegaConf.to_container(value)) if isinstance(value, ListConfig | DictConfig) else str(value)
+    """As a message quotes it: without the password or the query of an address."""
+    text = str(OmegaConf.to_container(value)) if isinstance(value, ListConfig | DictConfig) else str(value)
+    return re.sub(r"(?<=//)[^/@\s]*(?=@)|(?<=\?)\S+", "...", text) if "://" in text else text
 
 
 def bookkeeping(key: str) -> bool:

@@ -58,6 +58,11 @@ def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cf
         )
     if "repair" in cfg.stages and cfg.repair and "repair" not in defenses:
         raise UserError(f"repair={choices['repair']} repairs what fine-tuning made: it needs the stage finetune")
+    if "method" in defenses and "align" not in defenses and cfg.model.adapters == "continued":
+        raise UserError(
+            "model.adapters=continued goes on with the adapter that aligning trained: it needs the stage align with "
+            "another choice than align=none"
+        )
     defender = cfg.source.defender
     for group, defense in defenses.items():
         choice = f"{group}={choices[group]}"

@@ -157,6 +157,7 @@ class Passes:
     @torch.no_grad()
     def move(self, values: Sequence[Tensor]) -> None:
         """Set the trainable weights."""
+        torch.clear_autocast_cache()  # casts of them as they were
         for w, value in zip(self.weights, values, strict=True):
             w.copy_(value)
 

@@ -1,5 +1,6 @@
 """What each key of a config may be: for every rule, a test and the words that a refusal says."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,10 @@ def _two_shares(value: Any) -> bool:
 
 def _filled(value: Any) -> bool:
     return isinstance(value, str) and value != ""
+
+
+def _open_address(value: Any) -> bool:
+    return _filled(value) and not re.search(r"//[^/]*@|[?#]", value)
 
 
 def _targets(value: Any) -> bool:
@@ -138,7 +143,9 @@ CURATE: dict[str, Check] = {
 }
 ENDPOINT: dict[str, Check] = {
     "model": TEXT,
-    "base_url": _optional(TEXT),
+    "base_url": _optional(
+        (_open_address, "an address that may be read by all; one with a password or ?...= belongs into OPENAI_BASE_URL")
+    ),
     "rubric": PHRASE,
     "usd_per_million_input": NOT_NEGATIVE,
     "usd_per_million_output": NOT_NEGATIVE,

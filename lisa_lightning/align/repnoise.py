@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lisa_lightning.blocks import final_norm, mlp_blocks, outputs
 from lisa_lightning.data.interleave import Batch, Step
-from lisa_lightning.data.packing import Pack
+from lisa_lightning.data.packing import IGNORED, Pack
 from lisa_lightning.loss import forward, logits_at, unembed
 from lisa_lightning.method.method import Method
 from lisa_lightning.passes import Descent, Passes
@@ -53,8 +53,9 @@ class RepNoise(Method):
     H is about a row's labels, N about its answer's tokens but the last, place by place of the answer. `official` is the
     port to the letter: what counts are the positions at which ids of harmful and harmless rows differ, padding
     included, though the rows are no pairs; logits behind other positions are zeroed, not left out; labels with id 0 are
-    none; ids of harmful labels go through bfloat16, which rounds those above 256, and so do hidden states on their way
-    into the final norm, the last one twice; n + 1 cross entropies are divided by n. Its masks compare padded rows of
+    none; ids of harmful labels go through bfloat16, which rounds those above 256 (where the port then asks for a token that
+    the vocabulary doesn't have, and breaks off unless a padding token was added, the label is none here), and so do
+    hidden states on their way into the final norm, the last one twice; n + 1 cross entropies are divided by n. Its masks compare padded rows of
     two micro-batches, so a step's rows must not be split; they are padded with id 0, as in the recorded cases (a run of
     the port on a model without a padding token adds one, whose id counts as a label). For N to mean much a step wants
     several rows.
@@ -271,4 +272,5 @@ def _differing(pack: Pack, others_ids: Tensor, rounded: bool) -> Counted:
 
 def _entropy(logits: Tensor, counted: Counted) -> Tensor:
     logits = logits if counted.kept is None else logits * counted.kept[:, None]
-    return F.cross_entropy(logits.float(), counted.targets, reduction="sum")
+    inside = counted.targets < logits.shape[-1]  # rounded ids may lie behind the vocabulary
+    return F.cross_entropy(logits.float(), counted.targets.where(inside, IGNORED), reduction="sum")

@@ -53,9 +53,9 @@ class LDIFS(Method):
         batch = step.main
         mean_loss = passes.mean_loss(batch)
         sums = torch.zeros(len(self.blocks), device=passes.device)
-        keep = torch.ones_like(sums)
+        keep = torch.ones_like(sums, dtype=torch.bool)
         if self.drop_threshold is not None and self.rho > 0:
-            keep = (self._terms_of(passes, batch) < self.drop_threshold).float()
+            keep = self._terms_of(passes, batch) < self.drop_threshold
         alone = torch.zeros((), device=passes.device)
 
         def share(packs: Sequence[Pack]) -> Tensor:
@@ -64,22 +64,23 @@ class LDIFS(Method):
             with outputs(self.blocks) as found:
                 loss = mean_loss(packs)
             terms = self._terms(found, wanted, packs)
-            sums.add_(terms.detach())
+            sums.add_(torch.stack(terms).detach())
             alone.add_(loss.detach())
-            return loss + (keep * terms).sum()
+            kept = [term for term, stays in zip(terms, keep.tolist(), strict=True) if stays]  # 0 * NaN would be NaN
+            return loss + sum(kept)
 
         loss, gradient = passes.gradient(batch, share if self.rho > 0 else None)
         if self.rho == 0:
             return Descent(loss, gradient, {"ldifs/penalty": 0.0})
         sums, alone = passes.summed([sums, alone])
-        metrics = {"ldifs/penalty": (keep * sums).sum().item()}
+        metrics = {"ldifs/penalty": sums[keep].sum().item()}
         if self.inner_clip is not None:
             length = norm(gradient)
             scale = (self.inner_clip / (length + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
             gradient = [g * scale for g in gradient]
             metrics["ldifs/gradient_norm"] = length.item()
         if self.drop_threshold is not None:
-            metrics["ldifs/layers_kept"] = keep.sum().item()
+            metrics["ldifs/layers_kept"] = float(keep.sum())
         return Descent(alone.item(), gradient, metrics)
 
     def _terms_of(self, passes: Passes, batch: Batch) -> Tensor:
@@ -90,11 +91,11 @@ class LDIFS(Method):
                 completion_loss(passes.model, packs)
             with torch.no_grad(), outputs(self.blocks) as found:
                 completion_loss(passes.model, packs)
-            total += self._terms(found, wanted, packs)
+            total += torch.stack(self._terms(found, wanted, packs))
         return passes.summed([total])[0]
 
-    def _terms(self, found: Sequence[Tensor], wanted: Sequence[Tensor], packs: Sequence[Pack]) -> Tensor:
-        """[layers] a micro-batch's terms; features come pack by pack, layer by layer."""
+    def _terms(self, found: Sequence[Tensor], wanted: Sequence[Tensor], packs: Sequence[Pack]) -> list[Tensor]:
+        """A micro-batch's term of each layer; features come pack by pack, layer by layer."""
         terms = []
         for layer in range(len(self.blocks)):
             term = torch.zeros((), device=found[0].device)
@@ -104,4 +105,4 @@ class LDIFS(Method):
                 squares = (found[at] - wanted[at]).float().square().sum(-1)
                 term = term + (rows * squares.view_as(rows)).sum()
             terms.append(self.rho / 2 * term)
-        return torch.stack(terms)
+        return terms
