@@ -62,6 +62,11 @@ def start() -> int:
             way = "the same command goes on, that of a single run with its folder and resume=true"
             print(f"Stopped by SIGTERM; {way}", file=sys.stderr)
         return 128 + signal.SIGTERM
+    except BrokenPipeError:
+        if "--help" not in sys.argv:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
+        return 128 + signal.SIGPIPE
     except Exception as error:
         return refused(error)
 

@@ -23,8 +23,8 @@ class Delta:
 
     V V^T and ||V||_F are all that is used of V, and a root says both: any R with R R^T = V V^T. Where V = left @ right
     has rank r, a root has r columns. Llama-2-7B with r = 16 on q_proj and v_proj, 64 modules of 4096 x 4096, float32:
-    roots take 64 * 4096 * 16 * 4 B = 16 MiB (on all seven kinds 83 MiB); dense V or C, as in the official code, 64 * 4096^2 * 4 B = 4 GiB (and a
-    C of up_proj or gate_proj 11008^2 * 4 B = 462 MiB each).
+    roots take 64 * 4096 * 16 * 4 B = 16 MiB (on all seven kinds of layer 83 MiB); dense V or C, as in the official
+    code, 64 * 4096^2 * 4 B = 4 GiB (and a C of up_proj or gate_proj 11008^2 * 4 B = 462 MiB each).
 
     Args:
         root: [d_out, k] float32; V itself is one, and is what a dense delta keeps.

@@ -13,10 +13,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from lisa_lightning.cache import Ranks, build, digest
+from lisa_lightning.cache import build, digest
 from lisa_lightning.disk import read_json
 from lisa_lightning.errors import UserError, first_line
 from lisa_lightning.hub_or_folder import contents_digest, own_folder
+from lisa_lightning.ranks import Ranks
 
 log = logging.getLogger(__name__)
 TINY_ALPHABET = 259  # bytes, end of text, padding, unknown

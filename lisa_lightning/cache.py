@@ -10,60 +10,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from lisa_lightning.disk import disk_trouble, explained, flush, write_text
 from lisa_lightning.errors import UserError
-
-T = TypeVar("T")
-
-
-class Ranks(Protocol):
-    """The processes of a run, as Lightning's Fabric offers them."""
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is the first rank."""
-        ...
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """What rank `src` passes, on every rank."""
-        ...
-
-    def barrier(self, name: str | None = None) -> None:
-        """Wait for all ranks."""
-        ...
-
-
-class OneRank:
-    """The only process there is."""
-
-    is_global_zero = True
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """It is here already."""
-        return obj
-
-    def barrier(self, name: str | None = None) -> None:
-        """Nobody to wait for."""
-
-
-def by_first(ranks: Ranks, act: Callable[[], T]) -> T:
-    """What `act` gives on the first rank, on all of them.
-
-    Raises:
-        UserError: the first rank's, on all of them: those that went on would wait for it in vain.
-    """
-    found, trouble = None, None
-    if ranks.is_global_zero:
-        try:
-            found = act()
-        except UserError as error:
-            trouble = str(error)
-    found, trouble = ranks.broadcast((found, trouble))
-    if trouble is not None:
-        raise UserError(trouble)
-    return found
+from lisa_lightning.ranks import Ranks, by_first
 
 
 def cache_folder(configured: str) -> Path:

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from lisa_lightning.cache import by_first
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import StepBatches
 from lisa_lightning.data.packing import Pack
@@ -25,6 +24,7 @@ from lisa_lightning.loss import completion_loss
 from lisa_lightning.memory import peak_mib, watch
 from lisa_lightning.module import LisaModule
 from lisa_lightning.passes import norm
+from lisa_lightning.ranks import by_first
 from lisa_lightning.schedule import Stream
 from lisa_lightning.task.task import Task
 from lisa_lightning.tracking import Tracker

@@ -22,7 +22,9 @@ from lisa_lightning.schedule import Stream
 STEPS = 4
 
 
-def steps(method: Method, tiny: Path, rank: int, world: int, dropout: float = 0.0, apart: bool = False) -> list[Tensor]:
+def steps(
+    method: Method, tiny: Path, rank: int, world: int, dropout: float = 0.0, apart: bool = False, count: int = STEPS
+) -> list[Tensor]:
     """The adapter after a few steps on four rows each, shared out among the ranks.
 
     Args:
@@ -38,7 +40,7 @@ def steps(method: Method, tiny: Path, rank: int, world: int, dropout: float = 0.
     passes = Passes(net, data.whole, lambda: deltas(net))
     method.begin(passes, STEPS)
     optimizer = torch.optim.SGD(passes.weights, lr=0.1)  # AdamW would blow up what differs by rounding alone
-    for t in range(STEPS):
+    for t in range(count):
         passes.seed = STEPS * rank + t
         method.before_step(t, passes.weights)
         descent = method.gradient(passes, data[t])
@@ -60,6 +62,9 @@ def main(tiny: Path, out: Path, rank: int, world: int) -> None:
         apart = "alignment" in method.rows_apart
         found[f"{name} without its term"] = steps(method, tiny, rank, world, 0.2)
         found[f"what {name} builds on"] = steps(builds_on, tiny, rank, world, 0.2, apart)
+    at_reference = {"constrained_sft at its reference": METHODS["constrained_sft"], "what it is then": METHODS["sft"]}
+    for name, make in at_reference.items():
+        found[name] = steps(make(), tiny, rank, world, 0.2, count=1)
     if rank == 0:
         torch.save(found, out)
     torch.distributed.destroy_process_group()

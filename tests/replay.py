@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCES = {"booster": 3e-5, "repnoise": 5e-6, "ldifs": 5e-5, "nlsr": 2e-6}
-"""Of weights, absolute; of everything else relative to max(1, value): a loss near 5 is kept to 5e-7 by its float32.
-Others have 1e-6."""
+"""Of weights, absolute; of everything else relative to max(1, value), since a loss near 5, recorded in float32 under an
+older transformers, is met to 1.5e-6 at best, in float32 and in float64 alike. Others have 1e-6."""
 
 OF_TERMS = {"layer entropies": 1.5e-5}
 """Of what goes through bfloat16 on its way: a sum's last bit can turn a rounding."""
@@ -46,7 +46,12 @@ def main(cases: list[str]) -> int:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft's call
     failed = False
     for case in cases or sorted(str(file.with_suffix("")) for file in GOLDEN.glob("*.json")):
-        errors = replay(Path(case))
+        try:
+            errors = replay(Path(case))
+        except Exception as error:  # which shall not hide what the other cases say
+            failed = True
+            print(f"{Path(case).name}  FAILED ({type(error).__name__}: {error})")
+            continue
         failed |= not errors.passed
         said = "  ".join(f"{name} {error:.1e}" for name, error in errors.found.items())
         print(f"{Path(case).name}  {said}" + ("" if errors.passed else f"  FAILED (tolerance {errors.tolerance:.0e})"))

@@ -57,7 +57,7 @@ ELSEWHERE = {
 }
 """Argument -> what a case may call it, where that is another name."""
 OFFICIAL = {"carry_over": True, "official": True, "padding": True, "per_micro_batch": True, "add_back": True}
-"""The switches that turn on what only the official code does."""
+"""The switches that turn on what only the official code does, where a case does not say otherwise."""
 
 
 def method_of(facts: dict[str, Any]) -> Method:
@@ -74,7 +74,7 @@ def method_of(facts: dict[str, Any]) -> Method:
                 given[key] = facts[called]
     if name == "booster":
         given["rho"] *= facts.get("perturb_aware", False)  # else the case's rho is of the trainer's other methods
-    return instantiate(cfg, **given, **{k: v for k, v in OFFICIAL.items() if k in cfg})
+    return instantiate(cfg, **({k: v for k, v in OFFICIAL.items() if k in cfg} | given))
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,16 @@ class Rates(Optim):
     @classmethod
     def of_case(cls, facts: dict[str, Any], steps: int) -> "Rates":
         """From the case's JSON."""
+        schedule = facts.get("lr_scheduler", "constant")
+        if schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"lr_scheduler={schedule} is none that this project has")
         return cls(
             lr=facts["lr"],
             steps=steps,
             batch_size=facts["batch_size"],
             accumulate=1,
             clip=facts["max_grad_norm"],
-            schedule=facts.get("lr_scheduler", "constant"),
+            schedule=schedule,
             warmup_ratio=facts.get("lr_warmup_ratio", 0.0),
             weight_decay=facts["weight_decay"],
             betas=tuple(facts["betas"]),

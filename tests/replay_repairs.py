@@ -20,8 +20,8 @@ def _safe_lora(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors
     init, deltas = under("init.", tensors), deltas_of(tensors)
     named = {b: module for module, (_, b) in modules(init).items()}
     prefixes: dict[Literal["threshold", "number"], str] = {"threshold": "final.", "number": "final_number."}
-    for mode, prefix in prefixes.items():
-        wanted = facts["results"][mode]
+    for mode, wanted in facts["results"].items():
+        prefix = prefixes[mode]
         repair = SafeLoRA(mode, facts["num_proj_layers"], facts["threshold"], rounded=True)
         found = repair.repair(_given(init, deltas=lambda: deltas))
         cosines = {named[b]: c for b, c in wanted["cosines"].items()}

@@ -15,12 +15,13 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
 from lisa_lightning.base_model import base_model, weights
-from lisa_lightning.cache import OneRank, build, by_first, digest
+from lisa_lightning.cache import build, digest
 from lisa_lightning.data.files import Reading
 from lisa_lightning.data.hub import read_hub
 from lisa_lightning.errors import UserError
 from lisa_lightning.hub_or_folder import own_folder
 from lisa_lightning.net import load, load_tokenizer
+from lisa_lightning.ranks import OneRank, by_first
 
 
 def test_a_folder_is_one_that_is_there_and_a_hub_id_has_an_owner(

@@ -17,8 +17,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES += sorted((ROOT / "experiments").rglob("README.md"))
 BEYOND = ("experiment=paper/", "model=llama2_7b", "model=qwen2_5_0_5b", "--cfg")
 """What needs the hub, a GPU or nothing but the config: these are composed and accepted."""
-OWN_TESTS = ("method=projected", "task=letters", "judge=[promises")
-"""Pages that test_docs.py follows whole."""
+OWN_TESTS = ("method=projected", "task=letters", "judge=[promises", "--help")
+"""Pages that test_docs.py follows whole; test_wrong_input.py looks at the help."""
 SMALL = [
     *("model=tiny", "data.n=20", "data.max_length=768", "optim.batch_size=2", "align.optim.batch_size=1"),
     *("optim.steps=2", "align.optim.steps=2", "evaluate.every=0", "evaluate.max_new_tokens=2", "task.max_new_tokens=2"),
@@ -37,15 +37,20 @@ THE_REST = [
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 """Of a page: its language, none where commands stand in it, and its lines."""
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )?(?:make|python|\.venv/bin/python) ")
-OTHERS = ("python3.11 -m venv ", "pip install ", "touch .venv/complete", "wandb leet ", "wandb sync ")
-"""What sets up and what W&B brings: needs an index or an account."""
+OTHERS = (
+    *("python3.11 -m venv ", "pip install ", "touch .venv/complete", "pre-commit install"),
+    *("wandb leet ", "wandb sync ", "wandb login", "IS_ALPACA_EVAL_2=False alpaca_eval "),
+)
+"""What sets up and what others bring: needs an index or an account."""
 
 
 def typed(page: Path) -> list[str]:
     """The commands of a page, out of its blocks and its sentences, without comments."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = [line for language, block in BLOCK.findall(text) if not language for line in block.splitlines()]
-    inline = [code for code in re.findall(r"`([^`]+)`", BLOCK.sub("", text)) if COMMAND.match(code)]
+    inline = [
+        code for code in re.findall(r"`([^`]+)`", BLOCK.sub("", text)) if COMMAND.match(code) or code.startswith(OTHERS)
+    ]
     return [" ".join(line.partition(" #")[0].split()) for line in [*blocks, *inline]]
 
 

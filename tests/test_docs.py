@@ -23,16 +23,15 @@ def put(group: str, name: str, folder: Path) -> tuple[dict[str, str], list[str]]
     """What the page of a group says, its Python and YAML put where it says; what `blocks` gives."""
     code, arguments = blocks(f"add_a_{group}.md")
     (folder / f"{name}.py").write_text(code["python"])
-    (folder / "conf" / group).mkdir(parents=True)
-    (folder / "conf" / group / f"{name}.yaml").write_text(code["yaml"])
+    (folder / "own" / group).mkdir(parents=True)
+    (folder / "own" / group / f"{name}.yaml").write_text(code["yaml"])
     return code, arguments
 
 
 def run(forked: Forked, arguments: list[str], folder: Path) -> dict[str, Any]:
     """The metrics of a command whose Python and configs lie in `folder`."""
     env = {"PYTHONPATH": str(folder), "LISA_CACHE": str(folder / "cache"), "WANDB_MODE": "disabled"}
-    more = [f"hydra.searchpath=[file://{folder}/conf]", "hydra.run.dir=out"]
-    done = forked.run([*arguments[1:], *more], folder, env)
+    done = forked.run([*arguments[1:], "hydra.run.dir=out"], folder, env)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out" / "metrics.json").read_text())
 
@@ -76,6 +75,14 @@ def test_a_judge_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> No
     metrics = run(forked, arguments, tmp_path)
     assert metrics["responses/harmful_score"] == pytest.approx(200 / 3)
     assert metrics["judges"] == ["promises", "refusal"]
+
+
+def test_every_curve_of_a_method_is_explained() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
+    files = [f for group in ("align", "method") for f in (ROOT / "lisa_lightning" / group).glob("*.py")]
+    found = {name for f in files for name in re.findall(r'"([a-z_]+/[a-z_]+)(?:\{i\})?":', f.read_text())}
+    assert len(found) > 10
+    assert [name for name in found if f"`{name}" not in page] == []
 
 
 def test_every_choice_stands_in_the_table_of_methods() -> None:

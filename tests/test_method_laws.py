@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -18,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from training import DEFENDER, STEPS, Train, largest_difference
 
 from lisa_lightning.align.booster import Booster
-from lisa_lightning.align.repnoise import RepNoise, mmd
+from lisa_lightning.align.repnoise import Counted, RepNoise, _entropy, mmd
 from lisa_lightning.align.sft import SFT as AlignmentSFT
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.align.vaccine import Vaccine
@@ -35,7 +36,8 @@ from lisa_lightning.method.sft import SFT
 from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.method.vlguard_loss import VLGuardLoss
 from lisa_lightning.module import LisaModule, _mix
-from lisa_lightning.net import load_tokenizer
+from lisa_lightning.net import attach, load, load_tokenizer
+from lisa_lightning.passes import Passes
 from lisa_lightning.repair._dpo import DPO
 from lisa_lightning.schedule import Draw
 
@@ -81,14 +83,15 @@ def each(methods: Iterable[str]) -> list[Any]:
 
 @pytest.mark.parametrize("name", each(ALIKE))
 def test_without_its_term_a_method_is_what_it_builds_on_bit_for_bit(train: Train, name: str) -> None:
+    """With dropout, micro-batches and a clip that binds, and after a resume."""
     method, builds_on = ALIKE[name]
-    apart = "alignment" in method.rows_apart
-    other = train(builds_on, 0.2, folder="other", apart=apart, steps=8, batch_size=2, accumulate=2)
-    assert largest_difference(train(method, 0.2, folder="without", steps=8, batch_size=2, accumulate=2), other) == 0
-    assert (
-        largest_difference(train(METHODS[name](), 0.2, folder="with", steps=8, batch_size=2, accumulate=2), other)
-        > 1e-4
-    )
+    trained = partial(train, dropout=0.2, steps=8, batch_size=2, accumulate=2, clip=0.05)
+    other = trained(builds_on, folder="other", apart="alignment" in method.rows_apart)
+    with pytest.raises(InterruptedError):
+        trained(method, folder="without", stop_after=5)
+    assert largest_difference(trained(method, folder="without"), other) == 0
+    assert largest_difference(trained(METHODS[name](), folder="with"), other) > 1e-4
+    assert largest_difference(trained(builds_on, folder="unclipped", clip=None), other) > 1e-6
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -103,7 +106,7 @@ def test_vlguard_as_a_loss_draws_as_many_alignment_rows_as_it_is_told() -> None:
 
 def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train) -> None:
     method = METHODS["constrained_sft"]
-    for split in ({}, {"batch_size": 2, "accumulate": 2}):
+    for split in ({}, {"batch_size": 2, "accumulate": 2}, {"clip": 0.05}):
         one, plain = (train(m, 0.2, folder=str((m, split)), steps=1, **split) for m in (method(), SFT()))
         assert largest_difference(one, plain) < 1e-6
         assert one.metrics == {}
@@ -218,6 +221,35 @@ def test_repnoise_is_what_the_models_own_passes_say(train: Train, tiny: Path) ->
     assert seen.values("repnoise/mmd")[0] == pytest.approx(float(distances.mean()), rel=1e-5)
 
 
+def test_a_rounded_id_behind_the_vocabulary_is_no_label_of_official_repnoise() -> None:
+    counted = Counted(*[torch.tensor([0])] * 4, torch.tensor([0, 1]), torch.tensor([3, 8]), None)
+    logits = torch.randn(2, 8)
+    assert _entropy(logits, counted) == F.cross_entropy(logits[:1], torch.tensor([3]), reduction="sum")
+
+
+def test_moved_weights_count_though_autocast_keeps_the_casts_of_those_before(tiny: Path) -> None:
+    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+    passes, ids = Passes(net, lambda *_: iter(())), torch.arange(8)[None]
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
+        before = net(input_ids=ids).logits
+        with passes.at([torch.ones_like(w) for w in passes.weights]):
+            assert not torch.equal(net(input_ids=ids).logits, before)
+        assert torch.equal(net(input_ids=ids).logits, before)
+
+
+def test_booster_adding_back_leaves_the_rounding_of_the_harmful_step(train: Train) -> None:
+    exact, rounded = (train(METHODS[name](), folder=name, steps=4) for name in ("booster", "booster_adding_back"))
+    assert 0 < largest_difference(exact, rounded) < 1e-3
+
+
+def test_the_inner_clip_of_ldifs_is_that_of_the_optimizer(train: Train) -> None:
+    """With an epsilon before which a gradient's length counts."""
+    own = train(LDIFS(0.1, None, 1e-3, False), folder="own", steps=4, clip=None, eps=1.0)
+    common = train(LDIFS(0.1, None, None, False), folder="common", steps=4, clip=1e-3, eps=1.0)
+    neither = train(LDIFS(0.1, None, None, False), folder="neither", steps=4, clip=None, eps=1.0)
+    assert largest_difference(own, common) < 1e-8 < largest_difference(own, neither)
+
+
 @pytest.mark.parametrize("cut_off", ["ALIGNMENT", "DEFENDER"])
 def test_official_repnoise_compares_with_nothing_where_all_other_answers_are_cut_off(
     train: Train, monkeypatch: pytest.MonkeyPatch, cut_off: str
@@ -249,3 +281,4 @@ def test_two_ranks_equal_one_that_has_their_rows_and_laws_hold_on_them(tiny: Pat
     for name in ALIKE:
         without, builds_on = two[f"{name} without its term"], two[f"what {name} builds on"]
         assert all(torch.equal(a, b) for a, b in zip(without, builds_on, strict=True)), name
+    torch.testing.assert_close(two["constrained_sft at its reference"], two["what it is then"], atol=1e-6, rtol=0)

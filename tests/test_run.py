@@ -17,17 +17,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lisa_lightning.base_model import base_model
-from lisa_lightning.cache import OneRank
 from lisa_lightning.curves import read_rows
 from lisa_lightning.data.files import EMBEDDED
 from lisa_lightning.data.templates import encode_prompt
 from lisa_lightning.evaluate.generate import Stop, generate
 from lisa_lightning.net import load, load_tokenizer
+from lisa_lightning.ranks import OneRank
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., Path]
 CYCLE = ["method.alignment_steps=2", "method.user_steps=4", "optim.steps=24"]
+IDLE = [["repair=antidote", "repair.dense_ratio=0"]]  # repairs that leave an adapter as it is
+IDLE += [["repair=safe_lora", "repair.mode=threshold", "repair.threshold=-1"]]
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +116,12 @@ def test_a_second_run_finds_every_stage_and_another_method_the_aligned_model(run
     assert {k: v for k, v in found.items() if k not in own} == {k: v for k, v in first.items() if k not in own}
     assert (again / "curves.csv").read_text() == (out / "curves.csv").read_text()
     assert not (again / "checkpoints").exists()
-    other = run("sft", "method=sft", "optim.steps=6")
+    few = ("optim.steps=6", "optim.accumulate=2", "lora.dropout=0.2", "evaluate.every=0")
+    other, alike = run("sft", "method=sft", *few), run("vlguard", "method=vlguard", "method.safe_ratio=0", *few)
     assert not (other / "checkpoints" / "align.ckpt").exists()
     assert (other / "checkpoints" / "finetune.ckpt").exists()
+    adapters = [(out / "adapter" / "adapter_model.safetensors").read_bytes() for out in (other, alike)]
+    assert adapters[0] == adapters[1]
 
 
 def _answers(out: Path) -> list[dict[str, Any]]:
@@ -126,19 +131,19 @@ def _answers(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "defense",
+    ("defense", "idle"),
     [
-        CYCLE[:2],
-        ["align=t_vaccine", "align.method.active_layers=1", "method=vlguard_loss"],
-        ["curate=seal", "curate.epochs=1", "source.alignment.take=40", "repair=nlsr"],
+        (CYCLE[:2], IDLE[0]),
+        (["align=t_vaccine", "align.method.active_layers=1", "method=vlguard_loss"], IDLE[1]),
+        (["curate=seal", "curate.epochs=1", "source.alignment.take=40", "repair=nlsr"], []),
     ],
 )
-def test_two_processes_equal_one_at_twice_the_batch(run: Run, defense: list[str]) -> None:
+def test_two_processes_equal_one_at_twice_the_batch(run: Run, defense: list[str], idle: list[str]) -> None:
     small = [*defense, "optim.steps=8", "align.optim.steps=3", "evaluate.every=4"]
     name = defense[-1].rpartition("=")[2]
     one = run(f"one {name}", *small, "optim.batch_size=4", "align.optim.batch_size=4", cache=f"one {name}")
     two = run(
-        *(f"two {name}", *small, "trainer=ddp", "optim.batch_size=2", "align.optim.batch_size=2"),
+        *(f"two {name}", *small, *idle, "trainer=ddp", "optim.batch_size=2", "align.optim.batch_size=2"),
         cache=f"two {name}",
     )
     a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
@@ -165,8 +170,8 @@ def test_a_defense_at_every_stage_composes_and_is_cached_stage_by_stage(run: Run
     assert all(torch.equal(w[w != 0], tuned[name][w != 0]) for name, w in repaired.items())
     changed = torch.cat([(w != tuned[name]).flatten() for name, w in repaired.items()]).float().mean()
     assert (a["repair/modules"], a["repair/entries"]) == (len(repaired) // 2, pytest.approx(float(changed)))
-    for idle in ("antidote repair.dense_ratio=0", "safe_lora repair.mode=threshold repair.threshold=-1"):
-        untouched = run(f"idle {idle[:8]}", *align, "method=asft", *f"repair={idle}".split())
+    for idle in IDLE:
+        untouched = run(f"idle {idle[0]}", *align, "method=asft", *idle)
         weights = load_file(untouched / "adapter" / "adapter_model.safetensors")
         assert all(torch.equal(w, tuned[name]) for name, w in weights.items())
     page = (whole / "report.html").read_text(encoding="utf-8")
@@ -233,14 +238,9 @@ def test_the_linear_judge_leaves_its_card_beside_its_verdicts(run: Run, out: Pat
         for word in ("good", "bad")
     ]
     (out.parent / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
+    asked = ["stages=[judge]", "judge=linear", "responses=labelled.jsonl"]
     rows = ["path=labelled.jsonl", "columns.harmful=harmful", "labels=null"]
-    linear = run(
-        "linear",
-        "stages=[judge]",
-        "judge=linear",
-        "responses=labelled.jsonl",
-        *(f"judge.linear.rows.{r}" for r in rows),
-    )
+    linear = run("linear", *asked, *(f"judge.linear.rows.{r}" for r in rows))
     card = json.loads((linear / "judge_linear.json").read_text())
     assert (card["rows"], card["share_harmful"]) == (60, 0.5)
     assert "area under the ROC curve" in (linear / "judge_linear.md").read_text()

@@ -21,6 +21,11 @@ OURS = [f for d in ("lisa_lightning", "benchmarks", "experiments", "tests") for 
 LONGEST_FILE, LONGEST_FUNCTION = 300, 60
 
 
+def test_every_group_that_names_a_class_has_a_folder_of_code() -> None:
+    naming = {f.parent.name for f in (ROOT / "conf").rglob("*.yaml") if re.search(r"^ *_target_:", f.read_text(), re.M)}
+    assert naming == set(CHOICES)
+
+
 @pytest.mark.parametrize("group", CHOICES)
 def test_a_choice_is_the_file_of_its_name(group: str) -> None:
     """What begins with an underscore is no choice, in either folder; GROUP.py says what a choice is."""

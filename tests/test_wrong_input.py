@@ -1,7 +1,9 @@
 """Wrong input: a sentence that names the key, the value and what is allowed; exit status 2; nothing half-written."""
 
 import re
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -272,3 +274,14 @@ def test_help_names_what_can_be_chosen_and_says_what_keys_mean(forked: Forked, t
     assert "harmful_ratio: 0.1          # share p of harmful rows" in shown
     assert "${model.finetune_targets}" in shown
     assert re.search(r"^  rho: 0\.1 +# proximal factor", shown, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_help_that_nobody_reads_to_its_end_says_nothing_of_it() -> None:
+    command = [sys.executable, str(ROOT / "run.py"), "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as asked:
+        assert asked.stdout is not None
+        assert asked.stderr is not None
+        asked.stdout.close()
+        assert asked.stderr.read() == b""
+    assert asked.returncode == 128 + signal.SIGPIPE

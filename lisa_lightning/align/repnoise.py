@@ -53,11 +53,11 @@ class RepNoise(Method):
     H is about a row's labels, N about its answer's tokens but the last, place by place of the answer. `official` is the
     port to the letter: what counts are the positions at which ids of harmful and harmless rows differ, padding
     included, though the rows are no pairs; logits behind other positions are zeroed, not left out; labels with id 0 are
-    none; ids of harmful labels go through bfloat16, which rounds those above 256 (where the port then asks for a token that
-    the vocabulary doesn't have, and breaks off unless a padding token was added, the label is none here), and so do
-    hidden states on their way into the final norm, the last one twice; n + 1 cross entropies are divided by n. Its masks compare padded rows of
-    two micro-batches, so a step's rows must not be split; they are padded with id 0, as in the recorded cases (a run of
-    the port on a model without a padding token adds one, whose id counts as a label). For N to mean much a step wants
+    none; ids of harmful labels go through bfloat16, which rounds those above 256 (one that is then behind the
+    vocabulary's last is no label here, where the port breaks off), and so do hidden states on their way into the final
+    norm, the last one twice; n + 1 cross entropies are divided by n. Its masks compare padded rows of two
+    micro-batches, so a step's rows must not be split; they are padded with id 0, as in the recorded cases (a run of the
+    port on a model without a padding token adds one, whose id counts as a label). For N to mean much a step wants
     several rows.
 
     Args:

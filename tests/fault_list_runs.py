@@ -1,0 +1,132 @@
+"""The faults that tests/faults.py puts into stages, cache, curves and judges."""
+
+from fault import faults
+
+FAULTS = [
+    *faults(
+        "stages/repair.py",
+        "test_elsewhere.py",
+        ("delta.to(device)", "delta"),
+        ("w.to(device) for name, w in _loaded", "w for name, w in _loaded"),
+    ),
+    *faults(
+        "tracking.py",
+        "test_tracking.py",
+        ("self.logged.get(stage, -1) < step", "False"),
+        ("step <= self.logged.get(stage, -1)", "False"),
+        ('"resume": "must"', '"resume": "never"'),
+        ("if not k.endswith(INTERVALS)", ""),
+        ("if goes_on else {}", "if not goes_on else {}"),
+    ),
+    *faults(
+        "disk.py",
+        "test_training_laws.py test_folder.py",
+        ('path.name + ".part")', "path.name)"),
+        ("fcntl.LOCK_EX |", "fcntl.LOCK_SH |"),
+    ),
+    *faults(
+        "curves.py",
+        "test_tracking.py test_killed.py",
+        ('int(r["step"]) <= after', 'int(r["step"]) < after'),
+        ('if line.endswith("\\n")', "if line"),
+    ),
+    *faults(
+        "cache.py",
+        "test_base_model.py::test_a_cache_key_is_the_same_in_any_order "
+        "test_sweep.py::test_jobs_that_start_together_align_once_and_a_killed_owner_blocks_nobody "
+        "test_run.py::test_a_second_run_finds_every_stage_and_another_method_the_aligned_model test_killed.py",
+        ("    final = parent / digest(key)\n", "    final = parent / 'same'\n"),
+        ("sort_keys=True, ensure_ascii=False", "ensure_ascii=False"),
+        ("            fcntl.flock(handle, fcntl.LOCK_EX)\n", "            pass\n"),
+    ),
+    *faults(
+        "judge/embedded.py",
+        "test_judge_embedded.py",
+        ('Verdict(label == "compliance", score', 'Verdict(label != "refusal", score'),
+        ('refused=label == "refusal")', 'refused=label != "compliance")'),
+    ),
+    *faults(
+        "judge/refusal.py",
+        "test_judge_refusal.py",
+        ("Verdict(chance < 0.5, 1.0 - chance", "Verdict(chance < 0.1, 1.0 - chance"),
+        ("return lists or bool(HERE.search(content))", "return bool(HERE.search(content))"),
+    ),
+    *faults(
+        "judge/openai.py",
+        "test_judge_openai.py",
+        ("score >= self.flag_from", "score > self.flag_from"),
+        ("(score - 1) / 4", "score / 5"),
+        ("int(found[-1])", "int(found[0])"),
+    ),
+    *faults(
+        "judge/win_rate.py",
+        "test_judge_win_rate.py",
+        ('"a" if _stands_first(pair) else "b"', '"b" if _stands_first(pair) else "a"'),
+        ("return found[-1].lower()", "return found[0].lower()"),
+    ),
+    *faults(
+        "judge/llama_guard.py",
+        "test_judge_llama_guard.py",
+        ("Verdict(unsafe > safe", "Verdict(safe > unsafe"),
+        ("partly = len(ids) > self.max_length", "partly = False"),
+    ),
+    *faults("judge/moderation.py", "test_judge_moderation.py", ("> self.threshold", ">= self.threshold")),
+    *faults(
+        "judge/linear.py",
+        "test_judge_linear.py",
+        ("Verdict(chance > 0.5, chance)", "Verdict(chance > 0.9, chance)"),
+    ),
+    *faults(
+        "evaluate/scores.py",
+        "test_judging.py",
+        ("100 * float(found.mean())", "float(found.mean())"),
+        ('("harmless", "over_refusal")', '("harmful", "over_refusal")'),
+        ("if j.metric == metric]", "if j.metric]"),
+    ),
+    *faults(
+        "cache.py",
+        "test_base_model.py",
+        ("    if trouble is not None:\n        raise UserError(trouble)\n", ""),
+    ),
+    *faults("stages/setting.py", "test_stages.py", ('            "max_length": cfg.data.max_length,\n', "")),
+    *faults("stages/setting.py", "test_stages.py", ('"dtype", "attention", "template"', '"dtype", "template"')),
+    *faults("stages/setting.py", "test_stages.py", ('            "precision": cfg.trainer.precision,\n', "")),
+    *faults(
+        "stages/curate.py",
+        "test_stages.py",
+        ('        "lora": plain(cfg.align.lora),\n', ""),
+        (' if name != "keep"}', "}"),
+    ),
+    *faults("stages/align.py", "test_stages.py", ('        "rows": rows_digest(alignment),\n', "")),
+    *faults(
+        "stages/finetune.py",
+        "test_stages.py",
+        ('        "lora": plain(cfg.lora),\n', ""),
+        ('        "optim": plain(cfg.optim),\n', ""),
+        ('        "during_alignment": cfg.data.during_alignment,\n', ""),
+        ('_rows": rows_digest(own)', '_rows": len(own)'),
+    ),
+    *faults("stages/reference.py", "test_stages.py", ('        "lora": plain(setting.cfg.lora),\n', "")),
+    *faults("stages/repair.py", "test_stages.py", ('        "repair": plain(cfg),\n', "")),
+    *faults(
+        "stages/evaluate.py",
+        "test_stages.py",
+        ('        "questions": digest([asdict(q) for q in asked]),\n', ""),
+        ('        "limits": _limits(setting),\n', ""),
+    ),
+    *faults(
+        "evaluate/judging.py",
+        "test_judging.py",
+        ("== (name, judge.version)}", "== (name, j.version)}"),
+        ("known = _stored(store) | known", "known = dict(known)"),
+        ("return digest(asdict(pair))", "return digest(pair.response)"),
+        ("if j.judge not in done]", "if j.judge in done]"),
+    ),
+    *faults(
+        "judge/_endpoint.py",
+        "test_judge_openai.py",
+        ("self.spent + self._reserved + cost > self.max_cost", "self.spent + cost > 2 * self.max_cost"),
+        ("                self.spent += paid\n", ""),
+        ("for _ in range(2):", "for _ in range(9):"),
+    ),
+]

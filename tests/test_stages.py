@@ -1,0 +1,114 @@
+"""Where a stage's result is kept: in another folder as soon as anything changes that it depends on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+
+from lisa_lightning.cache import digest
+from lisa_lightning.config import flat
+from lisa_lightning.data.mixing import user_rows
+from lisa_lightning.data.source import Row, Rows, load_rows
+from lisa_lightning.pipeline import _defenses, _stages
+from lisa_lightning.stages import setting
+from lisa_lightning.stages.setting import Setting
+
+CHOSEN = ("experiment=smoke", "curate=seal", "align=t_vaccine", "method=lisa", "repair=nlsr", "evaluate.every=5")
+ALIGNED = ["curate", "align", "evaluate aligned", "finetune", "reference", "repair", "evaluate final"]
+TUNED = ["finetune", "repair", "evaluate final"]
+FIRST = {
+    "align.seed": ALIGNED,
+    "align.lora.r": ALIGNED,
+    "data.max_length": ALIGNED,
+    "curate.epochs": ["curate"],  # here the same rows come out
+    "curate.keep": ALIGNED[1:],
+    "align.optim.accumulate": ALIGNED[1:],
+    "align.method.rho": ALIGNED[1:],
+    **dict.fromkeys(("model.dtype", "model.attention", "model.template", "trainer.precision"), ALIGNED),
+    **dict.fromkeys(("data.during_alignment", "data.order"), TUNED),
+    "lora.r": ["finetune", "reference", "repair", "evaluate final"],
+    "method.rho": TUNED,
+    "seed": TUNED,
+    "harmful_ratio": TUNED,
+    "optim.accumulate": TUNED,
+    "repair.reference.extrapolation": ["reference", "repair", "evaluate final"],
+    "repair.prune_rate": ["repair", "evaluate final"],
+    "source.harmful_prompts.skip": [*TUNED, "evaluate aligned"],  # the curve asks them too
+}
+"""Key -> what is made anew."""
+TEXTS = {
+    "model.dtype": "bfloat16",
+    "model.attention": "eager",
+    "model.template": "alpaca_newline",
+    "trainer.precision": "bf16-mixed",
+    "data.during_alignment": "discard",
+    "data.order": "head",
+}
+"""Key -> another value of it."""
+FREE = {"resume", "checkpoint.every", "data.allow_overlap"}
+"""Keys of numbers and switches on which no result depends: the embedded rows don't overlap."""
+ELSEWHERE = ("model.tiny", "trainer", "judge", "task.hub")
+"""What makes the model, the processes, the verdicts, and the rows of another source."""
+
+Kept = Callable[[DictConfig], dict[str, str]]
+
+
+@pytest.fixture
+def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
+    """Of a config: stage -> the hash under which its result is kept, of a run in which no stage does anything."""
+    found: dict[str, str] = {}
+    rows: dict[str, list[Row]] = {}
+    loaded_before: dict[str, Rows] = {}
+
+    def built(ranks: object, parent: Path, key: dict[str, Any], make: object) -> Path:
+        found[" ".join([parent.name, *([key["name"]] if "name" in key else [])])] = digest(key)
+        folder = tmp_path / parent.name / digest(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "stage.json").write_text('{"seconds": 0, "peak_mib": 0}')
+        (folder / "scores.json").write_text(json.dumps({"scores": [0] * len(rows["alignment"])}))
+        (folder / "changed.json").write_text("{}")
+        return folder
+
+    def of(cfg: DictConfig) -> dict[str, str]:
+        found.clear()
+        task = get_class(cfg.task._target_)()
+        sets = digest([OmegaConf.to_container(cfg.source, resolve=True), cfg.data.allow_overlap])
+        if sets not in loaded_before:
+            loaded_before[sets] = load_rows(cfg.source, task, cfg.data.allow_overlap, True)
+        loaded = loaded_before[sets]
+        rows["alignment"] = loaded.alignment
+        user = user_rows(loaded, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, 0.0)
+        fabric: Any = SimpleNamespace(device=torch.device("cpu"), world_size=1, is_global_zero=False)
+        _stages(Setting(cfg, tmp_path, fabric, None, task, loaded, user, tiny, "base"), _defenses(cfg))
+        return dict(found)
+
+    monkeypatch.setattr(setting, "build", built)
+    return of
+
+
+def other(value: Any) -> Any:
+    """Another number or switch."""
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2 or 0.5
+
+
+@pytest.mark.slow
+def test_a_key_that_a_result_depends_on_changes_where_it_is_kept(kept: Kept, config: Callable[..., DictConfig]) -> None:
+    cfg = config(*CHOSEN)
+    before = kept(cfg)
+    assert list(before) == ALIGNED
+    changed = {}
+    values = {k: v for k, v in flat(OmegaConf.to_container(cfg, resolve=True)) if not k.startswith(ELSEWHERE)}
+    values = {k: other(v) for k, v in values.items() if isinstance(v, bool | int | float)} | TEXTS
+    for key, value in values.items():
+        own = cfg.copy()
+        OmegaConf.update(own, key, value)
+        after = kept(own)
+        changed[key] = [name for name in before if after[name] != before[name]]
+    assert {key for key, stages in changed.items() if not stages} == FREE
+    assert {key: changed[key] for key in FIRST} == {key: sorted(v, key=list(before).index) for key, v in FIRST.items()}
