@@ -222,7 +222,8 @@ def test_repnoise_is_what_the_models_own_passes_say(train: Train, tiny: Path) ->
 
 
 def test_a_rounded_id_behind_the_vocabulary_is_no_label_of_official_repnoise() -> None:
-    counted = Counted(*[torch.tensor([0])] * 4, torch.tensor([0, 1]), torch.tensor([3, 8]), None)
+    at = torch.tensor([0, 1])
+    counted = Counted(at, at > 0, at, at, predictors=at, targets=torch.tensor([3, 8]), kept=None)
     logits = torch.randn(2, 8)
     assert _entropy(logits, counted) == F.cross_entropy(logits[:1], torch.tensor([3]), reduction="sum")
 

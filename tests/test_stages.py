@@ -12,7 +12,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.cache import digest
-from lisa_lightning.config import flat
+from lisa_lightning.config import flat, plain
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import Row, Rows, load_rows
 from lisa_lightning.pipeline import _defenses, _stages
@@ -103,7 +103,7 @@ def test_a_key_that_a_result_depends_on_changes_where_it_is_kept(kept: Kept, con
     before = kept(cfg)
     assert list(before) == ALIGNED
     changed = {}
-    values = {k: v for k, v in flat(OmegaConf.to_container(cfg, resolve=True)) if not k.startswith(ELSEWHERE)}
+    values = {k: v for k, v in flat(plain(cfg)) if not k.startswith(ELSEWHERE)}
     values = {k: other(v) for k, v in values.items() if isinstance(v, bool | int | float)} | TEXTS
     for key, value in values.items():
         own = cfg.copy()
