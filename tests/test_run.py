@@ -170,8 +170,8 @@ def test_a_defense_at_every_stage_composes_and_is_cached_stage_by_stage(run: Run
     assert all(torch.equal(w[w != 0], tuned[name][w != 0]) for name, w in repaired.items())
     changed = torch.cat([(w != tuned[name]).flatten() for name, w in repaired.items()]).float().mean()
     assert (a["repair/modules"], a["repair/entries"]) == (len(repaired) // 2, pytest.approx(float(changed)))
-    for idle in IDLE:
-        untouched = run(f"idle {idle[0]}", *align, "method=asft", *idle)
+    for number, idle in enumerate(IDLE):
+        untouched = run(f"idle_{number}", *align, "method=asft", *idle)
         weights = load_file(untouched / "adapter" / "adapter_model.safetensors")
         assert all(torch.equal(w, tuned[name]) for name, w in weights.items())
     page = (whole / "report.html").read_text(encoding="utf-8")
