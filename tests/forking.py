@@ -13,12 +13,16 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from socket import socket
 from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 ROOT = Path(__file__).parents[1]
 HEAVY = (
@@ -51,6 +55,7 @@ def fork(arguments: list[str], log: Path, patch: Callable[[], object] | None = N
             patch()
         sys.path[:0] = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
         sys.argv = [str(ROOT / "run.py"), *arguments]
+        rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", "0"))  # as its import would find it
         runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as end:
@@ -94,6 +99,22 @@ class Forked:
     def run(self, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
         """Start, and wait."""
         return self.wait(self.start(arguments, cwd, env))
+
+    def run_ranks(self, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+        """Both of two ranks, as torchrun starts them; how the first ended."""
+        with socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = {"MASTER_PORT": str(free.getsockname()[1])}
+        second = [*arguments, "hydra.output_subdir=null"]
+        first, other = (
+            self.start(own, cwd, {**env, **port, "LOCAL_RANK": str(rank)})
+            for rank, own in enumerate((arguments, second))
+        )
+        done = self.wait(first)
+        if done.returncode:
+            os.kill(other, signal.SIGKILL)  # it might wait for the first
+        self.wait(other)
+        return done
 
     def close(self) -> None:
         """The process ends with its input."""

@@ -1,9 +1,8 @@
 """Kills real runs with SIGKILL at chosen moments, resumes them, and reports what came out; used by test_killed.py.
 
-    python tests/killing.py moments|chains FOLDER
+    python tests/killing.py FOLDER
 
-Forks a child per run, so that a scenario costs seconds. Prints a JSON object: of moments, scenario -> {killed, resumed,
-adapter, curves}; of chains, defenses -> {statuses, differing}.
+Forks a child per run, so that one costs seconds. Prints a JSON object: chain -> {statuses, differing, asked}.
 """
 
 import csv
@@ -18,7 +17,7 @@ from typing import Any
 
 from forking import fork, import_everything, wait
 
-OVERRIDES = [
+WHOLE = [
     "experiment=smoke",
     "method.alignment_steps=2",
     "method.user_steps=4",
@@ -63,8 +62,10 @@ def nth(n: int) -> Callable[..., bool]:
     return due
 
 
-def scenarios() -> dict[str, Patch]:
-    """The moments; smoke runs in cycles of 2 alignment and 4 user steps, 5 steps of aligning before."""
+def moments() -> dict[str, tuple[list[str], list[Patch]]]:
+    """What any run does, killed in the order in which it comes; in cycles of 2 alignment and 4 user steps, 5 steps of
+    aligning before, and checkpoints every third step, from which a killed run goes on.
+    """
     from lisa_lightning import cache, pipeline, training
     from lisa_lightning.curves import Curves
     from lisa_lightning.evaluate import evaluator, judging
@@ -72,23 +73,25 @@ def scenarios() -> dict[str, Patch]:
     from lisa_lightning.module import LisaModule
     from lisa_lightning.stages import finetune
 
-    return {
-        "while aligning": lambda: at_call(LisaModule, "training_step", step(5, 4)),
-        "inside the user state": lambda: at_call(LisaModule, "training_step", step(16, 10)),
-        "inside the alignment state": lambda: at_call(LisaModule, "training_step", step(16, 7)),
-        "at a switch": lambda: at_call(
-            Method, "before_step", lambda m, t, _: m.total_steps == 16 and t == 8, after=True
-        ),
-        "before the first checkpoint": lambda: at_call(LisaModule, "training_step", step(16, 1)),
-        "while a checkpoint is written": lambda: at_call(training.torch, "save", nth(3), after=True),
-        "while a curve row is written": lambda: at_call(Curves, "append", nth(9)),
-        "while evaluating the aligned model": lambda: at_call(evaluator, "generate", nth(2)),
-        "while evaluating the final model": lambda: at_call(evaluator, "_append", nth(3), after=True),
-        "while the adapter is saved": lambda: at_call(finetune, "save_adapter", nth(1), after=True),
-        "before the finished stage gets its name": lambda: at_call(cache, "_complete", nth(2)),
-        "while judging": lambda: at_call(judging, "_verdict_line", nth(5)),
-        "while the report is written": lambda: at_call(pipeline, "_leave", nth(1)),
-    }
+    at_a_switch = lambda m, t, _: m.total_steps == 16 and t == 8  # noqa: E731
+    trained: list[Patch] = [
+        lambda: at_call(LisaModule, "training_step", step(5, 4)),
+        lambda: at_call(LisaModule, "training_step", step(16, 1)),  # before the first checkpoint
+        lambda: at_call(training.torch, "save", nth(2), after=True),  # which has no name yet
+        lambda: at_call(LisaModule, "training_step", step(16, 7)),  # inside the alignment state
+        lambda: at_call(Method, "before_step", at_a_switch, after=True),
+        lambda: at_call(LisaModule, "training_step", step(16, 10)),  # inside the user state
+        lambda: at_call(Curves, "append", nth(4)),
+        lambda: at_call(finetune, "save_adapter", nth(1), after=True),
+        lambda: at_call(cache, "_complete", nth(1)),  # before the finished stage gets its name
+    ]
+    evaluated: list[Patch] = [
+        lambda: at_call(evaluator, "generate", nth(2)),
+        lambda: at_call(evaluator, "_append", lambda path, answers: answers[0].model == "final", after=True),
+        lambda: at_call(judging, "_verdict_line", nth(5)),
+        lambda: at_call(pipeline, "_leave", nth(1)),
+    ]
+    return {"training": (WHOLE, trained), "evaluating, judging, reporting": ([*WHOLE, "evaluate.every=0"], evaluated)}
 
 
 def step(steps: int, index: int) -> Callable[..., bool]:
@@ -123,22 +126,20 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
 
     both = [training(5, 3), training(7, 5)]
     return {
-        "vaccine, ewc": ([*TRAINING, "align=vaccine", "method=ewc"], both),
+        "booster with vaccine, ewc": ([*TRAINING, "align=booster", "align.method.rho=1", "method=ewc"], both),
         "t_vaccine, ldifs": ([*TRAINING, *T_VACCINE, "method=ldifs"], both),
         "repnoise, constrained_sft": ([*TRAINING, "align=repnoise", "method=constrained_sft"], both),
-        "booster, vlguard_loss": ([*TRAINING, "align=booster", "method=vlguard_loss"], both),
-        "booster with vaccine, asft": ([*TRAINING, "align=booster", "align.method.rho=1", "method=asft"], both),
-        "proximal, antidote": (
-            [*SHORT, "stages=[align,finetune,repair]", "method=proximal", "repair=antidote"],
-            [training(7, 5), lambda: at_call(repair, "save_adapter", nth(1))],
+        "vaccine, asft, antidote": (
+            [*SHORT, "stages=[align,finetune,repair]", "align=vaccine", "method=asft", "repair=antidote"],
+            [*both, lambda: at_call(repair, "save_adapter", nth(1))],
         ),
-        "seal, vlguard, nlsr": (
+        "seal, vlguard_loss, nlsr": (
             [
                 *SHORT,
                 "stages=[curate,align,finetune,repair]",
                 "curate=seal",
                 "curate.epochs=1",
-                "method=vlguard",
+                "method=vlguard_loss",
                 "repair=nlsr",
                 *REFERENCE,
             ],
@@ -152,8 +153,9 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
 
 
 def chain(overrides: list[str], patches: list[Patch], work: Path) -> dict[str, Any]:
-    """A straight run, and one that is killed and resumed again and again: exit statuses, and the files that differ."""
-    shutil.rmtree(work, ignore_errors=True)
+    """A straight run, and one that is killed and resumed again and again: exit statuses, the files that differ, and how
+    many answers either generated.
+    """
     work.mkdir()
     statuses = [run(work / "straight", work / "cache", None, overrides)]
     shutil.rmtree(work / "cache")
@@ -161,8 +163,9 @@ def chain(overrides: list[str], patches: list[Patch], work: Path) -> dict[str, A
         statuses.append(run(work / "killed", work / "cache", patch, [*overrides, *(["resume=true"] if i else [])]))
     if statuses[0] or statuses[-1]:
         return {"statuses": statuses, "log": "".join(f.read_text()[-2000:] for f in work.glob("*.err"))}
-    left = [{"adapter": adapter(work / out), "curves": curves(work / out)} for out in ("straight", "killed")]
-    return {"statuses": statuses, "differing": [name for name in left[0] if left[0][name] != left[1][name]]}
+    one, other = (left(work / out) for out in ("straight", "killed"))
+    asked = [(work / f"{out}.asked").stat().st_size for out in ("straight", "killed")]
+    return {"statuses": statuses, "differing": [name for name in one if one[name] != other[name]], "asked": asked}
 
 
 def run(out: Path, cache: Path, patch: Patch | None, overrides: list[str]) -> int:
@@ -172,6 +175,7 @@ def run(out: Path, cache: Path, patch: Patch | None, overrides: list[str]) -> in
         from lisa_lightning import pipeline
 
         pipeline._page = lambda *_: []  # type: ignore[assignment]
+        note_answers(out.with_name(f"{out.name}.asked"))
         if patch is not None:
             patch()
 
@@ -179,21 +183,19 @@ def run(out: Path, cache: Path, patch: Patch | None, overrides: list[str]) -> in
     return wait(fork(arguments, out.parent / out.name, patched))
 
 
-def adapter(out: Path) -> dict[str, str]:
-    """The adapter's files, byte by byte."""
-    return {f.name: f.read_bytes().hex() for f in sorted((out / "adapter").iterdir())}
-
-
-def curves(out: Path) -> list[dict[str, str]]:
-    """The curves but for the seconds."""
+def left(out: Path) -> dict[str, Any]:
+    """What a run leaves: the adapter's files, answers and verdicts byte by byte, the curves but for the seconds."""
     with (out / "curves.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "time/step_s"} for row in csv.DictReader(file)]
+        curves = [{k: v for k, v in row.items() if k != "time/step_s"} for row in csv.DictReader(file)]
+    files = [*(out / "adapter").iterdir(), out / "responses.jsonl", out / "judged.jsonl"]
+    return {"curves": curves} | {file.name: file.read_bytes() for file in files if file.exists()}
 
 
 def note_answers(file: Path) -> None:
     """Have every answer that is generated add a byte to the file."""
     from lisa_lightning.evaluate import evaluator
 
+    file.touch()
     original = evaluator._append
 
     def noting(path: Path, answers: Any) -> None:
@@ -204,44 +206,14 @@ def note_answers(file: Path) -> None:
     evaluator._append = noting
 
 
-def scenario(name: str, patch: Patch | None, work: Path) -> dict[str, Any]:
-    """Kill, resume, and what is left; `asked` counts the answers that the run or its resumption generated.
-
-    What comes after aligning finds the aligned model of the straight run, the first.
-    """
-    cache, out = work / "cache", work / name.replace(" ", "_")
-    if patch and name != "while aligning":
-        for stage in cache.iterdir():
-            if stage.name not in ("models", "align"):
-                shutil.rmtree(stage)
-    else:
-        shutil.rmtree(cache, ignore_errors=True)
-    killed = run(out, cache, patch, OVERRIDES) if patch else -signal.SIGKILL
-    lines = (out / "responses.jsonl").read_text().splitlines() if (out / "responses.jsonl").exists() else []
-    asked = work / f"{out.name}.asked"
-    asked.touch()
-    resumed = run(out, cache, lambda: note_answers(asked), [*OVERRIDES, *(["resume=true"] if patch else [])])
-    if resumed != 0:
-        return {"killed": killed, "resumed": resumed, "log": (work / f"{out.name}.err").read_text()[-3000:]}
-    left = {"adapter": adapter(out), "curves": curves(out)}
-    left |= {name: (out / f"{name}.jsonl").read_text() for name in ("responses", "judged")}
-    return {"killed": killed, "resumed": resumed, "answered": len(lines), "asked": asked.stat().st_size} | left
-
-
-def main(what: str, work: Path) -> None:
-    """All moments, the uninterrupted run first; or all chains."""
+def main(work: Path) -> None:
+    """All chains."""
     os.environ |= {"WANDB_MODE": "disabled", "HYDRA_FULL_ERROR": "1"}
     os.chdir(work)
     import_everything()
-    if what == "chains":
-        found = {name: chain(*asked, work / name.replace(", ", "_")) for name, asked in chains().items()}
-    else:
-        moments = scenarios()
-        found = {"straight": scenario("straight", None, work)}
-        for name, patch in moments.items():
-            found[name] = scenario(name, patch, work)
-    print(json.dumps(found))
+    made = {**moments(), **chains()}
+    print(json.dumps({name: chain(*asked, work / str(i)) for i, (name, asked) in enumerate(made.items())}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -132,11 +132,10 @@ def test_held_out_answers_of_a_published_set(tmp_path: Path) -> None:
     """Fitted on all prompts but a fifth, and asked about those: what a user does who holds rows back."""
     file = public("safe_rlhf_mini/filtered.dev.jsonl")
     made = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    numbers = judge(tmp_path, made).numbers
-    assert numbers["auc"] >= 0.8
-    assert numbers["calibration_error"] < 0.05
     held_out = folds([row["prompt"] for row in made]) == 0
     fitted = judge(tmp_path, [row for row, held in zip(made, held_out, strict=True) if not held])
+    assert fitted.numbers["auc"] >= 0.8
+    assert fitted.numbers["calibration_error"] < 0.05
     held = [row for row, held in zip(made, held_out, strict=True) if held]
     scores = [v.score for v in fitted.verdicts([Pair(row["prompt"], row["response"]) for row in held])]
     assert roc_auc_score([not row["is_safe"] for row in held], scores) >= 0.8  # other fifths: 0.77 to 0.83

@@ -34,13 +34,13 @@ IDLE += [["repair=safe_lora", "repair.mode=threshold", "repair.threshold=-1"]]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, forked: Forked) -> Run:
-    """`run(name, overrides...)`: an experiment, as a command or in a fork; the output folder."""
+    """`run(name, overrides...)`: an experiment, in a fork or as it is started otherwise; the output folder."""
     work = tmp_path_factory.mktemp("run")
 
-    def command(name: str, *overrides: str, cache: str = "cache", experiment: str = "smoke", fork: bool = True) -> Path:
-        arguments = [f"experiment={experiment}", f"hydra.run.dir={name}", *overrides]
+    def command(name: str, *overrides: str, cache: str = "cache", start: Any = forked.run, smoke: bool = True) -> Path:
+        arguments = [f"experiment={'smoke' if smoke else 'sst2_lisa'}", f"hydra.run.dir={name}", *overrides]
         env = {"LISA_CACHE": str(work / cache), "HOME": str(work)}
-        done = forked.run(arguments, work, env) if fork else started(arguments, work, env)
+        done = start(arguments, work, env)
         assert done.returncode == 0, done.stderr[-3000:]
         (work / name / "terminal.txt").write_text(done.stdout)
         return work / name
@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, forked: Forked) -> Run:
 
 @pytest.fixture(scope="module")
 def out(run: Run) -> Path:
-    return run("first", *CYCLE, fork=False)
+    return run("first", *CYCLE, start=started)
 
 
 def test_a_run_leaves_everything_that_is_promised(out: Path) -> None:
@@ -131,21 +131,21 @@ def _answers(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("defense", "idle"),
+    ("name", "defense", "idle"),
     [
-        (CYCLE[:2], IDLE[0]),
-        (["align=t_vaccine", "align.method.active_layers=1", "method=vlguard_loss"], IDLE[1]),
-        (["curate=seal", "curate.epochs=1", "source.alignment.take=40", "repair=nlsr"], []),
+        ("lisa", ["method.alignment_steps=1", "method.user_steps=2"], IDLE[0]),
+        ("loss", ["align=t_vaccine", "align.method.active_layers=1", "method=vlguard_loss"], IDLE[1]),
+        ("nlsr", ["curate=seal", "curate.epochs=1", "source.alignment.take=24", "repair=nlsr"], []),
     ],
 )
-def test_two_processes_equal_one_at_twice_the_batch(run: Run, defense: list[str], idle: list[str]) -> None:
-    small = [*defense, "optim.steps=8", "align.optim.steps=3", "evaluate.every=4"]
-    name = defense[-1].rpartition("=")[2]
+def test_two_processes_equal_one_at_twice_the_batch(
+    run: Run, forked: Forked, name: str, defense: list[str], idle: list[str]
+) -> None:
+    small = ["optim.steps=6", "align.optim.steps=3", "evaluate.every=6", *defense]
     one = run(f"one {name}", *small, "optim.batch_size=4", "align.optim.batch_size=4", cache=f"one {name}")
-    two = run(
-        *(f"two {name}", *small, *idle, "trainer=ddp", "optim.batch_size=2", "align.optim.batch_size=2"),
-        cache=f"two {name}",
-    )
+    halved = ["trainer=ddp", "optim.batch_size=2", "align.optim.batch_size=2", *idle]
+    start = forked.run if name == "lisa" else forked.run_ranks  # by Lightning, or each by itself
+    two = run(f"two {name}", *small, *halved, cache=f"two {name}", start=start)
     a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
     torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     assert _answers(one) == _answers(two)
@@ -263,7 +263,7 @@ def real(run: Run) -> Path:
     small = ["source.test.take=4", "source.harmful_prompts.take=4", "source.harmless_prompts.take=2"]
     steps = ["align.optim.steps=2", "optim.steps=6", "optim.batch_size=2", "align.optim.batch_size=2", "data.n=40"]
     short = ["evaluate.every=0", "evaluate.max_new_tokens=4", "method.alignment_steps=1", "method.user_steps=2"]
-    return run("real", *small, *steps, *short, cache="real-cache", experiment="sst2_lisa")
+    return run("real", *small, *steps, *short, cache="real-cache", smoke=False)
 
 
 def test_the_embedded_model_runs_end_to_end(real: Path) -> None:

@@ -19,7 +19,15 @@ from lisa_lightning.pipeline import _defenses, _stages
 from lisa_lightning.stages import setting
 from lisa_lightning.stages.setting import Setting
 
-CHOSEN = ("experiment=smoke", "curate=seal", "align=t_vaccine", "method=lisa", "repair=nlsr", "evaluate.every=5")
+CHOSEN = (
+    "experiment=smoke",
+    "curate=seal",
+    "align=t_vaccine",
+    "method=lisa",
+    "repair=nlsr",
+    "evaluate.every=5",
+    "judge=refusal",
+)
 ALIGNED = ["curate", "align", "evaluate aligned", "finetune", "reference", "repair", "evaluate final"]
 TUNED = ["finetune", "repair", "evaluate final"]
 FIRST = {

@@ -186,7 +186,7 @@ def test_a_failure_ends_one_job_and_the_same_command_repeats_it_alone(work: Path
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(work: Path, sweep: Sweep, forked: Forked) -> None:
-    arguments = [*SMALL, "optim.steps=60", "method=bso,lisa", "seed=7", "align.seed=1"]
+    arguments = [*SMALL, "optim.steps=30", "method=bso,lisa", "seed=7", "align.seed=1"]
     straight = work / "straight"
     sweep(*arguments, f"hydra.sweep.dir={straight}")
     shutil.rmtree(work / "cache" / "finetune")
@@ -272,14 +272,14 @@ def test_judging_alone_is_no_job_of_a_sweep(sweep: Sweep) -> None:
 @pytest.mark.slow
 def test_a_study_looks_for_the_best_and_goes_on(work: Path, sweep: Sweep) -> None:
     optuna: Any = pytest.importorskip("optuna")
-    for trials in (3, 6):
-        sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=3", "hydra.sweep.dir=study")
+    for trials in (2, 4):
+        sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=2", "hydra.sweep.dir=study")
         study = optuna.load_study(study_name="smoke", storage=f"sqlite:///{work}/study/study.db")
         assert len(study.trials) == trials
     assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
     sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=1", "data.n=4000", "hydra.sweep.dir=study", status=1)
-    said = sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=2", "judge=refusal", "hydra.sweep.dir=blind", status=1)
-    assert "failed  2" in said
+    said = sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=1", "judge=refusal", "hydra.sweep.dir=blind", status=1)
+    assert "failed  1" in said
     assert "give no accuracy minus harmful score" in said
     assert "Traceback" not in said
     assert optuna.load_study(study_name="smoke", storage=study._storage).trials[-1].state.name == "FAIL"

@@ -53,15 +53,21 @@ class EmbeddedJudge:
     metric: ClassVar[Metric] = "harmful_score"
 
     def __init__(self) -> None:
-        code = [Path(str(file)).read_text() for file in (__file__, _embedded_signs.__file__, _embedded_rows.__file__)]
-        made_from = [code, [asdict(row) for row in shipped_rows()]]
-        self.version = f"{digest(made_from)}-{package_version('scikit-learn')}"
+        self.version = _version()
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
         """Compliance flags; the score is its probability, 0 or 1 where a rule decides."""
         answers = [Opening(pair.prompt, pair.response) for pair in pairs]
         for label, score in fitted().judge(answers):
             yield Verdict(label == "compliance", score, refused=label == "refusal")
+
+
+@cache
+def _version() -> str:
+    """A hash of the code and the rows that the verdicts are made from."""
+    code = [Path(str(file)).read_text() for file in (__file__, _embedded_signs.__file__, _embedded_rows.__file__)]
+    made_from = [code, [asdict(row) for row in shipped_rows()]]
+    return f"{digest(made_from)}-{package_version('scikit-learn')}"
 
 
 @cache
