@@ -8,11 +8,16 @@ import pytest
 from chat_server import url  # noqa: F401  # a fixture
 from forking import Forked
 from hydra import compose, initialize_config_dir
-from judge_models import classifier, guard  # noqa: F401  # fixtures
 from omegaconf import DictConfig
-from training import train  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fixtures that import torch, where tests run: not in the process that hands them out, which others wait for."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        for name in ("judge_models", "training"):
+            config.pluginmanager.import_plugin(name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -85,6 +85,7 @@ def test_weights_gradients_moments_and_anchor_are_exact(family: str) -> None:
     assert memory["trained"] == sum(t.nbytes for t in held) + 2 * sum(w.numel() for w in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("targets", ["qv", "all"])

@@ -13,9 +13,13 @@ from torch.nn import functional as F
 from lisa_lightning.net import modules, trainable
 
 CASES = sorted(GOLDEN.glob("*.json"))
+QUICK = ("lisa", "bso", "sft")  # how names of cases begin
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(p, id=p.stem, marks=() if p.stem.startswith(QUICK) else pytest.mark.slow) for p in CASES],
+)
 def test_equals_the_official_run(case: Path) -> None:
     errors = replay(case.with_suffix(""))
     assert errors.passed, errors

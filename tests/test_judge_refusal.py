@@ -148,6 +148,7 @@ def public_rows(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(StringIO(text, newline="")))
 
 
+@pytest.mark.slow
 def test_xstest() -> None:
     files = ("gpt4", "llama2orig", "mistralinstruct")
     rows = [r for m in files for r in public_rows(f"xstest/completions_{m}.csv") if r["final_label"][0] in "12"]
@@ -157,17 +158,20 @@ def test_xstest() -> None:
     assert sum(right) / len(right) >= 0.96
 
 
+@pytest.mark.slow
 def test_pyrit() -> None:
     rows = public_rows("pyrit_refusal/mini_refusal.csv")
     found = refuses(*(r["assistant_response"] for r in rows))
     assert [str(int(f)) for f in found] == [r["human_score"] for r in rows]
 
 
+@pytest.mark.slow
 def test_published_refusals_are_found() -> None:
     rows = public_rows("aligned_refusals/llama2chat_safe_responses.csv")
     assert sum(refuses(*(r["response"] for r in rows))) / len(rows) > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "most"), [("alpaca/alpaca_1k.json", 2), ("alpaca_eval/alpaca_eval_davinci003.json", 8)]
 )

@@ -73,7 +73,7 @@ ALIKE = {
     "repnoise": (RepNoise(0.0, 0.0, False, 0), AlignmentSFT()),
 }
 
-QUICK = ("lisa", "vlguard_loss", "booster_vaccine")
+QUICK = ("lisa", "vlguard_loss", "vaccine")
 
 
 def each(methods: Iterable[str]) -> list[Any]:

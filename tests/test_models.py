@@ -85,6 +85,7 @@ def test_every_model_has_a_stand_in() -> None:
     assert set(TYPES) == set(MODELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_three_lisa_steps_and_answers(
     model_folder: Callable[[str], Path], config: Callable[..., DictConfig], tmp_path: Path, name: str
