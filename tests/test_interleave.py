@@ -92,6 +92,16 @@ def test_a_batch_counts_its_supervised_tokens_and_the_rows_without_any() -> None
     assert (batch.tokens, batch.unlabelled) == (5, 1)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_streams_have_orders_of_their_own_but_where_a_method_pairs_their_rows(paired: bool) -> None:
+    steps = batches(Schedule(1, 1), 1)
+    steps.method.paired = paired
+    steps.streams["user"].rows = steps.streams["user"].rows[: SIZES["alignment"]]
+    alignment, user = ([rows(steps[t]) for t in range(first, 2 * SIZES["alignment"], 2)] for first in (0, 1))
+    assert sorted(alignment) == sorted(user)
+    assert (alignment == user) == paired
+
+
 def test_seed_changes_the_order() -> None:
     other = StepBatches(streams(), pack, Method(Schedule(0, 1)), 60, 1, 1, seed=4)
     assert [rows(other[t]) for t in range(11)] != [rows(batches(Schedule(0, 1), 1)[t]) for t in range(11)]
