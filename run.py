@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning import sweep
-from lisa_lightning.config import check
+from lisa_lightning.config import check, refuse_passwords
 from lisa_lightning.disk import drop_unused
 from lisa_lightning.explain import explain
 from lisa_lightning.usage import usage
@@ -43,6 +43,7 @@ def main(cfg: DictConfig) -> float | None:
 def start() -> int:
     """The exit status of a command."""
     try:
+        refuse_passwords(sys.argv[1:])
         sys.argv[1:], folder = sweep.placed(sys.argv[1:])
         if folder is None:
             main()
@@ -63,7 +64,7 @@ def start() -> int:
             print(f"Stopped by SIGTERM; {way}", file=sys.stderr)
         return 128 + signal.SIGTERM
     except BrokenPipeError:
-        if "--help" not in sys.argv:
+        if not {"--help", "-h", "--cfg", "-c", "--info"} & set(sys.argv):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
         return 128 + signal.SIGPIPE

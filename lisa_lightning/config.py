@@ -1,14 +1,14 @@
 """What is wrong with a config, said before anything heavy is imported."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lisa_lightning.errors import UserError
-from lisa_lightning.rules import INSTEAD, OPTIMS, RULES, SETS, TRAINER
+from lisa_lightning.rules import ENDPOINT, INSTEAD, OPTIMS, RULES, SETS, TRAINER
 
 WITHOUT_RESULT = ("resume", "cache_dir", "wandb", "checkpoint")
 """Keys that may differ between a finished run and the one that is asked for."""
@@ -44,6 +44,20 @@ def check(cfg: DictConfig) -> None:
         steps = [OmegaConf.select(cfg, f"{where}.{k}") for k in ("alignment_steps", "user_steps")]
         if steps == [0, 0]:
             raise UserError(f"{where}.alignment_steps=0 and {where}.user_steps=0: one of them must be above 0")
+    if cfg.model.tiny is not None and cfg.model.tiny.hidden_size % (2 * cfg.model.tiny.heads):
+        sizes = ", ".join(f"model.tiny.{key}={cfg.model.tiny[key]}" for key in ("hidden_size", "heads"))
+        raise UserError(f"{sizes}: the first must be a multiple of twice the second")
+
+
+def refuse_passwords(arguments: Sequence[str]) -> None:
+    """Refuse an address with a password on the command line, which Hydra would write into a sweep's folders.
+
+    Raises:
+        UserError: the key, the address without it, and what is allowed.
+    """
+    for key, _, value in (argument.partition("=") for argument in arguments):
+        if key.endswith(".base_url") and set(value) & set("@?#"):
+            raise UserError(f"{key}={_shown(value)} is not allowed; it must be {ENDPOINT['base_url'][1]}")
 
 
 def _check_trainer(trainer: Any) -> None:
@@ -60,9 +74,10 @@ def beyond_trainer(name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    """As a message quotes it: without the password or the query of an address."""
+    """As a message quotes it: without what may be the password, the query or the fragment of an address."""
     text = str(OmegaConf.to_container(value)) if isinstance(value, ListConfig | DictConfig) else str(value)
-    return re.sub(r"(?<=//)[^/@\s]*(?=@)|(?<=\?)\S+", "...", text) if "://" in text else text
+    text = re.sub(r"(\w+://)\S*(?=@)|\S*:\S*(?=@)", r"\1...", text)
+    return re.sub(r"(?<=[?#])\S+", "...", text) if "://" in text else text
 
 
 def bookkeeping(key: str) -> bool:

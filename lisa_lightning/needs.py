@@ -61,7 +61,7 @@ def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cf
     if "method" in defenses and "align" not in defenses and cfg.model.adapters == "continued":
         raise UserError(
             "model.adapters=continued goes on with the adapter that aligning trained: it needs the stage align with "
-            "another choice than align=none"
+            "another choice than align=none; model.adapters=stacked trains a fresh one"
         )
     defender = cfg.source.defender
     for group, defense in defenses.items():

@@ -28,7 +28,7 @@ def _filled(value: Any) -> bool:
 
 
 def _open_address(value: Any) -> bool:
-    return _filled(value) and not re.search(r"//[^/]*@|[?#]", value)
+    return isinstance(value, str) and re.fullmatch(r"https?://[^@?#\s]+", value) is not None
 
 
 def _targets(value: Any) -> bool:
@@ -144,7 +144,7 @@ CURATE: dict[str, Check] = {
 ENDPOINT: dict[str, Check] = {
     "model": TEXT,
     "base_url": _optional(
-        (_open_address, "an address that may be read by all; one with a password or ?...= belongs into OPENAI_BASE_URL")
+        (_open_address, "http(s)://... without @, ? and #; an address with a password belongs into OPENAI_BASE_URL")
     ),
     "rubric": PHRASE,
     "usd_per_million_input": NOT_NEGATIVE,

@@ -19,12 +19,13 @@ from torch.nn.utils.rnn import pad_sequence
 from training import DEFENDER, STEPS, Train, largest_difference
 
 from lisa_lightning.align.booster import Booster
-from lisa_lightning.align.repnoise import Counted, RepNoise, _entropy, mmd
+from lisa_lightning.align.repnoise import RepNoise, _differing, mmd
 from lisa_lightning.align.sft import SFT as AlignmentSFT
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.align.vaccine import Vaccine
 from lisa_lightning.blocks import final_norm, mlp_blocks, outputs
 from lisa_lightning.data import packing
+from lisa_lightning.data.packing import Example, pad
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.asft import AsFT
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
@@ -222,10 +223,9 @@ def test_repnoise_is_what_the_models_own_passes_say(train: Train, tiny: Path) ->
 
 
 def test_a_rounded_id_behind_the_vocabulary_is_no_label_of_official_repnoise() -> None:
-    at = torch.tensor([0, 1])
-    counted = Counted(at, at > 0, at, at, predictors=at, targets=torch.tensor([3, 8]), kept=None)
-    logits = torch.randn(2, 8)
-    assert _entropy(logits, counted) == F.cross_entropy(logits[:1], torch.tensor([3]), reduction="sum")
+    rows = pad([Example((5, 300, 511), (-100, 300, 511))])  # 511 is 512 in bfloat16
+    for vocabulary, labels in ((513, [300, 512]), (512, [300])):
+        assert _differing(rows[0], torch.zeros(1, 3), True, vocabulary).targets.tolist() == labels
 
 
 def test_moved_weights_count_though_autocast_keeps_the_casts_of_those_before(tiny: Path) -> None:

@@ -24,6 +24,7 @@ Config = Callable[..., DictConfig]
 HARMLESS = {f"source.harmless_prompts.{k}" for k in ("hub", "config", "split", "revision", "files", "rows")}
 
 REFUSED = {
+    "+model.tiny={hidden_size: 32, layers: 1, heads: 32}": "heads=32: the first must be a multiple of twice the second",
     "harmful_ratio=1.5": "harmful_ratio=1.5 is not allowed; it must be a number from 0 to 1",
     "harmful_ratio=-0.1": "a number from 0 to 1",
     "harmful_ratio=much": "harmful_ratio=much is not allowed",
@@ -113,7 +114,9 @@ REFUSED_OF_JUDGES = {
     "judge.openai.max_cost_usd=null": "judge.openai.max_cost_usd=None is not allowed; it must be a number above 0",
     "judge.openai.max_output_tokens=0.5": "a whole number above 0",
     "judge.openai.usd_per_million_input=-1": "a number of at least 0",
-    "judge.openai.base_url=https://me:secret@host/v1": "base_url=https://...@host/v1 is not allowed",
+    "judge.openai.base_url=https://me:sec/r@t@host/v1": "base_url=https://...@host/v1 is not allowed",
+    "judge.openai.base_url=me:secret@host/v1": "base_url=...@host/v1 is not allowed",
+    "judge.openai.base_url=localhost:8000/v1": "it must be http(s)://...",
     "judge.openai.base_url='https://host/v1?api-key=secret'": "base_url=https://host/v1?... is not allowed",
     "judge.openai.temperature=3": "a number from 0 to 2, or null",
     "judge.win_rate.usd_per_million_output=free": "judge.win_rate.usd_per_million_output=free",
@@ -274,6 +277,15 @@ def test_help_names_what_can_be_chosen_and_says_what_keys_mean(forked: Forked, t
     assert "harmful_ratio: 0.1          # share p of harmful rows" in shown
     assert "${model.finetune_targets}" in shown
     assert re.search(r"^  rho: 0\.1 +# proximal factor", shown, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_a_password_on_the_command_line_is_written_nowhere(forked: Forked, tmp_path: Path) -> None:
+    address = "judge.openai.base_url=https://me:hidden@host/v1"
+    done = forked.run(["-m", "experiment=smoke", "judge=openai", address, "seed=1,2"], tmp_path, {})
+    assert done.returncode == 2
+    assert "judge.openai.base_url=https://...@host/v1 is not allowed" in done.stderr
+    assert not (tmp_path / "multirun").exists()
 
 
 @pytest.mark.slow

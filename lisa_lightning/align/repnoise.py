@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lisa_lightning.blocks import final_norm, mlp_blocks, outputs
 from lisa_lightning.data.interleave import Batch, Step
-from lisa_lightning.data.packing import IGNORED, Pack
+from lisa_lightning.data.packing import Pack
 from lisa_lightning.loss import forward, logits_at, unembed
 from lisa_lightning.method.method import Method
 from lisa_lightning.passes import Descent, Passes
@@ -77,6 +77,7 @@ class RepNoise(Method):
         self.seed = seed
         self.blocks: list[nn.Module] = []
         self.norm = nn.Module()
+        self.vocabulary = 0
 
     def draws(self, step: int) -> dict[Stream, Draw]:
         """Both streams."""
@@ -85,6 +86,7 @@ class RepNoise(Method):
     def prepare(self, passes: Passes) -> None:
         """Find the blocks and the final norm."""
         self.blocks, self.norm = mlp_blocks(passes.model), final_norm(passes.model)
+        self.vocabulary = passes.model.get_output_embeddings().weight.shape[0]
 
     def gradient(self, passes: Passes, step: Step) -> Descent:
         """Of the three terms."""
@@ -147,7 +149,7 @@ class RepNoise(Method):
         own, beside = ([packs for packs in b.micro_batches if packs] for b in (batch, others))
         if self.official:
             others_ids = beside[0][0].ids if beside else torch.zeros(0, 0)  # none where every answer is cut off
-            return [[_differing(packs[0], others_ids, rounded)] for packs in own]
+            return [[_differing(packs[0], others_ids, rounded, self.vocabulary)] for packs in own]
         return [[_labelled(p) for p in packs] for packs in own]
 
     def _labels(self, passes: Passes, counted: Sequence[Sequence[Counted]]) -> float:
@@ -254,7 +256,7 @@ def _labelled(pack: Pack) -> Counted:
     return Counted(at, compared, pack.rows[behind], columns, pack.predictors, pack.targets, None)
 
 
-def _differing(pack: Pack, others_ids: Tensor, rounded: bool) -> Counted:
+def _differing(pack: Pack, others_ids: Tensor, rounded: bool, vocabulary: int) -> Counted:
     """The official masks: the other batch's ids are cut, or filled up by id 0, to this one's shape."""
     fitted = torch.zeros_like(pack.ids)
     rows, columns = (min(a, b) for a, b in zip(pack.ids.shape, others_ids.shape, strict=True))
@@ -263,7 +265,7 @@ def _differing(pack: Pack, others_ids: Tensor, rounded: bool) -> Counted:
     labels = pack.ids[:, 1:] * mask[:, 1:]
     if rounded:
         labels = labels.to(torch.bfloat16).long()
-    row, column = (labels != 0).nonzero(as_tuple=True)
+    row, column = ((labels != 0) & (labels < vocabulary)).nonzero(as_tuple=True)  # rounding may leave it
     states = torch.arange(mask.numel(), device=mask.device)
     width = mask.shape[1]
     places = states // width, states % width
@@ -272,5 +274,4 @@ def _differing(pack: Pack, others_ids: Tensor, rounded: bool) -> Counted:
 
 def _entropy(logits: Tensor, counted: Counted) -> Tensor:
     logits = logits if counted.kept is None else logits * counted.kept[:, None]
-    inside = counted.targets < logits.shape[-1]  # rounded ids may lie behind the vocabulary
-    return F.cross_entropy(logits.float(), counted.targets.where(inside, IGNORED), reduction="sum")
+    return F.cross_entropy(logits.float(), counted.targets, reduction="sum")

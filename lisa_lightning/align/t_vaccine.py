@@ -21,13 +21,13 @@ class TVaccine(Method):
 
     Every `probability_steps` steps one harmful row gives each layer its probability ||g_l|| / sum ||g||, g_l being the
     gradient at its attention block's output; every `interval_steps` steps the active layers are drawn without
-    replacement. Two forward and two backward passes a step, the backward ones down to the lowest active layer, and one
-    of each over a harmful row's. Weights
-    in other layers' attention have no gradient at all, so that AdamW neither moves nor decays them nor counts the step;
-    adapters on MLPs train from the lowest active layer upwards. The official code draws layers from NumPy's global
-    state, on each rank another's, and loses its place among the harmful rows once they are through; in a model of more
-    than 26 layers it runs the layer below each active one with gradients too, so that an adapter on the MLP there may
-    train, which is left out here. (It calls this "lisa", after another LISA, layerwise importance sampling.)
+    replacement. Two forward and two backward passes a step, the backward ones down to the lowest active layer, and now
+    and then one of each over the harmful row. Weights in other layers' attention have no gradient at all, so that AdamW
+    neither moves nor decays them nor counts the step; adapters on MLPs train from the lowest active layer upwards. The
+    official code draws layers from NumPy's global state, on each rank another's, and loses its place among the harmful
+    rows once they are through; in a model of more than 26 layers it runs the layer below each active one with gradients
+    too, so that an adapter on the MLP there may train, which is left out here. (It calls this "lisa", after another
+    LISA, layerwise importance sampling.)
 
     Args:
         rho: the perturbation's norm, >= 0. The official README's is 3.

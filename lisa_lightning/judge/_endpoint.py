@@ -21,7 +21,7 @@ class Endpoint:
 
     Args:
         name: the judge's, for the keys that messages name.
-        base_url: of the endpoint; None for the package's own default, or OPENAI_BASE_URL.
+        base_url: of the endpoint; None for OPENAI_BASE_URL, or the package's own default.
         usd_per_million_input, usd_per_million_output: prices of tokens, without which no cap could hold.
         max_cost_usd: what one judging may cost in all.
         temperature: None where it should not be sent.
@@ -55,15 +55,20 @@ class Endpoint:
         self._client: Any = None
 
     @property
+    def _address(self) -> str | None:
+        """Without a password that it may hold, which may change and is not to be shown."""
+        return self.base_url and re.sub(
+            r"//\S*@|[?#]\S*", lambda found: "//" * found[0].startswith("//"), self.base_url
+        )
+
+    @property
     def _at(self) -> str:
-        """Without a password that the address may hold."""
-        at = re.sub(r"//[^/@]*@", "//", self.base_url or "the default endpoint").partition("?")[0]
-        return f"judge.{self.name} at {at}"
+        return f"judge.{self.name} at {self._address or 'the default endpoint'}"
 
     @property
     def asked(self) -> list[Any]:
         """What a reply depends on beside the text: a part of the judge's version."""
-        return [self.model, self.base_url, self.temperature, self.max_output_tokens]
+        return [self.model, self._address, self.temperature, self.max_output_tokens]
 
     def ask_all(self, texts: Sequence[str], read: Callable[[str], T | None]) -> Iterator[T | None]:
         """What `read` makes of the reply to each text, in order.

@@ -56,6 +56,7 @@ class LDIFS(Method):
         keep = torch.ones_like(sums, dtype=torch.bool)
         if self.drop_threshold is not None and self.rho > 0:
             keep = self._terms_of(passes, batch) < self.drop_threshold
+        stays = keep.tolist()
         alone = torch.zeros((), device=passes.device)
 
         def share(packs: Sequence[Pack]) -> Tensor:
@@ -66,8 +67,7 @@ class LDIFS(Method):
             terms = self._terms(found, wanted, packs)
             sums.add_(torch.stack(terms).detach())
             alone.add_(loss.detach())
-            kept = [term for term, stays in zip(terms, keep.tolist(), strict=True) if stays]  # 0 * NaN would be NaN
-            return loss + sum(kept)
+            return loss + sum(term for term, kept in zip(terms, stays, strict=True) if kept)  # 0 * NaN would be NaN
 
         loss, gradient = passes.gradient(batch, share if self.rho > 0 else None)
         if self.rho == 0:
