@@ -1,4 +1,4 @@
-"""The processes of a run, as seen by what only the first of them does."""
+"""What only the first process of a run does, while the others wait for what came of it."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
