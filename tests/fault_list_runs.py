@@ -2,6 +2,8 @@
 
 from fault import faults
 
+UNHEARD = ("    if trouble is not None:\n        raise UserError(trouble)\n", "")
+
 FAULTS = [
     *faults(
         "stages/repair.py",
@@ -83,11 +85,8 @@ FAULTS = [
         ('("harmless", "over_refusal")', '("harmful", "over_refusal")'),
         ("if j.metric == metric]", "if j.metric]"),
     ),
-    *faults(
-        "cache.py",
-        "test_base_model.py",
-        ("    if trouble is not None:\n        raise UserError(trouble)\n", ""),
-    ),
+    *faults("cache.py", "test_base_model.py", UNHEARD),
+    *faults("ranks.py", "test_base_model.py", UNHEARD),
     *faults("stages/setting.py", "test_stages.py", ('            "max_length": cfg.data.max_length,\n', "")),
     *faults("stages/setting.py", "test_stages.py", ('"dtype", "attention", "template"', '"dtype", "template"')),
     *faults("stages/setting.py", "test_stages.py", ('            "precision": cfg.trainer.precision,\n', "")),

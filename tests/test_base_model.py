@@ -131,6 +131,16 @@ def test_what_stops_the_first_rank_stops_all() -> None:
     assert told == [(7, None), (None, "full")]
 
 
+def test_what_could_not_be_made_whole_is_not_kept(tmp_path: Path) -> None:
+    def full(folder: Path) -> None:
+        (folder / "half").touch()
+        raise OSError(errno.ENOSPC, "")
+
+    with pytest.raises(UserError, match="can't be written: No space left on device"):
+        build(OneRank(), tmp_path, {}, full)
+    assert not [f for f in tmp_path.iterdir() if f.is_dir()]
+
+
 def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
