@@ -71,18 +71,14 @@ def unembed(model: Any, hidden: Tensor) -> Tensor:
 
 def logits_at(model: Any, packed: Pack, predictors: Tensor) -> Tensor:
     """[S, V] behind the tokens at `predictors` [S], as in a pack; hardly any other position is unembedded."""
-    if packed.positions is not None:
-        return _kept(model, packed, predictors)[0]
-    width = packed.ids.shape[1]
-    columns, of = (predictors % width).unique(return_inverse=True)
-    return _kept(model, packed, columns).flatten(0, 1)[predictors // width * len(columns) + of]
-
-
-def _kept(model: Any, packed: Pack, columns: Tensor) -> Tensor:
-    """[R, C, V] logits of the tokens in these columns [C]."""
+    columns, at = predictors, None  # of a trie, which is one row
+    if packed.positions is None:
+        width = packed.ids.shape[1]
+        columns, of = (predictors % width).unique(return_inverse=True)
+        at = predictors // width * len(columns) + of
     logits = forward(model, packed, columns).logits
     assert logits.shape[1] == len(columns), "a model that knows no logits_to_keep"
-    return logits
+    return logits[0] if at is None else logits.flatten(0, 1)[at]
 
 
 def forward(model: Any, packed: Pack, kept: Tensor | int, **asked: bool) -> Any:

@@ -153,27 +153,26 @@ class Record(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The point before the first step, or the place where the curves go on."""
-        by_first(trainer.strategy, lambda: self._start(trainer.global_step or -1))
-        self._record(trainer, pl_module)
+
+        def start() -> None:
+            if self.tracker is not None:
+                self.tracker.start(self.stage, trainer.global_step or -1)
+
+        by_first(trainer.strategy, start)
+        self.on_train_batch_end(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         """After every optimizer step."""
-        self._record(trainer, pl_module)
-
-    def _record(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert isinstance(module, LisaModule)
+        assert isinstance(pl_module, LisaModule)
         left_out = SAYS_NOTHING.get(self.stage, ())
-        metrics = {name: value for name, value in module.metrics.items() if name not in left_out}
-        by_first(trainer.strategy, lambda: self._log(trainer.global_step, metrics))
-        module.metrics = {}
+        metrics = {name: value for name, value in pl_module.metrics.items() if name not in left_out}
 
-    def _start(self, step: int) -> None:
-        if self.tracker is not None:
-            self.tracker.start(self.stage, step)
+        def record() -> None:
+            if self.tracker is not None and metrics:
+                self.tracker.log(self.stage, trainer.global_step, metrics)
 
-    def _log(self, step: int, metrics: dict[str, float]) -> None:
-        if self.tracker is not None and metrics:
-            self.tracker.log(self.stage, step, metrics)
+        by_first(trainer.strategy, record)
+        pl_module.metrics = {}
 
 
 class Checkpoint(Callback):
