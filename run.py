@@ -64,7 +64,7 @@ def start() -> int:
             print(f"Stopped by SIGTERM; {way}", file=sys.stderr)
         return 128 + signal.SIGTERM
     except BrokenPipeError:
-        if not {"--help", "-h", "--cfg", "-c", "--info"} & set(sys.argv):
+        if not sweep.SHOWING & set(sys.argv):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
         return 128 + signal.SIGPIPE

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lisa_lightning.errors import UserError
-from lisa_lightning.rules import ENDPOINT, INSTEAD, OPTIMS, RULES, SETS, TRAINER
+from lisa_lightning.rules import ENDPOINT, INSTEAD, OPTIMS, PRIVATE, RULES, SETS, TRAINER
 
 WITHOUT_RESULT = ("resume", "cache_dir", "wandb", "checkpoint")
 """Keys that may differ between a finished run and the one that is asked for."""
@@ -25,7 +25,7 @@ def check(cfg: DictConfig) -> None:
     for key, (right, allowed) in RULES.items():
         value = OmegaConf.select(cfg, key, default="absent")
         if value != "absent" and not right(value):
-            raise UserError(f"{key}={_shown(value)} is not allowed; it must be {allowed}")
+            raise _not_allowed(key, value, allowed)
     if cfg.responses is not None and list(cfg.stages) != ["judge"]:
         raise UserError(f"responses={cfg.responses} is judged by stages=[judge] alone; stages={_shown(cfg.stages)}")
     if "judge" in cfg.stages and "evaluate" not in cfg.stages and len(cfg.stages) > 1:
@@ -39,7 +39,7 @@ def check(cfg: DictConfig) -> None:
     _check_trainer(cfg.trainer)
     for name in SETS:
         if name != "defender" and cfg.source[name].path is None and cfg.source[name].get("hub") is None:
-            raise UserError(f"source.{name}.path=None is not allowed; it must be the path of a file")
+            raise _not_allowed(f"source.{name}.path", None, "the path of a file")
     for where in ("method", "align.method"):
         steps = [OmegaConf.select(cfg, f"{where}.{k}") for k in ("alignment_steps", "user_steps")]
         if steps == [0, 0]:
@@ -56,8 +56,8 @@ def refuse_passwords(arguments: Sequence[str]) -> None:
         UserError: the key, the address without it, and what is allowed.
     """
     for key, _, value in (argument.partition("=") for argument in arguments):
-        if key.endswith(".base_url") and set(value) & set("@?#"):
-            raise UserError(f"{key}={_shown(value)} is not allowed; it must be {ENDPOINT['base_url'][1]}")
+        if key.endswith(".base_url") and set(value) & set(PRIVATE):
+            raise _not_allowed(key, value, ENDPOINT["base_url"][1])
 
 
 def _check_trainer(trainer: Any) -> None:
@@ -71,6 +71,10 @@ def beyond_trainer(name: str) -> str:
     if name in INSTEAD:
         return f"Lightning can't honour this under manual optimization; use {INSTEAD[name]}"
     return f"this is none of what a run takes of the Trainer's arguments: {', '.join(TRAINER)}"
+
+
+def _not_allowed(key: str, value: Any, allowed: str) -> UserError:
+    return UserError(f"{key}={_shown(value)} is not allowed; it must be {allowed}")
 
 
 def _shown(value: Any) -> str:

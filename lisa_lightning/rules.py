@@ -28,7 +28,7 @@ def _filled(value: Any) -> bool:
 
 
 def _open_address(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"https?://[^@?#\s]+", value) is not None
+    return isinstance(value, str) and re.fullmatch(rf"https?://[^{PRIVATE}\s]+", value) is not None
 
 
 def _targets(value: Any) -> bool:
@@ -141,6 +141,8 @@ CURATE: dict[str, Check] = {
     "activation": _one_of("softmax", "sigmoid"),
     "seed": SEED,
 }
+PRIVATE = "@?#"
+"""Signs in an address of a password, a query or a fragment, which messages, files and folders' names must not hold."""
 ENDPOINT: dict[str, Check] = {
     "model": TEXT,
     "base_url": _optional(

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 FOLDER = "hydra.sweep.dir"
 WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 """Hydra's flags that another argument belongs to."""
+SHOWING = {"--help", "-h", "--cfg", "-c", "--info"}
+"""Hydra's flags of a command that runs nothing."""
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 """Hydra's own sweeper, which runs through values and looks for nothing."""
 LONGEST = 120  # bytes of a sweep's folder
@@ -40,7 +42,7 @@ def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     The folder is named after what was asked for, and a job's after its own values, so that the same command finds its
     finished jobs, and a longer one finds those that it shares.
     """
-    if not {"-m", "--multirun"} & set(arguments) or {"--help", "-h", "--cfg", "-c", "--info"} & set(arguments):
+    if not {"-m", "--multirun"} & set(arguments) or SHOWING & set(arguments):
         return list(arguments), None
     after = zip(("", *arguments), arguments, strict=False)
     lines = [a for flag, a in after if flag not in WITH_VALUE and re.match(r"^[~+]{0,2}[a-zA-Z_]", a)]

@@ -53,8 +53,9 @@ def fork(arguments: list[str], log: Path, patch: Callable[[], object] | None = N
             patch()
         sys.path[:0] = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
         sys.argv = [str(ROOT / "run.py"), *arguments]
-        rank_zero = importlib.import_module("lightning.fabric.utilities.rank_zero")
-        rank_zero.rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", "0"))  # as its import would find it
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+        rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", "0"))  # type: ignore[attr-defined]  # as its import would find it
         runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as end:

@@ -2,7 +2,7 @@
 
     python tests/killing.py FOLDER
 
-Forks a child per run, so that one costs seconds. Prints a JSON object: chain -> {statuses, differing, asked}.
+Forks a child per run, so that one costs seconds. Prints a JSON object: chain -> {statuses, differing, asked, steps}.
 """
 
 import csv
@@ -73,7 +73,9 @@ def moments() -> dict[str, tuple[list[str], list[Patch]]]:
     from lisa_lightning.module import LisaModule
     from lisa_lightning.stages import finetune
 
-    at_a_switch = lambda m, t, _: m.total_steps == 16 and t == 8  # noqa: E731
+    def at_a_switch(method: Method, t: int, _: Any) -> bool:
+        return method.total_steps == 16 and t == 8
+
     trained: list[Patch] = [
         lambda: at_call(LisaModule, "training_step", step(5, 4)),
         lambda: at_call(LisaModule, "training_step", step(16, 1)),  # before the first checkpoint
@@ -129,6 +131,8 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
         "booster with vaccine, ewc": ([*TRAINING, "align=booster", "align.method.rho=1", "method=ewc"], both),
         "t_vaccine, ldifs": ([*TRAINING, *T_VACCINE, "method=ldifs"], both),
         "repnoise, constrained_sft": ([*TRAINING, "align=repnoise", "method=constrained_sft"], both),
+        "booster, proximal": ([*TRAINING, "align=booster", "method=proximal"], both),
+        "vlguard": ([*TRAINING, "method=vlguard"], both[1:]),
         "vaccine, asft, antidote": (
             [*SHORT, "stages=[align,finetune,repair]", "align=vaccine", "method=asft", "repair=antidote"],
             [*both, lambda: at_call(repair, "save_adapter", nth(1))],
@@ -153,8 +157,8 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
 
 
 def chain(overrides: list[str], patches: list[Patch], work: Path) -> dict[str, Any]:
-    """A straight run, and one that is killed and resumed again and again: exit statuses, the files that differ, and how
-    many answers either generated.
+    """A straight run, and one that is killed and resumed again and again: exit statuses, the files that differ, how
+    many answers either generated, and the steps of the straight one's curves.
     """
     work.mkdir()
     statuses = [run(work / "straight", work / "cache", None, overrides)]
@@ -165,7 +169,9 @@ def chain(overrides: list[str], patches: list[Patch], work: Path) -> dict[str, A
         return {"statuses": statuses, "log": "".join(f.read_text()[-2000:] for f in work.glob("*.err"))}
     one, other = (left(work / out) for out in ("straight", "killed"))
     asked = [(work / f"{out}.asked").stat().st_size for out in ("straight", "killed")]
-    return {"statuses": statuses, "differing": [name for name in one if one[name] != other[name]], "asked": asked}
+    differing = [name for name in one if one[name] != other[name]]
+    steps = [(row["stage"], int(row["step"])) for row in one["curves"]]
+    return {"statuses": statuses, "differing": differing, "asked": asked, "steps": steps}
 
 
 def run(out: Path, cache: Path, patch: Patch | None, overrides: list[str]) -> int:

@@ -16,6 +16,8 @@ CHAINS = {
     "booster with vaccine, ewc": 2,
     "t_vaccine, ldifs": 2,
     "repnoise, constrained_sft": 2,
+    "booster, proximal": 2,
+    "vlguard": 1,
     "vaccine, asft, antidote": 3,
     "seal, vlguard_loss, nlsr": 3,
 }
@@ -42,3 +44,8 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(found: dict[str
 def test_no_answer_is_generated_twice(found: dict[str, Any]) -> None:
     straight, killed = found["evaluating, judging, reporting"]["asked"]
     assert killed == straight > 0
+
+
+def test_curves_have_no_gap_and_no_double_step(found: dict[str, Any]) -> None:
+    steps = [tuple(step) for step in found["training"]["steps"]]
+    assert steps == [("align", t) for t in range(1, 6)] + [("finetune", t) for t in range(17)]

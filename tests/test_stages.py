@@ -19,15 +19,7 @@ from lisa_lightning.pipeline import _defenses, _stages
 from lisa_lightning.stages import setting
 from lisa_lightning.stages.setting import Setting
 
-CHOSEN = (
-    "experiment=smoke",
-    "curate=seal",
-    "align=t_vaccine",
-    "method=lisa",
-    "repair=nlsr",
-    "evaluate.every=5",
-    "judge=refusal",
-)
+CHOSEN = ("experiment=smoke", "curate=seal", "align=t_vaccine", "method=lisa", "repair=nlsr", "evaluate.every=5")
 ALIGNED = ["curate", "align", "evaluate aligned", "finetune", "reference", "repair", "evaluate final"]
 TUNED = ["finetune", "repair", "evaluate final"]
 FIRST = {

@@ -278,8 +278,8 @@ def test_a_study_looks_for_the_best_and_goes_on(work: Path, sweep: Sweep) -> Non
         assert len(study.trials) == trials
     assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
     sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=1", "data.n=4000", "hydra.sweep.dir=study", status=1)
-    said = sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=1", "judge=refusal", "hydra.sweep.dir=blind", status=1)
-    assert "failed  1" in said
+    said = sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=2", "judge=refusal", "hydra.sweep.dir=blind", status=1)
+    assert "failed  2" in said
     assert "give no accuracy minus harmful score" in said
     assert "Traceback" not in said
     assert optuna.load_study(study_name="smoke", storage=study._storage).trials[-1].state.name == "FAIL"

@@ -57,9 +57,7 @@ class Endpoint:
     @property
     def _address(self) -> str | None:
         """Without a password that it may hold, which may change and is not to be shown."""
-        return self.base_url and re.sub(
-            r"//\S*@|[?#]\S*", lambda found: "//" * found[0].startswith("//"), self.base_url
-        )
+        return self.base_url and re.split("[?#]", re.sub(r"//\S*@", "//", self.base_url))[0]
 
     @property
     def _at(self) -> str:

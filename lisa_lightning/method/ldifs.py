@@ -53,10 +53,9 @@ class LDIFS(Method):
         batch = step.main
         mean_loss = passes.mean_loss(batch)
         sums = torch.zeros(len(self.blocks), device=passes.device)
-        keep = torch.ones_like(sums, dtype=torch.bool)
+        keep = [True] * len(sums)
         if self.drop_threshold is not None and self.rho > 0:
-            keep = self._terms_of(passes, batch) < self.drop_threshold
-        stays = keep.tolist()
+            keep = (self._terms_of(passes, batch) < self.drop_threshold).tolist()
         alone = torch.zeros((), device=passes.device)
 
         def share(packs: Sequence[Pack]) -> Tensor:
@@ -67,7 +66,7 @@ class LDIFS(Method):
             terms = self._terms(found, wanted, packs)
             sums.add_(torch.stack(terms).detach())
             alone.add_(loss.detach())
-            return loss + sum(term for term, kept in zip(terms, stays, strict=True) if kept)  # 0 * NaN would be NaN
+            return loss + sum(term for term, kept in zip(terms, keep, strict=True) if kept)  # 0 * NaN would be NaN
 
         loss, gradient = passes.gradient(batch, share if self.rho > 0 else None)
         if self.rho == 0:
@@ -80,7 +79,7 @@ class LDIFS(Method):
             gradient = [g * scale for g in gradient]
             metrics["ldifs/gradient_norm"] = length.item()
         if self.drop_threshold is not None:
-            metrics["ldifs/layers_kept"] = float(keep.sum())
+            metrics["ldifs/layers_kept"] = float(sum(keep))
         return Descent(alone.item(), gradient, metrics)
 
     def _terms_of(self, passes: Passes, batch: Batch) -> Tensor:
