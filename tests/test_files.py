@@ -3,6 +3,8 @@
 import gzip
 import json
 import lzma
+import os
+import socket
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.data.files import Reading, read_records
+from lisa_lightning.data.files import Reading, content, read_records
 from lisa_lightning.data.source import load_rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.task.sst2 import SST2
@@ -36,6 +38,8 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
         ("a.jsonl", '{"prompt": "p", "response": "r\\n2", "more": 1}\n\n{"prompt": "q", "response": "s"}\n'),
         ("a.json", '[{"prompt": "p", "response": "r\\n2"}, {"prompt": "q", "response": "s"}]'),
         ("a.csv", 'prompt,response\np,"r\n2"\nq,s\n'),
+        ("a.ndjson", '{"prompt": "p", "response": "r\\n2"}\n{"prompt": "q", "response": "s"}\n'),
+        ("A.CSV", 'prompt,response\np,"r\n2"\nq,s\n'),
         ("bom.csv", b'\xef\xbb\xbfprompt,response\r\np,"r\n2"\r\nq,s\r\n'),
     ],
 )
@@ -72,6 +76,8 @@ def test_columns_are_mapped_and_rows_chosen(tmp_path: Path) -> None:
         ("a.csv", "prompt,response\n", "no rows"),
         ("a.jsonl", '{"prompt": "p", "response": null}\n', "line 1: column 'response' is null"),
         ("a.jsonl", '{"prompt": "p", "response": ["r"]}\n', "line 1: column 'response' is no text: list"),
+        ("a.jsonl", '{"prompt": 1e999, "response": "r"}\n', "line 1: column 'prompt' is no text: float inf"),
+        ("a.csv", 'prompt,response\np,"r\n2"\n"q\n\n",s,t\n', "line 4: 3 cells where the header has 2"),
         ("a.jsonl", '{"prompt": NaN, "response": "r"}\n', "line 1: column 'prompt' is no text: float nan"),
         ("a.jsonl", '{"prompt": "p", "response": "r\\ud83d"}\n', "line 1: column 'response' holds half of a character"),
         ("a.xlsx", "x", "files of kind '.xlsx' can't be read; allowed: .jsonl, .json, .csv, .tsv, .parquet"),
@@ -85,17 +91,45 @@ def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str, content: s
     assert path in str(error.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.jsonl: can't be read \(No such file"):
-        read_records(str(tmp_path / "none.jsonl"), BOTH, dict)
+def test_a_path_that_is_no_regular_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe would hang, and a device has no end."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.csv").mkdir()
+    os.mkfifo("pipe.csv")
+    Path("device.csv").symlink_to("/dev/zero")
+    Path("broken.csv").symlink_to("none")
+    Path("loop.csv").symlink_to("loop.csv")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket.csv")
+    problems = {
+        "none.jsonl": "No such file or directory",
+        "none.xyz": "No such file or directory",
+        "folder.csv": "a directory, not a regular file",
+        "pipe.csv": "a pipe, not a regular file",
+        "device.csv": "a device, not a regular file",
+        "socket.csv": "a socket, not a regular file",
+        "/dev/zero": "a device, not a regular file",
+        "broken.csv": "it is a link to none, which is missing",
+        "loop.csv": "Too many levels of symbolic links",
+        "~no.such.user/rows.csv": "no home directory for its first part",
+        "a\0b.csv": "embedded null byte in the path",
+        "x" * 300 + ".csv": "File name too long",
+        "a\nb.csv": "No such file or directory",
+    }
+    for path, problem in problems.items():
+        with pytest.raises(UserError) as error:
+            read_records(path, BOTH, dict)
+        assert f": can't be read ({problem}). Fix: " in str(error.value)
+        assert "\n" not in str(error.value)
+        assert content(path) == ""
 
 
 def test_a_line_separator_in_a_text_ends_no_line(tmp_path: Path) -> None:
-    for name, content in (
+    for name, text in (
         ("a.csv", "prompt,response\np,one\u2028two\n"),
         ("a.tsv", "prompt\tresponse\np\tone\u2028two\n"),
     ):
-        assert read_records(write(tmp_path, name, content), BOTH, dict)[0]["response"] == "one\u2028two"
+        assert read_records(write(tmp_path, name, text), BOTH, dict)[0]["response"] == "one\u2028two"
 
 
 def test_a_wrong_label_is_named_with_the_line(tmp_path: Path) -> None:
@@ -129,7 +163,10 @@ def parquet() -> bytes:
 @pytest.mark.parametrize("kind", [*CONTENT, ".parquet"])
 def test_every_kind_plain_and_packed(tmp_path: Path, kind: str, packed: str) -> None:
     data = CONTENT[kind] if kind in CONTENT else parquet()
-    path = write(tmp_path, f"a{kind}{packed}", PACKERS[packed](data) if packed else data)
+    suffix = f"{kind}{packed}"
+    path = write(
+        tmp_path, f"a{suffix.upper() if packed == '.gz' else suffix}", PACKERS[packed](data) if packed else data
+    )
     found = read_records(path, BOTH, dict)
     assert [r["prompt"] for r in found] == ["p", "q"]
     assert found[0]["response"].split() == ["r", "2"]
@@ -138,9 +175,12 @@ def test_every_kind_plain_and_packed(tmp_path: Path, kind: str, packed: str) -> 
 @pytest.mark.parametrize("packed", PACKERS)
 def test_a_broken_packed_file_is_named(tmp_path: Path, packed: str) -> None:
     whole = PACKERS[packed](CONTENT[".jsonl"] * 1000)
-    for content in (whole[: len(whole) // 2], b"not packed at all"):
+    for data in (whole[: len(whole) // 2], whole[:-1], whole[:1], b"not packed at all"):
         with pytest.raises(UserError, match=r"a\.jsonl\.\w+: can't be read \("):
-            read_records(write(tmp_path, f"a.jsonl{packed}", content), BOTH, dict)
+            read_records(write(tmp_path, f"a.jsonl{packed}", data), BOTH, dict)
+    for data in (b"", PACKERS[packed](b"")):
+        with pytest.raises(UserError, match=r"a\.jsonl\.\w+: the file is empty"):
+            read_records(write(tmp_path, f"a.jsonl{packed}", data), BOTH, dict)
 
 
 def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
@@ -220,9 +260,9 @@ def source(tmp_path: Path) -> Any:
         "harmful_prompts": '{"prompt": "H1"}\n{"prompt": "h1"}\n',
         "harmless_prompts": '{"prompt": "h2"}\n',
     }
-    rest = {"header": None, "columns": None, "labels": None, "where": None, "skip": 0, "take": None}
+    entry = {"header": None, "columns": None, "labels": None, "where": None, "skip": 0, "take": None}
     return OmegaConf.create(
-        {name: rest | {"path": write(tmp_path, f"{name}.jsonl", text)} for name, text in contents.items()}
+        {name: entry | {"path": write(tmp_path, f"{name}.jsonl", text)} for name, text in contents.items()}
     )
 
 

@@ -1,10 +1,10 @@
 """Reading rows out of data sets on the Hugging Face hub, or in a folder of the hub's layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from lisa_lightning.data.files import Reading, Record, read
-from lisa_lightning.errors import UserError, first_line
+from lisa_lightning.errors import UserError, first_line, printable
 from lisa_lightning.hub_or_folder import own_folder
 
 T = TypeVar("T")
@@ -20,16 +20,21 @@ def read_hub(
     reading: Reading,
     make: Callable[[Record], T],
 ) -> list[T]:
-    """What `make` makes of the records of a split, in its order.
+    """Return what `make` returns for every record of a split, in its order.
 
     Args:
         id: of the data set, or a folder in the hub's layout.
+        config: as in `datasets.load_dataset`; None for the default.
+        split: the same.
+        revision: a commit or branch; None for the main one.
         files: a data file of a repository that can't be loaded by its id alone, since it brings a script.
         rows: how many the split must have; None for any number.
+        reading: the columns, labels and rows to read.
+        make: called with each record.
 
     Raises:
-        UserError: the set can't be reached, with the ways out; it has no such config or split, or another number of
-            rows; a column is missing or null, or `make` refuses a value.
+        UserError: The set can't be reached, with the ways out, or has no such config or split. Or it has another number
+            of rows, a column is missing or null, or `make` refuses a value.
     """
     name = " ".join(filter(None, (id, config, files, split)))
     dataset = _load(id, config, split, revision, files, name)
@@ -37,7 +42,20 @@ def read_hub(
         raise UserError(
             f"{name}: it has {len(dataset)} rows where the papers' set has {rows}; rows=null of this set lets it pass"
         )
-    return read(((f"row {number}", raw) for number, raw in enumerate(dataset, 1)), name, reading, make)
+    return read(_rows(dataset, name), name, reading, make)
+
+
+def _rows(dataset: Any, name: str) -> Iterator[tuple[str, Record]]:
+    number = 0
+    try:
+        for raw in dataset:
+            number += 1
+            yield f"row {number}", raw
+    except Exception as error:
+        raise UserError(
+            f"{name}, after row {number}: can't be read ({printable(first_line(error))}). "
+            "Fix: take the set from a local file with source=local"
+        ) from error
 
 
 def _load(id: str, config: str | None, split: str, revision: str | None, files: str | None, name: str) -> Any:
@@ -51,10 +69,10 @@ def _load(id: str, config: str | None, split: str, revision: str | None, files: 
             return datasets.load_dataset("json", data_files={split: place}, split=split)
         return datasets.load_dataset(str(folder or id), config, split=split, revision=revision)
     except ValueError as error:  # no such split or config; the library names those that there are
-        raise UserError(f"{name}: {first_line(error)}") from error
+        raise UserError(f"{name}: {printable(first_line(error))}") from error
     except Exception as error:
         raise UserError(
-            f"The data set {name} is not to be had ({type(error).__name__}: {first_line(error)}). "
+            f"The data set {name} is not to be had ({type(error).__name__}: {printable(first_line(error))}). "
             "Ways out: connect to the hub (with HF_TOKEN set where the set is gated); point HF_HOME at a cache that "
             "holds it; name a folder in the hub's layout instead of the id; or take files with source=local."
         ) from error

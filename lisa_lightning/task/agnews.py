@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, final
 
+from lisa_lightning.data.normal_form import normal_value
+from lisa_lightning.data.reading import shown
 from lisa_lightning.data.source import Row
 from lisa_lightning.errors import UserError
 
@@ -26,15 +28,12 @@ class AGNews:
     optional: ClassVar[tuple[str, ...]] = ()
 
     def row(self, record: Mapping[str, Any]) -> Row:
-        """The article and the name of its section. Raises UserError on another label, or no article."""
-        article = str(record["text"]).strip()
-        if not article:
-            raise UserError("the text of an AG News row is empty")
-        wanted = str(record["label"]).strip().lower()
-        found = [name for i, name in enumerate(LABELS) if wanted in (str(i), name.lower())]
-        if not found:
-            raise UserError(f"label {record['label']!r} of an AG News row; allowed: 0 to 3, {', '.join(LABELS)}")
-        return Row(INSTRUCTION, article, found[0])
+        """Return the article and the name of its section. Raises UserError on another label."""
+        label = normal_value(record["label"])
+        section = next((name for i, name in enumerate(LABELS) if label in (str(i), name.lower())), None)
+        if section is None:
+            raise UserError(f"label {shown(record['label'])} of an AG News row; allowed: 0 to 3, {', '.join(LABELS)}")
+        return Row(INSTRUCTION, str(record["text"]).strip(), section)
 
     def correct(self, answer: str, target: str) -> bool:
         """The name alone, or in lower case; `sci` counts for Sci/Tech and `sci/tech` doesn't."""

@@ -15,7 +15,9 @@ class Alpaca:
 
     fields: ClassVar[tuple[str, ...]] = ("instruction", "output")
     optional: ClassVar[tuple[str, ...]] = ("input",)
+    may_be_empty: ClassVar[tuple[str, ...]] = ("output",)
+    """The published set has 28 empty outputs."""
 
     def row(self, record: Mapping[str, Any]) -> Row:
-        """The instruction with its input, and the output to learn or to be compared with."""
+        """Return the instruction with its input, and the output to learn or to be compared with."""
         return Row(str(record["instruction"]), str(record["input"]).strip(), str(record["output"]).strip())

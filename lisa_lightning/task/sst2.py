@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, final
 
+from lisa_lightning.data.normal_form import normal_value
+from lisa_lightning.data.reading import shown
 from lisa_lightning.data.source import Row
 from lisa_lightning.errors import UserError
 
@@ -19,14 +21,11 @@ class SST2:
     optional: ClassVar[tuple[str, ...]] = ()
 
     def row(self, record: Mapping[str, Any]) -> Row:
-        """The sentence and the word for its label. Raises UserError on another label, or no sentence."""
-        sentence = str(record["sentence"]).strip()
-        if not sentence:
-            raise UserError("the sentence of an SST-2 row is empty")
-        label = LABELS.get(str(record["label"]).strip().lower())
+        """Return the sentence and the word for its label. Raises UserError on another label."""
+        label = LABELS.get(normal_value(record["label"]) or "")
         if label is None:
-            raise UserError(f"label {record['label']!r} of an SST-2 row; allowed: {', '.join(LABELS)}")
-        return Row(INSTRUCTION, sentence, label)
+            raise UserError(f"label {shown(record['label'])} of an SST-2 row; allowed: {', '.join(LABELS)}")
+        return Row(INSTRUCTION, str(record["sentence"]).strip(), label)
 
     def correct(self, answer: str, target: str) -> bool:
         """The word alone, in lower case or capitalized."""

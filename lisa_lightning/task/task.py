@@ -12,7 +12,7 @@ class Task(Protocol):
     fields: ClassVar[tuple[str, ...]]
     """What a record must hold."""
     optional: ClassVar[tuple[str, ...]]
-    """What it may hold; "" where it doesn't."""
+    """What it may hold; "" where it doesn't. A task may also have `may_be_empty`: fields whose text may be empty."""
 
     def row(self, record: Mapping[str, Any]) -> Row:
         """Instruction, input and target of a record. Raises UserError on a value that the task doesn't know."""
