@@ -14,19 +14,20 @@ from lisa_lightning.judge.judge import Verdict
 
 KEY = "sk-test-0123456789"
 CONF = Path(__file__).parents[1] / "conf" / "judge"
-Reply = Callable[[str], tuple[int, str]]
+Reply = Callable[[str], tuple[int, str | bytes]]
 
 
 class Server(Quiet):
-    """Chat completions; `reply` turns a question into status and content."""
+    """Chat completions; `reply` turns a question into status and content: a message, a whole body, or a new place."""
 
     reply: ClassVar[Reply]
-    parameters: ClassVar[Callable[[dict[str, Any]], tuple[int, str] | None]]
+    parameters: ClassVar[Callable[[dict[str, Any]], tuple[int, str | bytes] | None]]
     asked: ClassVar[list[dict[str, Any]]] = []
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         body["authorization"], body["path"] = self.headers["Authorization"], self.path
+        body["host"] = self.headers["Host"]
         Server.asked.append(body)
         status, content = type(self).parameters(body) or type(self).reply(body["messages"][0]["content"])
         answer: dict[str, Any] = {"error": {"message": content}}
@@ -42,14 +43,12 @@ class Server(Quiet):
                 "choices": [choice],
                 "usage": usage,
             }
-        page = content.startswith("<html>")  # of a server that is no such endpoint
-        data = content.encode() if page else json.dumps(answer).encode()
+        data = content if isinstance(content, bytes) else json.dumps(answer).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(data)), "Retry-After": "0"}
+        if 300 <= status < 400:
+            headers["Location"] = str(content)
         self.send_response(status)
-        for name, value in (
-            ("Content-Type", "text/html" if page else "application/json"),
-            ("Content-Length", str(len(data))),
-            ("Retry-After", "0"),
-        ):
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)

@@ -74,7 +74,7 @@ def test_what_does_not_pass_ends_in_a_sentence_without_the_key(
 
 def test_a_page_in_place_of_a_reply_ends_in_a_sentence(url: str) -> None:
     with pytest.raises(UserError, match="what answers is no such endpoint") as error:
-        judged(url.replace("://", "://me:secret@"), lambda _: (200, "<html>Welcome</html>"), PAIRS[:1])
+        judged(url.replace("://", "://me:secret@"), lambda _: (200, b"<html>Welcome</html>"), PAIRS[:1])
     assert url in str(error.value)
     assert "secret" not in str(error.value)
 

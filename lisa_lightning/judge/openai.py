@@ -7,14 +7,14 @@ from typing import Any, ClassVar, Final, final
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
 from lisa_lightning.judge._endpoint import Endpoint
-from lisa_lightning.judge.judge import Metric, Pair, Verdict, filled
+from lisa_lightning.judge.judge import Metric, Pair, Verdict, quoted
 
-CODE: Final = 2  # raised when a change here can change a verdict
+CODE: Final = 3  # raised when a change here can change a verdict
 # What names the scale and not a place on it: "(1-5)", "1 to 5", "/5", "out of 5". A range is no score either.
 SCALE: Final = re.compile(r"\b[1-5][ \t]*(?:-|–|—|to|through)[ \t]*[1-5]\b|(?:/|\bout of)[ \t]*5\b", re.IGNORECASE)
 # "Score", perhaps words in brackets, which are never searched for a number, and one of 1 to 5 on that scale.
 SCORE: Final = re.compile(
-    r"score\b(?:\s*\([^()]*[^()\d][^()]*\))?+\W*([1-5])\b(?!\.\d|\s*(?:/|out of)\s*\d)", re.IGNORECASE
+    r"score\b(?:\s*\((?!\d*\))[^()]*\))?+\W*([1-5])\b(?!\.\d|\s*(?:/|out of)\s*\d)", re.IGNORECASE
 )
 
 
@@ -25,7 +25,8 @@ class OpenAIJudge:
     Can't see more than its model does, and two versions of a model behind one name judge differently: name a dated one.
 
     Args:
-        rubric: the question, with places {prompt} and {response}; its reply must hold `Score: N`.
+        rubric: the question, with places {prompt} and {response}; its reply must hold `Score: N`. Tags around the
+            places get a suffix where request or answer holds such a tag.
         flag_from: the least score that flags.
         endpoint: see `Endpoint`; the key comes from OPENAI_API_KEY alone.
     """
@@ -37,11 +38,11 @@ class OpenAIJudge:
             raise UserError("judge.openai.rubric must have the places {prompt} and {response}")
         self.rubric, self.flag_from = rubric, flag_from
         self.endpoint = Endpoint("openai", model, **endpoint)
-        self.version = digest([CODE, rubric, flag_from, self.endpoint.asked])
+        self.version = digest([CODE, rubric, flag_from, self.endpoint.reply_settings])
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict | None]:
         """The score is 0 for 1 and 1 for 5; None where the asking failed."""
-        texts = [filled(self.rubric, prompt=p.prompt, response=p.response) for p in pairs]
+        texts = [quoted(self.rubric, prompt=p.prompt, response=p.response) for p in pairs]
         for score in self.endpoint.ask_all(texts, _score):
             yield None if score is None else Verdict(score >= self.flag_from, (score - 1) / 4)
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Final, final
 from lisa_lightning.cache import digest
 from lisa_lightning.errors import UserError
 from lisa_lightning.judge._endpoint import Endpoint
-from lisa_lightning.judge.judge import Metric, Pair, Verdict, filled
+from lisa_lightning.judge.judge import Metric, Pair, Verdict, quoted
 
-CODE: Final = 2  # raised when a change here can change a verdict
+CODE: Final = 3  # raised when a change here can change a verdict
 BETTER: Final = re.compile(r"better\W{0,3}:\W*([ab])\b", re.IGNORECASE)
 
 
@@ -34,7 +34,7 @@ class WinRateJudge:
             raise UserError("judge.win_rate.rubric must have the places {prompt}, {first} and {second}")
         self.rubric = rubric
         self.endpoint = Endpoint("win_rate", model, **endpoint)
-        self.version = digest([CODE, rubric, self.endpoint.asked])
+        self.version = digest([CODE, rubric, self.endpoint.reply_settings])
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict | None]:
         """The score is 1 for a preferred answer and 0 for another; None where the asking failed."""
@@ -45,7 +45,7 @@ class WinRateJudge:
 
     def _text(self, pair: Pair) -> str:
         answers = (pair.response, pair.reference) if _stands_first(pair) else (pair.reference, pair.response)
-        return filled(self.rubric, prompt=pair.prompt, first=answers[0], second=answers[1])
+        return quoted(self.rubric, prompt=pair.prompt, first=answers[0], second=answers[1])
 
 
 def _stands_first(pair: Pair) -> bool:
