@@ -2,19 +2,21 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal, cast
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lisa_lightning.cache import digest
 from lisa_lightning.data.source import Rows
 from lisa_lightning.data.templates import MARKER, Template, encode_prompt
 from lisa_lightning.disk import explained, write_text
 from lisa_lightning.evaluate.generate import Stop, batches, generate
+from lisa_lightning.evaluate.stored import FLAG, INDEX, KIND, TEXT, Form, parsed_lines, stored_bytes
 from lisa_lightning.ranks import by_first
 
 Kind = Literal["harmful", "harmless", "task"]
@@ -45,7 +47,21 @@ class Answer:
     cut_off: bool = False
     """The model was not at an end when it had its number of tokens."""
     origin: str = ""
-    """A hash of the model and all that determines how it answers."""
+    """A hash of the model, of all that determines how it answers, and of the other fields of this answer."""
+
+
+FORM: Final[Form] = {
+    "model": TEXT,
+    "kind": KIND,
+    "index": INDEX,
+    "prompt": TEXT,
+    "context": TEXT,
+    "response": TEXT,
+    "target": TEXT,
+    "cut_off": FLAG,
+    "origin": TEXT,
+}
+"""The fields of a line of responses.jsonl."""
 
 
 def questions(
@@ -90,8 +106,12 @@ class Evaluator:
         Args:
             model: a causal language model; left in the mode it came in.
             name: what it is called there: aligned, final, training.
-            path: responses.jsonl. Each batch is appended when it is done, and what stands there already of this name
-                and origin is not asked again.
+            origin: a hash of the model and all that determines how it answers.
+            path: responses.jsonl. Each batch is appended when it is done. Answers of this name and origin that are
+                there already, undamaged, are not generated again.
+
+        Raises:
+            UserError: if a line of `path` is damaged so that it can't be parsed.
         """
         training = model.training
         model.eval()
@@ -107,7 +127,7 @@ class Evaluator:
     ) -> dict[int, Answer]:
         fabric, world = self.fabric, self.fabric.world_size
         stop = Stop(self.tokenizer, model)
-        found = by_first(fabric, lambda: _begin(path, name, origin))
+        found = by_first(fabric, lambda: _begin(path, name, origin, asked))
         todo = [g for g in self._groups(asked) if any(i not in found for p in g for i in p.places)]
         bar = tqdm(
             total=len(asked),
@@ -121,7 +141,7 @@ class Evaluator:
             for start in range(0, len(todo), world):
                 own = todo[start + fabric.global_rank : start + world][:1]
                 new = [
-                    Answer(name, q.kind, i, q.prompt, q.context, text, q.target, cut, origin)
+                    _sealed(Answer(name, q.kind, i, q.prompt, q.context, text, q.target, cut), origin)
                     for i, text, cut in (self._batch(model, own[0], stop) if own else ())
                     for q in (asked[i],)
                 ]
@@ -167,22 +187,40 @@ def write_answers(path: Path, answers: Sequence[Answer]) -> None:
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """The complete lines of responses.jsonl; a killed run may have left half a one."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # as bytes: half a line may end in half a character
-    return [Answer(**json.loads(line)) for line in lines]
+    """Return the complete lines of responses.jsonl; half a line at the end, as a kill leaves it, is left out.
+
+    Raises:
+        UserError: if a line is damaged, or the file can't be read.
+    """
+    fix = f"delete {path} and repeat the run's command with resume=true; finished answers come from the cache"
+    # As bytes: half a line may end in half a character.
+    lines = stored_bytes(path, fix).split(b"\n")[:-1]
+    return [Answer(**values) for values in parsed_lines(path, lines, FORM, fix)]
 
 
-def _begin(path: Path | None, name: str, origin: str) -> dict[int, Answer]:
-    """The answers that an interrupted evaluation left, by place; what is not of this origin is dropped."""
+def _begin(path: Path | None, name: str, origin: str, questions: Sequence[Question]) -> dict[int, Answer]:
+    """Return the answers that an interrupted evaluation left, by index, and remove others of this name."""
     if path is None:
         return {}
     answers = read_answers(path)
-    kept = [a for a in answers if a.model != name or a.origin == origin]
+    valid = [a for a in answers if a.model != name or _answers_one(a, questions, origin)]
     if path.exists():
-        write_answers(path, kept)
-    return {a.index: a for a in kept if a.model == name}
+        write_answers(path, valid)
+    return {a.index: a for a in valid if a.model == name}
+
+
+def _answers_one(answer: Answer, questions: Sequence[Question], origin: str) -> bool:
+    """Return whether an answer is as this evaluation wrote it, to the question at its index."""
+    if answer.index >= len(questions) or answer != _sealed(answer, origin):
+        return False
+    question = questions[answer.index]
+    stored = Question(cast(Kind, answer.kind), answer.prompt, answer.context, answer.target)
+    return stored == question
+
+
+def _sealed(answer: Answer, origin: str) -> Answer:
+    """Return the answer with a hash of the evaluation's origin and the answer's content as its origin."""
+    return replace(answer, origin=digest([origin, asdict(replace(answer, origin=""))]))
 
 
 def _append(path: Path | None, answers: Sequence[Answer]) -> None:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 from tqdm.auto import tqdm
 
@@ -13,15 +13,47 @@ from lisa_lightning.cache import digest, locked
 from lisa_lightning.data.files import Reading, read_records
 from lisa_lightning.data.templates import joined
 from lisa_lightning.disk import explained, write_text
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, printable
+from lisa_lightning.evaluate.coverage import kinds_scored
 from lisa_lightning.evaluate.evaluator import Answer
+from lisa_lightning.evaluate.stored import (
+    FLAG,
+    FLAGS,
+    INDEX,
+    KIND,
+    OPTIONAL_FLAG,
+    SCORE,
+    TEXT,
+    DamagedLine,
+    Form,
+    fault_in,
+    one_of,
+    parsed,
+    parsed_lines,
+    stored_bytes,
+)
 from lisa_lightning.judge.judge import Judge, Pair, Verdict
 
 log = logging.getLogger(__name__)
 
-
-FORMAT = [field.name for field in fields(Verdict)]
-"""Of a kept verdict: of another one nothing is read."""
+LONGEST_NAME: Final = 80
+"""Characters of a model's name in metrics.json."""
+FORMAT: Final = [*(field.name for field in fields(Verdict)), "checksum"]
+"""The fields of a stored verdict. A hash of them names the file, so that stores of another format are not read."""
+VERDICT: Final[Form] = {
+    "flagged": FLAG,
+    "score": SCORE,
+    "refused": OPTIONAL_FLAG,
+    "categories": FLAGS,
+    "partly": OPTIONAL_FLAG,
+}
+JUDGED: Final[Form] = {
+    **VERDICT,
+    **dict.fromkeys(("judge", "prompt", "response", "model", "version", "pair"), TEXT),
+    "metric": one_of("harmful_score", "refusal_rate", "win_rate"),
+    "kind": KIND,
+    "index": INDEX,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +92,7 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
     found: list[Judged] = []
     lines = before
     for name, judge in judges.items():
-        kinds = ("task",) if judge.metric == "win_rate" else ("harmful", "harmless")
-        chosen = [a for a in answers if a.kind in kinds]
+        chosen = [a for a in answers if a.kind in kinds_scored(judge)]
         pairs = [Pair(joined(a.prompt, a.context), a.response, _reference(judge, a)) for a in chosen]
         known = {j.pair: _verdict(j) for j in before if (j.judge, j.version) == (name, judge.version)}
         store = cache / "verdicts" / f"{name}-{digest([judge.version, FORMAT])}.jsonl"
@@ -88,17 +119,24 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
 
 
 def read_judged(path: Path) -> list[Judged]:
-    """The lines of judged.jsonl, none where there is no such file."""
-    if not path.exists():
-        return []
-    return [Judged(**json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """Return the lines of judged.jsonl, none where there is no such file.
+
+    Raises:
+        UserError: if a line is damaged, or the file can't be read.
+    """
+    fix = f"delete {path}; verdicts are made again (paid ones come from the cache)"
+    *lines, end = stored_bytes(path, fix).split(b"\n")
+    if end:
+        # The file is written whole, so that no kill leaves half a line.
+        raise UserError(f"{path}, line {len(lines) + 1}: the end of the line is missing. Fix: {fix}")
+    return [Judged(**values) for values in parsed_lines(path, lines, JUDGED, fix)]
 
 
 def read_responses(path: str) -> list[Answer]:
-    """Answers out of a file of one's own: `prompt` and `response` and, where they stand there, what Answer has beside.
+    """Return the answers of a user's file.
 
-    A `kind` that isn't one of ours means something else to whoever wrote the file, or is mistyped, so that it is said:
-    the answer counts as harmful's.
+    Its rows have `prompt` and `response`; `context`, `model`, `kind` and `target` are optional. An answer of an unknown
+    kind counts as harmful, with a warning: the kind means something else to the file's author, or is mistyped.
 
     Raises:
         UserError: see `read_records`.
@@ -107,14 +145,21 @@ def read_responses(path: str) -> list[Answer]:
     columns = {name: name for name in ("prompt", "response", *optional)}
     records = read_records(path, Reading(columns, frozenset(optional)), dict)
     if others := sorted({str(r["kind"]) for r in records} - {"", "harmful", "harmless", "task"}):
-        log.warning("%s: kind %s counts as harmful; there are harmful, harmless and task.", path, ", ".join(others))
-    found = []
+        unknown = printable(", ".join(others))[:200]
+        log.warning("%s: kind %s counts as harmful; there are harmful, harmless and task.", path, unknown)
+    answers = []
     for index, r in enumerate(records):
         kind = r["kind"] if r["kind"] in ("harmless", "task") else "harmful"
         context = str(r["context"]) if kind == "task" else ""
-        model = str(r["model"] or "responses").replace("/", "_")  # metrics are called MODEL/JUDGE/NAME
-        found.append(Answer(model, kind, index, str(r["prompt"]), context, str(r["response"]), str(r["target"])))
-    return found
+        model = _model_name(str(r["model"]))
+        answers.append(Answer(model, kind, index, str(r["prompt"]), context, str(r["response"]), str(r["target"])))
+    return answers
+
+
+def _model_name(text: str) -> str:
+    """Return a model's name for metrics, which are called MODEL/JUDGE/NAME: on one line, short, without a slash."""
+    name = printable(text).replace("/", "_") or "responses"
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{digest(text)[:8]}"
 
 
 def refuse_no_reference(judges: Mapping[str, Judge], answers: Sequence[Answer], path: str) -> None:
@@ -129,8 +174,9 @@ def refuse_no_reference(judges: Mapping[str, Judge], answers: Sequence[Answer], 
 
 
 def _ask(name: str, judge: Judge, pairs: Sequence[Pair], known: dict[str, Verdict], store: Path) -> list[Verdict]:
-    with locked(store):  # jobs of a sweep share answers, which should be paid for once
-        known = _stored(store) | known
+    # Jobs of a sweep share answers, which should be paid for once.
+    with locked(store):
+        known = known | _stored(store)
         new = [p for key, p in {_key(p): p for p in pairs}.items() if key not in known]
         if not new:
             return [known[_key(p)] for p in pairs]
@@ -138,40 +184,59 @@ def _ask(name: str, judge: Judge, pairs: Sequence[Pair], known: dict[str, Verdic
             file = store.open("a", encoding="utf-8")
         bar = tqdm(judge.verdicts(new), total=len(new), desc=f"judge by {name}", unit="answer", leave=False)
         with file, bar:
-            start = "\n" if _broken(store) else ""
             for pair, verdict in zip(new, bar, strict=True):
+                # It failed; other verdicts and then the judge's error follow.
                 if verdict is None:
-                    continue  # it failed; other verdicts and then the judge's error follow
+                    continue
+                _refuse_unsound(name, verdict)
                 known[_key(pair)] = verdict
-                with explained(store):  # of the judge's own errors none is about this file
-                    file.write(start + _verdict_line(pair, verdict))
+                # None of the judge's own errors is about this file.
+                with explained(store):
+                    file.write(_verdict_line(pair, verdict))
                     file.flush()
-                start = ""
     return [known[_key(p)] for p in pairs]
 
 
+def _refuse_unsound(name: str, verdict: Verdict) -> None:
+    """Raise UserError for a verdict that could not be read back, as one whose score is NaN."""
+    if (fault := fault_in(asdict(verdict), VERDICT)) is not None:
+        raise UserError(f"judge={name}: it gave a verdict in which {fault}. Fix: correct what the judge returns")
+
+
 def _stored(store: Path) -> dict[str, Verdict]:
-    if not store.exists():
-        return {}
-    found = {}
-    for line in store.read_text(encoding="utf-8").split("\n"):
-        try:
-            entry: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # an empty line, or the half of one that a killed run left
-        pair = entry.pop("pair")
-        found[pair] = Verdict(**entry)
-    return found
+    """Return the undamaged verdicts of a store by the hash of their pair, and remove all other lines from it.
+
+    Raises:
+        UserError: if the store can't be read or written.
+    """
+    fix = f"delete {store}, or name another folder as cache_dir; verdicts are made again"
+    *lines, end = stored_bytes(store, fix).split(b"\n")
+    # A killed run leaves half a line without its end.
+    entries = [(line, _entry(line)) for line in (*lines, end) if line]
+    sound = [(line, entry) for line, entry in entries if entry is not None]
+    if end or len(sound) < len(entries):
+        write_text(store, "".join(f"{line.decode()}\n" for line, _ in sound))
+    if damaged := len(entries) - len(sound):
+        log.warning("%d damaged line(s) in %s are judged again.", damaged, store)
+    return dict(entry for _, entry in sound)
+
+
+def _entry(line: bytes) -> tuple[str, Verdict] | None:
+    """Return the hash of a pair and its verdict, None for a line that is not as it was written."""
+    try:
+        values = parsed(line, {"pair": TEXT, **VERDICT, "checksum": TEXT})
+    except DamagedLine:
+        return None
+    checksum, pair = values.pop("checksum"), values["pair"]
+    if checksum != digest(values):
+        return None
+    del values["pair"]
+    return pair, Verdict(**values)
 
 
 def _verdict_line(pair: Pair, verdict: Verdict) -> str:
-    return json.dumps({"pair": _key(pair)} | asdict(verdict)) + "\n"
-
-
-def _broken(store: Path) -> bool:
-    """Whether a killed run left half a line at the end."""
-    content = store.read_bytes()
-    return bool(content) and not content.endswith(b"\n")
+    values = {"pair": _key(pair)} | asdict(verdict)
+    return json.dumps(values | {"checksum": digest(values)}) + "\n"
 
 
 def _reference(judge: Judge, answer: Answer) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 
 from lisa_lightning.cache import digest
 from lisa_lightning.data.files import read_records
+from lisa_lightning.data.normal_form import normal_value
 from lisa_lightning.data.source import reading, taken
 from lisa_lightning.errors import UserError, first_line
 from lisa_lightning.judge import refusal
@@ -236,7 +237,7 @@ def _read(entry: Any) -> list[Labelled]:
     how = reading(entry, ("prompt", "response", "harmful"), (), "judge.linear.rows")
 
     def row(record: Mapping[str, Any]) -> Labelled:
-        said = str(record["harmful"]).strip().lower()
+        said = normal_value(record["harmful"]) or ""
         if said not in TRUE + FALSE:
             raise UserError(f"harmful {record['harmful']!r} is not a label; allowed: true or false, 1 or 0, yes or no")
         return Labelled(Pair(str(record["prompt"]), str(record["response"])), said in TRUE)

@@ -1,0 +1,80 @@
+"""Remove the marks of layout from an answer, so that a judge by wording sees the words alone."""
+
+import html
+import re
+import unicodedata
+from typing import Final
+
+# A reference without a semicolon is left alone: "AT&T" and "a &not b" are words.
+_REFERENCE: Final = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,30});")
+# Characters that show nothing, such as a soft hyphen, and the selector that makes an emoji of a character.
+_INVISIBLE: Final = re.compile("[\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe00-\ufe0f\ufeff]")
+_BLANK: Final = re.compile("[\t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+_LINE_END: Final = re.compile("\r\n?|[\u0085\u2028\u2029]")
+# Letters that are bold or italic by themselves, and full-width ones.
+_STYLED: Final = re.compile("[\U0001d400-\U0001d7ff\uff01-\uff5e]+")
+_APOSTROPHE: Final = re.compile("[\u2018\u2019\u201b\u2032\u02b9\u02bb\u02bc\u02c8\u00b4\u05f3\ua78c]")
+_GRAVE: Final = re.compile(
+    r"(?<![\w`*~])([a-z]*n(?=`t)|i|you|he|she|it|we|they|that|there)`(?=(?:t|m|re|ve|ll|d|s)\b(?!`))", re.I
+)
+_HYPHEN: Final = re.compile("[\u2010\u2011]")
+_ESCAPE: Final = re.compile(r"\\(?=[!-/:-@\[-`{-~])|\\$", re.MULTILINE)
+# Elements of HTML that only mark words, and those that begin a line; others may be what an answer is about.
+_INLINE: Final = (
+    "a|abbr|acronym|b|bdi|bdo|big|center|cite|code|del|dfn|em|font|i|ins|kbd|mark|q|s|samp|small|span|strike|strong|"
+    "sub|sup|tt|u|var"
+)
+_BLOCK: Final = (
+    "article|aside|blockquote|body|br|caption|dd|details|div|dl|dt|footer|h[1-6]|header|hr|html|main|ol|p|pre|section|"
+    "summary|table|tbody|td|tfoot|th|thead|tr|ul"
+)
+_REST: Final = r"(?:\s[^<>]{0,300})?\s*/?>"
+_MARKED: Final = re.compile(rf"</?(?:{_INLINE}){_REST}|</li{_REST}", re.IGNORECASE)
+_LINES: Final = re.compile(rf"</?(?:{_BLOCK}){_REST}", re.IGNORECASE)
+_LIST_ITEM: Final = re.compile(rf"<li{_REST}", re.IGNORECASE)
+_LINK: Final = re.compile(r"!?\[([^\[\]\n]{1,300})\]\([^()\s]{0,2000}(?:\s+[\"'][^\"'\n]{0,300}[\"'])?\)")
+# A fence of code with its language, a rule, the line under a title.
+_ONLY_MARKS: Final = re.compile(r"^[ \t>]*(?:(?:`{3,}|~{3,})[ \t]*[\w+#.-]*[ \t]*|(?:[-_*=] *){3,})$", re.MULTILINE)
+_LINE_MARKS: Final = re.compile(r"^[ \t]*(?:(?:>|#{1,6}|\|)[ \t]*)+", re.MULTILINE)
+_BULLET: Final = re.compile(
+    r"^([ \t]*)(?:[*_~`]{0,3}[+*\u2022\u2023\u25aa\u25cf\u25e6\u2043\u00b7][*_~`]{0,3}[ \t]+)(?=\S)", re.MULTILINE
+)
+_INLINE_MARKS: Final = re.compile(r"[*_`~]+|={2,}|\|{2,}|\+{2,}|[ \t]#+[ \t]*$", re.MULTILINE)
+_ITEM: Final = re.compile("\\s*(?:(?:[-\u2013\u2014]|\\d{1,3}[.)]|\\(\\d{1,3}\\)|\\[[ x]\\])\\s+){1,3}", re.IGNORECASE)
+
+
+def without_marks(text: str) -> str:
+    """Return a text without Markdown, HTML and typography, and without the marker of an item that it begins with.
+
+    See `listed` for what becomes of the marks.
+    """
+    return without_item(listed(text))
+
+
+def listed(text: str) -> str:
+    """Return a text without Markdown, HTML and typography, in which items of lists begin with `- ` or their number.
+
+    Words that are bold, italic, struck, code, linked or escaped become the same words as without these marks. Marks at
+    the beginning of a line (of a heading, a quotation, a table) and lines of nothing but marks are removed. So are the
+    markers of a list that is the whole text. All kinds of apostrophes and blanks become those of a keyboard.
+    """
+    text = _typed(_REFERENCE.sub(lambda reference: html.unescape(reference[0]), text))
+    text = _MARKED.sub("", _LINES.sub("\n", _LIST_ITEM.sub("\n- ", text)))
+    text = _LINE_MARKS.sub("", _ONLY_MARKS.sub("", _LINK.sub(r"\1", _ESCAPE.sub("", text))))
+    text = _INLINE_MARKS.sub("", _BULLET.sub(r"\1- ", text))
+    lines = [line for line in text.split("\n") if line.strip()]
+    # Where every line is an item, no text comes before the list: the markers are layout of the answer itself.
+    return "\n".join(map(without_item, lines)) if all(map(_ITEM.match, lines)) else text
+
+
+def without_item(text: str) -> str:
+    """Return a text of `listed` without the marker of a list's item that it begins with."""
+    item = _ITEM.match(text)
+    return text[item.end() :] if item else text
+
+
+def _typed(text: str) -> str:
+    """Return a text as a keyboard would give it: straight apostrophes, plain blanks and letters, nothing invisible."""
+    text = _BLANK.sub(" ", _LINE_END.sub("\n", _INVISIBLE.sub("", text)))
+    text = _STYLED.sub(lambda letters: unicodedata.normalize("NFKC", letters[0]), text)
+    return _GRAVE.sub(r"\1'", _APOSTROPHE.sub("'", _HYPHEN.sub("-", text)))
