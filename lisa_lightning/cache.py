@@ -3,10 +3,11 @@
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,18 +15,31 @@ from typing import Any
 
 from lisa_lightning.disk import disk_trouble, explained, flush, write_text
 from lisa_lightning.errors import UserError
+from lisa_lightning.integrity import find_damage, fingerprint, visible_files
 from lisa_lightning.ranks import Ranks, by_first
+
+log = logging.getLogger(__name__)
+RECORD = "key.json"
+"""File of a cached folder: what it was made from, and size and hash of each of its files."""
 
 
 def cache_folder(configured: str) -> Path:
-    """The cache folder of the config, `~` and variables expanded."""
-    return Path(os.path.expandvars(configured)).expanduser().absolute()
+    """Return the cache folder of the config, `~` and variables expanded.
+
+    Raises:
+        UserError: if it begins with `~` and a name that no user has.
+    """
+    try:
+        return Path(os.path.expandvars(configured)).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"cache_dir={configured}: {error} Fix: write the path out, here or in LISA_CACHE") from error
 
 
 def digest(key: Any) -> str:
     """16 hex digits of the SHA-256 of `key` as JSON with sorted keys."""
     text = json.dumps(key, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    # A model may write half a character, which UTF-8 proper has no bytes for.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def code_digest() -> str:
@@ -47,19 +61,20 @@ def own_code(defense: object) -> str:
 
 
 def build(ranks: Ranks, parent: Path, key: Any, make: Callable[[Path], None]) -> Path:
-    """The folder of `key` under `parent`; if it is absent, `make(folder)` fills it first, on all ranks together.
+    """Return the folder of `key` under `parent`, after `make(folder)` has filled it on all ranks where it is absent.
 
     One run builds while others that want the same folder wait; the lock dies with its owner. A folder is either
-    complete or absent: it is filled under another name and renamed. `key.json` in it says what it was made from.
+    complete or absent: it is filled under another name and renamed. Its `key.json` records what it was made from and
+    size and hash of every file. A folder whose files differ from that is removed, with a warning, and made again.
 
     Raises:
-        UserError: the folder can't be written.
+        UserError: if the folder can't be written, or a damaged one can't be removed.
     """
     final = parent / digest(key)
 
     def absent() -> bool:
         held.enter_context(locked(final))
-        return not final.exists()
+        return not final.exists() or _removed_as_damaged(final)
 
     with ExitStack() as held:
         if by_first(ranks, absent):
@@ -73,6 +88,25 @@ def build(ranks: Ranks, parent: Path, key: Any, make: Callable[[Path], None]) ->
                     shutil.rmtree(aside, ignore_errors=True)
     ranks.barrier()
     return final
+
+
+def _removed_as_damaged(final: Path) -> bool:
+    """Remove a folder whose files are not those that were recorded; return whether it was removed."""
+    try:
+        recorded = json.loads((final / RECORD).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        recorded = None
+    damage = find_damage(final, recorded, _results(final)) if final.is_dir() else "it is no folder"
+    if damage is None:
+        return False
+    log.warning("%s is damaged (%s): it is removed and computed again.", final, damage)
+    with explained(final):
+        shutil.rmtree(final) if final.is_dir() and not final.is_symlink() else final.unlink()
+    return True
+
+
+def _results(folder: Path) -> list[str]:
+    return [name for name in visible_files(folder) if name != RECORD]
 
 
 def _made(make: Callable[[Path], None], aside: Path) -> str | None:
@@ -100,7 +134,11 @@ def locked(final: Path) -> Iterator[None]:
         handle = (final.parent / f"{final.name}.lock").open("w")
     with handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("Waiting for another run, which computes %s.", final)
+                fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(
                 f"{final.parent} lies on a file system without locks ({error.strerror}), by which runs that want the "
@@ -110,19 +148,27 @@ def locked(final: Path) -> Iterator[None]:
 
 
 def _fresh(final: Path) -> str:
-    """An empty folder beside `final`; what killed builders left is removed, for the caller holds the lock."""
+    """Create an empty folder next to `final`, for a caller that holds the lock; remove what killed builders left."""
     for left in final.parent.glob(f"{final.name}.part-*"):
         shutil.rmtree(left, ignore_errors=True)
+    aside = final.with_name(f"{final.name}.part-{uuid.uuid4().hex[:8]}")
     with explained(final.parent):
-        return tempfile.mkdtemp(prefix=f"{final.name}.part-", dir=final.parent)
+        # Unlike tempfile.mkdtemp, mkdir respects the umask, which a shared cache relies on.
+        aside.mkdir()
+    return str(aside)
 
 
 def _complete(aside: Path, final: Path, key: Any, trouble: str | None) -> None:
     if trouble is not None:
         raise UserError(trouble)
     with explained(final.parent):
-        write_text(aside / "key.json", json.dumps(key, indent=1, sort_keys=True))
-        aside.chmod(0o755)
+        for file in aside.rglob("*"):
+            if file.is_file():
+                # safetensors gives nobody but the owner its files, whatever the umask.
+                file.chmod(aside.stat().st_mode & 0o666)
+        record = {"key": key, "files": fingerprint(aside, visible_files(aside))}
+        write_text(aside / RECORD, json.dumps(record, indent=1, sort_keys=True))
         flush(aside)
-        if not final.exists():  # where locks don't hold between machines, another may have been as quick
+        # Where locks don't hold between machines, another one may have been as quick.
+        if not final.exists():
             aside.replace(final)

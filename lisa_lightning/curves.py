@@ -1,11 +1,16 @@
 """`curves.csv`: the curves of a run on disk, whole after any interruption."""
 
 import csv
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
-from lisa_lightning.disk import explained, write_text
+from lisa_lightning.disk import explained, read_text, write_text
+from lisa_lightning.errors import UserError, printable
 
 CurveRow = dict[str, str]
 
@@ -14,11 +19,15 @@ class Curves:
     """`curves.csv`: one row per stage and optimizer step, a column per metric, empty where nothing was measured.
 
     The step of a row is the number of finished optimizer steps.
+
+    Raises:
+        UserError: if the file is there already and broken.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.columns = ["stage", "step"]
+        self._hashes: dict[str, Any] = {}
         rows = self.rows()
         if rows:
             self.columns = list(rows[0])
@@ -39,10 +48,31 @@ class Curves:
             csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(
                 {"stage": stage, "step": step} | metrics
             )
+        self._hash(stage).update(_canonical({"step": step} | metrics))
+
+    def flush(self) -> None:
+        """Have the disk hold all rows."""
+        if self.path.exists():
+            with explained(self.path), self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def digest(self, stage: str) -> str:
+        """Return a hash of all rows of a stage, which a checkpoint carries so that lost rows are noticed."""
+        return self._hash(stage).hexdigest()
+
+    def _hash(self, stage: str) -> Any:
+        if stage not in self._hashes:
+            self._hashes[stage] = hashlib.sha256()
+        return self._hashes[stage]
 
     def forget(self, stage: str, after: int) -> None:
         """Drop a stage's rows later than step `after`: they will be computed again."""
-        self._rewrite([r for r in self.rows() if r["stage"] != stage or int(r["step"]) <= after])
+        rows = [r for r in self.rows() if r["stage"] != stage or int(r["step"]) <= after]
+        self._rewrite(rows)
+        self._hashes[stage] = hashlib.sha256()
+        for row in rows:
+            if row["stage"] == stage:
+                self._hashes[stage].update(_canonical(row))
 
     def insert(self, rows: Sequence[CurveRow]) -> None:
         """Take over the rows of a finished stage, in place of those that are here."""
@@ -65,10 +95,46 @@ def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[CurveRow]) ->
     write_text(path, out.getvalue())
 
 
+def _canonical(row: Mapping[str, Any]) -> bytes:
+    """Return the measured cells of a row as bytes, whatever columns stand empty next to them."""
+    cells = sorted((name, str(value)) for name, value in row.items() if name != "stage" and value != "")
+    return json.dumps(cells).encode() + b"\n"
+
+
 def read_rows(path: Path) -> list[CurveRow]:
-    """The complete rows of a curves file, none where there is none: a killed run may have left half a line."""
+    """Return the rows of a curves file, [] where there is none.
+
+    A last line without its end is left out: it is what a killed run leaves.
+
+    Raises:
+        UserError: if the file isn't UTF-8, or a line isn't what `Curves` writes; with the line.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    return [row for row in csv.DictReader(lines) if None not in row and None not in row.values()]
+    try:
+        lines = [line for line in read_text(path).splitlines(keepends=True) if line.endswith("\n")]
+        return [*_checked(csv.DictReader(lines, strict=True))]
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(
+            f"{path} is broken: {printable(str(error))[:200]}. Fix: delete it and {path.parent / 'checkpoints'}; with "
+            "resume=true finished stages come from the cache, others start again"
+        ) from error
+
+
+def _checked(reader: "csv.DictReader[str]") -> Iterable[CurveRow]:
+    """Yield the rows of a curves file. Raises ValueError, with the line, for one that no run writes."""
+    names = list(reader.fieldnames or [])
+    if names[:2] != ["stage", "step"] or len({*names}) != len(names):
+        raise ValueError("line 1 is not its header")
+    for row in reader:
+        if None in row or None in row.values() or not _is_row(row):
+            raise ValueError(f"line {reader.line_num} is no row of curves")
+        yield row
+
+
+def _is_row(row: Mapping[str, str]) -> bool:
+    try:
+        numbers = [float(value) for name, value in row.items() if name not in ("stage", "step") and value != ""]
+    except ValueError:
+        return False
+    return row["stage"].isidentifier() and row["step"].isdecimal() and bool(numbers)

@@ -11,8 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, first_line, printable
 
+HYDRAS = {".hydra", "run.log"}
+"""What Hydra writes into the folder of every run."""
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
@@ -39,6 +41,8 @@ def beside(path: Path) -> Iterator[Path]:
     """Another name to write under, which is renamed to `path` once that is done."""
     part = path.with_name(path.name + ".part")
     with explained(path):
+        # In a folder of somebody else's it may be a link to a file that is not theirs.
+        part.unlink(missing_ok=True)
         try:
             yield part
             part.replace(path)
@@ -46,9 +50,31 @@ def beside(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, empty where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def read_text(path: Path) -> str:
+    """Return the text of a regular file; a pipe of that name, at which reading would wait, raises OSError."""
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.read_text(encoding="utf-8")
+
+
+def read_json(path: Path, fix: str) -> dict[str, Any]:
+    """Return the object that a JSON file holds, {} where there is no such file.
+
+    Args:
+        fix: what to do about a broken file, for the message.
+
+    Raises:
+        UserError: if the file can't be read or holds anything but a JSON object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read ({printable(first_line(error))[:200]}). Fix: {fix}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object. Fix: {fix}")
+    return value
 
 
 @contextmanager
@@ -76,11 +102,18 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def drop_unused(folder: Path) -> None:
-    """Remove the folder of a refused run, if it holds no more than Hydra puts into every one and is nobody's."""
-    with suppress(UserError), owned(folder):
-        there = {file.name for file in folder.iterdir()}
-        if there <= {".hydra", "run.log"} and not any(f.stat().st_size for f in folder.glob("run.log")):
+    """Delete the output folder of a rejected run, if it contains only Hydra's files and no process holds its lock.
+
+    Parents below the working directory that are empty then, as `outputs/smoke`, are deleted too.
+    """
+    with suppress(UserError, OSError), owned(folder):
+        if {file.name for file in folder.iterdir()} <= HYDRAS:
             shutil.rmtree(folder, ignore_errors=True)
+            for parent in folder.absolute().parents:
+                if Path.cwd() not in parent.parents:
+                    break
+                # The first one that holds something else ends it.
+                parent.rmdir()
 
 
 @contextmanager

@@ -20,6 +20,10 @@ from lisa_lightning.passes import Passes
 log = logging.getLogger(__name__)
 
 
+class NotFiniteError(UserError):
+    """A loss or a gradient that is infinite or no number."""
+
+
 class LisaModule(L.LightningModule):
     """One `training_step` is one optimizer step, so `global_step` counts what the paper counts.
 
@@ -107,9 +111,9 @@ class LisaModule(L.LightningModule):
     def _require_finite(self, value: float, what: str, step: int) -> None:
         if not math.isfinite(value):
             o = self.optim
-            raise UserError(
-                f"The {what} of step {step} is {value}; stopped before it reached the weights. The last good "
-                f"checkpoint is kept. A smaller {o.key}.lr (now {o.lr}) or {o.key}.clip (now {o.clip}) may help."
+            raise NotFiniteError(
+                f"The {what} of step {step} is {value}; stopped before it reached the weights. "
+                f"A smaller {o.key}.lr (now {o.lr}) or {o.key}.clip (now {o.clip}) may help."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -119,21 +123,44 @@ class LisaModule(L.LightningModule):
         checkpoint["key"] = self.key
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the adapter, and what the method kept, back.
+        """Restore the adapter and the method's state.
 
         Raises:
-            UserError: the checkpoint is of a run with another key.
+            UserError: if the checkpoint is of a run with another key.
+            ValueError: if its tensors have other names or shapes than this run's.
         """
-        refuse_other_run(checkpoint.get("key", {}), self.key)
+        refuse_other_run(checkpoint["key"], self.key)
         saved = checkpoint.pop("state_dict")
-        own = trainable(self.net)
-        if saved.keys() != own.keys():
-            raise UserError(f"The checkpoint is of another model: it lacks {sorted(own.keys() - saved.keys())[:3]}")
+        weights = trainable(self.net)
+        _refuse_other_shapes("weights", saved, weights)
+        self._refuse_other_state(checkpoint)
         with torch.no_grad():
-            for name, weight in own.items():
+            for name, weight in weights.items():
                 weight.copy_(saved[name])
         checkpoint["state_dict"] = {}
         self.method.kept = {name: [t.to(self.device) for t in kept] for name, kept in checkpoint["kept"].items()}
+
+    def _refuse_other_state(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError unless moments and the method's state have the shapes of this run's."""
+        for name, tensors in checkpoint["kept"].items():
+            # State that a method computes in its first step has a tensor for every weight.
+            _refuse_other_shapes(f"state {name}", tensors, self.method.kept.get(name, self.weights))
+        if absent := self.method.kept.keys() - checkpoint["kept"].keys():
+            raise ValueError(f"it lacks the state {min(absent)}")
+        for index, state in checkpoint["optimizer_states"][0]["state"].items():
+            moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+            _refuse_other_shapes(f"moments {index}", moments, dict.fromkeys(moments, self.weights[index]))
+
+
+def _refuse_other_shapes(what: str, saved: Any, expected: Any) -> None:
+    """Raise ValueError unless two mappings or lists hold tensors of the same names and shapes."""
+
+    def shapes(tensors: Any) -> dict[Any, Any]:
+        named = tensors.items() if isinstance(tensors, dict) else enumerate(tensors)
+        return {name: tuple(tensor.shape) for name, tensor in named}
+
+    if shapes(saved) != shapes(expected):
+        raise ValueError(f"its {what} have other names or shapes than this run's")
 
 
 def _mix(seed: int, step: int, rank: int) -> int:

@@ -2,7 +2,12 @@
 
 import logging
 import os
+import signal
+import threading
 import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,13 +21,13 @@ from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import StepBatches
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.disk import beside, explained
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, first_line, printable
 from lisa_lightning.evaluate.evaluator import Evaluator, Question
 from lisa_lightning.evaluate.scores import curve_scores
 from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.loss import completion_loss
 from lisa_lightning.memory import peak_mib, watch
-from lisa_lightning.module import LisaModule
+from lisa_lightning.module import LisaModule, NotFiniteError
 from lisa_lightning.passes import norm
 from lisa_lightning.ranks import by_first
 from lisa_lightning.schedule import Stream
@@ -32,6 +37,10 @@ from lisa_lightning.tracking import Tracker
 log = logging.getLogger(__name__)
 SAYS_NOTHING = {"align": ("train/state", "alignment/loss", "proximal/drift")}
 """Of a stage with one state, and no anchor but its start."""
+CHECKPOINTED = ("state_dict", "kept", "key", "optimizer_states", "callbacks", "loops", "LisaDataModule", "global_step")
+"""What every checkpoint holds."""
+CALLBACK_STATES = {"Checkpoint": {"seconds", "peak_mib"}, "Record": {"rows"}}
+"""Callback -> what it puts there."""
 
 
 class AsideCheckpointIO(TorchCheckpointIO):
@@ -48,8 +57,45 @@ class AsideCheckpointIO(TorchCheckpointIO):
             os.fsync(file.fileno())
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
-        """Plain containers and tensors only."""
-        return torch.load(path, map_location="cpu", weights_only=True)
+        """Return a checkpoint: plain containers and tensors, no bit of which has changed since it was written.
+
+        Raises:
+            UserError: if the file is damaged, or is no checkpoint of this project and version of Lightning.
+        """
+        try:
+            # torch doesn't verify the checksums that its own files carry.
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} in it has changed")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            _refuse_no_checkpoint(checkpoint)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise broken_checkpoint(Path(path), error) from error
+        return checkpoint
+
+
+def _refuse_no_checkpoint(checkpoint: Any) -> None:
+    """Raise ValueError where the content of a file is not what `fit` can go on from."""
+    if not isinstance(checkpoint, dict):
+        raise ValueError("it holds no checkpoint")
+    if missing := [name for name in CHECKPOINTED if name not in checkpoint]:
+        raise ValueError(f"it lacks {missing[0]}")
+    for callback, names in CALLBACK_STATES.items():
+        if not names <= checkpoint["callbacks"].get(callback, {}).keys():
+            raise ValueError(f"it lacks the state of {callback}")
+    if (version := checkpoint.get("pytorch-lightning_version")) != L.__version__:
+        raise ValueError(f"it was written by Lightning {version}, and this is {L.__version__}")
+
+
+def broken_checkpoint(path: Path, error: Exception) -> UserError:
+    """Return the error for a checkpoint that training can't go on from."""
+    reason = printable(first_line(error))[:200]
+    return UserError(
+        f"{path} can't be used ({type(error).__name__}: {reason}). Fix: delete it; the stage then starts again"
+    )
 
 
 class StageBar(TQDMProgressBar):
@@ -63,6 +109,11 @@ class StageBar(TQDMProgressBar):
         """Rate and time left of the whole stage."""
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description(self.stage)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """End the bar's line, so that a message starts on one of its own."""
+        if self._train_progress_bar is not None:
+            self.train_progress_bar.close()
 
 
 class EvaluateCurve(Callback):
@@ -150,13 +201,32 @@ class Record(Callback):
     def __init__(self, tracker: Tracker | None, stage: str) -> None:
         self.tracker = tracker
         self.stage = stage
+        self.rows_at_checkpoint = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a hash of the stage's rows, which are on disk then: no checkpoint outlives its curves."""
+        if self.tracker is None:
+            return {"rows": ""}
+        self.tracker.curves.flush()
+        return {"rows": self.tracker.curves.digest(self.stage)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the rows that the checkpoint was written with."""
+        self.rows_at_checkpoint = state_dict["rows"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The point before the first step, or the place where the curves go on."""
 
         def start() -> None:
-            if self.tracker is not None:
-                self.tracker.start(self.stage, trainer.global_step or -1)
+            if self.tracker is None:
+                return
+            self.tracker.start(self.stage, trainer.global_step or -1)
+            if trainer.global_step and self.tracker.curves.digest(self.stage) != self.rows_at_checkpoint:
+                raise UserError(
+                    f"{self.tracker.curves.path} lacks rows of stage {self.stage}, or has others, than when step "
+                    f"{trainer.global_step} was saved. Fix: delete checkpoints/{self.stage}.ckpt next to it; the stage "
+                    "then starts again"
+                )
 
         by_first(trainer.strategy, start)
         self.on_train_batch_end(trainer, pl_module)
@@ -185,6 +255,7 @@ class Checkpoint(Callback):
         self.before = {"seconds": 0.0, "peak_mib": 0.0}
         self.started = 0.0
         self.device = torch.device("cpu")
+        self.restored = False
 
     @property
     def cost(self) -> dict[str, float]:
@@ -204,6 +275,10 @@ class Checkpoint(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The clock starts."""
+        data: Any = trainer
+        if data.datamodule.position != trainer.global_step:
+            raise ValueError(f"its data are at step {data.datamodule.position}, its loop at {trainer.global_step}")
+        self.restored = True
         if trainer.global_step and trainer.is_global_zero:
             log.info("%s goes on after step %d of %d.", self.path.stem, trainer.global_step, self.last)
         self.started = perf_counter()
@@ -256,4 +331,31 @@ def fit(
         # Step batches are built in a millisecond, and the data module resumes them itself.
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
-        trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+        try:
+            with _sigterm_left_to_lightning():
+                trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+        except NotFiniteError as error:
+            saved = f" The last good checkpoint is {checkpoint.path}." if checkpoint.path.exists() else ""
+            raise UserError(f"{error}{saved}") from error
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            if resume is None or checkpoint.restored or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise broken_checkpoint(resume, error) from error
+        except SystemExit:
+            # Lightning ends so on Ctrl-C. The command says it, as for every other stage.
+            if trainer.received_sigterm:
+                raise
+            raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _sigterm_left_to_lightning() -> Iterator[None]:
+    """Let Lightning alone handle SIGTERM: it ends the step first, and the command's own handler would not wait."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,59 @@
+"""Sizes and hashes of files: recorded when a result is complete, verified before it is used again."""
+
+import hashlib
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+Fingerprints = dict[str, dict[str, Any]]
+"""Path of a file relative to its folder -> its size in bytes and its SHA-256."""
+
+
+def visible_files(folder: Path) -> list[str]:
+    """Return the paths, relative to `folder`, of all files below it, except hidden ones.
+
+    File managers and network file systems create hidden files that belong to no result.
+    """
+    paths = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+
+
+def fingerprint(folder: Path, names: Iterable[str]) -> Fingerprints:
+    """Return size and hash of the files of `folder` that have these names; absent ones are left out."""
+    return {name: _fingerprint(folder / name) for name in sorted(names) if (folder / name).is_file()}
+
+
+def find_damage(folder: Path, recorded: Any, names: Iterable[str]) -> str | None:
+    """Return in what files differ from a recorded `fingerprint`, None where they don't.
+
+    Args:
+        recorded: what `fingerprint` returned; anything else, as a damaged record, counts as damage.
+        names: the files that may be in `folder`.
+    """
+    if not isinstance(recorded, dict) or not recorded:
+        return "its list of files is missing"
+    try:
+        current = fingerprint(folder, names)
+    except OSError as error:
+        return f"{error.filename} can't be read ({error.strerror})"
+    for name in sorted({*recorded, *current}):
+        if name not in current:
+            return f"{name} is missing"
+        if name not in recorded:
+            return f"{name} was added"
+        if current[name] != recorded[name]:
+            return f"{name} has changed"
+    return None
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    stat = file.stat()
+    return {"bytes": stat.st_size, "sha256": _sha256(file, stat.st_size, stat.st_mtime_ns)}
+
+
+@lru_cache(maxsize=4096)
+def _sha256(file: Path, size: int, modified_ns: int) -> str:
+    """Return the hash of a file, once per process and version of the file: jobs of a sweep share large models."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
