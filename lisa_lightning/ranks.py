@@ -8,6 +8,23 @@ from lisa_lightning.errors import UserError
 T = TypeVar("T")
 
 
+class RankLostError(UserError):
+    """A process of the run that has ended or hangs.
+
+    Args:
+        rank: its number.
+        sentence: what a person reads.
+    """
+
+    def __init__(self, rank: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.rank = rank
+
+    def is_reported_by(self, rank: int) -> bool:
+        """Return whether `rank` prints the sentence: the first one does, unless it is the one that is lost."""
+        return rank == (1 if self.rank == 0 else 0)
+
+
 class Ranks(Protocol):
     """The processes of a run, as Lightning's Fabric offers them."""
 
