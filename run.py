@@ -5,27 +5,36 @@ import signal
 import sys
 from pathlib import Path
 from time import time
+from typing import Any
 
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us as exceptions, and we say them in a sentence
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # no stack of torch's where a rank is lost, which a sentence names
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning import sweep
-from lisa_lightning.config import check, refuse_passwords
+from lisa_lightning.command import prepared
+from lisa_lightning.config import check
 from lisa_lightning.disk import drop_unused
 from lisa_lightning.explain import explain
+from lisa_lightning.logs import prepare_logs
+from lisa_lightning.ranks import RankLostError
 from lisa_lightning.usage import usage
 
 OmegaConf.register_new_resolver("usage", usage, replace=True)  # conf/config.yaml gives it to --help
+CONTINUE = "the same command continues, that of a single run with its folder and resume=true"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """One run, or one job of a sweep, whose value is what a sweeper sees."""
+    prepare_logs()
     if sweep.multirun():
         return sweep.job(cfg)
     try:
@@ -41,28 +50,21 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def start() -> int:
-    """The exit status of a command."""
+    """Run the command and return its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        # An ASCII locale can't show every character of an answer or of a table's frame.
+        getattr(stream, "reconfigure", dict)(errors="replace")
+    before = signal.signal(signal.SIGTERM, _end)
     try:
-        refuse_passwords(sys.argv[1:])
-        sys.argv[1:], folder = sweep.placed(sys.argv[1:])
-        if folder is None:
-            main()
-            return 0
-        since = time() - 1  # a file system's clock is coarser
-        folder.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
-        try:
-            main()
-        except ValueError:  # Optuna's, of a study in which no job has a value
-            if not sweep.failed(folder, since):
-                raise
-        return sweep.finish(folder, since)
+        return _command()
     except SystemExit as stop:
         if stop.code is not None:
             raise
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # Lightning ends so, and would have it look like success
-            way = "the same command goes on, that of a single run with its folder and resume=true"
-            print(f"Stopped by SIGTERM; {way}", file=sys.stderr)
+        _say(f"Stopped by SIGTERM; {CONTINUE}")
         return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        _say(f"Stopped by Ctrl-C; {CONTINUE}")
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         if not sweep.SHOWING & set(sys.argv):
             raise
@@ -70,16 +72,47 @@ def start() -> int:
         return 128 + signal.SIGPIPE
     except Exception as error:
         return refused(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _command() -> int:
+    sys.argv[1:] = prepared(sys.argv[1:])
+    sys.argv[1:], folder = sweep.placed(sys.argv[1:])
+    if folder is None:
+        main()
+        return 0
+    sweep.drop_run_variables()
+    since = time() - 1  # a file system's clock is coarser
+    folder.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
+    try:
+        main()
+    except ValueError:  # Optuna's, of a study in which no job has a value
+        if not sweep.failed(folder, since):
+            raise
+    return sweep.finish(folder, since)
+
+
+def _end(*_: Any) -> None:
+    """End the run where it is, as Ctrl-C does; what is on disk is enough to go on from."""
+    raise SystemExit
+
+
+def _say(sentence: str) -> None:
+    """Print a sentence once for all ranks, on a line of its own."""
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def refused(error: Exception) -> int:
-    """Say a person's mistake in a sentence, pass others on; the exit status."""
+    """Print the sentence about a person's mistake and return the exit status; pass other errors on."""
     sentence = explain(error)
     if sentence is None:
         raise error
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        return 0  # the first rank says it; a failing child would take that one down in mid-sentence
-    print(sentence, file=sys.stderr)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # The first rank prints it for all.
+    if error.is_reported_by(rank) if isinstance(error, RankLostError) else rank == 0:
+        print(sentence, file=sys.stderr, flush=True)
     return 2
 
 

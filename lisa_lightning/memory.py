@@ -26,7 +26,7 @@ def peak_mib(device: torch.device) -> float:
 def resident_peak_mib(process: int | str) -> float:
     """Peak resident memory so far of a process (an id or `self`); 0 where it has just ended."""
     try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return 0.0
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)

@@ -168,7 +168,7 @@ def save_adapter(net: PeftModel, base: str, out: Path) -> None:
 def name_base(adapter: Path, base: str) -> None:
     """Have a saved adapter's config name the folder of its base model."""
     config = adapter / "adapter_config.json"
-    settings = json.loads(config.read_text()) | {"base_model_name_or_path": base}
+    settings = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
     if isinstance(settings["target_modules"], list):
         settings["target_modules"].sort()  # a set inside peft, in an order that differs from process to process
     write_text(config, json.dumps(settings, indent=2, sort_keys=True))

@@ -8,37 +8,57 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pkgutil import iter_modules
 from time import perf_counter
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+from lisa_lightning import task as tasks
 from lisa_lightning.base_model import base_model
 from lisa_lightning.cache import cache_folder, digest, own_code
-from lisa_lightning.config import WITHOUT_RESULT, flat, plain, refuse_other_run, saved
+from lisa_lightning.config import flat, of_result, plain, refuse_other_run
 from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.curate.curate import Curate
 from lisa_lightning.curves import CurveRow, read_rows
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import contents, load_rows
-from lisa_lightning.disk import explained, owned, read_json, write_text
+from lisa_lightning.disk import explained, owned, write_text
 from lisa_lightning.errors import UserError
+from lisa_lightning.evaluate.coverage import refuse_unscored
 from lisa_lightning.evaluate.evaluator import Answer, read_answers
 from lisa_lightning.evaluate.judging import read_judged, read_responses, refuse_no_reference
 from lisa_lightning.evaluate.scores import Metrics, verdict
+from lisa_lightning.instances import load_class, refuse_unknown_arguments
 from lisa_lightning.judge.judge import Judge
 from lisa_lightning.method.method import Method
 from lisa_lightning.needs import Defense, defending, refuse_unmet
 from lisa_lightning.net import name_base, refuse_quantization
-from lisa_lightning.processes import first_rank, launched, ranks, refuse_processes
-from lisa_lightning.rehearsal import rehearse
+from lisa_lightning.preflight import Fit, preflight
+from lisa_lightning.processes import fabric_of, first_rank, launched, refuse_processes
 from lisa_lightning.repair.repair import Repair
 from lisa_lightning.report.page import Told, page, samples
-from lisa_lightning.report.sweep import FAILED, complete
 from lisa_lightning.report.terminal import terminal
+from lisa_lightning.run_folder import (
+    CHOICES,
+    CONFIG,
+    CURVES,
+    FAILED,
+    JUDGED,
+    METRICS,
+    RESPONSES,
+    complete,
+    read_choices,
+    read_config,
+    read_metrics,
+    refuse_changed,
+    seal,
+    unseal,
+)
 from lisa_lightning.stages.align import align
 from lisa_lightning.stages.curate import curate
 from lisa_lightning.stages.evaluate import evaluate
@@ -47,12 +67,13 @@ from lisa_lightning.stages.judge import judge
 from lisa_lightning.stages.reference import pairs
 from lisa_lightning.stages.repair import repair
 from lisa_lightning.stages.setting import Setting
-from lisa_lightning.tracking import Tracker, wandb_init
+from lisa_lightning.task.task import Scored, Task
+from lisa_lightning.tracking import Tracker, refuse_wandb_environment, wandb_init
 
 log = logging.getLogger(__name__)
 Judges = Mapping[str, Judge]
-MAY_CHANGE = (*WITHOUT_RESULT, "stages", "judge", "responses")
-"""Keys that a run and its resumption need not share."""
+MAY_CHANGE = ("stages", "judge", "responses")
+"""Sections that a run and its resumption need not share."""
 
 
 def run(cfg: DictConfig, job: str | None = None) -> Metrics:
@@ -66,20 +87,23 @@ def run(cfg: DictConfig, job: str | None = None) -> Metrics:
     """
     out = Path(HydraConfig.get().runtime.output_dir)
     first = first_rank()
-    with owned(out) if first else nullcontext():
+    with owned(out) if first else nullcontext(), logging_redirect_tqdm():
         return _run(cfg, out, first, job)
 
 
 def _run(cfg: DictConfig, out: Path, first: bool, job: str | None) -> Metrics:
     started = perf_counter()
-    judges: Judges = {name: instantiate(own) for name, own in cfg.judge.items()} if "judge" in cfg.stages else {}
     _hush()
+    config = plain(cfg)
+    refuse_unknown_arguments(config)
+    judges: Judges = {name: instantiate(own) for name, own in cfg.judge.items()} if "judge" in cfg.stages else {}
     if list(cfg.stages) == ["judge"]:
         return _judge_stored(cfg, out, judges)
-    fabric = ranks(cfg.trainer)
+    refuse_wandb_environment()
+    fabric = fabric_of(cfg.trainer)
     if job is not None:
         refuse_processes(fabric, cfg.trainer)
-    task = get_class(cfg.task._target_)()
+    task = load_class(cfg.task._target_, "task")()
     choices = {
         name: str(choice) for name, choice in HydraConfig.get().runtime.choices.items() if not name.startswith("hydra/")
     }
@@ -95,24 +119,26 @@ def _run(cfg: DictConfig, out: Path, first: bool, job: str | None) -> Metrics:
     if cfg.model.quantize is not None:
         refuse_quantization()
     keep_freed_memory()
-    if first:  # before the other ranks are there to wait
-        _claim(out, cfg, choices)
-    with launched(fabric):  # every rank runs all stages from here on, so that evaluation is shared out too
+    if first:  # before a model is fetched
+        _refuse_used(out, config, cfg.resume)
+    with launched(fabric, cfg.trainer.timeout_min) as ranks:  # every rank runs all stages, so that evaluation is shared
         out = Path(fabric.broadcast(str(out)))
-        base, base_key = base_model(fabric, cfg.model, cache_folder(cfg.cache_dir))
-        rehearse(base, cfg, defenses.align, defenses.method, defenses.repair)
-
-        tracker = Tracker(out, wandb_init(plain(cfg), choices, job), cfg.resume) if fabric.is_global_zero else None
+        base, base_key = base_model(ranks, cfg.model, cache_folder(cfg.cache_dir))
+        preflight(base, cfg, Fit(defenses.align, defenses.method, defenses.repair), rows, user)
+        tracker = None
+        if fabric.is_global_zero:
+            _claim(out, cfg, choices)
+            tracker = Tracker(out, wandb_init(config, choices, job), cfg.resume)
         failed = True
         try:
-            setting = Setting(cfg, out, fabric, tracker, task, rows, user, base, base_key)
+            setting = Setting(cfg, out, fabric, ranks, tracker, task, rows, user, base, base_key)
             metrics, answers = _stages(setting, defenses)
             if tracker is not None:  # judging is done by the first rank; the others have nothing left to do
                 if judges:
-                    write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # a judge may fail
+                    write_text(out / METRICS, json.dumps(metrics, indent=2))  # a judge may fail
                     metrics |= judge(judges, answers, out, cache_folder(cfg.cache_dir))
                 metrics["time/total_s"] = perf_counter() - started
-                _leave(cfg, out, tracker, metrics, choices)
+                _leave(config, out, tracker, metrics, choices, task)
             failed = False
         finally:
             if tracker is not None:
@@ -195,69 +221,110 @@ def _inputs(setting: Setting, defenses: Defenses) -> str:
 
 
 def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
-    """Judge a file of answers, or anew those of the run that the output folder holds; nothing is generated."""
-    if cfg.responses is not None and (out / "config.yaml").exists():
+    """Judge a file of answers, or again those of the run that the output folder holds; nothing is generated.
+
+    The folder may be somebody else's: its files are data, and of the classes that its config names only this project's
+    tasks, or the command's own, are used.
+    """
+    config = read_config(out)
+    if cfg.responses is not None and config is not None:
         raise UserError(
             f"{out} holds a run, whose verdicts would be lost; give another hydra.run.dir for {cfg.responses}"
         )
+    refuse_changed(out)
     if cfg.responses is not None:
         answers = read_responses(cfg.responses)
         refuse_no_reference(judges, answers, cfg.responses)
     else:
-        answers = read_answers(out / "responses.jsonl")
+        answers = read_answers(out / RESPONSES)
     if not answers:
         raise UserError(
             f"{out} holds no answers to judge; name a run's folder as hydra.run.dir=FOLDER, or a file as responses=FILE"
         )
-    metrics = read_json(out / "metrics.json") if cfg.responses is None else {}
+    metrics = read_metrics(out) if cfg.responses is None else {}
     if cfg.responses is None and not complete(metrics):
         log.warning("The run in %s is not finished: answers may be missing, the longest prompts' first.", out)
+    choices, curves = read_choices(out), read_rows(out / CURVES)
+    task = None if config is None or not choices else _task_of(config, cfg, out)
+    source = f"responses={cfg.responses}" if cfg.responses is not None else str(out / RESPONSES)
+    refuse_unscored(judges, answers, source, isinstance(task, Scored))
+    unseal(out)
     metrics |= judge(judges, answers, out, cache_folder(cfg.cache_dir))
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2))
-    if cfg.responses is None and (out / "choices.json").exists():
-        own = OmegaConf.load(out / "config.yaml")
-        assert isinstance(own, DictConfig)
-        _page(own, out, metrics, read_rows(out / "curves.csv"), read_json(out / "choices.json"))
+    write_text(out / METRICS, json.dumps(metrics, indent=2))
+    if task is not None:
+        assert config is not None
+        _page(config, out, metrics, curves, choices, task)
+    seal(out)
     terminal(out, metrics, None, None)
     return metrics
 
 
-def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
-    """Make the output folder ours: refuse one that holds another run, write down the config and what was chosen."""
-    used = any((out / name).exists() for name in ("checkpoints", "curves.csv", "metrics.json"))
-    if used and not cfg.resume:
+def _task_of(config: Mapping[str, Any], cfg: DictConfig, out: Path) -> Task:
+    """Return the task of a run that a folder holds.
+
+    Raises:
+        UserError: if it is neither a task of this project nor the command's own: its code would be run.
+    """
+    section = config.get("task")
+    target = section.get("_target_") if isinstance(section, dict) else None
+    ours = {module.name for module in iter_modules(tasks.__path__, f"{tasks.__name__}.")}
+    if target == cfg.task._target_ or (isinstance(target, str) and target.rpartition(".")[0] in ours):
+        return load_class(target, "task")()
+    raise UserError(
+        f"{out / CONFIG} names the task class {target}, which is none of this project's, so it is not run. Fix: if you "
+        "trust it, choose the same task in the command, task=NAME"
+    )
+
+
+def _refuse_used(out: Path, config: Mapping[str, Any], resume: bool) -> None:
+    """Raise UserError where the output folder holds another run, or this one and `resume` is not set."""
+    used = any((out / name).exists() for name in ("checkpoints", CURVES, METRICS))
+    if used and not resume:
         raise UserError(f"{out} holds a run; add resume=true to go on with it, or give another hydra.run.dir")
-    if cfg.resume and not used:
+    if resume and not used:
         log.warning("Nothing to resume in %s: the run starts anew.", out)
-    if used and (there := saved(out)) is not None:
-        refuse_other_run(*({k: v for k, v in c.items() if k not in MAY_CHANGE} for c in (there, plain(cfg))))
-    if (metrics := read_json(out / "metrics.json")).pop("time/total_s", None) is not None:
-        write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # it is at its end no longer
+    if used and (earlier := read_config(out)) is not None:
+        refuse_other_run(*(of_result(c, MAY_CHANGE) for c in (earlier, config)))
+    read_metrics(out)
+
+
+def _claim(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
+    """Make the output folder this run's: write down the config and what was chosen."""
+    unseal(out)
+    if (metrics := read_metrics(out)).pop("time/total_s", None) is not None:
+        write_text(out / METRICS, json.dumps(metrics, indent=2))  # it is at its end no longer
     (out / FAILED).unlink(missing_ok=True)  # what an earlier try failed by
-    write_text(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    write_text(out / "choices.json", json.dumps(choices, indent=2))
-    if not used:  # Hydra's own list of them is that of the last command here, even of one that is refused
+    write_text(out / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(out / CHOICES, json.dumps(choices, indent=2))
+    if not (out / "overrides.yaml").exists():  # Hydra's own list is that of the last command, even of a refused one
         write_text(out / "overrides.yaml", OmegaConf.to_yaml(HydraConfig.get().overrides.task))
     log.info("Output goes to %s", out)  # a run that is killed has no last line that says so
 
 
-def _leave(cfg: DictConfig, out: Path, tracker: Tracker, metrics: Metrics, choices: dict[str, str]) -> None:
+def _leave(
+    config: Mapping[str, Any], out: Path, tracker: Tracker, metrics: Metrics, choices: dict[str, str], task: Task
+) -> None:
     """Everything that a person looks at: metrics.json, report.html, the W&B summary, the table in the terminal."""
-    shown = _page(cfg, out, metrics, tracker.curves.rows(), choices)
+    shown = _page(config, out, metrics, tracker.curves.rows(), choices, task)
     tracker.summarize(metrics, [asdict(told.answer) | {"verdict": told.verdict} for told in shown])
-    write_text(out / "metrics.json", json.dumps(metrics, indent=2))  # last: it says that the run is at its end
+    write_text(out / METRICS, json.dumps(metrics, indent=2))  # last but the seal: it says that the run is at its end
+    seal(out)
     terminal(out, metrics, tracker.offline_folder, tracker.url)
 
 
-def _page(cfg: DictConfig, out: Path, metrics: Metrics, curves: list[CurveRow], choices: dict[str, str]) -> list[Told]:
+def _page(
+    config: Mapping[str, Any],
+    out: Path,
+    metrics: Metrics,
+    curves: list[CurveRow],
+    choices: dict[str, str],
+    task: Task,
+) -> list[Told]:
     """Write report.html; the sample answers that it shows."""
-    told = [j for j in read_judged(out / "judged.jsonl") if j.kind != "harmless" or j.refused is not None]
+    told = [j for j in read_judged(out / JUDGED) if j.kind != "harmless" or j.refused is not None]
     judged = {(j.model, j.kind, j.index): j for j in reversed(told)}  # of the first judge that can tell
-    task = get_class(cfg.task._target_)()
-    answers = [
-        Told(a, verdict(task, a, judged.get((a.model, a.kind, a.index)))) for a in read_answers(out / "responses.jsonl")
-    ]
-    page(out, metrics, curves, answers, choices, cfg)
+    answers = [Told(a, verdict(task, a, judged.get((a.model, a.kind, a.index)))) for a in read_answers(out / RESPONSES)]
+    page(out, metrics, curves, answers, choices, config)
     return samples(answers)
 
 
@@ -266,6 +333,8 @@ def _hush() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    # Warnings of libraries become lines of the log, which never share a line with a progress bar.
+    logging.captureWarnings(True)
     for known in ("`is_gradient_checkpointing` is deprecated", ".*treespec, LeafSpec"):
         warnings.filterwarnings("ignore", message=known)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):

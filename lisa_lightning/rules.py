@@ -4,7 +4,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from lisa_lightning.errors import UserError, printable
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -52,13 +54,26 @@ def _tags(value: Any) -> bool:
     return isinstance(value, ListConfig) and all(_filled(tag) and len(tag) <= 64 for tag in value)
 
 
-POSITIVE: Check = (lambda v: _number(v) and 0 < v < float("inf"), "a number above 0")
-NOT_NEGATIVE: Check = (lambda v: _number(v) and 0 <= v < float("inf"), "a number of at least 0")
+MAX_NUMBER = 1e30
+"""Squares of larger numbers overflow float32."""
+MAX_COUNT = 2**31 - 1
+MAX_MINUTES = 525_600
+"""A year."""
+MAX_QUOTED = 120
+"""Characters of a value in a message."""
+MAX_ROWS = 2**16
+"""Rows of a batch, tokens of an answer, requests under way: more would only exhaust memory."""
+MAX_SIZE = 2**14
+"""Width of a random model."""
+POSITIVE: Check = (lambda v: _number(v) and 0 < v <= MAX_NUMBER, "a number above 0")
+NOT_NEGATIVE: Check = (lambda v: _number(v) and 0 <= v <= MAX_NUMBER, "a number of at least 0")
 SHARE: Check = (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1")
 BETWEEN: Check = (lambda v: _number(v) and 0 < v < 1, "a number between 0 and 1")
 DROPOUT: Check = (lambda v: _number(v) and 0 <= v < 1, "a number from 0 to below 1")
-COUNT: Check = (lambda v: _whole(v) and v > 0, "a whole number above 0")
-COUNT_OR_0: Check = (lambda v: _whole(v) and v >= 0, "a whole number of at least 0")
+COUNT: Check = (lambda v: _whole(v) and 0 < v <= MAX_COUNT, f"a whole number above 0, up to {MAX_COUNT}")
+COUNT_OR_0: Check = (lambda v: _whole(v) and 0 <= v <= MAX_COUNT, f"a whole number of at least 0, up to {MAX_COUNT}")
+BATCH: Check = (lambda v: _whole(v) and 0 < v <= MAX_ROWS, f"a whole number above 0, up to {MAX_ROWS}")
+SIZE: Check = (lambda v: _whole(v) and 0 < v <= MAX_SIZE, f"a whole number above 0, up to {MAX_SIZE}")
 SEED: Check = (lambda v: _whole(v) and 0 <= v < 2**63, "a whole number of at least 0, below 2^63")
 SWITCH: Check = (lambda v: isinstance(v, bool), "true or false")
 
@@ -75,8 +90,8 @@ OPTIM: dict[str, Check] = {
     "lr": POSITIVE,
     "steps": _optional(COUNT),
     "epochs": _optional(COUNT),
-    "batch_size": COUNT,
-    "accumulate": COUNT,
+    "batch_size": BATCH,
+    "accumulate": BATCH,
     "clip": _optional(POSITIVE),
     "schedule": _one_of("constant", "linear", "cosine"),
     "warmup_ratio": SHARE,
@@ -86,7 +101,7 @@ OPTIM: dict[str, Check] = {
 }
 OPTIMS = ("optim", "align.optim", "repair.reference.sft.optim", "repair.reference.dpo.optim")
 TARGETS: Check = (_targets, "all-linear or a list of module names")
-LORA: dict[str, Check] = {"r": COUNT, "alpha": POSITIVE, "dropout": DROPOUT, "targets": TARGETS}
+LORA: dict[str, Check] = {"r": SIZE, "alpha": POSITIVE, "dropout": DROPOUT, "targets": TARGETS}
 MAPPING: Check = (lambda v: isinstance(v, DictConfig), "a mapping such as {field: column}")
 TEXT: Check = (_filled, "a name")
 PHRASE: Check = (_filled, "a text")
@@ -106,6 +121,8 @@ SET: dict[str, Check] = {
     "take": _optional(COUNT),
 }
 """What a set of a source can be told: a file by its path, or a hub data set."""
+LOCAL_SET = ("path", "header", "columns", "labels", "where", "skip", "take")
+"""Keys that every set has; the others are those of a hub data set."""
 SETS = ("train", "test", "alignment", "harmful", "defender", "harmful_prompts", "harmless_prompts")
 METHOD: dict[str, Check] = {
     "rho": NOT_NEGATIVE,
@@ -153,9 +170,9 @@ ENDPOINT: dict[str, Check] = {
     "usd_per_million_output": NOT_NEGATIVE,
     "max_cost_usd": POSITIVE,
     "max_output_tokens": COUNT,
-    "concurrency": COUNT,
-    "retries": COUNT_OR_0,
-    "timeout_s": POSITIVE,
+    "concurrency": (lambda v: _whole(v) and 0 < v <= 1024, "a whole number above 0, up to 1024"),
+    "retries": (lambda v: _whole(v) and 0 <= v <= 100, "a whole number of at least 0, up to 100"),
+    "timeout_s": (lambda v: _number(v) and 0 < v <= 86400, "a number above 0, up to 86400"),
     "temperature": _optional((lambda v: _number(v) and 0 <= v <= 2, "a number from 0 to 2")),
 }
 ID: Check = (_filled, "a hub id or a folder")
@@ -204,7 +221,7 @@ RULES: dict[str, Check] = {
     "data.during_alignment": _one_of("keep", "discard"),
     "data.max_length": COUNT,
     "evaluate.max_new_tokens": COUNT,
-    "evaluate.batch_size": COUNT,
+    "evaluate.batch_size": BATCH,
     "evaluate.every": COUNT_OR_0,
     "evaluate.curve_harmful": COUNT,
     "evaluate.curve_harmless": COUNT,
@@ -222,7 +239,7 @@ RULES: dict[str, Check] = {
     "model.id": _optional(ID),
     "model.revision": _optional(TEXT),
     "model.tiny": _optional((lambda v: isinstance(v, DictConfig), "a mapping of its sizes")),
-    **{f"model.tiny.{key}": COUNT for key in ("hidden_size", "layers", "heads")},
+    **{f"model.tiny.{key}": SIZE for key in ("hidden_size", "layers", "heads")},
     **{f"model.{stage}_targets": TARGETS for stage in ("align", "finetune")},
     "model.dtype": DTYPE,
     "trainer.accelerator": TEXT,
@@ -230,6 +247,7 @@ RULES: dict[str, Check] = {
     "trainer.num_nodes": COUNT,
     "trainer.strategy": _one_of("auto", "ddp"),
     "trainer.precision": _one_of("32-true", "bf16-mixed"),
+    "trainer.timeout_min": (lambda v: _number(v) and 0 < v <= MAX_MINUTES, f"a number above 0, up to {MAX_MINUTES}"),
     "model.attention": _one_of("sdpa", "eager", "flash_attention_2"),
     "model.template": _one_of("alpaca", "alpaca_newline", "chat"),
     "model.adapters": _one_of("stacked", "continued"),
@@ -251,4 +269,21 @@ INSTEAD = {
     "logger": "wandb",
 }
 """What the training loop does itself, by manual optimization -> the key that says how."""
-TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "precision", "timeout_min")
+
+
+def not_allowed(key: str, value: Any, allowed: str) -> UserError:
+    """Return the error for a wrong value of a key."""
+    return UserError(f"{key}={quoted(value)} is not allowed; it must be {allowed}")
+
+
+def quoted(value: Any) -> str:
+    """Return a value as a message quotes it: short, and without what may be a secret of an address.
+
+    That is its password, its query and its fragment.
+    """
+    text = str(OmegaConf.to_container(value)) if isinstance(value, ListConfig | DictConfig) else str(value)
+    text = re.sub(r"(\w+://)\S*(?=@)|\S*:\S*(?=@)", r"\1...", text)
+    text = re.sub(r"(?<=[?#])\S+", "...", text) if "://" in text else text
+    text = printable(text)
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import re
+import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -12,22 +14,24 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.cache import code_digest
-from lisa_lightning.config import WITHOUT_RESULT, bookkeeping, check, plain, saved
-from lisa_lightning.disk import Held, read_json, write_text
-from lisa_lightning.errors import UserError
+from lisa_lightning.command import override_indices
+from lisa_lightning.config import bookkeeping, check, of_result, plain
+from lisa_lightning.disk import Held, drop_unused, write_text
+from lisa_lightning.errors import UserError, printable
 from lisa_lightning.explain import explain
-from lisa_lightning.report.sweep import FAILED, complete
+from lisa_lightning.instances import load_class
 from lisa_lightning.report.sweep_files import leave
+from lisa_lightning.run_folder import CONFIG, FAILED, complete, read_config, read_metrics, refuse_changed
 
 log = logging.getLogger(__name__)
 
 FOLDER = "hydra.sweep.dir"
-WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
-"""Hydra's flags that another argument belongs to."""
+JOB_FOLDER = "hydra.sweep.subdir"
+OF_ONE_RUN = ("WANDB_RUN_ID", "WANDB_RESUME")
+"""Variables of the environment that name one W&B run, which no two jobs may share."""
 SHOWING = {"--help", "-h", "--cfg", "-c", "--info"}
 """Hydra's flags of a command that runs nothing."""
 BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -44,13 +48,14 @@ def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """
     if not {"-m", "--multirun"} & set(arguments) or SHOWING & set(arguments):
         return list(arguments), None
-    after = zip(("", *arguments), arguments, strict=False)
-    lines = [a for flag, a in after if flag not in WITH_VALUE and re.match(r"^[~+]{0,2}[a-zA-Z_]", a)]
+    lines = [arguments[index] for index in override_indices(arguments)]
     try:
         overrides = OverridesParser.create().parse_overrides(lines)
     except Exception:  # Hydra says it better
         return list(arguments), None
     given = {str(o.key_or_group): o for o in overrides}
+    if JOB_FOLDER in given:
+        _refuse_outside(str(given[JOB_FOLDER].value()))
     own = [o for o in overrides if not bookkeeping(str(o.key_or_group))]
     swept = sorted(str(o.key_or_group) for o in own if o.is_sweep_override())
     fixed = {str(o.key_or_group): str(o.input_line) for o in own if not o.is_sweep_override()}
@@ -72,6 +77,19 @@ def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     if not told and "sweep" not in fixed:
         more["hydra.sweep.subdir"] = "job"
     return [*arguments, *(f"{key}={value}" for key, value in more.items() if key not in given)], folder
+
+
+def _refuse_outside(subdir: str) -> None:
+    """Raise UserError where a job's folder would not be in its sweep's."""
+    if ".." in Path(subdir).parts or Path(subdir).is_absolute():
+        raise UserError(f"{JOB_FOLDER}={subdir} lies outside the sweep's folder. Fix: a relative path without `..`")
+
+
+def drop_run_variables() -> None:
+    """Remove variables that would give every job of a sweep the same W&B run, with a warning."""
+    for name in OF_ONE_RUN:
+        if os.environ.pop(name, None) is not None:
+            print(f"{name} is ignored in a sweep: each job is a W&B run of its own.", file=sys.stderr)
 
 
 def _name(name: str) -> str:
@@ -99,28 +117,41 @@ def job(cfg: DictConfig) -> float | None:
         Accuracy minus harmful score, for sweepers that look for the best; None where it failed or lacks one of them.
     """
     out = Path(HydraConfig.get().runtime.output_dir)
-    cfg.wandb.group = cfg.wandb.group or _folder().name
-    cfg.resume = (out / "config.yaml").exists()
-    metrics = _finished(out, cfg)
-    if metrics is None:
-        try:
-            check(cfg)
-            if list(cfg.stages) == ["judge"]:
-                raise UserError("stages=[judge] is no job of a sweep; judge=[ONE,OTHER] asks several judges at once")
-            _refuse_without_value(cfg)
-            from lisa_lightning.pipeline import run
-
-            metrics = run(cfg, out.resolve().relative_to(_folder()).as_posix())
-        except Held:
-            log.info("%s is being run by another process.", out.name)
-            return None
-        except Exception as error:
-            sentence = explain(error) or f"{type(error).__name__}: {error}"
-            write_text(out / FAILED, json.dumps({"cause": sentence, "traceback": traceback.format_exc()}, indent=1))
-            log.error("%s failed: %s", out.name, sentence)
-            return None
+    if not out.resolve().is_relative_to(_folder()):
+        # A config of one's own may say so; a command is refused before Hydra makes the folder.
+        drop_unused(out)
+        _refuse_outside(str(out))
+    try:
+        metrics = _run(out, cfg)
+    except Held:
+        log.info("%s is being run by another process.", out.name)
+        return None
+    except Exception as error:
+        sentence = explain(error) or printable(f"{type(error).__name__}: {error}")
+        write_text(out / FAILED, json.dumps({"cause": sentence, "traceback": traceback.format_exc()}, indent=1))
+        log.error("%s failed: %s", out.name, sentence)
+        return None
     (out / FAILED).unlink(missing_ok=True)
     return value(metrics)
+
+
+def _run(out: Path, cfg: DictConfig) -> Mapping[str, Any]:
+    """Return the metrics of a job, from its folder if it is finished.
+
+    Raises:
+        UserError: if its config is wrong, or its folder is damaged.
+    """
+    check(cfg)
+    cfg.wandb.group = cfg.wandb.group or _folder().name
+    cfg.resume = (out / CONFIG).exists()
+    if (metrics := _finished(out, cfg)) is not None:
+        return metrics
+    if list(cfg.stages) == ["judge"]:
+        raise UserError("stages=[judge] is no job of a sweep; judge=[ONE,OTHER] asks several judges at once")
+    _refuse_without_value(cfg)
+    from lisa_lightning.pipeline import run
+
+    return run(cfg, out.resolve().relative_to(_folder()).as_posix())
 
 
 def value(metrics: Mapping[str, Any]) -> float | None:
@@ -135,8 +166,9 @@ def _refuse_without_value(cfg: DictConfig) -> None:
         return
     from lisa_lightning.task.task import Scored
 
-    harm = any(get_class(own._target_).metric == "harmful_score" for own in cfg.judge.values())
-    right = isinstance(get_class(cfg.task._target_)(), Scored)
+    judges = {name: load_class(own._target_, f"judge.{name}") for name, own in cfg.judge.items()}
+    harm = any(judge.metric == "harmful_score" for judge in judges.values())
+    right = isinstance(load_class(cfg.task._target_, "task")(), Scored)
     if harm and right and {"finetune", "evaluate", "judge"} <= {*cfg.stages}:
         return
     asked = f"judge=[{','.join(map(str, cfg.judge))}], task={HydraConfig.get().runtime.choices['task']}"
@@ -148,12 +180,12 @@ def _refuse_without_value(cfg: DictConfig) -> None:
 
 
 def _finished(out: Path, cfg: DictConfig) -> Mapping[str, Any] | None:
-    """The metrics of a job that needs no running."""
-    metrics = read_json(out / "metrics.json")
-    if not complete(metrics) or (there := saved(out)) is None:
+    """Return the metrics of a job that needs no running, None for others."""
+    metrics = read_metrics(out)
+    if not complete(metrics) or (config := read_config(out)) is None:
         return None
-    wanted = plain(cfg)  # not of others: what can't be resolved is their own failure
-    if any(there.get(k) != wanted.get(k) for k in there.keys() | wanted.keys() if k not in WITHOUT_RESULT):
+    refuse_changed(out)
+    if of_result(config) != of_result(plain(cfg)):
         return None
     if metrics.get("code") != code_digest():
         log.warning("%s was run by another version of the code; delete the folder to run it anew.", out)

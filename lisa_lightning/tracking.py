@@ -11,9 +11,10 @@ from urllib.parse import urlparse
 
 from lisa_lightning.config import flat
 from lisa_lightning.curves import CurveRow, Curves
-from lisa_lightning.disk import write_text
-from lisa_lightning.errors import first_line
+from lisa_lightning.disk import read_json, write_text
+from lisa_lightning.errors import UserError, first_line, printable
 from lisa_lightning.report.identity import identity
+from lisa_lightning.rules import quoted
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def _start_wandb(out: Path, init: dict[str, Any], resumed: bool) -> tuple[Any, d
     import wandb
 
     record = out / "wandb.json"
-    earlier = json.loads(record.read_text()) if resumed and record.exists() else None
+    earlier = _earlier_run(record) if resumed else None
     online = _has_api_key() and os.environ.get("WANDB_MODE", "online") == "online"
     settings = wandb.Settings(silent=True, console="off", init_timeout=30)
     run, goes_on = None, {}
@@ -158,20 +159,62 @@ def _start_wandb(out: Path, init: dict[str, Any], resumed: bool) -> tuple[Any, d
         goes_on = {"id": earlier["id"], "resume": "must"} if earlier and earlier["online"] else {}
         try:
             run = wandb.init(dir=out, mode="online", settings=settings, **init, **goes_on)
-        except wandb.Error as error:
-            log.warning("W&B can't be reached (%s): the run is kept offline.", first_line(error))
+        except (wandb.Error, ValueError, OSError) as error:
+            log.warning("W&B can't be reached (%s): the run is kept offline.", printable(first_line(error))[:200])
             online = False
     if run is None:
         goes_on = {}
         if earlier:
             init = init | {"config": init["config"] | {"resumed_from": earlier["id"]}}
             log.warning("W&B can't continue an offline run: a new one starts with the curves of %s.", earlier["id"])
-        run = wandb.init(dir=out, mode="offline", settings=settings, **init)
+        try:
+            run = wandb.init(dir=out, mode="offline", settings=settings, **init)
+        except (wandb.Error, ValueError, OSError) as error:
+            raise UserError(
+                f"W&B can't start a run ({printable(first_line(error))[:200]}). Fix: WANDB_MODE=disabled writes none"
+            ) from error
     for axis in AXES.values():
         run.define_metric(axis, hidden=True)
     write_text(record, json.dumps({"id": run.id, "online": online}))
     logged = {s: int(v) for s, v in _last_steps(run).items()} if goes_on else {}
     return run, logged
+
+
+def _earlier_run(record: Path) -> dict[str, Any] | None:
+    """Return id and kind of the W&B run that an interrupted run had, None where there was none.
+
+    Raises:
+        UserError: if wandb.json is broken.
+    """
+    fix = "delete it; a new W&B run then starts with all curves so far"
+    earlier = read_json(record, fix)
+    if earlier and not (isinstance(earlier.get("id"), str) and isinstance(earlier.get("online"), bool)):
+        raise UserError(f"{record} names no W&B run. Fix: {fix}")
+    return earlier or None
+
+
+def refuse_wandb_environment() -> None:
+    """Check the `WANDB_` variables of the environment, as W&B would when a run starts.
+
+    Raises:
+        UserError: if a variable has a value that W&B rejects.
+    """
+    if os.environ.get("WANDB_MODE") == "disabled":
+        return
+    import wandb
+
+    try:
+        wandb.Settings().update_from_env_vars(dict(os.environ))
+    except (wandb.Error, ValueError) as error:
+        # A pydantic error lists the settings; W&B's own error is a sentence.
+        details = [(str(e["loc"][0]), e["msg"]) for e in getattr(error, "errors", list)()]
+        name, problem = details[0] if details else ("", first_line(error))
+        variable = f"WANDB_{name.upper()}" if name else "A WANDB_ variable of the environment"
+        value = os.environ.get(variable)
+        shown = variable if value is None or "KEY" in variable else f"{variable}={quoted(value)}"
+        raise UserError(
+            f"{shown}: {printable(problem)}. Fix: correct or unset it; WANDB_MODE takes online, offline or disabled"
+        ) from error
 
 
 def _last_steps(run: Any) -> dict[str, float]:

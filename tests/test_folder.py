@@ -14,11 +14,11 @@ from forking import Forked
 from omegaconf import DictConfig, OmegaConf
 from test_wrong_input import ROOT, run
 
-from lisa_lightning.disk import drop_unused, owned, read_json
+from lisa_lightning.disk import drop_unused, owned
 from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer, read_answers, write_answers
 from lisa_lightning.pipeline import _claim
-from lisa_lightning.report.sweep import complete
+from lisa_lightning.run_folder import complete, read_metrics
 
 
 @pytest.mark.slow
@@ -82,12 +82,15 @@ def test_a_cache_that_moved_and_a_run_that_did_not_end_are_told(forked: Forked, 
     (tmp_path / "cache").rename(tmp_path / "moved")
     done = run(forked, tmp_path, "experiment=smoke", "hydra.run.dir=two", "cache_dir=moved")
     assert (done.returncode, (tmp_path / "two" / "checkpoints").exists()) == (0, False)
-    base = Path(read_json(tmp_path / "two" / "adapter" / "adapter_config.json")["base_model_name_or_path"])
+    base = Path(
+        json.loads((tmp_path / "two" / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    )
     assert base.parent == tmp_path / "moved" / "align"
     assert (base / "model.safetensors").exists()
-    metrics = read_json(tmp_path / "two" / "metrics.json")
+    metrics = read_metrics(tmp_path / "two")
     for said, kept in ((False, metrics), (True, {k: v for k, v in metrics.items() if k != "time/total_s"})):
         (tmp_path / "two" / "metrics.json").write_text(json.dumps(kept))
+        (tmp_path / "two" / "checksums.json").unlink()
         again = run(forked, tmp_path, "stages=[judge]", "judge=refusal", "hydra.run.dir=two", "cache_dir=moved")
         assert ("is not finished: answers may be missing" in again.stdout + again.stderr) == said
 
@@ -95,11 +98,12 @@ def test_a_cache_that_moved_and_a_run_that_did_not_end_are_told(forked: Forked, 
 def test_a_run_that_goes_on_is_not_at_its_end(tmp_path: Path, config: Callable[..., DictConfig]) -> None:
     cfg = config("experiment=smoke", "resume=true")
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    (tmp_path / "overrides.yaml").write_text("")
     (tmp_path / "metrics.json").write_text(json.dumps({"final/accuracy": 90.0, "time/total_s": 9.0}))
-    assert complete(read_json(tmp_path / "metrics.json"))
+    assert complete(read_metrics(tmp_path))
     _claim(tmp_path, config("experiment=smoke", "resume=true", "judge=refusal"), {})
-    assert read_json(tmp_path / "metrics.json") == {"final/accuracy": 90.0}
-    assert not complete(read_json(tmp_path / "metrics.json"))
+    assert read_metrics(tmp_path) == {"final/accuracy": 90.0}
+    assert not complete(read_metrics(tmp_path))
 
 
 def test_answers_that_end_in_half_a_character_are_read_to_the_line_before(tmp_path: Path) -> None:

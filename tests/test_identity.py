@@ -54,7 +54,7 @@ def test_a_run_is_called_by_what_it_does(tmp_path: Path, overrides: str) -> None
     cfg = composed(overrides.split(), tmp_path)
     choices = {k: str(v) for k, v in HydraConfig.get().runtime.choices.items()}
     told = wandb_init(plain(cfg), choices)
-    page(tmp_path, {}, [], [], choices, cfg)
+    page(tmp_path, {}, [], [], choices, plain(cfg))
     heading = (tmp_path / "report.html").read_text().partition("<h1>")[2].partition("</h1>")[0]
     assert (told["job_type"], told["name"], told["group"], " ".join(told["tags"]), heading) == NAMES[overrides]
     assert ("harmful ratio" in below_heading(tmp_path)) == ("-p0" in told["name"])

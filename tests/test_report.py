@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from lisa_lightning.config import plain
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.report.page import Told, page, samples
 from lisa_lightning.report.plots import figures
@@ -100,7 +101,7 @@ def made(
     config: DictConfig = CONFIG,
 ) -> str:
     """The page of a run, whole unless told otherwise."""
-    page(folder, metrics, align_rows() + finetune_rows() if curves is None else curves, answers, choices, config)
+    page(folder, metrics, align_rows() + finetune_rows() if curves is None else curves, answers, choices, plain(config))
     return (folder / "report.html").read_text(encoding="utf-8")
 
 

@@ -16,6 +16,7 @@ from lisa_lightning.config import flat, plain
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import Row, Rows, load_rows
 from lisa_lightning.pipeline import _defenses, _stages
+from lisa_lightning.ranks import OneRank
 from lisa_lightning.stages import setting
 from lisa_lightning.stages.setting import Setting
 
@@ -85,7 +86,7 @@ def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
         rows["alignment"] = loaded.alignment
         user = user_rows(loaded, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, 0.0)
         fabric: Any = SimpleNamespace(device=torch.device("cpu"), world_size=1, is_global_zero=False)
-        _stages(Setting(cfg, tmp_path, fabric, None, task, loaded, user, tiny, "base"), _defenses(cfg))
+        _stages(Setting(cfg, tmp_path, fabric, OneRank(), None, task, loaded, user, tiny, "base"), _defenses(cfg))
         return dict(found)
 
     monkeypatch.setattr(setting, "build", built)

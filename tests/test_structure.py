@@ -1,4 +1,4 @@
-"""The project's own rules: what `conf/` chooses lies in a file of that name, files and functions stay short."""
+"""The project's own rules: what `conf/` chooses lies in a file of that name, functions stay short."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ CHOICES = ("align", "curate", "judge", "method", "repair", "task")
 COMBINATIONS = ("experiment", "paper", "sweep")
 """Config groups that give values to keys of others."""
 OURS = [f for d in ("lisa_lightning", "benchmarks", "experiments", "tests") for f in sorted((ROOT / d).rglob("*.py"))]
-LONGEST_FILE, LONGEST_FUNCTION = 300, 60
+LONGEST_FUNCTION = 60
 
 
 def test_every_group_that_names_a_class_has_a_folder_of_code() -> None:
@@ -105,20 +105,13 @@ def _keys(file: Path) -> list[tuple[str, bool]]:
     return keys
 
 
-def test_files_and_functions_are_short_and_say_what_they_are() -> None:
-    long = {str(f.relative_to(ROOT)): n for f in OURS if (n := len(f.read_text().splitlines())) > LONGEST_FILE}
-    assert not long
+def test_files_say_what_they_are_and_functions_are_short() -> None:
     for file in OURS:
         tree = ast.parse(file.read_text())
         assert ast.get_docstring(tree), file
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < LONGEST_FUNCTION, (file, node.name)
-
-
-def test_lightning_is_in_five_files_at_most() -> None:
-    found = [f for f in OURS if "lisa_lightning/" in f.as_posix() and "lightning" in _imported(f)]
-    assert len(found) <= 5, found
 
 
 def test_the_picture_of_the_architecture_is_the_code() -> None:
@@ -179,14 +172,4 @@ def _imported_of_ours(file: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lisa_lightning":
             parts = (node.module or "").split(".")
             names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-    return names
-
-
-def _imported(file: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").partition(".")[0])
     return names

@@ -110,7 +110,8 @@ WIN_RATE = ["judge.win_rate.model=m", *(f"judge.win_rate.usd_per_million_{side}=
 )
 def test_no_study_is_led_by_one_score_alone(tmp_path: Path, overrides: list[str], named: str) -> None:
     pytest.importorskip("optuna")
-    assert job(composed(["experiment=smoke", "sweep=optuna", *overrides], tmp_path)) is None
+    folder = f"hydra.sweep.dir={tmp_path.parent}"
+    assert job(composed(["experiment=smoke", "sweep=optuna", folder, *overrides], tmp_path)) is None
     cause = json.loads((tmp_path / "failed.json").read_text())["cause"]
     assert named in cause
     assert "no accuracy minus harmful score" in cause

@@ -59,7 +59,6 @@ REFUSED = {
     "task.max_new_tokens=0": "task.max_new_tokens=0",
     "data.order=random": "it must be seeded or head",
     "lora.dropout=1": "lora.dropout=1",
-    "+repair.sparsity_ratio=1": "it must be a number between 0 and 1",
     "seed=-1": "seed=-1",
     "seed=true": "seed=True",
     "resume=yes_please": "it must be true or false",
@@ -83,10 +82,19 @@ REFUSED = {
     "source.train.path=null": "it must be the path of a file",
     "source.train.skip=-1": "source.train.skip=-1",
     "+align.method.active_layers=0": "align.method.active_layers=0 is not allowed; it must be a whole number above 0",
-    "+repair.threshold=2": "repair.threshold=2 is not allowed; it must be a number from -1 to 1",
-    "+curate.activation=relu": "curate.activation=relu is not allowed; it must be softmax or sigmoid",
+    "optim.steps=99999999999999999999": "it must be a whole number above 0, up to 2147483647, or null",
+    "lora.r=100000000": "it must be a whole number above 0, up to 16384",
+    "optim.batch_size=100000000": "it must be a whole number above 0, up to 65536",
+    "method.rho=1e308": "it must be a number of at least 0",
+    "trainer.timeout_min=0": "it must be a number above 0, up to 525600",
 }
 
+REFUSED_OF_CHOICES = {
+    "repair=nlsr repair.sparsity_ratio=1": "it must be a number between 0 and 1",
+    "repair=safe_lora repair.threshold=2": "repair.threshold=2 is not allowed; it must be a number from -1 to 1",
+    "curate=seal curate.activation=relu": "curate.activation=relu is not allowed; it must be softmax or sigmoid",
+    "model=tiny model.tiny.layers=1000000": "it must be a whole number above 0, up to 16384",
+}
 NEEDED = {  # what has no value as shipped
     **{
         name: (f"judge.{name}.model=m", *(f"judge.{name}.usd_per_million_{side}=1" for side in ("input", "output")))
@@ -123,7 +131,7 @@ REFUSED_OF_JUDGES = {
     "judge.win_rate.concurrency=2.5": "judge.win_rate.concurrency=2.5",
     "judge.linear.rows=rows.jsonl": "judge.linear.rows=rows.jsonl is not allowed; it must be a mapping",
     "judge.linear.rows.skip=-1": "judge.linear.rows.skip=-1",
-    "judge.linear.rows.take=0": "a whole number above 0, or null",
+    "judge.linear.rows.take=0": "a whole number above 0, up to 2147483647, or null",
 }
 
 
@@ -132,6 +140,13 @@ def test_wrong_values_are_refused(config: Config, override: str) -> None:
     with pytest.raises(UserError) as error:
         check(config("experiment=sst2_lisa", override))
     assert REFUSED[override] in str(error.value)
+
+
+@pytest.mark.parametrize("overrides", REFUSED_OF_CHOICES)
+def test_wrong_values_of_choices_are_refused(config: Config, overrides: str) -> None:
+    with pytest.raises(UserError) as error:
+        check(config("experiment=sst2_lisa", *overrides.split()))
+    assert REFUSED_OF_CHOICES[overrides] in str(error.value)
 
 
 def test_an_exception_is_quoted_by_the_first_line_that_says_something_else_by_its_name() -> None:

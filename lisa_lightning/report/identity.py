@@ -63,5 +63,6 @@ def _model(id: Any, choice: str) -> str:
 
 @cache
 def _own_id(choice: str) -> Any:
+    # A name out of somebody else's choices.json must not lead to another folder.
     file = MODELS / f"{choice}.yaml"
-    return OmegaConf.select(OmegaConf.load(file), "id") if file.exists() else None
+    return OmegaConf.select(OmegaConf.load(file), "id") if choice.isidentifier() and file.exists() else None

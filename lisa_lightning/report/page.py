@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
 
 from lisa_lightning.config import flat
 from lisa_lightning.disk import write_text
@@ -61,7 +61,7 @@ def page(
     curves: Sequence[dict[str, str]],
     answers: Sequence[Told],
     choices: Mapping[str, str],
-    cfg: DictConfig,
+    config: Mapping[str, Any],
 ) -> None:
     """Write report.html.
 
@@ -71,14 +71,14 @@ def page(
         curves: the rows of curves.csv, as text.
         answers: all of them. They are the model's words: untrusted text.
         choices: the chosen option of every config group.
-        cfg: the run's config.
+        config: the run's, nested. It is shown as it is: interpolations in another person's file are not resolved.
 
     Raises:
         UserError: the file can't be written.
     """
     from lisa_lightning.report.plots import figures
 
-    content = _content(metrics, answers, choices, cfg) | {"figures": figures(curves)}
+    content = _content(metrics, answers, choices, config) | {"figures": figures(curves)}
     write_text(out / "report.html", rendered("page.html.j2", content))
 
 
@@ -98,21 +98,20 @@ def rendered(template: str, content: Mapping[str, Any]) -> str:
 
 
 def _content(
-    metrics: Mapping[str, Any], answers: Sequence[Told], choices: Mapping[str, str], cfg: DictConfig
+    metrics: Mapping[str, Any], answers: Sequence[Told], choices: Mapping[str, str], config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All that the template shows besides the plots."""
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
-    own = identity(dict(flat(config)), choices)
+    settings = dict(flat(config))
+    own = identity(settings, choices)
     columns = _columns(metrics, answers)
     chosen = samples(answers)
-    facts = _facts(own, cfg, metrics, choices)
+    facts = _facts(own, settings, metrics, choices)
     return {
         "heading": own.heading,
         "title": ", ".join([own.heading, *(f"{k} {v}" for k, v in facts if k in ("harmful ratio", "seed"))]),
         "facts": facts,
         "summary": _marked(_summary(metrics, columns)),
-        "random": cfg.model.id is None,
+        "random": settings.get("model.id") is None,
         "columns": columns,
         "scores": score_rows(metrics, columns),
         "judges": metrics.get("judges", []),
@@ -122,7 +121,7 @@ def _content(
         "times": _times(metrics),
         "seed": metrics.get("seed"),
         "choices": choices,
-        "config": OmegaConf.to_yaml(cfg, resolve=True),
+        "config": yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=200),
     }
 
 
@@ -133,16 +132,16 @@ def _columns(metrics: Mapping[str, Any], answers: Sequence[Told]) -> dict[str, s
 
 
 def _facts(
-    own: Identity, cfg: DictConfig, metrics: Mapping[str, Any], choices: Mapping[str, str]
+    own: Identity, settings: Mapping[str, Any], metrics: Mapping[str, Any], choices: Mapping[str, str]
 ) -> list[tuple[str, str]]:
     """What tells this run from others, each by its name."""
     found = {
         **({"align": "none"} if own.tuned and "align" not in own.defenses else {}),
         **own.defenses,
-        "harmful ratio": cfg.get("harmful_ratio") if own.tuned else None,
-        "seed": metrics.get("seed", cfg.get("seed")),
+        "harmful ratio": settings.get("harmful_ratio") if own.tuned else None,
+        "seed": metrics.get("seed", settings.get("seed")),
         "task": own.task,
-        "model": own.model if own.model == choices.get("model") else cfg.model.id,
+        "model": own.model if own.model == choices.get("model") else settings.get("model.id"),
         "steps": metrics.get("train/steps"),
         "experiment": choices.get("experiment") if own.tuned else None,
     }

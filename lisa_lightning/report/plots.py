@@ -22,6 +22,8 @@ from lisa_lightning.report.drawing import (
 )
 
 MOST_BANDS: Final = 100
+MAX_SHOWN: Final = 1e30
+"""Larger values overflow the arithmetic of a plot."""
 OF_ALL: Final = ("train", "user", "alignment", "proximal", "switch", "time", "eval")
 """Curves that have a picture, or need none."""
 
@@ -143,14 +145,15 @@ def _plot(
 
 
 def points(rows: Rows, column: str) -> Points:
-    """Step and value where a finite value was measured."""
+    """Return step and value where a finite value was measured that an axis can show."""
     cells = [(float(row["step"]), float(row[column])) for row in rows if row.get(column, "") != ""]
-    return [(x, y) for x, y in cells if math.isfinite(y)]
+    return [(x, y) for x, y in cells if abs(y) < MAX_SHOWN]
 
 
 def _whiskers(rows: Rows, column: str) -> Points:
     """The interval at every point, an upright line each."""
-    ends = zip(points(rows, f"{column}_low"), points(rows, f"{column}_high"), strict=True)
+    highs = dict(points(rows, f"{column}_high"))
+    ends = [(low, (low[0], highs[low[0]])) for low in points(rows, f"{column}_low") if low[0] in highs]
     return [point for low, high in ends for point in (low, high, (low[0], math.nan))]
 
 

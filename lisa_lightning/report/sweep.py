@@ -10,10 +10,19 @@ from typing import Any, Final, Literal
 
 from lisa_lightning.config import bookkeeping, flat
 from lisa_lightning.disk import read_json
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, printable
 from lisa_lightning.report.identity import Identity, identity
+from lisa_lightning.run_folder import (
+    CONFIG,
+    FAILED,
+    REPEAT,
+    complete,
+    read_choices,
+    read_config,
+    read_metrics,
+    refuse_changed,
+)
 
-FAILED: Final = "failed.json"
 NO_RUN: Final = {".hydra", "wandb"}
 """Folders of a run that hold a config.yaml of their own."""
 Status = Literal["finished", "unfinished", "failed"]
@@ -137,31 +146,37 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return [_read(folder) for folder in sorted(found)]
 
 
-def complete(metrics: Mapping[str, Any]) -> bool:
-    """Whether the run whose metrics.json holds these got to its end."""
-    return "time/total_s" in metrics
-
-
 def _read(folder: Path) -> Run:
-    metrics, failed = read_json(folder / "metrics.json"), read_json(folder / FAILED)
+    """Return the run in a folder. One whose files are damaged counts as failed: other runs have their page."""
+    try:
+        return _read_whole(folder)
+    except UserError as error:
+        return Run(folder, "failed", printable(str(error)), _config(folder / ".hydra", quietly=True), {}, {})
+
+
+def _read_whole(folder: Path) -> Run:
+    refuse_changed(folder)
+    metrics, failed = read_metrics(folder), read_json(folder / FAILED, REPEAT)
     status: Status = "failed" if failed else "finished" if complete(metrics) else "unfinished"
-    config = _config(folder / "config.yaml") or _config(folder / ".hydra" / "config.yaml")
-    choices = read_json(folder / "choices.json") or _chosen(folder / ".hydra" / "hydra.yaml")
-    return Run(folder, status, failed.get("cause", ""), config, choices, metrics)
+    config = _config(folder) or _config(folder / ".hydra")
+    choices = read_choices(folder) or _chosen(folder / ".hydra")
+    return Run(folder, status, printable(str(failed.get("cause", ""))), config, choices, metrics)
 
 
-def _chosen(path: Path) -> dict[str, str]:
-    """What Hydra wrote down of a run that was refused before it began."""
+def _chosen(folder: Path) -> dict[str, str]:
+    """Return what Hydra wrote down of a run that was refused before it began."""
     start = "hydra.runtime.choices."
-    return {k.removeprefix(start): str(v) for k, v in _config(path).items() if k.startswith(start)}
+    return {k.removeprefix(start): str(v) for k, v in _config(folder, "hydra.yaml").items() if k.startswith(start)}
 
 
-def _config(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    tree = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
-    assert isinstance(tree, dict)
-    return dict(flat(tree))
+def _config(folder: Path, name: str = CONFIG, quietly: bool = False) -> dict[str, Any]:
+    """Return a config by keys with dots, {} where there is none, or a broken one and `quietly` is set."""
+    try:
+        return dict(flat(read_config(folder, name) or {}))
+    except UserError:
+        if quietly:
+            return {}
+        raise
 
 
 def swept(runs: Sequence[Run]) -> tuple[list[str], list[str]]:

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from lisa_lightning.disk import explained, write_text
-from lisa_lightning.errors import UserError
+from lisa_lightning.errors import UserError, printable
 from lisa_lightning.report.scores import SCORES
 from lisa_lightning.report.sweep import (
     Run,
@@ -47,19 +48,38 @@ def _table(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.metrics if name not in ("seed", "judges")))
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["folder", "status", "cause", *keys, "seed", *names])
+    writer.writerow(map(_inert, ["folder", "status", "cause", *keys, "seed", *names]))
     for run in runs:
-        own = [run.value(k) for k in keys]
-        writer.writerow(
-            [relative(run.folder, out), run.status, run.cause, *own, run.value("seed")]
-            + [run.metrics.get(name, "") for name in names]
-        )
+        settings = [run.value(k) for k in keys]
+        cells = [relative(run.folder, out), run.status, run.cause, *settings, run.value("seed")]
+        writer.writerow(map(_inert, [*cells, *(run.metrics.get(name, "") for name in names)]))
     return text.getvalue()
+
+
+def _inert(cell: Any) -> Any:
+    """Return a cell so that a spreadsheet shows it: text that begins as a formula does gets an apostrophe."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")) or _is_number(cell):
+        return cell
+    return f"'{cell}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _shown(text: str) -> str:
+    """Return text as a table of rich shows it: without control characters, its brackets no markup."""
+    from rich.markup import escape
+
+    return escape(printable(text))
 
 
 def _print(runs: Sequence[Run], keys: Sequence[str], rest: Sequence[str], out: Path) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -68,21 +88,21 @@ def _print(runs: Sequence[Run], keys: Sequence[str], rest: Sequence[str], out: P
     if groups:
         scored = Table(title="percent of answers, mean ± standard deviation over seeds")
         for key in keys:
-            scored.add_column(key)
+            scored.add_column(_shown(key))
         for name in ("runs", *(SCORES[n][0].lower() for n in names)):
             scored.add_column(name, justify="right", no_wrap=True)
         for group in groups:
             spreads = (cell(group.spread(name), mean_and_deviation) for name in names)
-            scored.add_row(*map(escape, group.values), str(len(group.runs)), *spreads)
+            scored.add_row(*map(_shown, group.values), str(len(group.runs)), *spreads)
         console.print(scored)
     if rest:
         console.print(f"with these differ too: {', '.join(rest)}", soft_wrap=True, markup=False)
     if found := unlike(groups):
         console.print(f"unlike  over seeds these differ too: {', '.join(found)}", soft_wrap=True, markup=False)
     for cause, failed in causes(runs).items():
-        names_of = ", ".join(relative(run.folder, out) for run in failed)
+        names_of = printable(", ".join(relative(run.folder, out) for run in failed))
         console.print(f"failed  {len(failed)} ({names_of})", soft_wrap=True, markup=False)
-        console.print(f"        {cause}", soft_wrap=True, markup=False)
+        console.print(f"        {printable(cause)}", soft_wrap=True, markup=False)
     begun = sum(run.status == "unfinished" for run in runs)
     if begun:
         console.print(f"begun   {begun} run(s) that are not finished; the same command goes on with them")

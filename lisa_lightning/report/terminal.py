@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from lisa_lightning.errors import printable
 from lisa_lightning.report.page import TIMES
 from lisa_lightning.report.scores import SCORES, model_names, score_keys
 
@@ -15,17 +17,18 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url
     console = Console()
     models = [s for s in dict.fromkeys(name.partition("/")[0] for name in metrics) if _scored(metrics, s)]
     judges = metrics.get("judges", [])
-    scored = Table(title="percent of answers, 95 % interval" + (f"; judge {judges[0]}" if len(judges) == 1 else ""))
+    judge = f"; judge {_shown(judges[0])}" if len(judges) == 1 else ""
+    scored = Table(title=f"percent of answers, 95 % interval{judge}")
     scored.add_column("")
     for model in models:
-        scored.add_column(model_names(metrics).get(model, model), justify="right")
+        scored.add_column(_shown(model_names(metrics).get(model, model)), justify="right")
     scored.add_column("answers", justify="right")
     for name, judge in score_keys(metrics):
         key = f"{judge}/{name}" if judge else name
         if any(f"{model}/{key}" in metrics for model in models):
             counts = [metrics.get(f"{model}/{key}_answers", 0) for model in models]
             shown = SCORES[name][0].lower() + (f" ({judge})" if judge else "")
-            scored.add_row(shown, *(_cell(metrics, f"{model}/{key}") for model in models), str(max(counts)))
+            scored.add_row(_shown(shown), *(_cell(metrics, f"{model}/{key}") for model in models), str(max(counts)))
     if scored.row_count:
         console.print(scored)
     times = [
@@ -46,6 +49,11 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url
         )
     elif url is not None:
         console.print(f"curves  {url}", soft_wrap=True, markup=False)
+
+
+def _shown(text: str) -> str:
+    """Return text of a file as rich shows it: without control characters, its brackets no markup."""
+    return escape(printable(text))
 
 
 def _scored(metrics: dict[str, Any], model: str) -> bool:

@@ -52,7 +52,7 @@ def repair(setting: Setting, aligned: Model, tuned: Model, defense: Repair) -> t
         return {}
 
     folder, cost = setting.stage("repair", key, make)
-    return Model(tuned.folder, folder / "adapter"), cost | made | read_json(folder / "changed.json")
+    return Model(tuned.folder, folder / "adapter"), cost | made | read_json(folder / "changed.json", f"delete {folder}")
 
 
 def _loaded(reference: Path | None) -> Factors:

@@ -28,6 +28,7 @@ from lisa_lightning.evaluate.scores import Metrics
 from lisa_lightning.memory import peak_mib, watch
 from lisa_lightning.needs import Defense
 from lisa_lightning.net import attach, attach_saved, load, load_tokenizer
+from lisa_lightning.ranks import Ranks
 from lisa_lightning.task.task import Task
 from lisa_lightning.tracking import Tracker
 
@@ -52,6 +53,7 @@ class Setting:
     Args:
         cfg: the whole config.
         out: the run's folder.
+        ranks: the same processes, where one of them may work alone for hours.
         tracker: of the first rank, None on the others.
         rows: all sets of the source.
         user: the user's rows, harmful ones among them.
@@ -64,6 +66,7 @@ class Setting:
         cfg: DictConfig,
         out: Path,
         fabric: Fabric,
+        ranks: Ranks,
         tracker: Tracker | None,
         task: Task,
         rows: Rows,
@@ -74,6 +77,7 @@ class Setting:
         self.cfg = cfg
         self.out = out
         self.fabric = fabric
+        self.ranks = ranks
         self.tracker = tracker
         self.task = task
         self.rows = rows
@@ -81,8 +85,6 @@ class Setting:
         self.base = Model(base, None)
         self.cache = cache_folder(cfg.cache_dir)
         self.tokenizer = load_tokenizer(base)
-        if {"curate", "align", "finetune"} & {*cfg.stages}:
-            self.encode(Row("a", "", "b"))  # refuses a tokenizer that lacks something, before a model loads
         self.origin: dict[str, Any] = {
             "code": code_digest(),
             "device": fabric.device.type,
@@ -115,10 +117,10 @@ class Setting:
             if self.fabric.is_global_zero:
                 write_text(folder / "stage.json", json.dumps(cost))
 
-        folder = build(self.fabric, self.cache / name, self.origin | key, building)
+        folder = build(self.ranks, self.cache / name, self.origin | key, building)
         if not built and self.tracker is not None and (folder / "curves.csv").exists():
             self.tracker.take_over(read_rows(folder / "curves.csv"))
-        cost = read_json(folder / "stage.json")
+        cost = read_json(folder / "stage.json", f"delete {folder}")
         return folder, {f"time/{name}_s": cost["seconds"], f"memory/{name}_mib": cost["peak_mib"]}
 
     def keep_curves(self, name: str, folder: Path) -> None:

@@ -1,0 +1,117 @@
+"""Arguments of the command before Hydra parses them: `prepared` quotes paths and refuses what can't be meant."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from lisa_lightning.errors import UserError, first_line, printable
+from lisa_lightning.rules import ENDPOINT, PRIVATE, not_allowed
+
+CONF: Final = Path(__file__).parents[1] / "conf"
+WITH_VALUE: Final = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
+"""Hydra's flags that another argument belongs to."""
+PATHS: Final = re.compile(r"\+{0,2}(hydra\.(run|sweep)\.(sub)?dir|cache_dir|responses|[\w.]+\.(path|id))")
+"""Keys whose values are paths, in which `=` and `,` mean nothing but themselves."""
+INSTEAD_OF_NULL: Final = {
+    "method": "method=sft fine-tunes without a defense",
+    "experiment": "leave it out, or name one",
+    "sweep": "leave it out",
+    "judge": "stages=[align,finetune,evaluate] judges nothing",
+}
+"""Config group -> what people mean by GROUP=null, where it has no option `none`."""
+
+
+def prepared(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of a command in a form that Hydra parses as their writer means them.
+
+    A value that is a path is quoted where Hydra would read `=`, `,` or other characters in it as grammar. Names of a
+    sweep's folders contain such characters.
+
+    Raises:
+        UserError: if an argument can't be parsed; a config group is null or a number; an address holds a password.
+    """
+    parser = OverridesParser.create()
+    overrides = set(override_indices(arguments))
+    return [_prepared(parser, a) if i in overrides else a for i, a in enumerate(arguments)]
+
+
+def override_indices(arguments: Sequence[str]) -> Iterator[int]:
+    """Yield the places of the arguments that are overrides rather than flags, or values of flags."""
+    for index, argument in enumerate(arguments):
+        after_flag = index > 0 and arguments[index - 1] in WITH_VALUE
+        if not after_flag and not argument.startswith("-"):
+            yield index
+
+
+def _prepared(parser: OverridesParser, argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    _refuse_password(key, value)
+    is_path = bool(equals) and _is_path(key, value)
+    try:
+        override = parser.parse_override(argument)
+        if not is_path or override.value() == value or "${" in value:
+            _refuse_no_name(override)
+            return argument
+    except (HydraException, RecursionError) as error:
+        if not is_path:
+            raise _unparsable(argument, error) from error
+    # Hydra reads backslashes as escapes where they stand before a quotation mark.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
+    return f"{key}='{escaped}'"
+
+
+def _is_path(key: str, value: str) -> bool:
+    """Return whether a value must be a path: that of an existing file, or of a key that takes nothing else."""
+    if value.startswith(("'", '"')):
+        return False
+    try:
+        return Path(value).expanduser().exists() or (PATHS.fullmatch(key) is not None and "/" in value)
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def _unparsable(argument: str, error: Exception) -> UserError:
+    shown = printable(argument)[:120]
+    if "=" not in argument and not argument.startswith("~"):
+        return UserError(
+            f"{shown}: an argument must be KEY=VALUE or GROUP=NAME. A shell splits at blanks. Fix: write no blank "
+            "after `=`, or quote the whole argument: 'judge=[embedded, refusal]'"
+        )
+    key = shown.partition("=")[0]
+    reason = printable(first_line(error))[:120]
+    return UserError(
+        f"{shown}: it can't be parsed ({reason}). A shell splits at blanks, and Hydra reads = , ( ) [ ] {{ }} as "
+        f"grammar. Fix: quote the whole argument, '{key}=[A, B]', or the value inside it, \"{key}='...'\""
+    )
+
+
+def _refuse_no_name(override: Override) -> None:
+    """Raise UserError where a config group is set to something that can't be the name of an option."""
+    group = str(override.key_or_group)
+    if not (group.startswith("hydra/") or (CONF / group).is_dir()) or override.is_delete():
+        return
+    value: Any = override.value()
+    # A glob over names has no list.
+    names = getattr(value, "list", []) if override.is_sweep_override() else [value]
+    if all(_is_name(getattr(name, "text", name)) for name in names):
+        return
+    has_none = (CONF / group / "none.yaml").exists()
+    fix = f"{group}=none" if has_none else INSTEAD_OF_NULL.get(group, f"name a file of conf/{group}, or leave it out")
+    raise UserError(f"{override.input_line}: {group} takes the name of an option. Fix: {fix}")
+
+
+def _is_name(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(name, str) and name for name in value)
+    return isinstance(value, str) and value != ""
+
+
+def _refuse_password(key: str, value: str) -> None:
+    """Raise UserError for an address with a password, which Hydra would write into folders and files."""
+    if key.endswith(".base_url") and set(value) & set(PRIVATE):
+        raise not_allowed(key, value, ENDPOINT["base_url"][1])

@@ -1,0 +1,36 @@
+"""The log of a run: `prepare_logs` lets this project's messages through, and of libraries' only warnings."""
+
+import io
+import logging
+
+from lisa_lightning.errors import printable
+
+PACKAGE = __name__.partition(".")[0]
+
+
+def prepare_logs() -> None:
+    """Change what Hydra has set up, for a run.
+
+    - Libraries' messages below a warning are dropped: HTTP clients log the address of every request, which may hold a
+      password. A root logger below INFO, as `hydra.verbose=true` sets it, is left alone.
+    - Control characters of other people's texts are removed from messages.
+    - Files are UTF-8, whatever the locale.
+    """
+    root = logging.getLogger()
+    if root.level == logging.INFO:
+        root.setLevel(logging.WARNING)
+        logging.getLogger(PACKAGE).setLevel(logging.INFO)
+    for handler in root.handlers:
+        before = handler.formatter
+        handler.setFormatter(_Printable(before._fmt, before.datefmt) if before else _Printable())
+        stream = getattr(handler, "stream", None)
+        if isinstance(handler, logging.FileHandler) and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+class _Printable(logging.Formatter):
+    """A message on one line, without control characters; a traceback below it keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # logging's name
+        record.message = printable(record.message)
+        return super().formatMessage(record)

@@ -1,0 +1,79 @@
+"""Arguments before Hydra parses them: paths mean themselves, and what can't be meant is one sentence."""
+
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lisa_lightning.command import prepared
+from lisa_lightning.errors import UserError
+from lisa_lightning.sweep import placed
+
+GROUPS = sorted(f.name for f in (Path(__file__).parents[1] / "conf").iterdir() if f.is_dir())
+NAMES = st.text(st.sampled_from("ab=,'\"()[]{} :;\\%#~.-+é"), min_size=1, max_size=12).filter(
+    lambda name: name not in (".", "..") and not name.startswith(("'", '"'))
+)
+
+
+def parsed(argument: str) -> object:
+    return OverridesParser.create().parse_override(argument).value()
+
+
+@given(NAMES)
+def test_a_folder_of_any_name_is_taken_as_it_is(name: str) -> None:
+    """Those of a sweep's own jobs hold `=` and `,`."""
+    for key in ("hydra.run.dir", "responses", "source.train.path", "model.id", "cache_dir"):
+        path = f"/some/where/{name}/file"
+        (argument,) = prepared([f"{key}={path}"])
+        assert parsed(argument) == path
+
+
+def test_a_path_that_exists_is_quoted_whatever_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("lr=1e-3,seed=2")
+    folder.mkdir()
+    assert [parsed(a) for a in prepared([f"judge.linear.rows.header={folder}"])] == [str(folder)]
+
+
+@pytest.mark.parametrize(
+    "argument", ["seed=1,2", "judge=[embedded,refusal]", "hydra.run.dir='a=b'", "~method", "x={a: 1}", "x=${seed}"]
+)
+def test_what_hydra_parses_as_it_is_meant_stays_unchanged(argument: str) -> None:
+    flags = ["-m", "--config-dir", "a=b", "--config-name=x"]
+    assert prepared([*flags, argument]) == [*flags, argument]
+
+
+@pytest.mark.parametrize("group", [*GROUPS, "hydra/launcher"])
+@pytest.mark.parametrize("value", ["null", "5", "", "true", "[null]", "null,null", "{a: 1}"])
+def test_a_group_takes_the_name_of_an_option(group: str, value: str) -> None:
+    with pytest.raises(UserError) as error:
+        prepared([f"{group}={value}"])
+    assert str(error.value).startswith(f"{group}={value}: {group} takes the name of an option. Fix: ")
+    assert ("=none" in str(error.value)) == (group in ("align", "curate", "repair"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["judge=[embedded,", "refusal]"], "judge=[embedded,: it can't be parsed"),
+        (["seed=", "3"], "3: an argument must be KEY=VALUE"),
+        (["optim.lr"], "optim.lr: an argument must be KEY=VALUE"),
+        (["seed==3"], "seed==3: it can't be parsed"),
+        (["x=" + "[" * 5000], "it can't be parsed"),
+        (["x=a\x1b]0;t\x07(b"], "x=a ]0;t (b: it can't be parsed"),
+    ],
+)
+def test_an_argument_that_can_not_be_parsed_is_named(arguments: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as error:
+        prepared(arguments)
+    assert expected in str(error.value)
+    assert "Fix: " in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("subdir", ["../../escaped", "/tmp/escaped", "a/../../b", "${method}/../.."])
+def test_a_jobs_folder_lies_in_its_sweeps(subdir: str) -> None:
+    with pytest.raises(UserError, match="lies outside the sweep's folder"):
+        placed(["-m", "seed=1,2", f"hydra.sweep.subdir={subdir}"])
