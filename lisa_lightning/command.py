@@ -51,26 +51,33 @@ def override_indices(arguments: Sequence[str]) -> Iterator[int]:
 def _prepared(parser: OverridesParser, argument: str) -> str:
     key, equals, value = argument.partition("=")
     _refuse_password(key, value)
-    is_path = bool(equals) and _is_path(key, value)
     try:
         override = parser.parse_override(argument)
-        if not is_path or override.value() == value or "${" in value:
+        # A folder may have a number for a name, and most numbers are no folders: only keys of paths take it as one.
+        if not (_changes_path(key, value, override) or (override.is_sweep_override() and _exists(value))):
             _refuse_no_name(override)
             return argument
     except (HydraException, RecursionError) as error:
-        if not is_path:
+        if not (equals and (_takes_path(key, value) or _exists(value))):
             raise _unparsable(argument, error) from error
     # Hydra reads backslashes as escapes where they stand before a quotation mark.
     escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
     return f"{key}='{escaped}'"
 
 
-def _is_path(key: str, value: str) -> bool:
-    """Return whether a value must be a path: that of an existing file, or of a key that takes nothing else."""
-    if value.startswith(("'", '"')):
-        return False
+def _changes_path(key: str, value: str, override: Override) -> bool:
+    """Return whether Hydra reads a path as something else, unless its quotation or an interpolation is meant."""
+    return _takes_path(key, value) and override.value() != value and "${" not in value
+
+
+def _takes_path(key: str, value: str) -> bool:
+    """Return whether the value must be a path: that of a key that takes nothing else, and not quoted already."""
+    return PATHS.fullmatch(key) is not None and not value.startswith(("'", '"')) and ("/" in value or _exists(value))
+
+
+def _exists(value: str) -> bool:
     try:
-        return Path(value).expanduser().exists() or (PATHS.fullmatch(key) is not None and "/" in value)
+        return Path(value).expanduser().exists()
     except (OSError, ValueError, RuntimeError):
         return False
 

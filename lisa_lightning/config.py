@@ -118,6 +118,8 @@ def _texts(tree: Any) -> Iterator[str]:
 
 def _check_choices(cfg: DictConfig) -> None:
     """Raise UserError where a stage lacks the class that it runs."""
+    if not (_value(cfg, "align.method") is None or _names_class(_value(cfg, "align.method"))):
+        raise UserError("align.method must be a mapping with _target_, or null. Fix: choose one by align=NAME, or none")
     for stage, group, fix in (("finetune", "method", "method=sft"), ("judge", "judge", "judge=embedded")):
         section = _value(cfg, group)
         sections = section if group == "judge" else {"": section}

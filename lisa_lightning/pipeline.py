@@ -226,11 +226,11 @@ def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
     The folder may be somebody else's: its files are data, and of the classes that its config names only this project's
     tasks, or the command's own, are used.
     """
-    config = read_config(out)
-    if cfg.responses is not None and config is not None:
+    if cfg.responses is not None and (out / CONFIG).exists():
         raise UserError(
             f"{out} holds a run, whose verdicts would be lost; give another hydra.run.dir for {cfg.responses}"
         )
+    config = read_config(out)
     refuse_changed(out)
     if cfg.responses is not None:
         answers = read_responses(cfg.responses)

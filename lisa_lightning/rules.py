@@ -14,7 +14,8 @@ STAGES = ("curate", "align", "finetune", "repair", "evaluate", "judge")
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # A larger whole number fits into no tensor.
+    return isinstance(value, float) or (_whole(value) and abs(value) < 2**63)
 
 
 def _whole(value: Any) -> bool:
@@ -34,11 +35,12 @@ def _open_address(value: Any) -> bool:
 
 
 def _targets(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, ListConfig) and len(value) > 0)
+    return _filled(value) or (isinstance(value, ListConfig) and len(value) > 0 and all(map(_filled, value)))
 
 
 def _devices(value: Any) -> bool:
-    return value == "auto" or (_whole(value) and (value > 0 or value == -1)) or isinstance(value, ListConfig)
+    several = isinstance(value, ListConfig) and len(value) > 0 and all(_whole(d) and 0 <= d < MAX_ROWS for d in value)
+    return value == "auto" or (_whole(value) and (0 < value < MAX_ROWS or value == -1)) or several
 
 
 def _stages(value: Any) -> bool:

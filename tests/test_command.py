@@ -30,6 +30,15 @@ def test_a_folder_of_any_name_is_taken_as_it_is(name: str) -> None:
         assert parsed(argument) == path
 
 
+def test_a_number_stays_one_where_a_folder_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("0", "a"):
+        Path(name).mkdir()
+    arguments = ["evaluate.every=0", "seed=0,1", "x=[a, 0]"]
+    assert prepared(arguments) == arguments
+    assert [parsed(a) for a in prepared(["model.id=0"])] == ["0"]
+
+
 def test_a_path_that_exists_is_quoted_whatever_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Path("lr=1e-3,seed=2")

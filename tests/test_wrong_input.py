@@ -250,7 +250,7 @@ def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProc
         (["stages=[judge]"], "holds no answers to judge"),
         (
             ["experiment=smoke", "method._target_=nowhere.M"],
-            "Error locating target 'nowhere.M': No module named 'nowhere'",
+            "method._target_=nowhere.M: No module named 'nowhere'",
         ),
         (["experiment=smoke", "model.id=."], "model.id=.: no *.safetensors in it"),
     ],

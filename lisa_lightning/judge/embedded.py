@@ -66,7 +66,9 @@ class EmbeddedJudge:
 def _version() -> str:
     """A hash of the code and the rows that the verdicts are made from."""
     modules = (_embedded_signs, _embedded_rows, _marks)
-    code = [Path(str(file)).read_text() for file in (__file__, *(module.__file__ for module in modules))]
+    code = [
+        Path(str(file)).read_text(encoding="utf-8") for file in (__file__, *(module.__file__ for module in modules))
+    ]
     made_from = [code, [asdict(row) for row in shipped_rows()]]
     return f"{digest(made_from)}-{package_version('scikit-learn')}"
 

@@ -135,7 +135,9 @@ class RefusalJudge:
 def code() -> list[str]:
     """All that decides a verdict, as text."""
     modules = (_refusal_no, _refusal_signs, _marks)
-    return [Path(str(file)).read_text() for file in (__file__, *(module.__file__ for module in modules))]
+    return [
+        Path(str(file)).read_text(encoding="utf-8") for file in (__file__, *(module.__file__ for module in modules))
+    ]
 
 
 def refusal_probability(response: str) -> float:

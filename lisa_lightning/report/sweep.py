@@ -155,8 +155,9 @@ def _read(folder: Path) -> Run:
 
 
 def _read_whole(folder: Path) -> Run:
-    refuse_changed(folder)
     metrics, failed = read_metrics(folder), read_json(folder / FAILED, REPEAT)
+    if complete(metrics):
+        refuse_changed(folder)
     status: Status = "failed" if failed else "finished" if complete(metrics) else "unfinished"
     config = _config(folder) or _config(folder / ".hydra")
     choices = read_choices(folder) or _chosen(folder / ".hydra")

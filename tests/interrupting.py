@@ -1,0 +1,91 @@
+"""Interrupts real runs at chosen moments, as Ctrl-C and SIGTERM do, and reports how they end; for test_interrupted.py.
+
+    python tests/interrupting.py FOLDER
+
+Prints a JSON object: moment -> {status, err, again}, where `again` is the status of the same command resumed.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from forking import fork, import_everything, wait
+from killing import nth
+
+SHORT = ["experiment=smoke", "optim.steps=6", "align.optim.steps=3", "evaluate.every=3", "checkpoint.every=2"]
+
+
+def at_call(owner: Any, name: str, number: signal.Signals, call: int = 1) -> None:
+    """Replace a function by one that sends this process a signal before its n-th call."""
+    original, due = getattr(owner, name), nth(call)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if due():
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, interrupted)
+
+
+def moments() -> dict[str, tuple[signal.Signals, Callable[[], None]]]:
+    """Return the signal of each moment, and what sends it."""
+    from lisa_lightning import base_model, pipeline, preflight
+    from lisa_lightning.evaluate import evaluator, judging
+    from lisa_lightning.method.method import Method
+
+    places: dict[str, tuple[Any, str, int]] = {
+        "making the model": (base_model, "_make_tiny", 1),
+        "the dry run": (preflight, "_try_defenses", 1),
+        "aligning": (Method, "before_step", 2),
+        "fine-tuning": (Method, "before_step", 6),
+        "a point of the curves": (evaluator, "generate", 5),
+        "evaluating": (evaluator, "generate", 1),
+        "judging": (judging, "_verdict_line", 3),
+        "the page": (pipeline, "_page", 1),
+    }
+    return {
+        f"{name} by {number.name}": (number, lambda place=place, number=number: at_call(*place[:2], number, place[2]))
+        for name, place in places.items()
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+
+
+def run(work: Path, arguments: list[str], patch: Callable[[], None] | None) -> tuple[int, str]:
+    """Return the exit status of a run and what it prints, both streams in the order of a terminal."""
+    work.mkdir(exist_ok=True)
+    log = work / f"log{len(list(work.glob('*.err')))}"
+
+    def patched() -> None:
+        os.dup2(1, 2)
+        if patch is not None:
+            patch()
+
+    status = wait(fork(arguments, log, patched))
+    return status, Path(f"{log}.out").read_text()
+
+
+def main(work: Path) -> None:
+    """Interrupt at all moments, and in a sweep."""
+    os.environ |= {"WANDB_MODE": "disabled", "HYDRA_FULL_ERROR": "1"}
+    import_everything()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    report: dict[str, Any] = {}
+    for index, (name, (_, patch)) in enumerate(moments().items()):
+        place = work / str(index)
+        own = [*SHORT, f"cache_dir={place / 'cache'}", f"hydra.run.dir={place / 'out'}"]
+        status, output = run(place, own, patch)
+        again, _ = run(place, [*own, "resume=true"], None)
+        report[name] = {"status": status, "output": output, "again": again}
+    place = work / "sweep"
+    sweep = ["-m", *SHORT, "seed=1,2", f"cache_dir={place / 'cache'}", f"hydra.sweep.dir={place / 'out'}"]
+    status, output = run(place, sweep, moments()["fine-tuning by SIGINT"][1])
+    report["a sweep by SIGINT"] = {"status": status, "output": output, "again": run(place, sweep, None)[0]}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM in any stage: their exit status, one hint on a line of its own, and a run that can go on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+HINT = "the same command continues, that of a single run with its folder and resume=true"
+PLACES = ("making the model", "the dry run", "aligning", "fine-tuning", "a point of the curves", "evaluating")
+MOMENTS = [f"{p} by {s}" for p in (*PLACES, "judging", "the page") for s in ("SIGINT", "SIGTERM")] + [
+    "a sweep by SIGINT"
+]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what tests/interrupting.py reports."""
+    command = [sys.executable, str(Path(__file__).with_name("interrupting.py")), str(tmp_path_factory.mktemp("work"))]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=380, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def screen(output: str) -> list[str]:
+    """Return the lines that a terminal shows: progress bars move its cursor to rewrite theirs."""
+    lines, row, column = [""], 0, 0
+    for piece in re.findall(r"\x1b\[A|.|\n", output, re.DOTALL):
+        if piece == "\x1b[A":
+            row = max(0, row - 1)
+        elif piece == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif piece == "\r":
+            column = 0
+        else:
+            lines[row] = lines[row][:column].ljust(column) + piece + lines[row][column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_an_interrupted_run_says_how_to_go_on(reports: dict[str, Any], moment: str) -> None:
+    report, number = reports[moment], signal.Signals[moment.rpartition(" ")[2]]
+    assert report["status"] == 128 + number, report["output"][-2000:]
+    name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert [line for line in screen(report["output"]) if HINT in line] == [f"Stopped by {name}; {HINT}"]
+    assert report["output"].count(HINT) == 1
+    assert "Traceback" not in report["output"]
+    assert report["again"] == 0
