@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from time import time
 from typing import Any
@@ -61,10 +62,10 @@ def start() -> int:
         if stop.code is not None:
             raise
         _say(f"Stopped by SIGTERM; {CONTINUE}")
-        return 128 + signal.SIGTERM
+        return _without_threads(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         _say(f"Stopped by Ctrl-C; {CONTINUE}")
-        return 128 + signal.SIGINT
+        return _without_threads(128 + signal.SIGINT)
     except BrokenPipeError:
         if not sweep.SHOWING & set(sys.argv):
             raise
@@ -96,6 +97,14 @@ def _command() -> int:
 def _end(*_: Any) -> None:
     """End the run where it is, as Ctrl-C does; what is on disk is enough to go on from."""
     raise SystemExit
+
+
+def _without_threads(status: int) -> int:
+    """Return the exit status; end at once where a request under way would hold the process until it times out."""
+    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 def _say(sentence: str) -> None:

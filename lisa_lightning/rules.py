@@ -39,8 +39,9 @@ def _targets(value: Any) -> bool:
 
 
 def _devices(value: Any) -> bool:
-    several = isinstance(value, ListConfig) and len(value) > 0 and all(_whole(d) and 0 <= d < MAX_ROWS for d in value)
-    return value == "auto" or (_whole(value) and (0 < value < MAX_ROWS or value == -1)) or several
+    if isinstance(value, ListConfig):
+        return len(value) > 0 and all(_whole(device) and 0 <= device < MAX_ROWS for device in value)
+    return value == "auto" or (_whole(value) and (0 < value < MAX_ROWS or value == -1))
 
 
 def _stages(value: Any) -> bool:

@@ -80,6 +80,15 @@ def main(work: Path) -> None:
         status, output = run(place, own, patch)
         again, _ = run(place, [*own, "resume=true"], None)
         report[name] = {"status": status, "output": output, "again": again}
+    place = work / "diverging"
+    lr = [
+        "align.optim.lr=1e30",
+        "data.max_length=210",
+        f"cache_dir={place / 'cache'}",
+        f"hydra.run.dir={place / 'out'}",
+    ]
+    status, output = run(place, [*SHORT, *lr], None)
+    report["a loss that is no number"] = {"status": status, "output": output}
     place = work / "sweep"
     sweep = ["-m", *SHORT, "seed=1,2", f"cache_dir={place / 'cache'}", f"hydra.sweep.dir={place / 'out'}"]
     status, output = run(place, sweep, moments()["fine-tuning by SIGINT"][1])

@@ -55,3 +55,14 @@ def test_an_interrupted_run_says_how_to_go_on(reports: dict[str, Any], moment: s
     assert report["output"].count(HINT) == 1
     assert "Traceback" not in report["output"]
     assert report["again"] == 0
+
+
+def test_sentences_stand_on_lines_of_their_own(reports: dict[str, Any]) -> None:
+    """That of the failure, and a warning in the middle of training."""
+    report = reports["a loss that is no number"]
+    assert report["status"] == 2
+    lines = screen(report["output"])
+    (failure,) = [line for line in lines if "of step" in line and "may help" in line]
+    assert re.match(r"The (loss|gradient norm) of step \d+ is (nan|inf); ", failure)
+    (warning,) = [line for line in lines if "whose answer is cut off wholly" in line]
+    assert warning.startswith("[")

@@ -32,10 +32,10 @@ MISFITS = {
 }
 
 
-def refused(words: list[str], work: Path, **matching: str) -> str:
+def refused(words: list[str], work: Path, match: str = "") -> str:
     cache = work / "cache"
     cfg = composed(["experiment=smoke", f"cache_dir={cache}", *words], work / "out")
-    with pytest.raises(UserError, **matching) as error:
+    with pytest.raises(UserError, match=match) as error:
         run(cfg)
     assert {folder.name for folder in cache.glob("*")} <= {"models"}
     assert not [*(work / "out").iterdir()]
@@ -51,7 +51,7 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_trained(tmp_p
 def learned_positions(tiny: Path, tmp_path: Path) -> Path:
     """A model with 300 learned positions, beyond which it has no embeddings: an index error in the middle of a run."""
     folder = tmp_path / "gpt2"
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 300}
+    sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 300}
     GPT2LMHeadModel(GPT2Config(vocab_size=259, bos_token_id=0, eos_token_id=0, **sizes)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
     return folder

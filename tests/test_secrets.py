@@ -1,6 +1,9 @@
-"""No key and no password reaches a file, a log, a page or a stream."""
+"""Judging by an endpoint as a command: no secret reaches a file or a stream, and Ctrl-C does not wait for replies."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +48,28 @@ def test_no_secret_is_written_anywhere(forked: Forked, url: str, tmp_path: Path)
     written |= {f"stream {i}": (d.stdout + d.stderr).encode() for i, d in enumerate(done)}
     found = [name for name, content in written.items() if b"SECRET" in content]
     assert not found
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_replies_under_way(forked: Forked, url: str, tmp_path: Path) -> None:
+    def slow(_: str) -> tuple[int, str]:
+        time.sleep(15)
+        return 200, "Score: 2"
+
+    Server.reply = staticmethod(slow)
+    lines = [json.dumps({"prompt": "request", "response": f"answer {i}"}) for i in range(9)]
+    (tmp_path / "answers.jsonl").write_text("\n".join(lines) + "\n")
+    judge = ["judge=openai", *(f"judge.openai.usd_per_million_{side}=1" for side in ("input", "output"))]
+    asked = ["stages=[judge]", *judge, "judge.openai.model=m", "responses=answers.jsonl", "hydra.run.dir=out"]
+    env = SECRETS | {"OPENAI_BASE_URL": url, "NO_PROXY": "127.0.0.1", "LISA_CACHE": str(tmp_path / "cache")}
+    process = forked.start(asked, tmp_path, env)
+    until = time.monotonic() + 60
+    while len(Server.asked) < 4 and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    began = time.monotonic()
+    os.kill(process, signal.SIGINT)
+    done = forked.wait(process)
+    assert time.monotonic() - began < 8
+    assert (done.returncode, "Stopped by Ctrl-C" in done.stderr) == (128 + signal.SIGINT, True)
+    assert "Traceback" not in done.stderr

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -90,7 +91,7 @@ class Endpoint:
         waiting: list[Future[T]] = []
         failure: Exception | None = None
         done = 0
-        with client as self._client, ThreadPoolExecutor(self.concurrency) as pool:
+        with client as self._client, _threads(self.concurrency) as pool:
             while True:
                 while len(waiting) < self.concurrency and failure is None and not any(map(_failed, waiting)):
                     if (following := next(coming, None)) is None:
@@ -289,3 +290,17 @@ def _silence_loggers() -> None:
         if name.partition(".")[0] in LOGGERS:
             logger = logging.getLogger(name)
             logger.setLevel(max(logger.level, logging.WARNING))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield threads for requests; an interrupt does not wait for those under way, which may take minutes."""
+    pool = ThreadPoolExecutor(count)
+    wait = True
+    try:
+        yield pool
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        wait = False
+        raise
+    finally:
+        pool.shutdown(wait=wait, cancel_futures=not wait)
