@@ -32,7 +32,7 @@ MISFITS = {
 }
 
 
-def refused(words: list[str], work: Path, match: str = "") -> str:
+def refused(words: list[str], work: Path, match: str | None = None) -> str:
     cache = work / "cache"
     cfg = composed(["experiment=smoke", f"cache_dir={cache}", *words], work / "out")
     with pytest.raises(UserError, match=match) as error:
