@@ -155,4 +155,61 @@ FAULTS = [
         ('_unmatched(rubric[match.end() :], "/")', "set()"),
         ('f"<{t[1]}{t[2]}-{suffix}{t[3]}>"', 'f"<{t[1]}{t[2]}-1{t[3]}>"'),
     ),
+    *faults(
+        "integrity.py",
+        "test_integrity.py::test_a_damaged_folder_is_made_again test_integrity.py::test_a_file_that_was_added",
+        ("if current[name] != recorded[name]:", "if len(current[name]) != len(recorded[name]):"),
+        ("if name not in recorded:", "if False:"),
+        ('if not any(part.startswith(".") for part in path.parts)', "if path.parts"),
+    ),
+    *faults(
+        "cache.py",
+        "test_integrity.py::test_the_cache_respects_the_umask",
+        ("file.chmod(aside.stat().st_mode & 0o666)", "file.chmod(0o644)"),
+    ),
+    *faults(
+        "run_folder.py",
+        "test_foreign_folder.py::test_a_broken_file_is_named_with_the_fix",
+        ("if self.check_event(yaml.AliasEvent):", "if False:"),
+        (
+            "return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)",
+            "return True",
+        ),
+    ),
+    *faults(
+        "training.py",
+        "test_checkpoint_damage.py",
+        ("damaged = archive.testzip()", "damaged = None"),
+        ("if not names <= checkpoint", "if False and not names <= checkpoint"),
+    ),
+    *faults(
+        "module.py",
+        "test_checkpoint_damage.py::test_a_file_of_another_version_is_named",
+        ('_refuse_other_shapes("weights", saved, weights)', "pass"),
+        ('_refuse_other_shapes(f"moments {index}", moments, dict.fromkeys(moments, self.weights[index]))', "pass"),
+    ),
+    *faults(
+        "command.py",
+        "test_command.py",
+        ("override.value() != value", "False"),
+        ("override.is_sweep_override() and _exists(value)", "_exists(value)"),
+    ),
+    *faults(
+        "config.py",
+        "test_unknown_keys.py",
+        ("for key in _leaves(config):", "for key in ():"),
+        ('if _value(cfg, key) == "absent":', "if False:"),
+    ),
+    *faults(
+        "preflight.py",
+        "test_preflight.py",
+        ("if tokens > known:", "if False:"),
+        ("if length + new_tokens - 1 > positions:", "if length > positions + 10**9:"),
+        ("if lora.r > rank:", "if False:"),
+    ),
+    *faults(
+        "report/sweep_files.py",
+        "test_environment.py::test_a_formula_is_text_in_a_spreadsheet",
+        ('return f"\'{cell}"', "return cell"),
+    ),
 ]
