@@ -29,7 +29,7 @@ from lisa_lightning.ranks import RankLostError
 from lisa_lightning.usage import usage
 
 OmegaConf.register_new_resolver("usage", usage, replace=True)  # conf/config.yaml gives it to --help
-CONTINUE = "the same command continues, that of a single run with its folder and resume=true"
+CONTINUE = "repeat the command to continue; for a single run add its hydra.run.dir and resume=true"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -85,11 +85,15 @@ def _command() -> int:
         return 0
     sweep.drop_run_variables()
     since = time() - 1  # a file system's clock is coarser
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
     try:
         main()
-    except ValueError:  # Optuna's, of a study in which no job has a value
-        if not sweep.failed(folder, since):
+    except Exception as error:
+        # Optuna raises ValueError after a study in which no job has a value.
+        if not (isinstance(error, ValueError) and sweep.failed(folder, since)):
+            if is_new:
+                drop_unused(folder)
             raise
     return sweep.finish(folder, since)
 
@@ -109,8 +113,13 @@ def _without_threads(status: int) -> int:
 
 def _say(sentence: str) -> None:
     """Print a sentence once for all ranks, on a line of its own."""
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if _is_first():
         print(sentence, file=sys.stderr, flush=True)
+
+
+def _is_first() -> bool:
+    """Return whether this is the first rank, which prints what concerns all."""
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
 
 
 def refused(error: Exception) -> int:
@@ -118,9 +127,7 @@ def refused(error: Exception) -> int:
     sentence = explain(error)
     if sentence is None:
         raise error
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    # The first rank prints it for all.
-    if error.is_reported_by(rank) if isinstance(error, RankLostError) else rank == 0:
+    if error.is_reported if isinstance(error, RankLostError) else _is_first():
         print(sentence, file=sys.stderr, flush=True)
     return 2
 

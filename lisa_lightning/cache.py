@@ -46,7 +46,17 @@ def code_digest() -> str:
     """Of every module that can change a result, so that a cache never outlives the code that filled it."""
     package = Path(__file__).parent
     # What is shown, said, swept, estimated, or judged, which has versions of its own.
-    without = {"report", "judge", "explain.py", "footprint.py", "sweep.py", "usage.py"}
+    without = {
+        "report",
+        "judge",
+        "explain.py",
+        "footprint.py",
+        "sweep.py",
+        "usage.py",
+        "command.py",
+        "logs.py",
+        "suggest.py",
+    }
     files = [f for f in sorted(package.rglob("*.py")) if not without & set(f.relative_to(package).parts)]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
 
@@ -91,18 +101,35 @@ def build(ranks: Ranks, parent: Path, key: Any, make: Callable[[Path], None]) ->
 
 
 def _removed_as_damaged(final: Path) -> bool:
-    """Remove a folder whose files are not those that were recorded; return whether it was removed."""
+    """Remove a folder whose files are not those that were recorded; return whether it was removed.
+
+    Raises:
+        UserError: if its files can't be read, which need not mean that they are damaged.
+    """
     try:
-        recorded = json.loads((final / RECORD).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        recorded = None
-    damage = find_damage(final, recorded, _results(final)) if final.is_dir() else "it is no folder"
+        damage = find_damage(final, _recorded(final), _results(final)) if final.is_dir() else "it is no folder"
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or final} can't be read ({error.strerror}). Fix: make it readable, or delete {final}"
+        ) from error
     if damage is None:
         return False
     log.warning("%s is damaged (%s): it is removed and computed again.", final, damage)
     with explained(final):
         shutil.rmtree(final) if final.is_dir() and not final.is_symlink() else final.unlink()
     return True
+
+
+def _recorded(folder: Path) -> Any:
+    """Return the recorded hashes of a folder, None where the record itself is damaged."""
+    record = folder / RECORD
+    if not record.is_file():
+        return None
+    content = record.read_bytes()
+    try:
+        return json.loads(content)["files"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _results(folder: Path) -> list[str]:
@@ -137,7 +164,7 @@ def locked(final: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("Waiting for another run, which computes %s.", final)
+                log.info("Waiting for another run, which holds %s.", final)
                 fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             raise UserError(

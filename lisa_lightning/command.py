@@ -15,13 +15,17 @@ from lisa_lightning.rules import ENDPOINT, PRIVATE, not_allowed
 CONF: Final = Path(__file__).parents[1] / "conf"
 WITH_VALUE: Final = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 """Hydra's flags that another argument belongs to."""
-PATHS: Final = re.compile(r"\+{0,2}(hydra\.(run|sweep)\.(sub)?dir|cache_dir|responses|[\w.]+\.(path|id))")
-"""Keys whose values are paths, in which `=` and `,` mean nothing but themselves."""
+PATHS: Final = re.compile(r"\+{0,2}(hydra\.(run|sweep)\.(sub)?dir|cache_dir|responses)")
+"""Keys whose values are one path each, which need not exist: `=` and `,` in it mean nothing but themselves."""
+SETS_OF_PATHS: Final = re.compile(r"\+{0,2}[\w.]+\.(path|id)")
+"""Keys whose values may be paths, of which a sweep takes several."""
+MAX_GROUP: Final = 100
+"""Characters of a group's name; a file system refuses to look up much longer ones."""
 INSTEAD_OF_NULL: Final = {
     "method": "method=sft fine-tunes without a defense",
     "experiment": "leave it out, or name one",
     "sweep": "leave it out",
-    "judge": "stages=[align,finetune,evaluate] judges nothing",
+    "judge": "set stages=[align,finetune,evaluate] to judge nothing",
 }
 """Config group -> what people mean by GROUP=null, where it has no option `none`."""
 
@@ -58,7 +62,8 @@ def _prepared(parser: OverridesParser, argument: str) -> str:
             _refuse_no_name(override)
             return argument
     except (HydraException, RecursionError) as error:
-        if not (equals and (_takes_path(key, value) or _exists(value))):
+        of_path = PATHS.fullmatch(key) or SETS_OF_PATHS.fullmatch(key)
+        if not (equals and (_exists(value) or (of_path and "/" in value and not value.startswith(("'", '"'))))):
             raise _unparsable(argument, error) from error
     # Hydra reads backslashes as escapes where they stand before a quotation mark.
     escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
@@ -72,7 +77,11 @@ def _changes_path(key: str, value: str, override: Override) -> bool:
 
 def _takes_path(key: str, value: str) -> bool:
     """Return whether the value must be a path: that of a key that takes nothing else, and not quoted already."""
-    return PATHS.fullmatch(key) is not None and not value.startswith(("'", '"')) and ("/" in value or _exists(value))
+    if value.startswith(("'", '"')):
+        return False
+    if PATHS.fullmatch(key):
+        return "/" in value or _exists(value)
+    return SETS_OF_PATHS.fullmatch(key) is not None and _exists(value)
 
 
 def _exists(value: str) -> bool:
@@ -100,7 +109,7 @@ def _unparsable(argument: str, error: Exception) -> UserError:
 def _refuse_no_name(override: Override) -> None:
     """Raise UserError where a config group is set to something that can't be the name of an option."""
     group = str(override.key_or_group)
-    if not (group.startswith("hydra/") or (CONF / group).is_dir()) or override.is_delete():
+    if override.is_delete() or not (group.startswith("hydra/") or _is_group(group)):
         return
     value: Any = override.value()
     # A glob over names has no list.
@@ -110,6 +119,10 @@ def _refuse_no_name(override: Override) -> None:
     has_none = (CONF / group / "none.yaml").exists()
     fix = f"{group}=none" if has_none else INSTEAD_OF_NULL.get(group, f"name a file of conf/{group}, or leave it out")
     raise UserError(f"{override.input_line}: {group} takes the name of an option. Fix: {fix}")
+
+
+def _is_group(name: str) -> bool:
+    return re.fullmatch(r"\w+(/\w+)*", name) is not None and len(name) < MAX_GROUP and (CONF / name).is_dir()
 
 
 def _is_name(value: Any) -> bool:

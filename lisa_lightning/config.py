@@ -1,7 +1,7 @@
 """What is wrong with a config, said before anything heavy is imported."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any, Final
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,15 +17,15 @@ CHOSEN: Final = ("method", "align.method", "curate", "repair", "judge")
 OPTIONAL: Final = re.compile(rf"({'|'.join(map(re.escape, CHOSEN))}|source|model\.tiny)\..*")
 """Rules about keys that a config need not have."""
 FREE: Final = re.compile(
-    r"(source\.\w+|judge\.linear\.rows)\.(columns|labels|where)\..*|source\.refusals|align\.method|"
+    rf"(source\.({'|'.join(SETS)})|judge\.linear\.rows)\.(columns|labels|where)\..*|align\.method|"
     r"task\._target_|task\.embedded\.(train|test)|"
     r"task\.hub\.(id|config|revision|columns(\..*)?|(train|test)\.(id|split|files|rows))"
 )
 """Keys without a rule: a person's own columns, the sets of a task, a method where nothing aligns."""
 REFERENCE: Final = re.compile(r"repair\.reference\.(?!(sft|dpo)\.method\.)")
 """NLSR's settings that are arguments of no class."""
-WHAT_NONE_MEANS: Final = {"align": "align=none", "curate": "curate=none", "repair": "repair=none"}
-"""Section of a config group that may choose nothing -> how to say so."""
+WITH_NONE: Final = ("align", "curate", "repair")
+"""Config groups whose option `none` chooses nothing."""
 
 
 def check(cfg: DictConfig) -> None:
@@ -38,6 +38,8 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"{key} has no value; give one as {key}=...")
     _check_sections(cfg)
     _check_trainer(cfg.trainer)
+    if not isinstance(_value(cfg, "judge"), DictConfig | str):
+        raise UserError(f"judge={quoted(cfg.judge)}: it must be a mapping of judges. Fix: judge=embedded")
     _refuse_unknown_keys(cfg)
     for key, (right, allowed) in RULES.items():
         value = _value(cfg, key)
@@ -54,11 +56,11 @@ def _value(cfg: DictConfig, key: str) -> Any:
 def _check_sections(cfg: DictConfig) -> None:
     """Raise UserError where a section or a key that every run needs was deleted, or a section is no mapping."""
     needed = [key for key in RULES if not OPTIONAL.fullmatch(key)]
-    sections = {key.rpartition(".")[0] for key in needed} | {"source", *WHAT_NONE_MEANS}
+    sections = {key.rpartition(".")[0] for key in needed} | {"source", *WITH_NONE}
     for section in [*sorted(sections - {""}), *(f"source.{name}" for name in SETS)]:
         value = _value(cfg, section)
         if not isinstance(value, DictConfig):
-            fix = WHAT_NONE_MEANS.get(section, f"set its keys one by one, as {section}.KEY=VALUE")
+            fix = f"{section}=none" if section in WITH_NONE else f"set its keys one by one, as {section}.KEY=VALUE"
             was = f"{section} was deleted" if value == "absent" else f"{section}={quoted(value)} is not allowed"
             raise UserError(f"{was}; it must be a mapping. Fix: {fix}")
     for name in SETS:
@@ -73,25 +75,39 @@ def _refuse_unknown_keys(cfg: DictConfig) -> None:
     """Raise UserError for a key that nothing reads, as one that `+` added, with the closest that is read."""
     config = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(config, dict)
-    named = [f"{section}." for section in CHOSEN if _names_class(_value(cfg, section))]
-    named += [f"judge.{name}." for name, judge in config.get("judge", {}).items() if _names_class(judge)]
-    read = {reference for value in _texts(config) for reference in re.findall(r"\$\{([\w.]+)", value)}
+    references = {name for text in _texts(config) for name in re.findall(r"\$\{(?:oc\.select:)?([\w.]+)", text)}
     for key in _leaves(config):
-        if any(f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in read):
-            # Another key takes its value from it.
+        if _is_read(cfg, key) or _is_referenced(key, references):
             continue
-        owner = next((section for section in CHOSEN if key.startswith(f"{section}.")), None)
-        if REFERENCE.match(key):
-            owner = None
-        elif key.startswith(tuple(named)):
-            continue
-        if key in CHOSEN or FREE.fullmatch(key) or (key in RULES and owner is None):
-            continue
-        if owner in ("align.method", "curate", "repair"):
-            group = owner.partition(".")[0]
-            raise UserError(f"{key}: {group}=none has no keys. Fix: choose another {group}, or leave the key out")
-        known = {*RULES, *_leaves({name: section for name, section in config.items() if name != "source"})} - {key}
+        group = next((section for section in CHOSEN if key.startswith(f"{section}.")), "").partition(".")[0]
+        if group in WITH_NONE and (not REFERENCE.match(key) or key in RULES):
+            choice = "what is chosen doesn't read it" if _names_class(cfg[group]) else f"{group}=none has no keys"
+            raise UserError(f"{key}: {choice}. Fix: choose another {group}, or leave the key out")
+        known = {*RULES, *_leaves(config)} - {key}
+        known = {name for name in known if not key.startswith(f"{name}.")}
         raise UserError(f"{key} is not a key of the config; {nearest(key, known)}")
+
+
+def _is_referenced(key: str, references: Set[str]) -> bool:
+    """Return whether another key takes its value from this one, as those of a sweep do."""
+    return any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in references)
+
+
+def _is_read(cfg: DictConfig, key: str) -> bool:
+    """Return whether a run reads a key: the arguments of a class are left to `instances`."""
+    if key in CHOSEN or FREE.fullmatch(key):
+        return True
+    if REFERENCE.match(key):
+        return key in RULES and _names_class(_value(cfg, "repair.reference.sft.method"))
+    section = next((name for name in CHOSEN if key.startswith(f"{name}.")), None)
+    if section == "judge":
+        section = ".".join(key.split(".")[:2])
+    if section is not None:
+        return _names_class(_value(cfg, section))
+    first, _, name = key.rpartition(".")
+    if first.startswith("source.") and name not in LOCAL_SET:
+        return key in RULES and cfg.source[first.removeprefix("source.")].get("hub") is not None
+    return key in RULES
 
 
 def _names_class(section: Any) -> bool:
@@ -147,6 +163,8 @@ def _check_together(cfg: DictConfig) -> None:
         steps = [OmegaConf.select(cfg, f"{where}.{key}") for key in ("alignment_steps", "user_steps")]
         if steps == [0, 0]:
             raise UserError(f"{where}.alignment_steps=0 and {where}.user_steps=0: one of them must be above 0")
+    if cfg.model.tiny is not None and {"hidden_size", "layers", "heads"} - {*cfg.model.tiny}:
+        raise UserError(f"model.tiny={quoted(cfg.model.tiny)} lacks a size. Fix: model=tiny, which has all of them")
     if cfg.model.tiny is not None and cfg.model.tiny.hidden_size % (2 * cfg.model.tiny.heads):
         sizes = ", ".join(f"model.tiny.{key}={cfg.model.tiny[key]}" for key in ("hidden_size", "heads"))
         raise UserError(f"{sizes}: the first must be a multiple of twice the second")

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -96,7 +97,7 @@ def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[CurveRow]) ->
 
 
 def _canonical(row: Mapping[str, Any]) -> bytes:
-    """Return the measured cells of a row as bytes, whatever columns stand empty next to them."""
+    """Return the measured cells of a row as bytes, without empty ones."""
     cells = sorted((name, str(value)) for name, value in row.items() if name != "stage" and value != "")
     return json.dumps(cells).encode() + b"\n"
 
@@ -137,4 +138,4 @@ def _is_row(row: Mapping[str, str]) -> bool:
         numbers = [float(value) for name, value in row.items() if name not in ("stage", "step") and value != ""]
     except ValueError:
         return False
-    return row["stage"].isidentifier() and row["step"].isdecimal() and bool(numbers)
+    return row["stage"].isidentifier() and re.fullmatch(r"[0-9]{1,12}", row["step"]) is not None and bool(numbers)

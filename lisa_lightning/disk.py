@@ -13,8 +13,8 @@ from typing import Any
 
 from lisa_lightning.errors import UserError, first_line, printable
 
-HYDRAS = {".hydra", "run.log"}
-"""What Hydra writes into the folder of every run."""
+HYDRAS = re.compile(r"\.hydra|run\.log|train_ddp_process_\d+\.log|multirun\.yaml")
+"""What Hydra writes into the folder of every run and sweep."""
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
@@ -107,7 +107,7 @@ def drop_unused(folder: Path) -> None:
     Parents below the working directory that are empty then, as `outputs/smoke`, are deleted too.
     """
     with suppress(UserError, OSError), owned(folder):
-        if {file.name for file in folder.iterdir()} <= HYDRAS:
+        if all(HYDRAS.fullmatch(file.name) for file in folder.iterdir()):
             shutil.rmtree(folder, ignore_errors=True)
             for parent in folder.absolute().parents:
                 if Path.cwd() not in parent.parents:

@@ -23,8 +23,9 @@ def explain(error: Exception) -> str | None:
 def _sentence(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return str(error)
+    full = disk_trouble(error) is not None
     if (reason := _system_trouble(error)) is not None:
-        return f"{getattr(error, 'filename', None) or 'A file'} can't be written: {reason}"
+        return f"{getattr(error, 'filename', None) or 'A file'} can't be {'written' if full else 'used'}: {reason}"
     from hydra.errors import HydraException, MissingConfigException
 
     if isinstance(error, MissingConfigException):

@@ -30,13 +30,13 @@ def find_damage(folder: Path, recorded: Any, names: Iterable[str]) -> str | None
     Args:
         recorded: what `fingerprint` returned; anything else, as a damaged record, counts as damage.
         names: the files that may be in `folder`.
+
+    Raises:
+        OSError: if a file can't be read. It may be intact.
     """
     if not isinstance(recorded, dict) or not recorded:
         return "its list of files is missing"
-    try:
-        current = fingerprint(folder, names)
-    except OSError as error:
-        return f"{error.filename} can't be read ({error.strerror})"
+    current = fingerprint(folder, names)
     for name in sorted({*recorded, *current}):
         if name not in current:
             return f"{name} is missing"

@@ -21,16 +21,13 @@ def prepare_logs() -> None:
         root.setLevel(logging.WARNING)
         logging.getLogger(PACKAGE).setLevel(logging.INFO)
     for handler in root.handlers:
-        before = handler.formatter
-        handler.setFormatter(_Printable(before._fmt, before.datefmt) if before else _Printable())
+        handler.addFilter(_make_printable)
         stream = getattr(handler, "stream", None)
         if isinstance(handler, logging.FileHandler) and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
-class _Printable(logging.Formatter):
-    """A message on one line, without control characters; a traceback below it keeps its lines."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # logging's name
-        record.message = printable(record.message)
-        return super().formatMessage(record)
+def _make_printable(record: logging.LogRecord) -> bool:
+    """Remove control characters from a message; a traceback below it keeps its lines."""
+    record.msg, record.args = printable(record.getMessage()), None
+    return True

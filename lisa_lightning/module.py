@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class NotFiniteError(UserError):
-    """A loss or a gradient that is infinite or no number."""
+    """Error for a loss or a gradient that is infinite or no number."""
 
 
 class LisaModule(L.LightningModule):
@@ -142,9 +142,8 @@ class LisaModule(L.LightningModule):
 
     def _refuse_other_state(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError unless moments and the method's state have the shapes of this run's."""
-        for name, tensors in checkpoint["kept"].items():
-            # State that a method computes in its first step has a tensor for every weight.
-            _refuse_other_shapes(f"state {name}", tensors, self.method.kept.get(name, self.weights))
+        for name, tensors in self.method.kept.items():
+            _refuse_other_shapes(f"state {name}", checkpoint["kept"].get(name, ()), tensors)
         if absent := self.method.kept.keys() - checkpoint["kept"].keys():
             raise ValueError(f"it lacks the state {min(absent)}")
         for index, state in checkpoint["optimizer_states"][0]["state"].items():

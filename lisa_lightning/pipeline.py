@@ -5,8 +5,9 @@ import logging
 import shutil
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from pkgutil import iter_modules
 from time import perf_counter
@@ -121,7 +122,8 @@ def _run(cfg: DictConfig, out: Path, first: bool, job: str | None) -> Metrics:
     keep_freed_memory()
     if first:  # before a model is fetched
         _refuse_used(out, config, cfg.resume)
-    with launched(fabric, cfg.trainer.timeout_min) as ranks:  # every rank runs all stages, so that evaluation is shared
+    # Closing the W&B run may take a while: it waits until the ranks no longer watch one another.
+    with ExitStack() as closing, launched(fabric, cfg.trainer.timeout_min) as ranks:
         out = Path(fabric.broadcast(str(out)))
         base, base_key = base_model(ranks, cfg.model, cache_folder(cfg.cache_dir))
         preflight(base, cfg, Fit(defenses.align, defenses.method, defenses.repair), rows, user)
@@ -129,21 +131,21 @@ def _run(cfg: DictConfig, out: Path, first: bool, job: str | None) -> Metrics:
         if fabric.is_global_zero:
             _claim(out, cfg, choices)
             tracker = Tracker(out, wandb_init(config, choices, job), cfg.resume)
-        failed = True
-        try:
-            setting = Setting(cfg, out, fabric, ranks, tracker, task, rows, user, base, base_key)
-            metrics, answers = _stages(setting, defenses)
-            if tracker is not None:  # judging is done by the first rank; the others have nothing left to do
-                if judges:
-                    write_text(out / METRICS, json.dumps(metrics, indent=2))  # a judge may fail
-                    metrics |= judge(judges, answers, out, cache_folder(cfg.cache_dir))
-                metrics["time/total_s"] = perf_counter() - started
-                _leave(config, out, tracker, metrics, choices, task)
-            failed = False
-        finally:
-            if tracker is not None:
-                tracker.finish(failed)
+            closing.push(partial(_close, tracker))
+        setting = Setting(cfg, out, fabric, ranks, tracker, task, rows, user, base, base_key)
+        metrics, answers = _stages(setting, defenses)
+        if tracker is not None:  # judging is done by the first rank; the others have nothing left to do
+            if judges:
+                write_text(out / METRICS, json.dumps(metrics, indent=2))  # a judge may fail
+                metrics |= judge(judges, answers, out, cache_folder(cfg.cache_dir))
+            metrics["time/total_s"] = perf_counter() - started
+            _leave(config, out, tracker, metrics, choices, task)
     return metrics
+
+
+def _close(tracker: Tracker, kind: type[BaseException] | None, *_: Any) -> None:
+    """Close the W&B run, as failed where an exception of this kind ends it."""
+    tracker.finish(failed=kind is not None)
 
 
 @dataclass(frozen=True)
@@ -223,8 +225,8 @@ def _inputs(setting: Setting, defenses: Defenses) -> str:
 def _judge_stored(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
     """Judge a file of answers, or again those of the run that the output folder holds; nothing is generated.
 
-    The folder may be somebody else's: its files are data, and of the classes that its config names only this project's
-    tasks, or the command's own, are used.
+    The folder may come from another person, so its files are data. Of the classes that its config names only this
+    project's tasks, or the command's own, are used.
     """
     if cfg.responses is not None and (out / CONFIG).exists():
         raise UserError(

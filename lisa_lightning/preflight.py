@@ -58,7 +58,7 @@ def preflight(base: Path, cfg: DictConfig, defenses: Fit, rows: Rows, user: Sequ
                 f"Fix: data.max_length={positions} or less"
             )
         _refuse_unlearnable(tokenizer, cfg, _trained(defenses, rows, user))
-    if "evaluate" in cfg.stages:
+    if "evaluate" in cfg.stages or (defenses.method is not None and cfg.evaluate.every):
         _refuse_long_prompts(tokenizer, cfg, positions or MAX_PROMPT, rows)
     _try_defenses(base, cfg, defenses)
 

@@ -92,10 +92,9 @@ def launched(fabric: Fabric, timeout_min: float) -> Iterator[Ranks]:
         yield OneRank()
         return
     watch = Watch(fabric, timedelta(minutes=timeout_min))
-    # Lightning's own observer kills this process a few seconds after a child's death, before it can say why.
-    subprocess_script._launch_process_observer = watch.adopt
     try:
-        fabric.launch()
+        with _observed_by(watch):
+            fabric.launch()
         watch.connect()
         yield watch
     except BaseException as error:
@@ -106,6 +105,20 @@ def launched(fabric: Fabric, timeout_min: float) -> Iterator[Ranks]:
             raise lost from error
         raise
     watch.leave()
+
+
+@contextmanager
+def _observed_by(watch: "Watch") -> Iterator[None]:
+    """Hand the processes that Lightning starts to `watch`.
+
+    Lightning's own observer kills this process a few seconds after a child's death, before it can say why.
+    """
+    observer = subprocess_script._launch_process_observer
+    subprocess_script._launch_process_observer = watch.adopt
+    try:
+        yield
+    finally:
+        subprocess_script._launch_process_observer = observer
 
 
 class Watch:
@@ -131,6 +144,8 @@ class Watch:
         self._lost: RankLostError | None = None
         self._stopped = threading.Event()
         self._last_contact = 0.0
+        self._beats: dict[int, tuple[int, float]] = {}
+        """Rank -> its last count, and when it changed."""
 
     def adopt(self, children: list["Popen[bytes]"]) -> None:
         """Watch the processes that this rank has started, from before they connect."""
@@ -144,9 +159,9 @@ class Watch:
         if self.rank == 0:
             self._server = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         port = int(self.fabric.broadcast(self._server.port if self._server else 0))
-        self._store, own = (self._connected(host, port) for _ in range(2))
+        self._store, heartbeat_store = (self._connected(host, port) for _ in range(2))
         self._last_contact = monotonic()
-        threading.Thread(target=self._watch_beats, args=(own,), daemon=True).start()
+        threading.Thread(target=self._watch_beats, args=(heartbeat_store,), daemon=True).start()
         threading.Thread(target=self._watch_store, daemon=True).start()
 
     @property
@@ -180,6 +195,9 @@ class Watch:
         until = monotonic() + GRACE_S
         while self._lost is None and monotonic() < until:
             sleep(0.1)
+        silent = [rank for rank, (_, since) in self._beats.items() if monotonic() - since > 0.8 * GRACE_S]
+        if self._lost is None and silent:
+            self._lost = self._lost_rank(silent[0], "has ended or hangs")
         if self._lost is None and re.search(r"timed? ?out|connection (closed|reset)", str(error), re.IGNORECASE):
             return UserError(
                 f"The ranks have lost contact for trainer.timeout_min={self._minutes} minutes, or for good "
@@ -215,27 +233,37 @@ class Watch:
 
     @property
     def _opened(self) -> TCPStore:
-        """The store. Raises RuntimeError before it is there."""
+        """The store. Raises RuntimeError before `connect`."""
         if self._store is None:
             raise RuntimeError("the ranks have not met")
         return self._store
 
     def _meet(self) -> None:
-        """Wait until all ranks are here, unless one of them is lost."""
-        name = f"meeting {self._meetings}"
+        """Wait until all ranks have arrived, unless one of them is lost.
+
+        The first rank may work alone for hours, as in a repair. Another one that lives and doesn't arrive hangs.
+        """
+        keys = [f"meeting {self._meetings} {rank}" for rank in range(self.world)]
         self._meetings += 1
         since = reported = monotonic()
         pause = 0.002
         store = self._opened
-        store.add(name, 1)
-        while store.add(name, 0) < self.world:
+        store.set(keys[self.rank], "")
+        while not store.check(keys):
             if self._lost is not None:
                 raise self._lost
             sleep(pause)
             pause = min(1.0, 1.5 * pause)
+            minutes = (monotonic() - since) / 60
             if monotonic() - reported > REPORT_S and self.rank == 1:
                 reported = monotonic()
-                log.info("Rank 0 works alone for %.0f minutes now; the others wait.", (reported - since) / 60)
+                log.info("Rank 0 works alone for %.0f minutes now; the others wait.", minutes)
+            if 60 * minutes > self.patience.total_seconds():
+                missing = [rank for rank in range(1, self.world) if not store.check([keys[rank]])]
+                if missing:
+                    raise self._lost_rank(
+                        missing[0], f"has not arrived for trainer.timeout_min={self._minutes} minutes"
+                    )
 
     def _watch_children(self) -> None:
         while not self._stopped.wait(BEAT_S):
@@ -245,12 +273,12 @@ class Watch:
                     return
 
     def _watch_beats(self, store: TCPStore) -> None:
-        beats: dict[int, tuple[int, float]] = {}
+        beats = self._beats
         while not self._stopped.wait(BEAT_S):
             try:
                 store.add(f"beat {self.rank}", 1)
                 counts = {rank: store.add(f"beat {rank}", 0) for rank in range(self.world)}
-                left = store.add("left", 0)
+                departed = store.add("left", 0)
             except RuntimeError:
                 self._lose(0, "has ended or hangs")
                 return
@@ -258,7 +286,7 @@ class Watch:
             for rank, count in counts.items():
                 if rank not in beats or beats[rank][0] != count:
                     beats[rank] = count, now
-                elif now - beats[rank][1] > self.patience.total_seconds() and not left:
+                elif now - beats[rank][1] > self.patience.total_seconds() and not departed:
                     self._lose(rank, f"gives no sign of life for trainer.timeout_min={self._minutes} minutes")
                     return
 
@@ -272,8 +300,8 @@ class Watch:
     def _reason(self, rank: int) -> str:
         """Return the sentence that a rank ended with, "" where it left none."""
         try:
-            noted = self._opened.check([f"error {rank}"])
-            return f": {self._opened.get(f'error {rank}').decode()}" if noted else ""
+            has_reason = self._opened.check([f"error {rank}"])
+            return f": {self._opened.get(f'error {rank}').decode()}" if has_reason else ""
         except RuntimeError:
             return ""
 
@@ -281,16 +309,18 @@ class Watch:
     def _minutes(self) -> str:
         return f"{self.patience.total_seconds() / 60:g}"
 
-    def _lose(self, rank: int, what: str) -> None:
-        """Note which rank is lost. End this process if it doesn't notice, as in a collective that waits for ever."""
-        self._lost = RankLostError(
-            rank,
-            f"Rank {rank} of {self.world} {what}, so the run ends. {CONTINUE}",
+    def _lost_rank(self, rank: int, description: str) -> RankLostError:
+        return RankLostError(
+            rank, f"Rank {rank} of {self.world} {description}, so the run ends. {CONTINUE}", by=self.rank
         )
+
+    def _lose(self, rank: int, description: str) -> None:
+        """Note which rank is lost. End this process if it doesn't notice, as in a collective that waits for ever."""
+        lost = self._lost = self._lost_rank(rank, description)
         if self._stopped.wait(GRACE_S):
             return
-        if self._lost.is_reported_by(self.rank):
-            print(f"\n{self._lost}", file=sys.stderr, flush=True)
+        if lost.is_reported:
+            print(f"\n{lost}", file=sys.stderr, flush=True)
         self.end_children()
         os._exit(2)
 
@@ -299,4 +329,4 @@ def _ended(status: int) -> str:
     if status >= 0:
         return f"ended with status {status}"
     signal = Signals(-status).name
-    return f"was ended by {signal}" + (", as by a system that is out of memory" if signal == "SIGKILL" else "")
+    return f"was ended by {signal}" + (" (often: out of memory)" if signal == "SIGKILL" else "")

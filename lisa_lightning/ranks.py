@@ -9,20 +9,19 @@ T = TypeVar("T")
 
 
 class RankLostError(UserError):
-    """A process of the run that has ended or hangs.
+    """Error for a process of the run that has ended or hangs.
 
     Args:
         rank: its number.
         sentence: what a person reads.
+        by: the rank that raises it.
     """
 
-    def __init__(self, rank: int, sentence: str) -> None:
+    def __init__(self, rank: int, sentence: str, by: int) -> None:
         super().__init__(sentence)
         self.rank = rank
-
-    def is_reported_by(self, rank: int) -> bool:
-        """Return whether `rank` prints the sentence: the first one does, unless it is the one that is lost."""
-        return rank == (1 if self.rank == 0 else 0)
+        self.is_reported = by == (1 if rank == 0 else 0)
+        """Whether this rank prints the sentence: the first one does, unless it is the one that is lost."""
 
 
 class Ranks(Protocol):

@@ -30,7 +30,7 @@ REPEAT: Final = "delete it and repeat the run's command with resume=true"
 
 
 class _DataLoader(yaml.SafeLoader):
-    """YAML of plain values: without tags, and without aliases, a few of which may stand for gigabytes."""
+    """YAML of plain values: without tags, and without aliases, a few of which may expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -73,7 +73,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
 
 
 def _is_metric(name: str, value: Any) -> bool:
-    """Whether a value is of the type that its name promises: rates, times and counts have a `/` in their names."""
+    """Return whether a value has the type that its name promises: names of rates, times and counts hold a `/`."""
     if "/" in name:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if name == "judges":

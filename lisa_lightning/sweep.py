@@ -82,7 +82,9 @@ def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
 def _refuse_outside(subdir: str) -> None:
     """Raise UserError where a job's folder would not be in its sweep's."""
     if ".." in Path(subdir).parts or Path(subdir).is_absolute():
-        raise UserError(f"{JOB_FOLDER}={subdir} lies outside the sweep's folder. Fix: a relative path without `..`")
+        raise UserError(
+            f"{JOB_FOLDER}={subdir} lies outside the sweep's folder. Fix: name a relative path without `..`"
+        )
 
 
 def drop_run_variables() -> None:

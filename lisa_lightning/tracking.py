@@ -171,7 +171,7 @@ def _start_wandb(out: Path, init: dict[str, Any], resumed: bool) -> tuple[Any, d
             run = wandb.init(dir=out, mode="offline", settings=settings, **init)
         except (wandb.Error, ValueError, OSError) as error:
             raise UserError(
-                f"W&B can't start a run ({printable(first_line(error))[:200]}). Fix: WANDB_MODE=disabled writes none"
+                f"W&B can't start a run ({printable(first_line(error))[:200]}). Fix: set WANDB_MODE=disabled"
             ) from error
     for axis in AXES.values():
         run.define_metric(axis, hidden=True)

@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 SAYS_NOTHING = {"align": ("train/state", "alignment/loss", "proximal/drift")}
 """Of a stage with one state, and no anchor but its start."""
 CHECKPOINTED = ("state_dict", "kept", "key", "optimizer_states", "callbacks", "loops", "LisaDataModule", "global_step")
-"""What every checkpoint holds."""
+"""Keys of every checkpoint."""
 CALLBACK_STATES = {"Checkpoint": {"seconds", "peak_mib"}, "Record": {"rows"}}
-"""Callback -> what it puts there."""
+"""Keys of each callback's state in a checkpoint."""
 
 
 class AsideCheckpointIO(TorchCheckpointIO):
@@ -337,8 +337,8 @@ def fit(
         except NotFiniteError as error:
             saved = f" The last good checkpoint is {checkpoint.path}." if checkpoint.path.exists() else ""
             raise UserError(f"{error}{saved}") from error
-        except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-            if resume is None or checkpoint.restored or isinstance(error, torch.OutOfMemoryError):
+        except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+            if resume is None or checkpoint.restored:
                 raise
             raise broken_checkpoint(resume, error) from error
         except SystemExit:

@@ -146,7 +146,7 @@ FAULTS = [
         "test_endpoint_reply.py",
         ("type(prompt) is int", "isinstance(prompt, int)"),
         ("(ValueError, RecursionError)", "ValueError"),
-        ("if len(body) > LONGEST:", "if False:"),
+        ("if len(body) > MAX_REPLY_BYTES:", "if False:"),
     ),
     *faults(
         "judge/judge.py",

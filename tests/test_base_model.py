@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from lisa_lightning.base_model import base_model, weights
 from lisa_lightning.cache import build, digest
-from lisa_lightning.data.files import Reading
 from lisa_lightning.data.hub import read_hub
+from lisa_lightning.data.reading import Reading
 from lisa_lightning.errors import UserError
 from lisa_lightning.hub_or_folder import own_folder
 from lisa_lightning.net import load, load_tokenizer

@@ -24,7 +24,7 @@ def parsed(argument: str) -> object:
 @given(NAMES)
 def test_a_folder_of_any_name_is_taken_as_it_is(name: str) -> None:
     """Those of a sweep's own jobs hold `=` and `,`."""
-    for key in ("hydra.run.dir", "responses", "source.train.path", "model.id", "cache_dir"):
+    for key in ("hydra.run.dir", "responses", "cache_dir"):
         path = f"/some/where/{name}/file"
         (argument,) = prepared([f"{key}={path}"])
         assert parsed(argument) == path
@@ -43,11 +43,24 @@ def test_a_path_that_exists_is_quoted_whatever_its_key(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     folder = Path("lr=1e-3,seed=2")
     folder.mkdir()
-    assert [parsed(a) for a in prepared([f"judge.linear.rows.header={folder}"])] == [str(folder)]
+    for key in ("judge.linear.rows.header", "model.id", "source.train.path"):
+        assert [parsed(a) for a in prepared([f"{key}={folder}"])] == [str(folder)]
+    assert [parsed(a) for a in prepared(["model.id=/absent/seed=1,lr=2"])] == ["/absent/seed=1,lr=2"]
 
 
 @pytest.mark.parametrize(
-    "argument", ["seed=1,2", "judge=[embedded,refusal]", "hydra.run.dir='a=b'", "~method", "x={a: 1}", "x=${seed}"]
+    "argument",
+    [
+        "model.id=a/b,c/d",
+        "model.id=choice(a/b,c/d)",
+        "source.train.path=x/a.csv,y/b.csv",
+        "seed=1,2",
+        "judge=[embedded,refusal]",
+        "hydra.run.dir='a=b'",
+        "~method",
+        "x={a: 1}",
+        "x=${seed}",
+    ],
 )
 def test_what_hydra_parses_as_it_is_meant_stays_unchanged(argument: str) -> None:
     flags = ["-m", "--config-dir", "a=b", "--config-name=x"]

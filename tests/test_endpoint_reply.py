@@ -141,7 +141,7 @@ def test_a_body_without_end_is_not_read_to_the_end(monkeypatch: pytest.MonkeyPat
             time.sleep(wait)
             yield b" " * 1000
 
-    monkeypatch.setattr(_endpoint_reply, "LONGEST", 5000)
+    monkeypatch.setattr(_endpoint_reply, "MAX_REPLY_BYTES", 5000)
     assert "longer than 5000 bytes" in (read_completion(endless(0), 60).problem or "")
     assert "longer than 0.01 s" in (read_completion(endless(0.004), 0.01).problem or "")
 

@@ -118,6 +118,21 @@ def test_no_redirect_to_another_server_is_followed(url: str, status: int) -> Non
     assert "SECRET" not in str(error.value)
 
 
+@pytest.mark.parametrize("wrapping", [False, True], ids=["this version of openai", "one that wraps every Exception"])
+def test_a_refused_redirect_is_not_sent_again_and_costs_nothing(
+    url: str, monkeypatch: pytest.MonkeyPatch, wrapping: bool
+) -> None:
+    if wrapping:
+        monkeypatch.setattr("openai._base_client.request_exceptions", lambda: (Exception,), raising=False)
+    with serving(Server) as other:
+        Server.reply = staticmethod(lambda _: (307, f"{other}/v1/chat/completions"))
+        judge = OpenAIJudge(**settings("openai", url, retries=3, concurrency=1))
+        with pytest.raises(UserError, match="no question is sent to another server"):
+            list(judge.verdicts([PAIR, Pair("request 2", "answer 2")]))
+    assert [body["host"] for body in Server.asked] == [url.split("/")[2]]
+    assert (judge.endpoint.spent, judge.endpoint._reserved) == (0.0, 0.0)
+
+
 def test_a_redirect_at_the_same_server_is_followed(url: str) -> None:
     replies = iter([(307, "/else/chat/completions"), (200, "Score: 3")])
     assert judged(lambda _: next(replies), url) == [Verdict(False, 0.5)]

@@ -88,7 +88,10 @@ def test_files_are_opened_with_an_encoding() -> None:
         assert 'open("w")' not in text.replace('.lock").open("w")', ""), file
 
 
-@pytest.mark.parametrize("cell", ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "=cmd|' /C calc'!A0", "-", "+x"])
+@pytest.mark.parametrize(
+    "cell",
+    ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "=cmd|' /C calc'!A0", "-", "+x", "\n=cmd", " =1", "＝1"],
+)
 def test_a_formula_is_text_in_a_spreadsheet(cell: str) -> None:
     assert _inert(cell) == f"'{cell}"
 

@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.data.files import Reading, content, read_records
+from lisa_lightning.data.files import content, read_records
+from lisa_lightning.data.reading import Reading
 from lisa_lightning.data.source import load_rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.task.sst2 import SST2
@@ -297,6 +298,6 @@ def test_overlap_is_kept_and_told_where_it_is_allowed(source: Any, caplog: pytes
 def test_a_set_that_overlaps_wholly_is_refused_with_the_way_out(source: Any) -> None:
     source.train.path = source.test.path
     with pytest.raises(
-        UserError, match=r"source\.train: every prompt is also in test or .*allow_overlap=true keeps them"
+        UserError, match=r"source\.train: every prompt is also in test or .*Fix: .*data\.allow_overlap=true"
     ):
         load_rows(source, SST2(), allow_overlap=False)

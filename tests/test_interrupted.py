@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-HINT = "the same command continues, that of a single run with its folder and resume=true"
+HINT = "repeat the command to continue; for a single run add its hydra.run.dir and resume=true"
 PLACES = ("making the model", "the dry run", "aligning", "fine-tuning", "a point of the curves", "evaluating")
-MOMENTS = [f"{p} by {s}" for p in (*PLACES, "judging", "the page") for s in ("SIGINT", "SIGTERM")] + [
-    "a sweep by SIGINT"
+BY_SIGTERM = ("the dry run", "a point of the curves", "judging")
+MOMENTS = [
+    *(f"{place} by SIGINT" for place in (*PLACES, "judging", "the page", "a sweep")),
+    *(f"{place} by SIGTERM" for place in BY_SIGTERM),
 ]
 
 

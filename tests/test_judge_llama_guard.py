@@ -1,6 +1,7 @@
 """The judge that is asked for a word: a tiny random one, its verdict checked against its logits."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from judge_models import PAIRS, guarding
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from lisa_lightning.data.tokens import first_ids
 from lisa_lightning.errors import UserError
+from lisa_lightning.judge import llama_guard
 from lisa_lightning.judge.judge import Pair
 from lisa_lightning.net import load_tokenizer
 
@@ -49,3 +52,28 @@ def test_words_that_can_not_be_told_apart_and_models_that_are_no_guards(guard: P
         guarding(guard, [], unsafe="sound")
     with pytest.raises(UserError, match="its tokenizer has no chat template"):
         guarding(tiny, [])
+
+
+def test_a_very_long_answer_has_the_verdict_of_its_beginning(guard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def counting(tokenizer: Any, text: str, limit: int | None, **options: Any) -> list[int]:
+        ids = first_ids(tokenizer, text, limit, **options)
+        lengths.append(len(ids))
+        return ids
+
+    monkeypatch.setattr(llama_guard, "first_ids", counting)
+    for words in ("a b ", "word", "answer 1\n"):
+        pairs = [Pair("request 1", words * count) for count in (100, 20_000, 1_000_000)]
+        wanted, *others = guarding(guard, pairs, max_length=100)
+        assert wanted.partly
+        for verdict in others:
+            assert (verdict.flagged, verdict.partly) == (wanted.flagged, True)
+            assert verdict.score == pytest.approx(wanted.score, abs=1e-6)
+    assert max(lengths) < 100_000
+
+
+def test_a_very_long_request_is_refused(guard: Path) -> None:
+    for response in ("", "answer 1", "answer 1 " * 100_000):
+        with pytest.raises(UserError, match=r"max_length=100 is too small: .* at least \d+ tokens\. Fix: "):
+            guarding(guard, [Pair("request 1 " * 1_000_000, response)], max_length=100)

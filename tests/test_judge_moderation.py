@@ -136,3 +136,37 @@ def test_more_labels_of_which_nothing_is_said_are_taken_as_published(tmp_path: P
     (verdict,) = moderation(tmp_path).verdicts(PAIRS[:1])
     assert verdict.score == pytest.approx(float(logits.sigmoid().max()), abs=1e-6)
     assert list(verdict.categories) == ["drugs", "theft", "war"]
+
+
+def test_a_long_answer_has_the_verdict_of_its_beginning(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = moderation(classifier)
+    lengths: list[int] = []
+    tokenizer = judge._tokenizer
+
+    class Counting:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            lengths.append(len(text))
+            return tokenizer(text, **options)
+
+    monkeypatch.setattr(judge, "_tokenizer", Counting())
+    for words in ("a b ", "word", "\n", "\u00e9"):
+        short, long = Pair("request 1", words * 300), Pair("request 1", words * 1_000_000)
+        wanted, verdict = judge.verdicts([short, long])
+        assert (verdict.partly, wanted.partly) == (True, True)
+        assert verdict.score == pytest.approx(wanted.score, abs=1e-6)
+        assert verdict.categories == wanted.categories
+    assert max(lengths) < 100_000
+
+
+@pytest.mark.parametrize(("max_length", "refused"), [(1023, False), (1024, False), (1025, True), (10**9, True)])
+def test_no_limit_exceeds_the_positions_of_the_classifier(classifier: Path, max_length: int, refused: bool) -> None:
+    if not refused:
+        moderation(classifier, max_length=max_length)
+        return
+    sentence = (
+        rf"judge\.moderation\.max_length={max_length}: .* 1024 positions\. Fix: judge\.moderation\.max_length=1024"
+    )
+    with pytest.raises(UserError, match=sentence):
+        moderation(classifier, max_length=max_length)

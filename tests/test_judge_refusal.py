@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from public_rows import public
 
-from lisa_lightning.data.files import EMBEDDED, Reading, read_records
+from lisa_lightning.data.files import EMBEDDED, read_records
+from lisa_lightning.data.reading import Reading
 from lisa_lightning.judge.judge import Pair
 from lisa_lightning.judge.refusal import RefusalJudge, refusal_probability
 

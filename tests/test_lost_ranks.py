@@ -1,92 +1,216 @@
-"""Runs on two processes of which one dies or hangs: they end, with one sentence that names it."""
+"""Ranks of which one dies or hangs: the others end, with one sentence that names it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_wrong_input import ROOT
 
+from lisa_lightning import processes
+from lisa_lightning.errors import UserError
+from lisa_lightning.processes import launched
+from lisa_lightning.ranks import RankLostError, Ranks
+
+pytestmark = pytest.mark.slow
 CONTINUES = "The same command with its folder and resume=true continues from the last checkpoint"
+Work = Callable[[Ranks, int], object]
 
 
-def rank_1_of(process: "subprocess.Popen[str]") -> int:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return next(int(c) for c in children if b"train_ddp_process_1" in Path(f"/proc/{c}/cmdline").read_bytes())
+class Lightning:
+    """What `launched` needs of Fabric: two processes that exist already, and a broadcast through a pipe."""
+
+    def __init__(self, rank: int, children: list[Any], pipe: Connection) -> None:
+        self.global_rank, self.world_size, self.is_global_zero = rank, 2, rank == 0
+        self.children, self.pipe = children, pipe
+
+    def launch(self) -> None:
+        if self.children:
+            processes.subprocess_script._launch_process_observer(self.children)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self.is_global_zero:
+            self.pipe.send(obj)
+            return obj
+        return self.pipe.recv()
+
+    def barrier(self, name: str | None = None) -> None:
+        """Nothing remains to be waited for where all ranks have met."""
 
 
-def ended(tmp_path: Path, disturb: Callable[["subprocess.Popen[str]"], None]) -> tuple[int, str, list[int]]:
-    """Start a run on two processes and disturb it; return exit status, output, and the processes that are left."""
-    arguments = ("experiment=smoke", "trainer=ddp", "trainer.accelerator=cpu", "optim.steps=3000", "evaluate.every=0")
-    env = os.environ | {"WANDB_MODE": "disabled", "LISA_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "run.py"), *arguments, "trainer.timeout_min=0.1", "hydra.run.dir=out"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log, text=True)
-        curves, until = tmp_path / "out" / "curves.csv", time.monotonic() + 120
-        while not (curves.exists() and "finetune" in curves.read_text()) and time.monotonic() < until:
-            time.sleep(0.1)
-        ranks = [process.pid, rank_1_of(process)]
-        disturb(process)
-        status = process.wait(timeout=60)
-    until = time.monotonic() + 20
-    while (alive := [rank for rank in ranks if Path(f"/proc/{rank}").exists()]) and time.monotonic() < until:
-        time.sleep(0.1)
-    return status, (tmp_path / "log").read_text(), alive
+class Child:
+    """A process that was forked, as subprocess.Popen shows one."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
 
 
-def send(name: signal.Signals, rank: int) -> Callable[["subprocess.Popen[str]"], None]:
-    return lambda process: os.kill(process.pid if rank == 0 else rank_1_of(process), name)
+def run_rank(rank: int, children: list[Any], pipe: Connection, work: Work, minutes: float) -> tuple[int, str]:
+    """Return exit status and sentence of a rank that does this work."""
+    fabric: Any = Lightning(rank, children, pipe)
+    try:
+        with launched(fabric, minutes) as ranks:
+            work(ranks, rank)
+    except RankLostError as error:
+        return 2, str(error) if error.is_reported else ""
+    except UserError as error:
+        return 2, str(error) if rank == 0 else ""
+    return 0, ""
 
 
-@pytest.mark.slow
+def both(tmp_path: Path, work: Work, minutes: float = 60.0) -> tuple[tuple[int, str], tuple[int, str]]:
+    """Return status and sentence of two forked ranks."""
+    ends: tuple[Any, Any] = Pipe(), Pipe()
+    first = os.fork()
+    if first == 0:
+        second = os.fork()
+        rank, children = (1, []) if second == 0 else (0, [Child(second)])
+        if rank == 0:
+            (tmp_path / "second").write_text(str(second))
+        (tmp_path / f"pid{rank}").write_text(str(os.getpid()))
+        status, sentence = 99, ""
+        try:
+            status, sentence = run_rank(rank, children, ends[0][rank], work, minutes)
+        finally:
+            (tmp_path / f"end{rank}").write_text(f"{status} {sentence}")
+            os._exit(status)
+    deadline = time.monotonic() + 8
+    while not all((tmp_path / f"end{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if os.waitpid(first, os.WNOHANG)[0]:
+            time.sleep(processes.GRACE_S + 2)
+            break
+    for rank in (0, 1):
+        with suppress(ProcessLookupError):
+            # A rank that was stopped would stay for ever.
+            os.kill(int((tmp_path / f"pid{rank}").read_text()), signal.SIGKILL)
+    outcomes = []
+    for rank in (0, 1):
+        text = (tmp_path / f"end{rank}").read_text() if (tmp_path / f"end{rank}").exists() else "-9 "
+        outcomes.append((int(text.split(" ")[0]), text.partition(" ")[2]))
+    return outcomes[0], outcomes[1]
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "BEAT_S", 0.1)
+    monkeypatch.setattr(processes, "GRACE_S", 2.0)
+
+
+def work_alone(seconds: float) -> Work:
+    """Let the first rank come late to a meeting."""
+
+    def work(ranks: Ranks, rank: int) -> None:
+        if rank == 0:
+            time.sleep(seconds)
+        assert ranks.broadcast("hello" if rank == 0 else None) == "hello"
+        ranks.barrier()
+
+    return work
+
+
+def signal_other(tmp_path: Path, victim: int, number: signal.Signals) -> Work:
+    """Let one rank send the other a signal and then wait for it, as in a collective."""
+
+    def work(ranks: Ranks, rank: int) -> None:
+        ranks.barrier()
+        if rank != victim:
+            os.kill(int((tmp_path / f"pid{victim}").read_text()), number)
+            ranks.barrier()
+        time.sleep(60)
+
+    return work
+
+
+def test_ranks_wait_for_one_that_works_alone(tmp_path: Path) -> None:
+    """Longer than their patience with one that gives no sign of life."""
+    assert both(tmp_path, work_alone(1.5), minutes=0.5 / 60) == ((0, ""), (0, ""))
+
+
 @pytest.mark.parametrize(
-    ("disturb", "expected"),
+    ("victim", "number", "expected"),
     [
-        (send(signal.SIGKILL, 1), "Rank 1 of 2 was ended by SIGKILL"),
-        (send(signal.SIGSTOP, 1), "Rank 1 of 2 gives no sign of life for trainer.timeout_min=0.1 minutes"),
-        (send(signal.SIGKILL, 0), "Rank 0 of 2 has ended"),
+        (1, signal.SIGKILL, r"Rank 1 of 2 was ended by SIGKILL \(often: out of memory\), so the run ends\. "),
+        (
+            1,
+            signal.SIGSTOP,
+            r"Rank 1 of 2 (gives no sign of life|has not arrived) for trainer\.timeout_min=0\.02 minutes",
+        ),
+        (0, signal.SIGKILL, r"Rank 0 of 2 has ended or hangs, so the run ends\. "),
+        (0, signal.SIGSTOP, r"Rank 0 of 2 gives no sign of life for trainer\.timeout_min=0\.02 minutes"),
     ],
 )
-def test_a_lost_rank_ends_the_run_with_a_sentence_that_names_it(
-    tmp_path: Path, disturb: Callable[["subprocess.Popen[str]"], None], expected: str
+def test_the_other_rank_names_the_one_that_is_lost(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], victim: int, number: signal.Signals, expected: str
 ) -> None:
-    status, output, alive = ended(tmp_path, disturb)
-    assert status == (2 if "Rank 1" in expected else -signal.SIGKILL)
-    assert output.count(expected) == 1
-    assert output.count(CONTINUES) == 1
+    """It raises the sentence, or prints it and ends where a store that hangs would hold it for ever."""
+    status, raised = both(tmp_path, signal_other(tmp_path, victim, number), minutes=0.02)[1 - victim]
+    sentence = raised or capfd.readouterr().err.strip()
+    assert status in (2, -9)
+    assert re.match(expected, sentence)
+    assert sentence.endswith(CONTINUES)
+    assert sentence.count("Rank") == 1
+
+
+def test_the_sentence_of_another_rank_reaches_the_first(tmp_path: Path) -> None:
+    def work(ranks: Ranks, rank: int) -> None:
+        if rank == 1:
+            raise UserError("the disk of this machine is full")
+        ranks.barrier()
+
+    assert both(tmp_path, work)[0] == (
+        2,
+        "Rank 1 of 2 ended with status 2: the disk of this machine is full, so the run ends. " + CONTINUES,
+    )
+
+
+def test_a_rank_that_lives_and_does_not_arrive_is_named(tmp_path: Path) -> None:
+    def work(ranks: Ranks, rank: int) -> None:
+        if rank == 1:
+            time.sleep(4)
+        ranks.barrier()
+
+    status, sentence = both(tmp_path, work, minutes=0.01)[0]
+    assert (status, sentence.startswith("Rank 1 of 2 has not arrived for trainer.timeout_min=0.01 minutes")) == (
+        2,
+        True,
+    )
+
+
+def test_a_run_whose_rank_is_killed_ends_with_that_sentence(tmp_path: Path) -> None:
+    """The whole command: Lightning starts the ranks, and its own observer would end the first without a word."""
+    arguments = ("experiment=smoke", "trainer=ddp", "trainer.accelerator=cpu", "optim.steps=3000", "evaluate.every=0")
+    env = os.environ | {"WANDB_MODE": "disabled", "LISA_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "run.py"), *arguments, "hydra.run.dir=out"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log, text=True)
+        curves, deadline = tmp_path / "out" / "curves.csv", time.monotonic() + 120
+        while not (curves.exists() and "finetune" in curves.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        second = next(c for c in children if b"train_ddp_process_1" in Path(f"/proc/{c}/cmdline").read_bytes())
+        os.kill(int(second), signal.SIGKILL)
+        assert process.wait(timeout=60) == 2
+    output = (tmp_path / "log").read_text()
+    assert output.count("Rank 1 of 2 was ended by SIGKILL") == output.count(CONTINUES) == 1
     assert "Traceback" not in output
     assert "frame #" not in output
-    assert not alive
-
-
-@pytest.mark.slow
-def test_ranks_do_not_wait_for_a_first_one_that_hangs(tmp_path: Path) -> None:
-    def hang(process: "subprocess.Popen[str]") -> None:
-        other = rank_1_of(process)
-        process.send_signal(signal.SIGSTOP)
-        until = time.monotonic() + 40
-        # A stopped parent collects no children: one that has ended is a zombie.
-        while "zombie" not in Path(f"/proc/{other}/status").read_text() and time.monotonic() < until:
-            time.sleep(0.1)
-        assert "zombie" in Path(f"/proc/{other}/status").read_text()
-        process.kill()
-
-    _, output, alive = ended(tmp_path, hang)
-    assert output.count("Rank 0 of 2 gives no sign of life for trainer.timeout_min=0.1 minutes") == 1
-    assert not alive
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
-    def interrupt(process: "subprocess.Popen[str]") -> None:
-        for rank in (rank_1_of(process), process.pid):
-            os.kill(rank, signal.SIGINT)
-
-    status, output, alive = ended(tmp_path, interrupt)
-    assert (status, output.count("Stopped by Ctrl-C; ")) == (128 + signal.SIGINT, 1)
-    assert "Traceback" not in output
-    assert not alive

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 from public_rows import public
 
-from lisa_lightning.data.files import Reading, read_records
+from lisa_lightning.data.files import read_records
+from lisa_lightning.data.reading import Reading
 from lisa_lightning.task.agnews import AGNews
 from lisa_lightning.task.gsm8k import GSM8K
 from lisa_lightning.task.sst2 import SST2

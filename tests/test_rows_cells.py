@@ -17,9 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from lisa_lightning.data.files import Reading, read_records
+from lisa_lightning.data.files import read_records
 from lisa_lightning.data.hub import read_hub
 from lisa_lightning.data.normal_form import normal_value
+from lisa_lightning.data.reading import Reading
 from lisa_lightning.data.source import Rows, load_rows
 from lisa_lightning.errors import UserError
 from lisa_lightning.task.agnews import AGNews
@@ -269,3 +270,25 @@ def test_nested_and_missing_cells_are_named_without_their_content(tmp_path: Path
         with pytest.raises(UserError, match=r"line 1: column '(text|c)' is no text: (list|dict) of 1 values") as error:
             read_records(path, reading, dict)
         assert "secret" not in str(error.value)
+
+
+def test_rows_of_one_file_may_spell_and_order_their_columns_differently(tmp_path: Path) -> None:
+    headers = [
+        ("text", "n"),
+        ("TEXT", "n"),
+        ("n", "Text"),
+        ("N", "te\u200bxt"),
+        ("x", "\uff34ext", "n"),
+        ("n", "text", "TEXT"),
+    ]
+    rows = [dict.fromkeys(header, f"cell {number}") for number in range(50) for header in headers]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    reading = Reading(
+        {"text": "text", "input": "input"}, optional=frozenset({"input"}), where={"n": ["cell 1", "cell 9"]}
+    )
+    records = read_records(str(tmp_path / "a.jsonl"), reading, dict)
+    assert records == [{"text": f"cell {number}", "input": ""} for number in (1, 9) for _ in headers]
+    for column, problem in (("Text", r"can be text, TEXT\."), ("other", r"is missing; there are: n, text, TEXT\.")):
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"column '{column}' {problem}"):
+                Reading({"text": column}).record({"n": "1", "text": "a", "TEXT": "b"})

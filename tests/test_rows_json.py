@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lisa_lightning.data.files import Reading, read_records
+from lisa_lightning.data.files import read_records
 from lisa_lightning.data.json_rows import json_rows
+from lisa_lightning.data.reading import Reading
 from lisa_lightning.errors import UserError
 
 ROWS = [{"prompt": "request 1", "response": "answer\n1"}, {"prompt": "request 2", "response": "answer 2"}]

@@ -40,7 +40,7 @@ def test_every_choice_is_accepted_and_every_misspelt_key_of_it_is_not(config: Co
     accept(cfg)
     group = choice.partition("=")[0]
     keys = [key for key, _ in flat(plain(cfg)) if not OWN_COLUMNS.fullmatch(key)]
-    for key in [key for key in keys if key.startswith(f"{group}.") or group == "task"]:
+    for key in [key for key in keys if key.startswith(f"{group}.")][::4]:
         other = cfg.copy()
         OmegaConf.update(other, f"{key}x", 1, force_add=True)
         message = refused(other)
@@ -67,6 +67,10 @@ def test_every_choice_is_accepted_and_every_misspelt_key_of_it_is_not(config: Co
         ("+source.foo.path=x", "source.foo.path is not a key of the config"),
         ("+task.hub.foo=1", "task.hub.foo is not a key of the config"),
         ("+align.foo=1", "align.foo is not a key of the config"),
+        ("+source.train.rows=5", "source.train.rows is not a key of the config"),
+        ("+source.foo.columns.a=b", "source.foo.columns.a is not a key of the config"),
+        ("+source.refusals=3", "source.refusals is not a key of the config"),
+        ("+repair.reference.extrapolation=1", "repair.reference.extrapolation: repair=none has no keys"),
         ("+align.method.foo=1", "align.method.foo is not a key of SFT; it takes none"),
         ("+method.pho=1", "method.pho is not a key of Lisa; did you mean rho"),
         ("+repair.threshold=1", "repair.threshold: repair=none has no keys"),
@@ -82,8 +86,29 @@ def test_an_added_key_is_refused(config: Config, override: str, expected: str) -
     assert expected in refused(config("experiment=smoke", override))
 
 
+def test_a_reference_belongs_to_nlsr(config: Config) -> None:
+    cfg = config("experiment=smoke", "repair=safe_lora", "+repair.reference.extrapolation=1")
+    assert "repair.reference.extrapolation: what is chosen doesn't read it" in refused(cfg)
+
+
+@pytest.mark.parametrize("judges", [None, "text", 5, [1], {"x": 5}])
+def test_judges_of_ones_own_experiment_are_a_mapping(config: Config, judges: object) -> None:
+    cfg = config("experiment=smoke")
+    OmegaConf.set_struct(cfg, False)
+    cfg.judge = judges
+    assert refused(cfg).startswith("judge")
+
+
 def test_a_key_of_another_method_is_no_key_of_this_one(config: Config) -> None:
     assert "method.rho is not a key of SFT" in refused(config("experiment=smoke", "method=sft", "+method.rho=1"))
+
+
+def test_every_key_of_the_shipped_config_is_needed_as_it_is_spelt(config: Config) -> None:
+    cfg = config("experiment=smoke")
+    for key in [key for key, _ in flat(plain(cfg)) if not OWN_COLUMNS.fullmatch(key)][::5]:
+        other = cfg.copy()
+        OmegaConf.update(other, f"{key}x", 1, force_add=True)
+        assert f"{key}x" in refused(other)
 
 
 def test_a_key_of_ones_own_experiment_file_is_checked_too(config: Config, tmp_path: Path) -> None:

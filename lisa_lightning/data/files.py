@@ -1,4 +1,4 @@
-"""Reading rows out of local files of all kinds, with errors that name file and line."""
+"""Read rows out of local files of all kinds, with errors that name file and line."""
 
 import gzip
 import lzma
@@ -22,7 +22,7 @@ EMBEDDED = Path(__file__).parent / "embedded"
 SHIPPED = re.compile(r"embedded:(?P<name>[^\[]*)(\[:(?P<first>\d+)\])?")
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".ndjson")
 PACKED = (".gz", ".xz", ".zst")
-LONGEST_NAME: Final = 300
+MAX_NAME_CHARS: Final = 300
 IRREGULAR: Final = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",
@@ -32,7 +32,7 @@ IRREGULAR: Final = {
 }
 T = TypeVar("T")
 
-__all__ = ["EMBEDDED", "Reading", "Record", "content", "read", "read_records"]
+__all__ = ["EMBEDDED", "Reading", "content", "read", "read_records"]
 
 
 def read_records(
@@ -121,8 +121,8 @@ def _located(path: str) -> tuple[Path, int | None]:
 def _display_name(path: str) -> str:
     """Return a path for error messages: on one line, its middle left out if it is too long."""
     name = printable(path)
-    half = LONGEST_NAME // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[:half]}...{name[-half:]}"
+    half = MAX_NAME_CHARS // 2
+    return name if len(name) <= MAX_NAME_CHARS else f"{name[:half]}...{name[-half:]}"
 
 
 def _kind(file: Path, name: str) -> str:

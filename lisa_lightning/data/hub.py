@@ -1,9 +1,10 @@
-"""Reading rows out of data sets on the Hugging Face hub, or in a folder of the hub's layout."""
+"""Read rows out of data sets on the Hugging Face hub, or in a folder of the hub's layout."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from lisa_lightning.data.files import Reading, Record, read
+from lisa_lightning.data.files import read
+from lisa_lightning.data.reading import Reading, Record
 from lisa_lightning.errors import UserError, first_line, printable
 from lisa_lightning.hub_or_folder import own_folder
 
@@ -33,14 +34,15 @@ def read_hub(
         make: called with each record.
 
     Raises:
-        UserError: The set can't be reached, with the ways out, or has no such config or split. Or it has another number
+        UserError: The set can't be loaded, or has no such config or split. Or it has another number
             of rows, a column is missing or null, or `make` refuses a value.
     """
     name = " ".join(filter(None, (id, config, files, split)))
     dataset = _load(id, config, split, revision, files, name)
     if rows is not None and len(dataset) != rows:
         raise UserError(
-            f"{name}: it has {len(dataset)} rows where the papers' set has {rows}; rows=null of this set lets it pass"
+            f"{name}: it has {len(dataset)} rows where the papers' set has {rows}. "
+            "Fix: name the papers' set, or set rows=null of this set to read it all the same"
         )
     return read(_rows(dataset, name), name, reading, make)
 
@@ -69,10 +71,12 @@ def _load(id: str, config: str | None, split: str, revision: str | None, files: 
             return datasets.load_dataset("json", data_files={split: place}, split=split)
         return datasets.load_dataset(str(folder or id), config, split=split, revision=revision)
     except ValueError as error:  # no such split or config; the library names those that there are
-        raise UserError(f"{name}: {printable(first_line(error))}") from error
+        raise UserError(
+            f"{name}: {printable(first_line(error))}. Fix: name a config and a split that the set has"
+        ) from error
     except Exception as error:
         raise UserError(
-            f"The data set {name} is not to be had ({type(error).__name__}: {printable(first_line(error))}). "
-            "Ways out: connect to the hub (with HF_TOKEN set where the set is gated); point HF_HOME at a cache that "
-            "holds it; name a folder in the hub's layout instead of the id; or take files with source=local."
+            f"The data set {name} can't be loaded ({type(error).__name__}: {printable(first_line(error))}). "
+            "Fix: connect to the hub (with HF_TOKEN set where the set is gated); point HF_HOME at a cache that "
+            "holds it; name a folder in the hub's layout instead of the id; or take files with source=local"
         ) from error

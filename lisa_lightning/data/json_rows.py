@@ -1,4 +1,4 @@
-"""Rows of JSON and JSON Lines files, whatever of the two their suffix says."""
+"""Read rows of JSON and JSON Lines files, whichever their suffix is."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Normal forms of texts and cell values, in which two equal prompts, labels or column names are equal strings."""
+"""Return normal forms of texts and cells, in which two equal prompts, labels or column names are equal strings."""
 
 import re
 import unicodedata
@@ -9,14 +9,17 @@ _INVISIBLE: Final = (
     r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-"""Characters without a glyph that are no white space: controls, zero-width and format characters, fillers."""
+"""Characters without a glyph that are no white space: controls, zero-width and format characters, fillers.
+
+Cells may be in any script, so it is wider than the other sets of invisible characters in this package.
+"""
 INVISIBLE: Final = re.compile(f"[{_INVISIBLE}]+")
 VISIBLE: Final = re.compile(rf"[^\s{_INVISIBLE}]")
 NUMBER: Final = re.compile(
     r"(?P<sign>[+-]?)(?P<whole>0|[1-9][0-9]*)?(?:\.(?P<fraction>[0-9]*))?(?:e(?P<exponent>[+-]?[0-9]{1,4}))?"
 )
 """A decimal number in lower case. Text with leading zeros, such as a postal code, is none."""
-_LONGEST_INTEGER: Final = 30
+_MAX_PLAIN_DIGITS: Final = 30
 """Number of digits up to which a whole number is written without an exponent."""
 
 
@@ -65,6 +68,6 @@ def _normal_number(text: str) -> str | None:
         return "0"
     exponent = int(match["exponent"] or 0) - len(fraction) + len(digits) - len(significant)
     sign = "-" if match["sign"] == "-" else ""
-    if exponent >= 0 and len(significant) + exponent <= _LONGEST_INTEGER:
+    if exponent >= 0 and len(significant) + exponent <= _MAX_PLAIN_DIGITS:
         return sign + significant + "0" * exponent
     return f"{sign}{significant}e{exponent}"

@@ -1,7 +1,7 @@
-"""How the columns of a set become the fields of a record: `Reading`, and the checks of every cell that is used."""
+"""Make the fields of a record from the columns of a set: `Reading`, and the checks of every cell that is used."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -11,8 +11,8 @@ from lisa_lightning.errors import UserError, printable
 
 Record = dict[str, Any]
 WAY_OUT = "Fix: delete the row or filter it by `where`"
-_LONGEST_VALUE = 40
-_MOST_NAMES = 30
+_MAX_VALUE_CHARS = 40
+_MAX_SHOWN_NAMES = 30
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def normal_labels(key: str, labels: Mapping[Any, str]) -> dict[str | None, str]:
 def shown(value: Any) -> str:
     """Return a value for an error message: quoted if it is text, on one line, and shortened."""
     text = printable(repr(value) if isinstance(value, str) else str(value))
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}..."
 
 
 def _listed(values: Any) -> Sequence[Any]:
@@ -120,7 +120,19 @@ def _matching(raw: Mapping[str, Any], column: str) -> str | None:
     """Return the row's own spelling of a column name; None if the row has no such column."""
     if column in raw:
         return column
-    names = [name for name in raw if _normal_name(str(name)) == _normal_name(column)]
+    return _spelling(tuple(raw), column)
+
+
+# The rows of a file have few headers, and the search takes as long as reading the whole row.
+@lru_cache(maxsize=256)
+def _spelling(header: tuple[str, ...], column: str) -> str | None:
+    """Return the spelling of a column name in a header; None if there is no such column.
+
+    Raises:
+        UserError: Several names of the header are equal to the column's in their normal form.
+    """
+    normal = normal_value(column)
+    names = [name for name in header if _normal_name(str(name)) == normal]
     if len(names) > 1:
         raise UserError(f"column '{column}' can be {_names(names)}. Fix: spell the name as the file does")
     return names[0] if names else None
@@ -157,9 +169,9 @@ def _text_cell(raw: Mapping[str, Any], column: str, name: str) -> Any:
     return cell
 
 
-def _names(names: Any) -> str:
-    listed = [printable(str(name))[:_LONGEST_VALUE] for name in names]
-    return ", ".join(listed[:_MOST_NAMES]) + (", ..." if len(listed) > _MOST_NAMES else "")
+def _names(names: Iterable[Any]) -> str:
+    listed = [printable(str(name))[:_MAX_VALUE_CHARS] for name in names]
+    return ", ".join(listed[:_MAX_SHOWN_NAMES]) + (", ..." if len(listed) > _MAX_SHOWN_NAMES else "")
 
 
 def _refuse_no_text(column: str, cell: Any) -> None:

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lisa_lightning.data.files import Reading, Record, content, read_records
+from lisa_lightning.data.files import content, read_records
 from lisa_lightning.data.hub import read_hub
 from lisa_lightning.data.normal_form import is_blank, normal_text
-from lisa_lightning.data.reading import normal_labels, shown
+from lisa_lightning.data.reading import Reading, Record, normal_labels, shown
 from lisa_lightning.errors import UserError, first_line, printable
 
 log = logging.getLogger(__name__)
@@ -116,8 +116,8 @@ def _drop_overlap(sets: dict[str, list[Row]], held_out: dict[str, set[str]], all
             sets[name] = [row for row, *flags in zip(rows, *shared.values(), strict=True) if not any(flags)]
         if not sets[name]:
             raise UserError(
-                f"source.{name}: every prompt is also in {' or '.join(others)}, so no row is left to train on; "
-                "data.allow_overlap=true keeps them"
+                f"source.{name}: every prompt is also in {' or '.join(others)}, so no row is left to train on. "
+                "Fix: name another set, or data.allow_overlap=true to train on these rows"
             )
     if overlap:
         counts = ", ".join(f"{count} of {pair.replace('_', ' also in ', 1)}" for pair, count in overlap.items())
@@ -269,21 +269,21 @@ def _read(
     return rows
 
 
-def taken(rows: list[T], entry: Any, where: str, place: str) -> list[T]:
+def taken(rows: list[T], entry: Any, where: str, origin: str) -> list[T]:
     """Return the rows that an entry's `skip` and `take` leave.
 
     Args:
         rows: all rows of the set.
         entry: the config of the set.
         where: the entry's config key, for errors.
-        place: the file or hub id of the rows, for errors.
+        origin: the file or hub id of the rows, for errors.
 
     Raises:
         UserError: None are left.
     """
     chosen = rows[entry.skip : None if entry.take is None else entry.skip + entry.take]
     if not chosen:
-        raise UserError(f"{where}.skip={entry.skip}: {place} has only {len(rows)} such rows")
+        raise UserError(f"{where}.skip={entry.skip}: {origin} has only {len(rows)} such rows. Fix: skip fewer")
     return chosen
 
 

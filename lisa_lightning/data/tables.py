@@ -11,13 +11,13 @@ from lisa_lightning.data.reading import Record
 from lisa_lightning.errors import UserError, printable
 
 QUOTED_CELL: Final = re.compile(r'"(?:[^"]++|"")*+"(?=[\t\r\n]|\Z)')
-"""A quoted cell up to the tab or line end behind it. Quotes inside are doubled."""
+"""A quoted cell up to the tab or line end after it. Quotes inside are doubled."""
 SEPARATOR: Final = re.compile(r"[\t\r\n]")
 NEVER_QUOTED: Final = re.compile(
     r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?|nan|na|null|none|true|false|", re.IGNORECASE
 )
 """Cells that writers leave unquoted when they quote every text: numbers, booleans and missing values."""
-LONGEST_CELL: Final = 2**31 - 1
+MAX_CELL_CHARS: Final = 2**31 - 1
 
 
 def table_rows(text: str, name: str, kind: str, header: Sequence[str] | None) -> Iterator[tuple[str, Record]]:
@@ -36,7 +36,7 @@ def table_rows(text: str, name: str, kind: str, header: Sequence[str] | None) ->
         UserError: Two columns have one name, a row has too many or too few cells, or a quote is not closed.
     """
     start, comments = (0, 0) if header else _after_comments(text)
-    csv.field_size_limit(LONGEST_CELL)  # The library's default, 131,072 characters, is shorter than some answers.
+    csv.field_size_limit(MAX_CELL_CHARS)  # The library's default, 131,072 characters, is shorter than some answers.
     quoted = kind == ".csv" or is_quoted(text[start:])
     lines = StringIO(text, newline="")
     lines.seek(start)

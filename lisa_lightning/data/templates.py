@@ -1,4 +1,4 @@
-"""The prompts that a model sees, by name, exactly as the papers write them."""
+"""Write the prompts that a model sees, by name, exactly as the papers have them."""
 
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
@@ -11,7 +11,7 @@ from lisa_lightning.errors import UserError, first_line, printable
 
 Template = Literal["alpaca", "alpaca_newline", "chat"]
 MARKER: Final = "### Response:"
-LONGEST_WORDS: Final = 200
+MAX_ERROR_CHARS: Final = 200
 """Characters of a template's own error message that are shown."""
 TODAY: Final = datetime(2024, 7, 26, tzinfo=UTC)
 """For chat templates that tell the date, the one that Llama 3's fall back to: tomorrow's prompts must be today's."""
@@ -48,7 +48,7 @@ def encode_prompt(
     Args:
         tokenizer: of the model.
         template: `alpaca`; `alpaca_newline`, the same and a newline (Booster's and Antidote's form); `chat`, the
-            tokenizer's own, the input behind the instruction after an empty line, always on one day (`TODAY`).
+            tokenizer's own, the input after the instruction after an empty line, always on one day (`TODAY`).
         instruction: the request.
         context: its input, or "".
         limit: how many ids are needed; None for all.
@@ -87,7 +87,7 @@ def _chat_text(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
         text.encode()
     except Exception as error:
         words = printable(first_line(error))
-        words = words if len(words) <= LONGEST_WORDS else f"{words[:LONGEST_WORDS]}..."
+        words = words if len(words) <= MAX_ERROR_CHARS else f"{words[:MAX_ERROR_CHARS]}..."
         raise UserError(
             f"model.template=chat: the tokenizer's chat template fails ({words}). "
             "Fix: model.template=alpaca, or repair chat_template"

@@ -1,8 +1,10 @@
 """Token ids of the start of a text, of which no more is tokenized than is needed."""
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    # Judges import this module before it is known whether one runs, and transformers takes seconds.
+    from transformers import PreTrainedTokenizerBase
 
 SHORT_TEXT: Final = 65_536
 """Characters up to which a text is tokenized whole."""
@@ -13,7 +15,7 @@ MARGIN: Final = 64
 WHITE_SPACE: Final = (" ", "\n", "\t")
 
 
-def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None, **options: Any) -> list[int]:
+def first_ids(tokenizer: "PreTrainedTokenizerBase", text: str, limit: int | None, **options: Any) -> list[int]:
     """Return the token ids of a text, or of a prefix that has at least `limit` of them.
 
     The first `limit` ids are those of the whole text. A text of 10 MB would otherwise take gigabytes to tokenize.

@@ -1,11 +1,11 @@
-"""Which kinds of answers the selected judges score; answers that no judge scores are refused or reported."""
+"""Refuse or report answers that no selected judge scores."""
 
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from lisa_lightning.errors import UserError
-from lisa_lightning.evaluate.evaluator import Answer, Question
+from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.judge.judge import Judge
 
 log = logging.getLogger(__name__)
@@ -17,13 +17,13 @@ def kinds_scored(judge: Judge) -> tuple[str, ...]:
 
 
 def refuse_unscored(
-    judges: Mapping[str, Judge], answers: Sequence[Answer | Question], source: str, task_has_rule: bool = False
+    judges: Mapping[str, Judge], answers: Sequence[Answer], source: str, task_has_rule: bool = False
 ) -> None:
     """Raise UserError if no selected judge scores any of the answers; log a warning if some have no score.
 
     Args:
         judges: the selected judges by name.
-        answers: the answers, or before a run the questions; nothing is refused if there are none.
+        answers: the answers; nothing is refused if there are none.
         source: the key and value, or the file, that the answers come from, for messages.
         task_has_rule: the task's own rule has scored the answers of kind task.
 
@@ -44,7 +44,7 @@ def refuse_unscored(
             f"{source}: no selected judge scores any of these answers ({_counted(unscored)}); {_scores(judges)}. "
             f"Fix: {_fix(unscored)}"
         )
-    # Beside judges that report no refusals, the refusal judge scores harmless answers (stages/judge.py).
+    # Next to judges that report no refusals, the refusal judge scores harmless answers (stages/judge.py).
     unscored.pop("harmless", None)
     if unscored:
         log.warning(

@@ -10,7 +10,8 @@ from typing import Final
 from tqdm.auto import tqdm
 
 from lisa_lightning.cache import digest, locked
-from lisa_lightning.data.files import Reading, read_records
+from lisa_lightning.data.files import read_records
+from lisa_lightning.data.reading import Reading
 from lisa_lightning.data.templates import joined
 from lisa_lightning.disk import explained, write_text
 from lisa_lightning.errors import UserError, printable
@@ -36,7 +37,7 @@ from lisa_lightning.judge.judge import Judge, Pair, Verdict
 
 log = logging.getLogger(__name__)
 
-LONGEST_NAME: Final = 80
+MAX_NAME_CHARS: Final = 80
 """Characters of a model's name in metrics.json."""
 FORMAT: Final = [*(field.name for field in fields(Verdict)), "checksum"]
 """The fields of a stored verdict. A hash of them names the file, so that stores of another format are not read."""
@@ -87,14 +88,14 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
         UserError: a judge can't go on; its earlier verdicts are kept.
     """
     path = out / "judged.jsonl"
-    here = {(a.model, a.kind, a.index, joined(a.prompt, a.context), a.response) for a in answers}
-    before = [j for j in read_judged(path) if (j.model, j.kind, j.index, j.prompt, j.response) in here]
+    current_keys = {(a.model, a.kind, a.index, joined(a.prompt, a.context), a.response) for a in answers}
+    earlier = [j for j in read_judged(path) if (j.model, j.kind, j.index, j.prompt, j.response) in current_keys]
     found: list[Judged] = []
-    lines = before
+    lines = earlier
     for name, judge in judges.items():
         chosen = [a for a in answers if a.kind in kinds_scored(judge)]
         pairs = [Pair(joined(a.prompt, a.context), a.response, _reference(judge, a)) for a in chosen]
-        known = {j.pair: _verdict(j) for j in before if (j.judge, j.version) == (name, judge.version)}
+        known = {j.pair: _verdict(j) for j in earlier if (j.judge, j.version) == (name, judge.version)}
         store = cache / "verdicts" / f"{name}-{digest([judge.version, FORMAT])}.jsonl"
         verdicts = _ask(name, judge, pairs, known, store)
         found += [
@@ -113,7 +114,7 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
             for answer, pair, verdict in zip(chosen, pairs, verdicts, strict=True)
         ]
         done = {j.judge for j in found}
-        lines = found + [j for j in before if j.judge not in done]
+        lines = found + [j for j in earlier if j.judge not in done]
         write_text(path, "".join(json.dumps(asdict(j), ensure_ascii=False) + "\n" for j in lines))
     return lines
 
@@ -159,7 +160,7 @@ def read_responses(path: str) -> list[Answer]:
 def _model_name(text: str) -> str:
     """Return a model's name for metrics, which are called MODEL/JUDGE/NAME: on one line, short, without a slash."""
     name = printable(text).replace("/", "_") or "responses"
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 9]}-{digest(text)[:8]}"
+    return name if len(name) <= MAX_NAME_CHARS else f"{name[: MAX_NAME_CHARS - 9]}-{digest(text)[:8]}"
 
 
 def refuse_no_reference(judges: Mapping[str, Judge], answers: Sequence[Answer], path: str) -> None:

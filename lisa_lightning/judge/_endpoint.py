@@ -1,4 +1,4 @@
-"""Asking a model behind an OpenAI-compatible endpoint: with retries, under a cap of costs, in order."""
+"""Ask a model at an OpenAI-compatible endpoint: with retries, under a cap of costs, in order."""
 
 import logging
 import os
@@ -63,6 +63,7 @@ class Endpoint:
         self._temperature = temperature  # None once the model has said that it takes none
         self._lock = Lock()
         self._client: Any = None
+        self._refusal: UserError | None = None  # of a redirect; no request is sent after it
 
     @property
     def _at(self) -> str:
@@ -70,7 +71,7 @@ class Endpoint:
 
     @property
     def reply_settings(self) -> list[Any]:
-        """Return what a reply depends on beside the text: a part of the judge's version."""
+        """Return what a reply depends on apart from the text: a part of the judge's version."""
         return [self.model, self._url and self._url.bare, self.temperature, self.max_output_tokens]
 
     def ask_all(self, texts: Sequence[str], read: Callable[[str], T | None]) -> Iterator[T | None]:
@@ -142,14 +143,16 @@ class Endpoint:
             raise UserError(self._explained(error)) from None
 
     def _refuse_redirect(self, request: Any) -> None:
-        """Raise UserError before a redirect would send a request to another server."""
-        if not same_server(self._client.base_url, request.url):
+        """Raise `_Refused` before a redirect would send a request to another server, and before any later request."""
+        if self._refusal is None and not same_server(self._client.base_url, request.url):
             target = masked(printable(without_secrets(request.url)), self._secrets())[:300]
-            raise UserError(
+            self._refusal = UserError(
                 f"{self._at}: it redirects to {target}, and no question is sent to another server. Fix: set "
                 f"judge.{self.name}.base_url to {target.removesuffix('/chat/completions')} if you trust it. What was "
                 "judged is kept"
             )
+        if self._refusal is not None:
+            raise _Refused
 
     def _ask(self, index: int, text: str, read: Callable[[str], T | None]) -> T:
         reply = Completion()
@@ -178,6 +181,10 @@ class Endpoint:
             reply = self._create(text)
             paid = cost if reply.tokens is None else self._price(*reply.tokens)
             return reply
+        except _Refused:
+            # The redirecting server gave no answer, so nothing is paid.
+            assert self._refusal is not None
+            raise self._refusal from None
         except openai.APIConnectionError:
             paid = cost  # the server may have answered when the time was over or the connection broke
             raise
@@ -222,8 +229,6 @@ class Endpoint:
                     raise
 
     def _explained(self, error: BaseException) -> str:
-        if isinstance(error.__cause__, UserError):  # of the redirect, which some versions of openai wrap
-            return str(error.__cause__)
         status: int | None = getattr(error, "status_code", None)
         what = "it can't be asked" if status is None else f"it fails with status {status}"
         known = {
@@ -259,6 +264,10 @@ class Endpoint:
 
 class _Capped(Exception):
     """The next request could cost more than is allowed."""
+
+
+class _Refused(BaseException):
+    """A redirect is refused. Some versions of openai wrap every Exception and send the request again."""
 
 
 def _failed(asking: Future[Any]) -> bool:

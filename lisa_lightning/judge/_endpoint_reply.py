@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-LONGEST: Final = 2**24  # bytes of a reply; the longest thoughts of a model take a tenth
-MOST_TOKENS: Final = 2**53  # above it a product with a price could overflow
+MAX_REPLY_BYTES: Final = 2**24  # bytes of a reply; the longest thoughts of a model take a tenth
+MAX_BILLED_TOKENS: Final = 2**53  # above it a product with a price could overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ def read_completion(chunks: Iterable[bytes], seconds: float) -> Completion:
     try:
         for chunk in chunks:
             body += chunk
-            if len(body) > LONGEST:
-                return Completion(problem=f"it is longer than {LONGEST} bytes")
+            if len(body) > MAX_REPLY_BYTES:
+                return Completion(problem=f"it is longer than {MAX_REPLY_BYTES} bytes")
             if time.monotonic() > deadline:
                 return Completion(problem=f"it took longer than {seconds:g} s")
     # The classes belong to the HTTP library that openai uses; each one means a broken connection or encoding.
@@ -89,5 +89,5 @@ def _tokens(reply: Any) -> tuple[int, int] | None:
         case {"usage": {"prompt_tokens": prompt, "completion_tokens": message}}:
             # A bool is an int too, so isinstance would not do. No prompt is free of tokens: a 0 was not counted.
             if type(prompt) is int and type(message) is int and prompt > 0 and message >= 0:
-                return min(prompt, MOST_TOKENS), min(message, MOST_TOKENS)
+                return min(prompt, MAX_BILLED_TOKENS), min(message, MAX_BILLED_TOKENS)
     return None

@@ -98,7 +98,7 @@ def _split(url: str) -> SplitResult | None:
         valid = parts.scheme in PORTS and parts.port != 0 and _is_host(parts.hostname or "")
     except ValueError:
         return None
-    # A raw slash or question mark of a password ends the host too early, and an @ is left behind it.
+    # A raw slash or question mark of a password ends the host too early, and an @ is left after it.
     ambiguous = "@" in parts.path + parts.query + parts.fragment
     clean = printable(url) == url and not re.search(r"[\s\\]", url)
     return parts if valid and clean and not ambiguous else None

@@ -89,7 +89,7 @@ def quoted(rubric: str, **values: str) -> str:
     """
     names = _tags_around(rubric, values)
     any_name = "|".join(re.escape(_plain(name)) for name in sorted(names))
-    # A letter behind the name makes it another name; blanks, slashes of any kind, digits and signs do not.
+    # A letter after the name makes it another name; blanks, slashes of any kind, digits and signs do not.
     alike = re.compile(rf"<[\s/\\⁄∕]*(?:{any_name})(?![^\W\d_])")
     text = _plain(filled(rubric, **values))
     if names and len(alike.findall(text)) > len(alike.findall(_plain(rubric))):
@@ -101,7 +101,7 @@ def quoted(rubric: str, **values: str) -> str:
 
 
 def _tags_around(rubric: str, places: Mapping[str, str]) -> set[str]:
-    """Return the names of tags that are open at a {place}, or closed behind it without being opened there."""
+    """Return the names of tags that are open at a {place}, or closed after it without being opened there."""
     around: set[str] = set()
     for match in re.finditer(r"\{(\w+)\}", rubric):
         if match[1] in places:
@@ -122,5 +122,6 @@ def _unmatched(text: str, slash: str) -> set[str]:
 def _plain(text: str) -> str:
     """Return `text` in lower case, without invisible characters and accents, and with plain forms of wide ones."""
     plain = unicodedata.normalize("NFKD", text).lower()
+    # Accents are hidden too, unlike in normal_form: a tag that looks alike must count as the tag.
     hidden = {"Cc", "Cf", "Cs", "Mn"}
     return "".join(char for char in plain if char.isspace() or unicodedata.category(char) not in hidden)

@@ -26,7 +26,7 @@ LEAST: Final = 20  # prompts of each class
 OPENING_WORDS: Final = 12
 BINS: Final = 10
 UNSEEN: Final = 0.1  # added to every count, so that a word of one class alone doesn't weigh without end
-REFUSAL_SCALE: Final = 0.7  # beside TF-IDF, whose rows have length 1; the penalty sees to the rest
+REFUSAL_SCALE: Final = 0.7  # next to TF-IDF, whose rows have length 1; the penalty sees to the rest
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 WORD: Final = re.compile(r"[a-z']+")
 
@@ -214,13 +214,13 @@ def _opening(pair: Pair) -> str:
 
 
 def _beyond_request(pair: Pair) -> str:
-    """The answer with the request's words masked: what it brings beside its topic."""
+    """The answer with the request's words masked: what it brings apart from its topic."""
     asked = set(WORD.findall(pair.prompt.lower()))
     return " ".join("requestword" if w in asked else w for w in WORD.findall(pair.response.lower()))
 
 
 def _opening_by_request(pair: Pair) -> str:
-    """The first three words, each beside every word of the request: "no" means another thing to another question."""
+    """The first three words, each next to every word of the request: "no" means another thing to another question."""
     asked = dict.fromkeys(WORD.findall(pair.prompt.lower()))
     return " ".join(f"{a}_{b}" for a in WORD.findall(pair.response.lower())[:3] for b in asked)
 
@@ -237,10 +237,10 @@ def _read(entry: Any) -> list[Labelled]:
     how = reading(entry, ("prompt", "response", "harmful"), (), "judge.linear.rows")
 
     def row(record: Mapping[str, Any]) -> Labelled:
-        said = normal_value(record["harmful"]) or ""
-        if said not in TRUE + FALSE:
+        label = normal_value(record["harmful"]) or ""
+        if label not in TRUE + FALSE:
             raise UserError(f"harmful {record['harmful']!r} is not a label; allowed: true or false, 1 or 0, yes or no")
-        return Labelled(Pair(str(record["prompt"]), str(record["response"])), said in TRUE)
+        return Labelled(Pair(str(record["prompt"]), str(record["response"])), label in TRUE)
 
     found = taken(read_records(entry.path, how, row, entry.header), entry, "judge.linear.rows", entry.path)
     for harmful, name in ((True, "harmful"), (False, "harmless")):

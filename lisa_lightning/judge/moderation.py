@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Final, final
 
 from lisa_lightning.base_model import load_whole, loading, weights
 from lisa_lightning.cache import digest
+from lisa_lightning.data.tokens import first_ids
 from lisa_lightning.errors import UserError
 from lisa_lightning.judge.judge import Metric, Pair, Verdict, filled
 
@@ -58,7 +59,7 @@ class ModerationJudge:
         self.version = digest([CODE, found, dtype, text, max_length, threshold, self.harmful])
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
-        """The score is the largest probability; categories are the classifier's labels."""
+        """Yield verdicts whose score is the largest probability; categories are the classifier's labels."""
         window = WINDOW * self.batch_size
         for start in range(0, len(pairs), window):
             encoded = [self._ids(pair) for pair in pairs[start : start + window]]
@@ -70,9 +71,11 @@ class ModerationJudge:
                 yield self._verdict(found[i], partly=len(ids) > self.max_length)
 
     def _ids(self, pair: Pair) -> list[int]:
-        ids = list(self._tokenizer(filled(self.text, prompt=pair.prompt, response=pair.response))["input_ids"])
+        """Return the ids of a pair with the end token; of a very long text those of a prefix, more than the limit."""
+        text = filled(self.text, prompt=pair.prompt, response=pair.response)
+        ids = list(first_ids(self._tokenizer, text, self.max_length + 1))
         end = self._tokenizer.eos_token_id
-        return ids if end is None or ids[-1] == end else [*ids, end]
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
     def _probabilities(self, ids: list[list[int]]) -> list[list[float]]:
         import torch
@@ -101,11 +104,16 @@ class ModerationJudge:
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def _read_config(self) -> tuple[list[str], bool]:
-        """The classifier's labels, and whether one excludes the others."""
+        """Return the classifier's labels, and whether one excludes the others.
+
+        Raises:
+            UserError: max_length exceeds the classifier's positions, or harmful_labels are not among its labels.
+        """
         from transformers import AutoConfig
 
         with loading(self.at):
             config: Any = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+        self._refuse_long(config)
         labels = [str(config.id2label[i]) for i in range(len(config.id2label))]
         exclusive = config.problem_type == "single_label_classification" or (
             config.problem_type is None and len(labels) == 2
@@ -117,9 +125,20 @@ class ModerationJudge:
             )
         return labels, exclusive
 
+    def _refuse_long(self, config: Any) -> None:
+        """Raise UserError where max_length exceeds the positions that the classifier has."""
+        text = config.get_text_config()
+        limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+        positions = next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
+        if positions is not None and self.max_length > positions:
+            raise UserError(
+                f"judge.moderation.max_length={self.max_length}: the classifier has only {positions} positions. "
+                f"Fix: judge.moderation.max_length={positions} or less"
+            )
+
 
 def _of_equal_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Places of rows in batches that need no padding, which could change what a classifier sees."""
+    """Yield batches of row indices that need no padding, which could change what a classifier sees."""
     places: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         places.setdefault(len(row), []).append(i)

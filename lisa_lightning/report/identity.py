@@ -65,4 +65,4 @@ def _model(id: Any, choice: str) -> str:
 def _own_id(choice: str) -> Any:
     # A name out of somebody else's choices.json must not lead to another folder.
     file = MODELS / f"{choice}.yaml"
-    return OmegaConf.select(OmegaConf.load(file), "id") if choice.isidentifier() and file.exists() else None
+    return OmegaConf.select(OmegaConf.load(file), "id") if Path(choice).name == choice and file.exists() else None

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import unicodedata
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -58,7 +59,14 @@ def _table(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
 
 def _inert(cell: Any) -> Any:
     """Return a cell so that a spreadsheet shows it: text that begins as a formula does gets an apostrophe."""
-    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")) or _is_number(cell):
+    # Spreadsheets take full-width signs as signs, and skip blanks before them.
+    if not isinstance(cell, str) or _is_number(cell):
+        return cell
+    if unicodedata.normalize("NFKC", cell).lstrip()[:1] not in {"=", "+", "-", "@"} and cell[:1] not in {
+        "\t",
+        "\r",
+        "\n",
+    }:
         return cell
     return f"'{cell}"
 

@@ -16,7 +16,7 @@ INSTRUCTION: Final = (
 LABELS: Final = ("World", "Sports", "Business", "Sci/Tech")
 """In the order of the hub's labels 0 to 3."""
 ALSO: Final = {"Sci/Tech": "sci"}
-"""Beside the label itself the official script takes its lower case, but for this one, where it takes this."""
+"""Apart from the label itself the official script takes its lower case, but for this one, where it takes this."""
 NAMES: Final = re.compile(r"\b(?:(world)|(sports?)|(business)|(sci\b|sci[/ -]?tech|science|technology))\b")
 
 
@@ -32,7 +32,10 @@ class AGNews:
         label = normal_value(record["label"])
         section = next((name for i, name in enumerate(LABELS) if label in (str(i), name.lower())), None)
         if section is None:
-            raise UserError(f"label {shown(record['label'])} of an AG News row; allowed: 0 to 3, {', '.join(LABELS)}")
+            raise UserError(
+                f"label {shown(record['label'])} of an AG News row; allowed: 0 to 3, {', '.join(LABELS)}. "
+                "Fix: correct it, or map it by `labels`"
+            )
         return Row(INSTRUCTION, str(record["text"]).strip(), section)
 
     def correct(self, answer: str, target: str) -> bool:

@@ -24,7 +24,10 @@ class SST2:
         """Return the sentence and the word for its label. Raises UserError on another label."""
         label = LABELS.get(normal_value(record["label"]) or "")
         if label is None:
-            raise UserError(f"label {shown(record['label'])} of an SST-2 row; allowed: {', '.join(LABELS)}")
+            raise UserError(
+                f"label {shown(record['label'])} of an SST-2 row; allowed: {', '.join(LABELS)}. "
+                "Fix: correct it, or map it by `labels`"
+            )
         return Row(INSTRUCTION, str(record["sentence"]).strip(), label)
 
     def correct(self, answer: str, target: str) -> bool:
