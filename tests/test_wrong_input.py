@@ -230,7 +230,7 @@ def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProc
         (["harmful_ratio=2"], "harmful_ratio=2 is not allowed"),
         (["experiment=smoke", "data.n=100000"], "harmful_ratio=0.1 needs 10000 harmful rows"),
         (["experiment=smoke", "source.train.path=none.jsonl"], "none.jsonl: can't be read (No such file"),
-        (["experiment=smoke", "hydra.run.dir=/dev/null/out"], "/dev/null/out can't be written: Not a directory"),
+        (["experiment=smoke", "hydra.run.dir=/dev/null/out"], "/dev/null/out can't be used: Not a directory"),
         (["experiment=smoke", "model=smollm2_135m", "model.id=no/such"], "model.id=no/such: the hub can't be read ("),
         (["experiment=smoke", "lora.targets=[nope]"], "lora.targets"),
         (["experiment=smoke", "align=none", "method=asft"], "method=asft holds on to what aligning changed"),
