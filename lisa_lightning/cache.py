@@ -196,6 +196,6 @@ def _complete(aside: Path, final: Path, key: Any, trouble: str | None) -> None:
         record = {"key": key, "files": fingerprint(aside, visible_files(aside))}
         write_text(aside / RECORD, json.dumps(record, indent=1, sort_keys=True))
         flush(aside)
-        # Where locks don't hold between machines, another one may have been as quick.
+        # Another machine may have been as quick, if its file system doesn't share locks.
         if not final.exists():
             aside.replace(final)

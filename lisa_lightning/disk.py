@@ -14,7 +14,7 @@ from typing import Any
 from lisa_lightning.errors import UserError, first_line, printable
 
 HYDRAS = re.compile(r"\.hydra|run\.log|train_ddp_process_\d+\.log|multirun\.yaml")
-"""What Hydra writes into the folder of every run and sweep."""
+"""Names of the files that Hydra writes into the folder of every run and sweep."""
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 

@@ -323,8 +323,8 @@ def _page(
     task: Task,
 ) -> list[Told]:
     """Write report.html; the sample answers that it shows."""
-    told = [j for j in read_judged(out / JUDGED) if j.kind != "harmless" or j.refused is not None]
-    judged = {(j.model, j.kind, j.index): j for j in reversed(told)}  # of the first judge that can tell
+    conclusive = [j for j in read_judged(out / JUDGED) if j.kind != "harmless" or j.refused is not None]
+    judged = {(j.model, j.kind, j.index): j for j in reversed(conclusive)}  # of the first judge that can tell
     answers = [Told(a, verdict(task, a, judged.get((a.model, a.kind, a.index)))) for a in read_answers(out / RESPONSES)]
     page(out, metrics, curves, answers, choices, config)
     return samples(answers)

@@ -76,24 +76,24 @@ def main(work: Path) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     report: dict[str, Any] = {}
     for index, (name, (_, patch)) in enumerate(moments().items()):
-        place = work / str(index)
-        own = [*SHORT, f"cache_dir={place / 'cache'}", f"hydra.run.dir={place / 'out'}"]
-        status, output = run(place, own, patch)
-        again = run(place, [*own, "resume=true"], None)[0] if name.startswith("evaluating") else 0
+        folder = work / str(index)
+        own = [*SHORT, f"cache_dir={folder / 'cache'}", f"hydra.run.dir={folder / 'out'}"]
+        status, output = run(folder, own, patch)
+        again = run(folder, [*own, "resume=true"], None)[0] if name.startswith("evaluating") else 0
         report[name] = {"status": status, "output": output, "again": again}
-    place = work / "diverging"
+    folder = work / "diverging"
     lr = [
         "align.optim.lr=1e30",
         "data.max_length=210",
-        f"cache_dir={place / 'cache'}",
-        f"hydra.run.dir={place / 'out'}",
+        f"cache_dir={folder / 'cache'}",
+        f"hydra.run.dir={folder / 'out'}",
     ]
-    status, output = run(place, [*SHORT, *lr], None)
+    status, output = run(folder, [*SHORT, *lr], None)
     report["a loss that is no number"] = {"status": status, "output": output}
-    place = work / "sweep"
-    sweep = ["-m", *SHORT, "seed=1,2", f"cache_dir={place / 'cache'}", f"hydra.sweep.dir={place / 'out'}"]
-    status, output = run(place, sweep, moments()["fine-tuning by SIGINT"][1])
-    report["a sweep by SIGINT"] = {"status": status, "output": output, "again": run(place, sweep, None)[0]}
+    folder = work / "sweep"
+    sweep = ["-m", *SHORT, "seed=1,2", f"cache_dir={folder / 'cache'}", f"hydra.sweep.dir={folder / 'out'}"]
+    status, output = run(folder, sweep, moments()["fine-tuning by SIGINT"][1])
+    report["a sweep by SIGINT"] = {"status": status, "output": output, "again": run(folder, sweep, None)[0]}
     print(json.dumps(report))
 
 

@@ -106,7 +106,7 @@ def is_quoted(text: str) -> bool:
 
 @dataclass
 class _QuotedCells:
-    """What the quoted cells of a table have, and the others."""
+    """Features of the quoted and the unquoted cells of a table."""
 
     doubled: bool = False
     separators: bool = False

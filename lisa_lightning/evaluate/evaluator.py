@@ -127,8 +127,8 @@ class Evaluator:
     ) -> dict[int, Answer]:
         fabric, world = self.fabric, self.fabric.world_size
         stop = Stop(self.tokenizer, model)
-        found = by_first(fabric, lambda: _begin(path, name, origin, asked))
-        todo = [g for g in self._groups(asked) if any(i not in found for p in g for i in p.places)]
+        answers = by_first(fabric, lambda: _begin(path, name, origin, asked))
+        todo = [g for g in self._groups(asked) if any(i not in answers for p in g for i in p.places)]
         bar = tqdm(
             total=len(asked),
             desc=f"ask the {name} model",
@@ -137,7 +137,7 @@ class Evaluator:
             leave=False,
         )
         with bar:
-            bar.update(len(found))
+            bar.update(len(answers))
             for start in range(0, len(todo), world):
                 own = todo[start + fabric.global_rank : start + world][:1]
                 new = [
@@ -147,9 +147,9 @@ class Evaluator:
                 ]
                 done = [answer for share in _gather(new, world) for answer in share]
                 by_first(fabric, partial(_append, path, done))
-                found |= {answer.index: answer for answer in done}
+                answers |= {answer.index: answer for answer in done}
                 bar.update(len(done))
-        return found
+        return answers
 
     def _groups(self, asked: Sequence[Question]) -> list[list["_Prompt"]]:
         """Batches of prompts with the same number of tokens to generate, those of similar length together."""

@@ -11,7 +11,7 @@ from lisa_lightning.errors import UserError, first_line, printable
 SHOWN: Final = 40
 """Characters of a wrong value that a message quotes."""
 ROUNDING: Final = 1e-6
-"""How far a probability in single precision may exceed the range from 0 to 1."""
+"""Tolerance for probabilities in single precision, which may exceed the range from 0 to 1."""
 
 
 class Check(NamedTuple):

@@ -12,7 +12,7 @@ MAX_BILLED_TOKENS: Final = 2**53  # above it a product with a price could overfl
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a server sent as a completion."""
+    """Content of a server's reply as a completion."""
 
     text: str = ""
     """The message; empty where the server sent none."""

@@ -102,13 +102,13 @@ def _content(
 ) -> dict[str, Any]:
     """All that the template shows besides the plots."""
     settings = dict(flat(config))
-    own = identity(settings, choices)
+    run_identity = identity(settings, choices)
     columns = _columns(metrics, answers)
     chosen = samples(answers)
-    facts = _facts(own, settings, metrics, choices)
+    facts = _facts(run_identity, settings, metrics, choices)
     return {
-        "heading": own.heading,
-        "title": ", ".join([own.heading, *(f"{k} {v}" for k, v in facts if k in ("harmful ratio", "seed"))]),
+        "heading": run_identity.heading,
+        "title": ", ".join([run_identity.heading, *(f"{k} {v}" for k, v in facts if k in ("harmful ratio", "seed"))]),
         "facts": facts,
         "summary": _marked(_summary(metrics, columns)),
         "random": settings.get("model.id") is None,

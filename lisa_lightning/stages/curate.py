@@ -47,8 +47,8 @@ def curate(setting: Setting, chooser: Curate) -> tuple[list[Row], Metrics]:
         return {}
 
     folder, cost = setting.stage("curate", key, make)
-    kept = [rows[i] for i in chooser.kept(read_json(folder / "scores.json", f"delete {folder}")["scores"])]
-    return kept, cost | {"rows/curated": len(kept)}
+    curated = [rows[i] for i in chooser.kept(read_json(folder / "scores.json", f"delete {folder}")["scores"])]
+    return curated, cost | {"rows/curated": len(curated)}
 
 
 @contextmanager
