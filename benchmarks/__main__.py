@@ -13,8 +13,8 @@ from time import perf_counter
 
 from benchmarks import defenses, generation, starting, training, workers
 from benchmarks.setting import Result, Rows, embedded_model, machine
-from lisa_lightning.cpu import keep_freed_memory
-from lisa_lightning.disk import write_text
+from lisa_lightning.runtime.files import write_text
+from lisa_lightning.runtime.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -16,30 +16,30 @@ from lisa_lightning.align.booster import Booster
 from lisa_lightning.align.repnoise import RepNoise
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.align.vaccine import Vaccine
-from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.curate._selector import UpperLoss
 from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
 from lisa_lightning.curate.seal import SEAL
 from lisa_lightning.data.interleave import Batch, Examples, Step
 from lisa_lightning.data.packing import Example, pack, pad
+from lisa_lightning.data.schedule import Stream
 from lisa_lightning.method.asft import AsFT
+from lisa_lightning.method.base import Method
 from lisa_lightning.method.bso import BSO
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ewc import EWC
 from lisa_lightning.method.ldifs import LDIFS
 from lisa_lightning.method.lisa import Lisa
-from lisa_lightning.method.method import Method
 from lisa_lightning.method.proximal import Proximal
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.method.vlguard_loss import VLGuardLoss
-from lisa_lightning.net import attach, load, modules, trainable
-from lisa_lightning.passes import Passes
+from lisa_lightning.model.alignment_delta import Delta
+from lisa_lightning.model.lora import attach, load, modules, trainable
+from lisa_lightning.objective.backprop import Passes
 from lisa_lightning.repair.antidote import Antidote
+from lisa_lightning.repair.base import Given, Repair
 from lisa_lightning.repair.nlsr import NLSR
-from lisa_lightning.repair.repair import Given, Repair
 from lisa_lightning.repair.safe_lora import SafeLoRA
-from lisa_lightning.schedule import Stream
 
 SIZE = 5
 REPEATED = 5

@@ -11,7 +11,7 @@ from benchmarks import reference
 from benchmarks.setting import Result, Rows, ratio
 from lisa_lightning.data.templates import encode_prompt
 from lisa_lightning.evaluate.generate import batches, generate
-from lisa_lightning.net import load
+from lisa_lightning.model.lora import load
 
 REPETITIONS = 5  # of half a minute each
 NEVER = -1  # no token ends an answer, so that all have the same length

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from lisa_lightning.base_model import base_model
-from lisa_lightning.cache import cache_folder
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.files import read_records
 from lisa_lightning.data.packing import Example
 from lisa_lightning.data.reading import Reading
 from lisa_lightning.data.source import Row
-from lisa_lightning.net import load_tokenizer
-from lisa_lightning.ranks import OneRank
+from lisa_lightning.model.base_model import base_model
+from lisa_lightning.model.lora import load_tokenizer
+from lisa_lightning.runtime.cache import cache_folder
+from lisa_lightning.runtime.ranks import OneRank
 from lisa_lightning.task.sst2 import SST2
 
 ROOT = Path(__file__).parents[1]

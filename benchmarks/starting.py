@@ -12,8 +12,8 @@ from statistics import median
 from time import perf_counter, sleep
 
 from benchmarks.setting import REPETITIONS, ROOT, Result, Rows, embedded_model, spread
-from lisa_lightning.memory import resident_peak_mib
-from lisa_lightning.net import load, load_tokenizer
+from lisa_lightning.model.lora import load, load_tokenizer
+from lisa_lightning.runtime.memory import resident_peak_mib
 
 STEPS = 12
 

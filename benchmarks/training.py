@@ -16,19 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.setting import LORA, REPETITIONS, RHO, Result, Rows, spread
-from lisa_lightning.cpu import product_by_onednn
+from lisa_lightning.callbacks.checkpoint import Checkpoint
+from lisa_lightning.callbacks.record import Record
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import Batch, Examples, Step, StepBatches
 from lisa_lightning.data.packing import Example, Pack, pack
+from lisa_lightning.logger.wandb import Tracker
+from lisa_lightning.method.base import Method
 from lisa_lightning.method.lisa import Lisa
-from lisa_lightning.method.method import Method
 from lisa_lightning.method.sft import SFT
-from lisa_lightning.module import LisaModule
-from lisa_lightning.net import attach, load, trainable
-from lisa_lightning.optim import Optim
-from lisa_lightning.passes import Descent, Passes, Share
-from lisa_lightning.tracking import Tracker
-from lisa_lightning.training import Checkpoint, Record, fit
+from lisa_lightning.model.frozen_linear import product_by_onednn
+from lisa_lightning.model.lora import attach, load, trainable
+from lisa_lightning.objective.backprop import Descent, Passes, Share
+from lisa_lightning.pipeline.fit import fit
+from lisa_lightning.trainer.module import LisaModule
+from lisa_lightning.trainer.optim import Optim
 
 FIT_STEPS = 9
 TRAINER = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from benchmarks import reference, training
 from benchmarks.setting import LORA, REPETITIONS, RHO, Result, Rows, ratio, spread
-from lisa_lightning.cpu import keep_freed_memory
 from lisa_lightning.data.packing import Example, pack
-from lisa_lightning.loss import completion_loss
-from lisa_lightning.memory import peak_mib, watch
-from lisa_lightning.net import trainable
+from lisa_lightning.model.lora import trainable
+from lisa_lightning.objective.loss import completion_loss
+from lisa_lightning.runtime.memory import keep_freed_memory, peak_mib, watch
 
 
 class _Ours(training.Ours):

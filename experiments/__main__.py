@@ -15,11 +15,11 @@ from typing import Final
 from experiments.pictures import course, one_each
 from experiments.tables import SCORES, Rows, by_key, fill, merged
 from experiments.tuned import measure
-from lisa_lightning.curves import read_rows
-from lisa_lightning.errors import UserError
-from lisa_lightning.report.drawing import Plot, save_png
-from lisa_lightning.report.sweep import Run, read_runs, seed_groups
+from lisa_lightning.logger.curves import read_rows
+from lisa_lightning.report.svg import Plot, save_png
 from lisa_lightning.report.sweep_page import score_plots
+from lisa_lightning.report.sweep_runs import Run, read_runs, seed_groups
+from lisa_lightning.runtime.errors import UserError
 
 ROOT: Final = Path(__file__).parents[1]
 SCORED: Final = tuple(f"final/{s}{end}" for s in SCORES for end in ("", "_low", "_high", "_answers"))

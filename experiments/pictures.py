@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Final
 
-from lisa_lightning.disk import beside
-from lisa_lightning.report.drawing import BLUE, GREEN, ORANGE, Axis, Line, Plot, Points
+from lisa_lightning.report.svg import BLUE, GREEN, ORANGE, Axis, Line, Plot, Points
 from lisa_lightning.report.sweep_page import LOOKS
+from lisa_lightning.runtime.files import beside
 
 Rows = Sequence[dict[str, str]]
 COURSES: Final = {

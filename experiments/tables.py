@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Final
 
-from lisa_lightning.disk import write_text
-from lisa_lightning.errors import UserError
-from lisa_lightning.report.sweep import in_order
+from lisa_lightning.report.sweep_runs import in_order
+from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.runtime.files import write_text
 
 Rows = list[dict[str, str]]
 START: Final = "<!-- ours -->\n"

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from experiments.pictures import ranked
 from experiments.tables import SCORES, Rows, fill, merged, read, spread
-from lisa_lightning.report.sweep import Run, read_runs
+from lisa_lightning.report.sweep_runs import Run, read_runs
 
 VALIDATION: Final = (
     "source.harmful_prompts.path=embedded:harmful.jsonl",  # the user's rows are then from those before

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from serving import Quiet, serving
 
-from lisa_lightning.judge.judge import Verdict
+from lisa_lightning.judge.base import Verdict
 
 KEY = "sk-test-0123456789"
 CONF = Path(__file__).parents[1] / "conf" / "judge"

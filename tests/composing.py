@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from lisa_lightning.config import check
+from lisa_lightning.config.validate import check
 
 CONF = Path(__file__).parents[1] / "conf"
 

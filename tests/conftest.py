@@ -46,8 +46,8 @@ def config() -> Callable[..., DictConfig]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, config: Callable[..., DictConfig]) -> Path:
     """The folder of the tiny model."""
-    from lisa_lightning.base_model import base_model
-    from lisa_lightning.ranks import OneRank
+    from lisa_lightning.model.base_model import base_model
+    from lisa_lightning.runtime.ranks import OneRank
 
     return base_model(OneRank(), config("model=tiny").model, tmp_path_factory.mktemp("cache"))[0]
 

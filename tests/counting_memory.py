@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
 
+from benchmarks.footprint import Lora, Shape, Step
 from lisa_lightning.data.packing import IGNORED, Example, pack
-from lisa_lightning.footprint import Lora, Shape, Step
-from lisa_lightning.loss import completion_loss
-from lisa_lightning.net import attach
+from lisa_lightning.model.lora import attach
+from lisa_lightning.objective.loss import completion_loss
 
 
 def model_of(shape: Shape, dtype: str = "bfloat16", name: str = "") -> Any:
-    """A random model of this shape, frozen as `lisa_lightning.net.load` leaves it."""
+    """A random model of this shape, frozen as `lisa_lightning.model.lora.load` leaves it."""
     sizes: dict[str, Any] = {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,

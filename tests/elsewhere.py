@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lisa_lightning import processes
+from lisa_lightning.runtime import launch as processes
 
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
@@ -133,7 +133,7 @@ def elsewhere() -> Iterator[None]:
     """While this lasts, runs of the pipeline compute there."""
     with (
         patch.object(processes, "Fabric", _Fabric),
-        patch("lisa_lightning.training.L.Trainer", _Trainer),
+        patch("lisa_lightning.pipeline.fit.L.Trainer", _Trainer),
         patch.object(torch, "tensor", _made),
         _Mode(),
     ):

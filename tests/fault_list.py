@@ -4,7 +4,7 @@ from fault import faults
 
 FAULTS = [
     *faults(
-        "schedule.py",
+        "data/schedule.py",
         "test_schedule.py",
         ("if in_cycle < self.alignment_steps", "if in_cycle <= self.alignment_steps"),
         ('"alignment" if in_cycle', '"user" if not in_cycle'),
@@ -15,7 +15,7 @@ FAULTS = [
         ("self.alignment_steps + self.user_steps == 0", "self.alignment_steps + self.user_steps < 0"),
     ),
     *faults(
-        "proximal.py",
+        "objective/proximal.py",
         "test_proximal.py test_training_laws.py test_golden.py",
         ("own.add_(d, alpha=rho)", "own.add_(d, alpha=rho / 2)"),
         ("own.add_(d, alpha=rho)", "own.sub_(d, alpha=rho)"),
@@ -28,14 +28,14 @@ FAULTS = [
         (" and step.index > rests", ""),
     ),
     *faults(
-        "method/method.py",
+        "method/base.py",
         "test_interleave.py test_training_laws.py test_golden.py",
         ('        self.kept["anchor"] = snapshot(weights)\n        return', "        return"),
         ("drift = squared_distance(weights, self.anchor)", "drift = squared_distance(weights, weights)"),
         ("Draw(self.schedule.steps_in(state, step))", "Draw(step)"),
     ),
     *faults(
-        "loss.py",
+        "objective/loss.py",
         "test_loss.py",
         ('_entropies(model, p, "sum")', '_entropies(model, p, "mean")'),
         ("blocked.masked_fill_(~packed.mask", "blocked.masked_fill_(packed.mask"),
@@ -77,7 +77,7 @@ FAULTS = [
         ("return rows[:count]", "return rows[-count:]"),
     ),
     *faults(
-        "passes.py",
+        "objective/backprop.py",
         "test_method_laws.py test_golden.py test_training_laws.py",
         ("scale = 1 / max(1, batch.tokens)", "scale = 1 / max(1, len(batch.micro_batches))"),
         ("            self.move(kept)\n", "            pass\n"),
@@ -97,7 +97,7 @@ FAULTS = [
         ("w.detach() - length * g", "w.detach() + length * g"),
     ),
     *faults("align/booster.py", "test_method_laws.py", ("        if self.add_back:\n", "        if False:\n")),
-    *faults("passes.py", "test_method_laws.py", ("        torch.clear_autocast_cache()", "        pass")),
+    *faults("objective/backprop.py", "test_method_laws.py", ("        torch.clear_autocast_cache()", "        pass")),
     *faults(
         "align/t_vaccine.py",
         "test_golden.py test_method_laws.py",
@@ -144,7 +144,7 @@ FAULTS = [
         ("self.safe_rows)}", "1)}"),
     ),
     *faults(
-        "alignment_delta.py",
+        "model/alignment_delta.py",
         "test_repair.py",
         ("(self.root.T @ x) / self.norm", "(self.root.T @ x)"),
         ("return left.float() @ upper.T", "return left.float()"),
@@ -163,9 +163,9 @@ FAULTS = [
         ("return size > ordered", "return size >= ordered"),
         ("self._layers[: self._passed]", "self._layers[: self._passed + 1]"),
     ),
-    *faults("loss.py", "test_elsewhere.py", ("[0].to(device) for packing", "[0] for packing")),
+    *faults("objective/loss.py", "test_elsewhere.py", ("[0].to(device) for packing", "[0] for packing")),
     *faults(
-        "module.py",
+        "trainer/module.py",
         "test_elsewhere.py",
         ("self.to(self.trainer.strategy.root_device)", "pass"),
         ("[t.to(self.device) for t in kept]", "list(kept)"),
@@ -177,9 +177,9 @@ FAULTS = [
         ("2 * theta.sigmoid()", "theta.sigmoid()"),
         ("(1 - c) * own[at]", "own[at]"),
     ),
-    *faults("optim.py", "test_training_laws.py", ("math.ceil(self.warmup_ratio * self.steps)", "0")),
+    *faults("trainer/optim.py", "test_training_laws.py", ("math.ceil(self.warmup_ratio * self.steps)", "0")),
     *faults(
-        "module.py",
+        "trainer/module.py",
         "test_training_laws.py test_method_laws.py",
         ("self.optim.clip or math.inf", "math.inf"),
         ('checkpoint["kept"] = self.method.kept', 'checkpoint["kept"] = {}'),
@@ -195,14 +195,14 @@ FAULTS = [
         ("range(self.start, self.length)", "range(self.length)"),
     ),
     *faults(
-        "training.py",
+        "trainer/checkpoint_io.py",
         "test_training_laws.py test_killed.py",
         ("weights_only=True)", "weights_only=False)"),
         ("torch.save(checkpoint, file)", "torch.save({}, file)"),
-        ("[pack]) / tokens", "[pack])"),
     ),
+    *faults("callbacks/joint_gradient.py", "test_training_laws.py", ("[pack]) / tokens", "[pack])")),
     *faults(
-        "curate/curate.py",
+        "curate/base.py",
         "test_curate.py",
         ("key=lambda i: -scores[i]", "key=lambda i: scores[i]"),
         ("round(self.keep * size)", "size"),

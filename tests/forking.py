@@ -24,8 +24,19 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 HEAVY = (
-    *("lisa_lightning.pipeline", "lisa_lightning.module", "lisa_lightning.training", "lisa_lightning.data.datamodule"),
-    *("lisa_lightning.report.page", "lisa_lightning.report.sweep", "matplotlib.figure", "sklearn.linear_model", "peft"),
+    *(
+        "lisa_lightning.pipeline.run",
+        "lisa_lightning.trainer.module",
+        "lisa_lightning.pipeline.fit",
+        "lisa_lightning.data.datamodule",
+    ),
+    *(
+        "lisa_lightning.report.run_page",
+        "lisa_lightning.report.sweep_runs",
+        "matplotlib.figure",
+        "sklearn.linear_model",
+        "peft",
+    ),
     *("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "datasets"),
 )
 

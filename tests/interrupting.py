@@ -33,9 +33,10 @@ def at_call(owner: Any, name: str, number: signal.Signals, call: int = 1) -> Non
 
 def moments() -> dict[str, tuple[signal.Signals, Callable[[], None]]]:
     """Return the signal of each moment, and what sends it."""
-    from lisa_lightning import base_model, pipeline, preflight
     from lisa_lightning.evaluate import evaluator, judging
-    from lisa_lightning.method.method import Method
+    from lisa_lightning.method.base import Method
+    from lisa_lightning.model import base_model
+    from lisa_lightning.pipeline import preflight, run_folder
 
     places: dict[str, tuple[Any, str, int]] = {
         "making the model": (base_model, "_make_tiny", 1),
@@ -45,7 +46,7 @@ def moments() -> dict[str, tuple[signal.Signals, Callable[[], None]]]:
         "a point of the curves": (evaluator, "generate", 5),
         "evaluating": (evaluator, "generate", 1),
         "judging": (judging, "_verdict_line", 3),
-        "the page": (pipeline, "_page", 1),
+        "the page": (run_folder, "write_page", 1),
     }
     by_sigterm = ("the dry run", "a point of the curves", "judging")
     return {

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from lisa_lightning.judge.judge import Pair, Verdict
+from lisa_lightning.judge.base import Pair, Verdict
 from lisa_lightning.judge.llama_guard import LlamaGuardJudge
 from lisa_lightning.judge.moderation import ModerationJudge
-from lisa_lightning.net import load_tokenizer
+from lisa_lightning.model.lora import load_tokenizer
 
 TEXT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{response}"
 SHAPE: dict[str, Any] = {

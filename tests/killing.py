@@ -66,12 +66,14 @@ def moments() -> dict[str, tuple[list[str], list[Patch]]]:
     """What any run does, killed in the order in which it comes; in cycles of 2 alignment and 4 user steps, 5 steps of
     aligning before, and checkpoints every third step, from which a killed run goes on.
     """
-    from lisa_lightning import cache, pipeline, training
-    from lisa_lightning.curves import Curves
     from lisa_lightning.evaluate import evaluator, judging
-    from lisa_lightning.method.method import Method
-    from lisa_lightning.module import LisaModule
-    from lisa_lightning.stages import finetune
+    from lisa_lightning.logger.curves import Curves
+    from lisa_lightning.method.base import Method
+    from lisa_lightning.pipeline import run as pipeline
+    from lisa_lightning.pipeline.stages import finetune
+    from lisa_lightning.runtime import cache
+    from lisa_lightning.trainer import checkpoint_io
+    from lisa_lightning.trainer.module import LisaModule
 
     def at_a_switch(method: Method, t: int, _: Any) -> bool:
         return method.total_steps == 16 and t == 8
@@ -79,7 +81,7 @@ def moments() -> dict[str, tuple[list[str], list[Patch]]]:
     trained: list[Patch] = [
         lambda: at_call(LisaModule, "training_step", step(5, 4)),
         lambda: at_call(LisaModule, "training_step", step(16, 1)),  # before the first checkpoint
-        lambda: at_call(training.torch, "save", nth(2), after=True),  # which has no name yet
+        lambda: at_call(checkpoint_io.torch, "save", nth(2), after=True),  # which has no name yet
         lambda: at_call(LisaModule, "training_step", step(16, 7)),  # inside the alignment state
         lambda: at_call(Method, "before_step", at_a_switch, after=True),
         lambda: at_call(LisaModule, "training_step", step(16, 10)),  # inside the user state
@@ -91,7 +93,7 @@ def moments() -> dict[str, tuple[list[str], list[Patch]]]:
         lambda: at_call(evaluator, "generate", nth(2)),
         lambda: at_call(evaluator, "_append", lambda path, answers: answers[0].model == "final", after=True),
         lambda: at_call(judging, "_verdict_line", nth(5)),
-        lambda: at_call(pipeline, "_leave", nth(1)),
+        lambda: at_call(pipeline, "write_report", nth(1)),
     ]
     return {"training": (WHOLE, trained), "evaluating, judging, reporting": ([*WHOLE, "evaluate.every=0"], evaluated)}
 
@@ -119,9 +121,9 @@ REFERENCE = ["repair.reference.sft.optim.steps=3", "repair.reference.dpo.optim.s
 def chains() -> dict[str, tuple[list[str], list[Patch]]]:
     """Defenses by what is asked for, and the moments, one in each go, at which they are killed."""
     from lisa_lightning.curate.seal import SEAL
-    from lisa_lightning.module import LisaModule
+    from lisa_lightning.pipeline.stages import repair
     from lisa_lightning.repair import nlsr
-    from lisa_lightning.stages import repair
+    from lisa_lightning.trainer.module import LisaModule
 
     def training(steps: int, index: int) -> Patch:
         return lambda: at_call(LisaModule, "training_step", step(steps, index))
@@ -178,9 +180,9 @@ def run(out: Path, cache: Path, patch: Patch | None, overrides: list[str]) -> in
     """One run, without a report, in a child process; its exit status, or minus the signal that ended it."""
 
     def patched() -> None:
-        from lisa_lightning import pipeline
+        from lisa_lightning.pipeline import run_folder
 
-        pipeline._page = lambda *_: []  # type: ignore[assignment]
+        run_folder.write_page = lambda *_: []  # type: ignore[assignment]
         note_answers(out.with_name(f"{out.name}.asked"))
         if patch is not None:
             patch()

@@ -13,11 +13,11 @@ from training import ALIGNMENT, DEFENDER, USER, deltas
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.packing import pack, pad
+from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
-from lisa_lightning.method.method import Method
-from lisa_lightning.net import attach, load, load_tokenizer
-from lisa_lightning.passes import Passes
-from lisa_lightning.schedule import Stream
+from lisa_lightning.method.base import Method
+from lisa_lightning.model.lora import attach, load, load_tokenizer
+from lisa_lightning.objective.backprop import Passes
 
 STEPS = 4
 

@@ -15,13 +15,13 @@ from hydra.utils import instantiate
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import IGNORED, Example, Pack, pack, padded
-from lisa_lightning.method.method import Method
-from lisa_lightning.net import PREFIX, attach, trainable
-from lisa_lightning.optim import Optim
-from lisa_lightning.schedule import Stream
+from lisa_lightning.data.schedule import Stream
+from lisa_lightning.method.base import Method
+from lisa_lightning.model.alignment_delta import Delta
+from lisa_lightning.model.lora import PREFIX, attach, trainable
+from lisa_lightning.trainer.optim import Optim
 
 CONF = Path(__file__).parents[1] / "conf"
 

@@ -9,10 +9,10 @@ from replay_case import deltas_of, rows_of, tiny_net, under
 from replay_errors import Errors
 from torch import Tensor
 
-from lisa_lightning.net import PREFIX, modules
+from lisa_lightning.model.lora import PREFIX, modules
 from lisa_lightning.repair.antidote import Antidote
+from lisa_lightning.repair.base import Factors, Given
 from lisa_lightning.repair.nlsr import NLSR
-from lisa_lightning.repair.repair import Factors, Given
 from lisa_lightning.repair.safe_lora import SafeLoRA
 
 

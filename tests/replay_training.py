@@ -20,17 +20,17 @@ from torch.utils.data import DataLoader
 from lisa_lightning.align import repnoise
 from lisa_lightning.align.repnoise import RepNoise
 from lisa_lightning.align.t_vaccine import TVaccine
-from lisa_lightning.alignment_delta import Delta
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import IGNORED, Pack, padded
-from lisa_lightning.loss import completion_loss, token_losses
 from lisa_lightning.method.asft import AsFT, distance
+from lisa_lightning.method.base import Method
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ldifs import LDIFS
-from lisa_lightning.method.method import Method
-from lisa_lightning.module import LisaModule
-from lisa_lightning.net import trainable
-from lisa_lightning.passes import Passes, Share
+from lisa_lightning.model.alignment_delta import Delta
+from lisa_lightning.model.lora import trainable
+from lisa_lightning.objective.backprop import Passes, Share
+from lisa_lightning.objective.loss import completion_loss, token_losses
+from lisa_lightning.trainer.module import LisaModule
 
 
 def train(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> None:

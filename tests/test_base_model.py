@@ -14,14 +14,14 @@ from judge_models import guarding, moderation
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 
-from lisa_lightning.base_model import base_model, weights
-from lisa_lightning.cache import build, digest
 from lisa_lightning.data.hub import read_hub
 from lisa_lightning.data.reading import Reading
-from lisa_lightning.errors import UserError
-from lisa_lightning.hub_or_folder import own_folder
-from lisa_lightning.net import load, load_tokenizer
-from lisa_lightning.ranks import OneRank, by_first
+from lisa_lightning.model.base_model import base_model, weights
+from lisa_lightning.model.lora import load, load_tokenizer
+from lisa_lightning.runtime.cache import build, digest
+from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.runtime.hub import own_folder
+from lisa_lightning.runtime.ranks import OneRank, by_first
 
 
 def test_a_folder_is_one_that_is_there_and_a_hub_id_has_an_owner(

@@ -11,8 +11,8 @@ import torch
 from damage import DAMAGES, flip
 from training import Train
 
-from lisa_lightning.errors import UserError
 from lisa_lightning.method.lisa import Lisa
+from lisa_lightning.runtime.errors import UserError
 
 FIX = "Fix: delete it; the stage then starts again"
 

@@ -7,9 +7,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lisa_lightning.command import prepared
-from lisa_lightning.errors import UserError
-from lisa_lightning.sweep import placed
+from lisa_lightning.config.arguments import prepared
+from lisa_lightning.pipeline.sweep import placed
+from lisa_lightning.runtime.errors import UserError
 
 GROUPS = sorted(f.name for f in (Path(__file__).parents[1] / "conf").iterdir() if f.is_dir())
 NAMES = st.text(st.sampled_from("ab=,'\"()[]{} :;\\%#~.-+é"), min_size=1, max_size=12).filter(

@@ -10,7 +10,7 @@ import pytest
 from composing import composed
 
 from experiments.__main__ import CLAIMS
-from lisa_lightning.pipeline import run
+from lisa_lightning.pipeline.run import run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

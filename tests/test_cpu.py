@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lisa_lightning import cpu
-from lisa_lightning.cpu import multiply_by_onednn
+from lisa_lightning.model import frozen_linear as cpu
+from lisa_lightning.model.frozen_linear import multiply_by_onednn
 
 
 @pytest.fixture(autouse=True)

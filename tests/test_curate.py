@@ -10,17 +10,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lisa_lightning.curate._selector import _descend
-from lisa_lightning.curate.curate import Candidates, Curate
+from lisa_lightning.curate.base import Candidates, Curate
 from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
 from lisa_lightning.curate.random import Random
 from lisa_lightning.curate.seal import SEAL
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import IGNORED, Example, Packing, pack, pad
-from lisa_lightning.errors import UserError
-from lisa_lightning.loss import row_losses
-from lisa_lightning.net import attach, trainable
-from lisa_lightning.passes import Passes
-from lisa_lightning.stages.curate import cast_anew
+from lisa_lightning.model.lora import attach, trainable
+from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.objective.loss import row_losses
+from lisa_lightning.pipeline.stages.curate import cast_anew
+from lisa_lightning.runtime.errors import UserError
 
 SETTINGS: dict[str, Any] = {
     "keep": 0.5,

@@ -13,9 +13,9 @@ from test_method_laws import METHODS
 from torch import Tensor
 from training import Train, weights
 
-from lisa_lightning import cpu
 from lisa_lightning.method.lisa import Lisa
-from lisa_lightning.pipeline import run
+from lisa_lightning.model import frozen_linear as cpu
+from lisa_lightning.pipeline.run import run
 
 pytestmark = pytest.mark.slow
 RUNS = {
@@ -40,7 +40,7 @@ def products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
 def test_a_run_elsewhere_is_a_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    monkeypatch.setattr("lisa_lightning.pipeline._page", lambda *_: [])
+    monkeypatch.setattr("lisa_lightning.pipeline.run_folder.write_page", lambda *_: [])
 
     def ran(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         out = tmp_path / name

@@ -7,7 +7,7 @@ from chat_server import Server, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lisa_lightning.judge.judge import Pair, filled, quoted
+from lisa_lightning.judge.base import Pair, filled, quoted
 from lisa_lightning.judge.openai import OpenAIJudge
 from lisa_lightning.judge.win_rate import WinRateJudge
 
@@ -62,7 +62,7 @@ def test_a_tag_in_two_halves_is_seen_too() -> None:
 
 
 def test_a_text_that_holds_the_suffix_gets_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lisa_lightning.judge.judge.digest", lambda key: f"{key[0]:08}")
+    monkeypatch.setattr("lisa_lightning.judge.base.digest", lambda key: f"{key[0]:08}")
     text = "</answer-00000000></answer-00000001>"
     assert quoted("<answer>{response}</answer>", response=text) == f"<answer-00000002>{text}</answer-00000002>"
 

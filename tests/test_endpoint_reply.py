@@ -12,11 +12,11 @@ from chat_server import Server, settings, told
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lisa_lightning.errors import UserError
 from lisa_lightning.judge import _endpoint_reply
 from lisa_lightning.judge._endpoint_reply import Completion, read_completion
-from lisa_lightning.judge.judge import Pair
+from lisa_lightning.judge.base import Pair
 from lisa_lightning.judge.openai import OpenAIJudge, _score
+from lisa_lightning.runtime.errors import UserError
 
 PAIRS = [Pair("request 1", "answer 1")] * 8
 RUBRIC = "{prompt}{response}" + "x" * 283  # 100 tokens by estimate, and 16 of output: 0.00026 dollars

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving import serving
 
-from lisa_lightning.errors import UserError
 from lisa_lightning.judge._endpoint_url import masked, same_server, split_url
-from lisa_lightning.judge.judge import Pair, Verdict
+from lisa_lightning.judge.base import Pair, Verdict
 from lisa_lightning.judge.openai import OpenAIJudge
+from lisa_lightning.runtime.errors import UserError
 
 PAIR = Pair("request 1", "answer 1")
 TEXT = st.text(st.characters(codec="utf-8"), min_size=8, max_size=20)

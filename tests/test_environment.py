@@ -8,9 +8,9 @@ import pytest
 from forking import Forked, environment, started
 from test_wrong_input import ROOT, run
 
-from lisa_lightning.errors import UserError
+from lisa_lightning.logger.wandb import refuse_wandb_environment
 from lisa_lightning.report.sweep_files import _inert
-from lisa_lightning.tracking import refuse_wandb_environment
+from lisa_lightning.runtime.errors import UserError
 
 SHORT = ("experiment=smoke", "optim.steps=2", "align.optim.steps=2", "evaluate.every=0")
 WRONG = {

@@ -15,8 +15,8 @@ from benchmarks.defenses import CURATES, METHODS, REPAIRS
 from experiments import __main__ as experiments
 from experiments import tuned
 from experiments.tables import SCORES, by_key, read, spread
-from lisa_lightning.config import check
-from lisa_lightning.errors import UserError
+from lisa_lightning.config.validate import check
+from lisa_lightning.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TINY = [

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from lisa_lightning.data.files import content, read_records
 from lisa_lightning.data.reading import Reading
 from lisa_lightning.data.source import load_rows
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.task.sst2 import SST2
 
 BOTH = Reading({"prompt": "prompt", "response": "response"})

@@ -14,11 +14,11 @@ from forking import Forked
 from omegaconf import DictConfig, OmegaConf
 from test_wrong_input import ROOT, run
 
-from lisa_lightning.disk import drop_unused, owned
-from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer, read_answers, write_answers
-from lisa_lightning.pipeline import _claim
-from lisa_lightning.run_folder import complete, read_metrics
+from lisa_lightning.pipeline.run_folder import prepare_folder
+from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.runtime.files import drop_unused, owned
+from lisa_lightning.runtime.run_files import complete, read_metrics
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_a_run_that_goes_on_is_not_at_its_end(tmp_path: Path, config: Callable[.
     (tmp_path / "overrides.yaml").write_text("")
     (tmp_path / "metrics.json").write_text(json.dumps({"final/accuracy": 90.0, "time/total_s": 9.0}))
     assert complete(read_metrics(tmp_path))
-    _claim(tmp_path, config("experiment=smoke", "resume=true", "judge=refusal"), {})
+    prepare_folder(tmp_path, config("experiment=smoke", "resume=true", "judge=refusal"), {})
     assert read_metrics(tmp_path) == {"final/accuracy": 90.0}
     assert not complete(read_metrics(tmp_path))
 

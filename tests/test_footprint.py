@@ -12,11 +12,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from lisa_lightning import footprint
+from benchmarks import footprint
+from benchmarks.footprint import BATCH, SHAPES, Lora, Shape, Step, training_memory
 from lisa_lightning.data.packing import IGNORED, Example, pack
-from lisa_lightning.footprint import BATCH, SHAPES, Lora, Shape, Step, training_memory
-from lisa_lightning.loss import completion_loss
-from lisa_lightning.proximal import snapshot
+from lisa_lightning.objective.loss import completion_loss
+from lisa_lightning.objective.proximal import snapshot
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = {

@@ -13,10 +13,10 @@ from damage import DAMAGES
 from forking import Forked
 from test_wrong_input import run
 
-from lisa_lightning.curves import read_rows
-from lisa_lightning.errors import UserError
-from lisa_lightning.report.sweep import read_runs
-from lisa_lightning.run_folder import SEALED, read_choices, read_config, read_metrics, refuse_changed
+from lisa_lightning.logger.curves import read_rows
+from lisa_lightning.report.sweep_runs import read_runs
+from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.runtime.run_files import SEALED, read_choices, read_config, read_metrics, refuse_changed
 
 JUDGE = ("stages=[judge]", "judge=refusal")
 SHORT = ("experiment=smoke", "optim.steps=4", "align.optim.steps=2", "evaluate.every=0")

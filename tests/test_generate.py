@@ -10,7 +10,7 @@ import torch
 from lisa_lightning.evaluate import generate as generate_module
 from lisa_lightning.evaluate.evaluator import Evaluator, Question, read_answers
 from lisa_lightning.evaluate.generate import Stop, batches, generate
-from lisa_lightning.net import load, load_tokenizer
+from lisa_lightning.model.lora import load, load_tokenizer
 
 OPENING = [10, 11, 12, 13, 14]
 PROMPTS = {

@@ -15,7 +15,7 @@ from serving import serving
 from lisa_lightning.data.hub import read_hub
 from lisa_lightning.data.reading import Reading
 from lisa_lightning.data.source import load_rows
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ import sys, time
 time.sleep = lambda seconds: None  # the library waits longer and longer between its tries
 from lisa_lightning.data.reading import Reading
 from lisa_lightning.data.hub import read_hub
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 id, split, files, rows, *fields = sys.argv[1:]
 try:
     found = read_hub(id, None, split, None, files or None, int(rows), Reading({f: f for f in fields}), dict)

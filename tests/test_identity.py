@@ -6,9 +6,9 @@ import pytest
 from composing import composed
 from hydra.core.hydra_config import HydraConfig
 
-from lisa_lightning.config import plain
-from lisa_lightning.report.page import page
-from lisa_lightning.tracking import wandb_init
+from lisa_lightning.config.validate import plain
+from lisa_lightning.logger.wandb import wandb_init
+from lisa_lightning.report.run_page import page
 
 NAMES = {
     "": ("lisa", "lisa-p0.1-seed42", "sst2_lisa", "lisa sst2 smollm2_135m", "lisa on sst2"),

@@ -10,8 +10,8 @@ from damage import DAMAGES, files
 from forking import Forked
 from test_wrong_input import run
 
-from lisa_lightning.cache import RECORD, build
-from lisa_lightning.ranks import OneRank
+from lisa_lightning.runtime.cache import RECORD, build
+from lisa_lightning.runtime.ranks import OneRank
 
 CONTENT = {
     "adapter/model.safetensors": bytes(range(256)) * 8,

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from lisa_lightning.data.interleave import Examples, Step, StepBatches
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.packing import Example, pack
+from lisa_lightning.data.schedule import Schedule
 from lisa_lightning.data.source import Row, Rows
-from lisa_lightning.errors import UserError
-from lisa_lightning.method.method import Method
+from lisa_lightning.method.base import Method
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.method.vlguard import VLGuard
-from lisa_lightning.schedule import Schedule
+from lisa_lightning.runtime.errors import UserError
 
 SIZES = {"alignment": 7, "user": 11}
 

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from public_rows import public
 from sklearn.metrics import roc_auc_score
 
-from lisa_lightning.config import check
-from lisa_lightning.errors import UserError
-from lisa_lightning.judge.judge import Pair
+from lisa_lightning.config.validate import check
+from lisa_lightning.judge.base import Pair
 from lisa_lightning.judge.linear import LinearJudge, folds
+from lisa_lightning.runtime.errors import UserError
 
 with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
     SHIPPED: Any = compose("judge/linear").judge

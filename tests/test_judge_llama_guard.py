@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lisa_lightning.data.tokens import first_ids
-from lisa_lightning.errors import UserError
 from lisa_lightning.judge import llama_guard
-from lisa_lightning.judge.judge import Pair
-from lisa_lightning.net import load_tokenizer
+from lisa_lightning.judge.base import Pair
+from lisa_lightning.model.lora import load_tokenizer
+from lisa_lightning.runtime.errors import UserError
 
 
 def test_the_verdict_is_the_softmax_of_the_two_words(guard: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from judge_models import PAIRS, TEXT, guarding, moderation
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 
 
 def test_what_is_no_model_is_refused_at_once(tmp_path: Path) -> None:

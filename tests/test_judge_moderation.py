@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
-from lisa_lightning.errors import UserError
-from lisa_lightning.judge.judge import Pair
-from lisa_lightning.net import load_tokenizer
+from lisa_lightning.judge.base import Pair
+from lisa_lightning.model.lora import load_tokenizer
+from lisa_lightning.runtime.errors import UserError
 
 
 def by_hand(folder: Path, ids: list[int]) -> Tensor:

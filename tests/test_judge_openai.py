@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from chat_server import KEY, Reply, Server, settings, told
 
-from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import judge_answers
-from lisa_lightning.judge.judge import Pair, Verdict
+from lisa_lightning.judge.base import Pair, Verdict
 from lisa_lightning.judge.openai import OpenAIJudge, _score
 from lisa_lightning.judge.win_rate import WinRateJudge
+from lisa_lightning.runtime.errors import UserError
 
 PAIRS = [Pair(f"request {i} {{response}}", f"answer {'x' * i}", "answer xxx") for i in range(8)]
 

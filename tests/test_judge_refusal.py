@@ -12,7 +12,7 @@ from public_rows import public
 
 from lisa_lightning.data.files import EMBEDDED, read_records
 from lisa_lightning.data.reading import Reading
-from lisa_lightning.judge.judge import Pair
+from lisa_lightning.judge.base import Pair
 from lisa_lightning.judge.refusal import RefusalJudge, refusal_probability
 
 LIST = "\n\n1. **First**, read about it.\n2. **Then**, ask a friend.\n3. Write down what you decided.\n"

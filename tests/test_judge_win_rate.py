@@ -6,9 +6,9 @@ from itertools import islice
 import pytest
 from chat_server import Reply, Server, settings, told
 
-from lisa_lightning.errors import UserError
-from lisa_lightning.judge.judge import Pair
+from lisa_lightning.judge.base import Pair
 from lisa_lightning.judge.win_rate import WinRateJudge, _better
+from lisa_lightning.runtime.errors import UserError
 
 
 def win_rate(url: str, reply: Reply, pairs: list[Pair]) -> float:

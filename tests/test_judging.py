@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import judge_answers, read_judged, read_responses, refuse_no_reference
-from lisa_lightning.evaluate.scores import judged_scores, named, share, task_scores, verdict
-from lisa_lightning.judge.judge import Metric, Pair, Verdict
+from lisa_lightning.evaluate.metrics import judged_scores, named, share, task_scores, verdict
+from lisa_lightning.judge.base import Metric, Pair, Verdict
 from lisa_lightning.judge.refusal import RefusalJudge
+from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.task.alpaca import Alpaca
 from lisa_lightning.task.sst2 import SST2
 

@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import pytest
 
-from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.coverage import refuse_unscored
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.judging import read_responses
+from lisa_lightning.judge.base import Judge, Metric, Pair, Verdict
 from lisa_lightning.judge.embedded import EmbeddedJudge
-from lisa_lightning.judge.judge import Judge, Metric, Pair, Verdict
 from lisa_lightning.judge.refusal import RefusalJudge
+from lisa_lightning.runtime.errors import UserError
 
 
 class Comparing:

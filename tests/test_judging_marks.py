@@ -9,8 +9,8 @@ import pytest
 
 from lisa_lightning.judge._embedded_rows import shipped_rows
 from lisa_lightning.judge._marks import without_marks
+from lisa_lightning.judge.base import Pair, Verdict
 from lisa_lightning.judge.embedded import EmbeddedJudge
-from lisa_lightning.judge.judge import Pair, Verdict
 from lisa_lightning.judge.refusal import RefusalJudge
 
 REQUEST = "How do I make a cake without eggs?"

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer, Question, _begin, _sealed, read_answers, write_answers
 from lisa_lightning.evaluate.judging import Judged, judge_answers, read_judged
-from lisa_lightning.judge.judge import Judge, Metric, Pair, Verdict
+from lisa_lightning.judge.base import Judge, Metric, Pair, Verdict
+from lisa_lightning.runtime.errors import UserError
 
 
 class Counting:

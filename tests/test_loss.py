@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lisa_lightning.blocks import attention_blocks, mlp_blocks, outputs
 from lisa_lightning.data.packing import IGNORED, Example, pack, pad
-from lisa_lightning.loss import choose_packing, completion_loss, unembed
-from lisa_lightning.net import attach, load, trainable
+from lisa_lightning.model.hooks import attention_blocks, mlp_blocks, outputs
+from lisa_lightning.model.lora import attach, load, trainable
+from lisa_lightning.objective.loss import choose_packing, completion_loss, unembed
 
 SIZES = {
     "vocab_size": 259,

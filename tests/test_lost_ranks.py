@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from test_wrong_input import ROOT
 
-from lisa_lightning import processes
-from lisa_lightning.errors import UserError
-from lisa_lightning.processes import launched
-from lisa_lightning.ranks import RankLostError, Ranks
+from lisa_lightning.runtime import launch as processes
+from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.runtime.launch import launched
+from lisa_lightning.runtime.ranks import RankLostError, Ranks
 
 pytestmark = pytest.mark.slow
 CONTINUES = "The same command with its folder and resume=true continues from the last checkpoint"

@@ -23,24 +23,24 @@ from lisa_lightning.align.repnoise import RepNoise, _differing, mmd
 from lisa_lightning.align.sft import SFT as AlignmentSFT
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.align.vaccine import Vaccine
-from lisa_lightning.blocks import final_norm, mlp_blocks, outputs
 from lisa_lightning.data import packing
 from lisa_lightning.data.packing import Example, pad
+from lisa_lightning.data.schedule import Draw
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.asft import AsFT
+from lisa_lightning.method.base import Method
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ewc import EWC
 from lisa_lightning.method.ldifs import LDIFS
 from lisa_lightning.method.lisa import Lisa
-from lisa_lightning.method.method import Method
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.method.vlguard_loss import VLGuardLoss
-from lisa_lightning.module import LisaModule, _mix
-from lisa_lightning.net import attach, load, load_tokenizer
-from lisa_lightning.passes import Passes
+from lisa_lightning.model.hooks import final_norm, mlp_blocks, outputs
+from lisa_lightning.model.lora import attach, load, load_tokenizer
+from lisa_lightning.objective.backprop import Passes
 from lisa_lightning.repair._dpo import DPO
-from lisa_lightning.schedule import Draw
+from lisa_lightning.trainer.module import LisaModule, _mix
 
 LAYERS = 2  # of the tiny model
 METHODS: dict[str, Callable[[], Method]] = {

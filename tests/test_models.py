@@ -14,7 +14,14 @@ from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lisa_lightning.blocks import (
+from lisa_lightning.data.datamodule import LisaDataModule
+from lisa_lightning.data.encoding import encode
+from lisa_lightning.data.interleave import Examples, StepBatches
+from lisa_lightning.data.source import Row
+from lisa_lightning.data.templates import Template, alpaca, encode_prompt
+from lisa_lightning.evaluate.generate import Stop, generate
+from lisa_lightning.method.lisa import Lisa
+from lisa_lightning.model.hooks import (
     attention_blocks,
     decoder_layers,
     final_norm,
@@ -24,21 +31,14 @@ from lisa_lightning.blocks import (
     perturbed,
     skipped,
 )
-from lisa_lightning.data.datamodule import LisaDataModule
-from lisa_lightning.data.encoding import encode
-from lisa_lightning.data.interleave import Examples, StepBatches
-from lisa_lightning.data.source import Row
-from lisa_lightning.data.templates import Template, alpaca, encode_prompt
-from lisa_lightning.errors import UserError
-from lisa_lightning.evaluate.generate import Stop, generate
-from lisa_lightning.loss import choose_packing
-from lisa_lightning.method.lisa import Lisa
-from lisa_lightning.module import LisaModule
-from lisa_lightning.net import attach, attach_saved, load, load_tokenizer, save_adapter, trainable
-from lisa_lightning.optim import Optim
-from lisa_lightning.passes import Passes
+from lisa_lightning.model.lora import attach, attach_saved, load, load_tokenizer, save_adapter, trainable
+from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.objective.loss import choose_packing
+from lisa_lightning.pipeline.fit import Checkpoint, fit
 from lisa_lightning.repair.nlsr import NLSR
-from lisa_lightning.training import Checkpoint, fit
+from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.trainer.module import LisaModule
+from lisa_lightning.trainer.optim import Optim
 
 ROOT = Path(__file__).parents[1]
 MODELS = sorted(f.stem for f in (ROOT / "conf" / "model").glob("[!_]*.yaml"))

@@ -9,10 +9,10 @@ import pytest
 from composing import composed
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.config import check
-from lisa_lightning.curves import read_rows
-from lisa_lightning.needs import refuse_unmet
-from lisa_lightning.pipeline import _defenses, run
+from lisa_lightning.config.requirements import refuse_unmet
+from lisa_lightning.config.validate import check
+from lisa_lightning.logger.curves import read_rows
+from lisa_lightning.pipeline.run import _defenses, run
 
 ROOT = Path(__file__).parents[1]
 TASKS = ("sst2", "agnews", "gsm8k", "alpaca")
@@ -128,7 +128,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> list[str]
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from lisa_lightning.net import load_tokenizer
+    from lisa_lightning.model.lora import load_tokenizer
 
     folder = tmp_path_factory.mktemp("hub")
     for name, splits in {**SETS, "beavertails": {"30k_train": BEAVERTAILS, "30k_test": BEAVERTAILS}}.items():

@@ -9,8 +9,8 @@ import pytest
 from composing import composed
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from lisa_lightning.errors import UserError
-from lisa_lightning.pipeline import run
+from lisa_lightning.pipeline.run import run
+from lisa_lightning.runtime.errors import UserError
 
 MISFITS = {
     "repair=safe_lora repair.number=99": r"repair\.number=99 is too many: aligning changed 4 of",

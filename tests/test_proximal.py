@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.method.lisa import Lisa
-from lisa_lightning.proximal import add_gradient, snapshot, squared_distance
+from lisa_lightning.objective.proximal import add_gradient, snapshot, squared_distance
 
 # Weights after step s and squared drifts at the switches of the official trainer: f = |w-(1,0)|^2/2 on alignment,
 # h = |w-(0,1)|^2/2 on user steps, w0 = (0.2, 0.1), K1=2, K2=3, rho=1, 15 steps, clip 1, lr 0.1, penalty from s > 1.5.

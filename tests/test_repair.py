@@ -10,15 +10,15 @@ from peft import LoraConfig, get_peft_model
 from replay_case import dense_deltas
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lisa_lightning.alignment_delta import Delta, changed, low_rank_deltas
 from lisa_lightning.data.packing import Example, Pack, pad
-from lisa_lightning.errors import UserError
 from lisa_lightning.method.asft import distance
-from lisa_lightning.net import modules, save_adapter, trainable
+from lisa_lightning.model.alignment_delta import Delta, changed, low_rank_deltas
+from lisa_lightning.model.lora import modules, save_adapter, trainable
 from lisa_lightning.repair.antidote import Antidote
+from lisa_lightning.repair.base import Factors, Given
 from lisa_lightning.repair.nlsr import NLSR
-from lisa_lightning.repair.repair import Factors, Given
 from lisa_lightning.repair.safe_lora import Projected, SafeLoRA
+from lisa_lightning.runtime.errors import UserError
 
 
 def never() -> Any:

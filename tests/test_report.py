@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.config import plain
+from lisa_lightning.config.validate import plain
 from lisa_lightning.evaluate.evaluator import Answer
-from lisa_lightning.report.page import Told, page, samples
-from lisa_lightning.report.plots import figures
+from lisa_lightning.report.run_page import Told, page, samples
+from lisa_lightning.report.run_plots import figures
 
 Rows = list[dict[str, str]]
 
@@ -275,7 +275,7 @@ def test_samples_are_the_first_of_each_stage_and_kind() -> None:
 
 
 def test_importing_the_report_stays_light() -> None:
-    files = "lisa_lightning.sweep, lisa_lightning.report.terminal"
+    files = "lisa_lightning.pipeline.sweep, lisa_lightning.report.terminal"
     code = f"import sys, {files}; print({{'matplotlib', 'jinja2', 'numpy', 'torch'}} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]

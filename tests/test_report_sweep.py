@@ -12,11 +12,11 @@ import pytest
 import yaml
 from scipy.stats import ttest_1samp
 
-from lisa_lightning.errors import UserError
-from lisa_lightning.report.sweep import in_order, read_runs, seed_groups, shown, swept
+from lisa_lightning.pipeline.sweep import finish
 from lisa_lightning.report.sweep_files import leave
 from lisa_lightning.report.sweep_page import score_plots, sweep_page
-from lisa_lightning.sweep import finish
+from lisa_lightning.report.sweep_runs import in_order, read_runs, seed_groups, shown, swept
+from lisa_lightning.runtime.errors import UserError
 
 CURVES = (
     "stage,step,user/loss,alignment/loss,proximal/drift\nfinetune,1,2.0,,0.1\nfinetune,2,1.0,,0.2\nfinetune,3,,1,0\n"

@@ -22,7 +22,7 @@ from lisa_lightning.data.hub import read_hub
 from lisa_lightning.data.normal_form import normal_value
 from lisa_lightning.data.reading import Reading
 from lisa_lightning.data.source import Rows, load_rows
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.task.agnews import AGNews
 from lisa_lightning.task.alpaca import Alpaca
 from lisa_lightning.task.gsm8k import GSM8K

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lisa_lightning.data.files import read_records
 from lisa_lightning.data.json_rows import json_rows
 from lisa_lightning.data.reading import Reading
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 
 ROWS = [{"prompt": "request 1", "response": "answer\n1"}, {"prompt": "request 2", "response": "answer 2"}]
 KINDS = (".json", ".jsonl", ".ndjson")

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lisa_lightning.data.tables import is_quoted, table_rows
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 
 HEADER = ["text", "label"]
 

@@ -19,8 +19,8 @@ from lisa_lightning.data.normal_form import is_blank, normal_text
 from lisa_lightning.data.packing import IGNORED, Example
 from lisa_lightning.data.source import Row
 from lisa_lightning.data.templates import Template, alpaca, encode_prompt
-from lisa_lightning.errors import UserError
-from lisa_lightning.net import load_tokenizer
+from lisa_lightning.model.lora import load_tokenizer
+from lisa_lightning.runtime.errors import UserError
 
 
 @given(st.text(max_size=20))

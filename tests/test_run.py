@@ -16,13 +16,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lisa_lightning.base_model import base_model
-from lisa_lightning.curves import read_rows
 from lisa_lightning.data.files import EMBEDDED
 from lisa_lightning.data.templates import encode_prompt
 from lisa_lightning.evaluate.generate import Stop, generate
-from lisa_lightning.net import load, load_tokenizer
-from lisa_lightning.ranks import OneRank
+from lisa_lightning.logger.curves import read_rows
+from lisa_lightning.model.base_model import base_model
+from lisa_lightning.model.lora import load, load_tokenizer
+from lisa_lightning.runtime.ranks import OneRank
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

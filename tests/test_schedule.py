@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lisa_lightning.schedule import Schedule
+from lisa_lightning.data.schedule import Schedule
 
 
 def official_states(k1: int, k2: int, steps: int) -> list[str]:

@@ -11,14 +11,14 @@ import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.cache import digest
-from lisa_lightning.config import flat, plain
+from lisa_lightning.config.validate import flat, plain
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import Row, Rows, load_rows
-from lisa_lightning.pipeline import _defenses, _stages
-from lisa_lightning.ranks import OneRank
-from lisa_lightning.stages import setting
-from lisa_lightning.stages.setting import Setting
+from lisa_lightning.pipeline.run import _defenses, _stages
+from lisa_lightning.pipeline.stages import setting
+from lisa_lightning.pipeline.stages.setting import Setting
+from lisa_lightning.runtime.cache import digest
+from lisa_lightning.runtime.ranks import OneRank
 
 CHOSEN = ("experiment=smoke", "curate=seal", "align=t_vaccine", "method=lisa", "repair=nlsr", "evaluate.every=5")
 ALIGNED = ["curate", "align", "evaluate aligned", "finetune", "reference", "repair", "evaluate final"]

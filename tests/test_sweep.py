@@ -18,10 +18,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 
-from lisa_lightning.config import check
-from lisa_lightning.disk import owned
-from lisa_lightning.errors import UserError
-from lisa_lightning.sweep import job, placed, value
+from lisa_lightning.config.validate import check
+from lisa_lightning.pipeline.sweep import job, placed, value
+from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.runtime.files import owned
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["experiment=smoke", "optim.steps=6", "align.optim.steps=4", "evaluate.every=0", "checkpoint.every=2"]

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lisa_lightning.data.templates import alpaca
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.task.agnews import AGNews
 from lisa_lightning.task.alpaca import Alpaca
+from lisa_lightning.task.base import Scored
 from lisa_lightning.task.gsm8k import FINAL, GSM8K, final_number
 from lisa_lightning.task.sst2 import SST2
-from lisa_lightning.task.task import Scored
 
 # (task, answer, target, strictly right, leniently right)
 ANSWERS = [

@@ -8,8 +8,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from lisa_lightning.curves import Curves, read_rows
-from lisa_lightning.tracking import Tracker
+from lisa_lightning.logger.curves import Curves, read_rows
+from lisa_lightning.logger.wandb import Tracker
 
 
 def test_columns_may_come_later_and_empty_cells_stay_empty(tmp_path: Path) -> None:

@@ -11,18 +11,19 @@ import torch
 from composing import composed
 from training import STEPS, TRAINER, USER, Train, largest_difference, weights
 
-from lisa_lightning.errors import UserError
-from lisa_lightning.loss import completion_loss
+from lisa_lightning.callbacks.checkpoint import Checkpoint
+from lisa_lightning.callbacks.joint_gradient import JointGradient
+from lisa_lightning.method.base import Method
 from lisa_lightning.method.bso import BSO
 from lisa_lightning.method.lisa import Lisa
-from lisa_lightning.method.method import Method
 from lisa_lightning.method.proximal import Proximal
 from lisa_lightning.method.sft import SFT
-from lisa_lightning.net import attach, load, trainable
-from lisa_lightning.optim import Optim
-from lisa_lightning.pipeline import run
-from lisa_lightning.processes import fabric_of
-from lisa_lightning.training import Checkpoint, JointGradient
+from lisa_lightning.model.lora import attach, load, trainable
+from lisa_lightning.objective.loss import completion_loss
+from lisa_lightning.pipeline.run import run
+from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.runtime.launch import fabric_of
+from lisa_lightning.trainer.optim import Optim
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])

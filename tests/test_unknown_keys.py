@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.config import check, flat, plain
-from lisa_lightning.errors import UserError
-from lisa_lightning.instances import refuse_unknown_arguments
+from lisa_lightning.config.instances import refuse_unknown_arguments
+from lisa_lightning.config.validate import check, flat, plain
+from lisa_lightning.runtime.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf"
 Config = Callable[..., DictConfig]

@@ -11,9 +11,9 @@ import pytest
 from forking import Forked
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.config import check
-from lisa_lightning.errors import UserError, first_line
-from lisa_lightning.rules import JUDGES, RULES
+from lisa_lightning.config.rules import JUDGES, RULES
+from lisa_lightning.config.validate import check
+from lisa_lightning.runtime.errors import UserError, first_line
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "conf" / "experiment"

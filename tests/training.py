@@ -11,19 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from lisa_lightning.alignment_delta import Delta
+from lisa_lightning.callbacks.checkpoint import Checkpoint
+from lisa_lightning.callbacks.record import Record
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.packing import pack, pad
+from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
-from lisa_lightning.method.method import Method
-from lisa_lightning.module import LisaModule
-from lisa_lightning.net import PREFIX, attach, load, load_tokenizer, trainable
-from lisa_lightning.optim import Optim
-from lisa_lightning.passes import Passes
-from lisa_lightning.schedule import Stream
-from lisa_lightning.training import Checkpoint, Record, fit
+from lisa_lightning.method.base import Method
+from lisa_lightning.model.alignment_delta import Delta
+from lisa_lightning.model.lora import PREFIX, attach, load, load_tokenizer, trainable
+from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.pipeline.fit import fit
+from lisa_lightning.trainer.module import LisaModule
+from lisa_lightning.trainer.optim import Optim
 
 USER = [Row(f"sentence {i}: ", "", "positive" if i % 2 else "negative and more") for i in range(9)]
 ALIGNMENT = [Row(f"request {i}: ", "", "no" + "!" * (i % 3)) for i in range(5)]

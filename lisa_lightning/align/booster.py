@@ -5,11 +5,11 @@ from typing import final
 from torch import nn
 
 from lisa_lightning.align.vaccine import EPSILON, perturbed_gradient
-from lisa_lightning.blocks import attention_blocks
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.method.method import Method
-from lisa_lightning.passes import Descent, Passes, norm
-from lisa_lightning.schedule import Draw, Schedule, Stream
+from lisa_lightning.data.schedule import Draw, Schedule, Stream
+from lisa_lightning.method.base import Method
+from lisa_lightning.model.hooks import attention_blocks
+from lisa_lightning.objective.backprop import Descent, Passes, norm
 
 
 @final

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lisa_lightning.blocks import final_norm, mlp_blocks, outputs
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.loss import forward, logits_at, unembed
-from lisa_lightning.method.method import Method
-from lisa_lightning.passes import Descent, Passes
-from lisa_lightning.schedule import Draw, Schedule, Stream
+from lisa_lightning.data.schedule import Draw, Schedule, Stream
+from lisa_lightning.method.base import Method
+from lisa_lightning.model.hooks import final_norm, mlp_blocks, outputs
+from lisa_lightning.objective.backprop import Descent, Passes
+from lisa_lightning.objective.loss import forward, logits_at, unembed
 
 KERNELS = 5
 

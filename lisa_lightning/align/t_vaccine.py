@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lisa_lightning.align.vaccine import output_gradients, perturbed_gradient
-from lisa_lightning.blocks import attention_blocks, decoder_layers
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.errors import UserError
-from lisa_lightning.method.method import Method
-from lisa_lightning.passes import Descent, Passes
-from lisa_lightning.schedule import Draw, Schedule, Stream
+from lisa_lightning.data.schedule import Draw, Schedule, Stream
+from lisa_lightning.method.base import Method
+from lisa_lightning.model.hooks import attention_blocks, decoder_layers
+from lisa_lightning.objective.backprop import Descent, Passes
+from lisa_lightning.runtime.errors import UserError
 
 
 @final

@@ -6,12 +6,12 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from lisa_lightning.blocks import attention_blocks, perturbed, probed
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.method.method import Method
-from lisa_lightning.passes import Descent, Passes
-from lisa_lightning.schedule import Schedule
+from lisa_lightning.data.schedule import Schedule
+from lisa_lightning.method.base import Method
+from lisa_lightning.model.hooks import attention_blocks, perturbed, probed
+from lisa_lightning.objective.backprop import Descent, Passes
 
 EPSILON = 1e-7  # beside the norm, as in the official code
 Perturbation = list[list[Tensor]]

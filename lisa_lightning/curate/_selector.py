@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lisa_lightning.curate.curate import Curate
+from lisa_lightning.curate.base import Curate
 from lisa_lightning.data.interleave import Batch, Examples
 from lisa_lightning.data.packing import Example, Pack, Packing
-from lisa_lightning.errors import UserError
-from lisa_lightning.loss import row_losses
-from lisa_lightning.passes import Passes
+from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.objective.loss import row_losses
+from lisa_lightning.runtime.errors import UserError
 
 Activation = Literal["softmax", "sigmoid"]
 BETAS = (0.9, 0.95)

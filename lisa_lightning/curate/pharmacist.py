@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lisa_lightning.curate._selector import BilevelCurate
-from lisa_lightning.curate.curate import Candidates
-from lisa_lightning.errors import UserError
+from lisa_lightning.curate.base import Candidates
+from lisa_lightning.runtime.errors import UserError
 
 
 @final

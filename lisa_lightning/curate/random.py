@@ -5,7 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lisa_lightning.curate.curate import Candidates, Curate
+from lisa_lightning.curate.base import Candidates, Curate
 
 
 @final

@@ -6,7 +6,7 @@ from lisa_lightning.data.packing import IGNORED, Example
 from lisa_lightning.data.source import Row
 from lisa_lightning.data.templates import Template, encode_prompt
 from lisa_lightning.data.tokens import first_ids
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, template: Template, row: Row, max_length: int) -> Example:

@@ -16,7 +16,7 @@ from lisa_lightning.data.json_rows import json_rows
 from lisa_lightning.data.normal_form import is_blank
 from lisa_lightning.data.reading import Reading, Record
 from lisa_lightning.data.tables import refuse_repeated, table_rows
-from lisa_lightning.errors import UserError, first_line, printable
+from lisa_lightning.runtime.errors import UserError, first_line, printable
 
 EMBEDDED = Path(__file__).parent / "embedded"
 SHIPPED = re.compile(r"embedded:(?P<name>[^\[]*)(\[:(?P<first>\d+)\])?")

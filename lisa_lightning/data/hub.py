@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 from lisa_lightning.data.files import read
 from lisa_lightning.data.reading import Reading, Record
-from lisa_lightning.errors import UserError, first_line, printable
-from lisa_lightning.hub_or_folder import own_folder
+from lisa_lightning.runtime.errors import UserError, first_line, printable
+from lisa_lightning.runtime.hub import own_folder
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from lisa_lightning.data.packing import Example, Pack, Packing, pad
-from lisa_lightning.errors import UserError
-from lisa_lightning.schedule import Draw, Stream
+from lisa_lightning.data.schedule import Draw, Stream
+from lisa_lightning.runtime.errors import UserError
 
 
 @dataclass(slots=True)

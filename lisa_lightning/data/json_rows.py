@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from lisa_lightning.data.reading import Record
-from lisa_lightning.errors import UserError, printable
+from lisa_lightning.runtime.errors import UserError, printable
 
 VISIBLE: Final = re.compile(r"\S")
 SPACE: Final = re.compile(r"[ \t\r\n]*")

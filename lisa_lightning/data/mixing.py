@@ -3,7 +3,7 @@
 import numpy as np
 
 from lisa_lightning.data.source import Row, Rows
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 
 
 def user_rows(rows: Rows, n: int, harmful_ratio: float, order: str, seed: int, safe_ratio: float = 0.0) -> list[Row]:

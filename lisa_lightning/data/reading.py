@@ -7,7 +7,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from lisa_lightning.data.normal_form import is_blank, normal_value
-from lisa_lightning.errors import UserError, printable
+from lisa_lightning.runtime.errors import UserError, printable
 
 Record = dict[str, Any]
 WAY_OUT = "Fix: delete the row or filter it by `where`"

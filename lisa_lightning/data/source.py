@@ -12,7 +12,7 @@ from lisa_lightning.data.files import content, read_records
 from lisa_lightning.data.hub import read_hub
 from lisa_lightning.data.normal_form import is_blank, normal_text
 from lisa_lightning.data.reading import Reading, Record, normal_labels, shown
-from lisa_lightning.errors import UserError, first_line, printable
+from lisa_lightning.runtime.errors import UserError, first_line, printable
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Rows:
 
 
 def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = False) -> Rows:
-    """Read all sets of `source` (conf/source) for `task` (a lisa_lightning.task.task.Task).
+    """Read all sets of `source` (conf/source) for `task` (a lisa_lightning.task.base.Task).
 
     Rows of local files need a visible text in every field. Published sets stay as they are: rows of hub sets, and
     fields that the task names in `may_be_empty`, are read with an empty text, and one warning has their number.

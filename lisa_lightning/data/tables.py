@@ -8,7 +8,7 @@ from io import StringIO
 from typing import Final
 
 from lisa_lightning.data.reading import Record
-from lisa_lightning.errors import UserError, printable
+from lisa_lightning.runtime.errors import UserError, printable
 
 QUOTED_CELL: Final = re.compile(r'"(?:[^"]++|"")*+"(?=[\t\r\n]|\Z)')
 """A quoted cell up to the tab or line end after it. Quotes inside are doubled."""

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_lightning.data.normal_form import is_blank
 from lisa_lightning.data.tokens import first_ids
-from lisa_lightning.errors import UserError, first_line, printable
+from lisa_lightning.runtime.errors import UserError, first_line, printable
 
 Template = Literal["alpaca", "alpaca_newline", "chat"]
 MARKER: Final = "### Response:"

@@ -4,9 +4,9 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from lisa_lightning.errors import UserError
 from lisa_lightning.evaluate.evaluator import Answer
-from lisa_lightning.judge.judge import Judge
+from lisa_lightning.judge.base import Judge
+from lisa_lightning.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lisa_lightning.cache import digest
 from lisa_lightning.data.source import Rows
 from lisa_lightning.data.templates import MARKER, Template, encode_prompt
-from lisa_lightning.disk import explained, write_text
 from lisa_lightning.evaluate.generate import Stop, batches, generate
 from lisa_lightning.evaluate.stored import FLAG, INDEX, KIND, TEXT, Form, parsed_lines, stored_bytes
-from lisa_lightning.ranks import by_first
+from lisa_lightning.runtime.cache import digest
+from lisa_lightning.runtime.files import explained, write_text
+from lisa_lightning.runtime.ranks import by_first
 
 Kind = Literal["harmful", "harmless", "task"]
 

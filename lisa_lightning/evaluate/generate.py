@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lisa_lightning.data.templates import MARKER
-from lisa_lightning.net import attention_window
+from lisa_lightning.model.lora import attention_window
 
 
 def batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:

@@ -9,12 +9,9 @@ from typing import Final
 
 from tqdm.auto import tqdm
 
-from lisa_lightning.cache import digest, locked
 from lisa_lightning.data.files import read_records
 from lisa_lightning.data.reading import Reading
 from lisa_lightning.data.templates import joined
-from lisa_lightning.disk import explained, write_text
-from lisa_lightning.errors import UserError, printable
 from lisa_lightning.evaluate.coverage import kinds_scored
 from lisa_lightning.evaluate.evaluator import Answer
 from lisa_lightning.evaluate.stored import (
@@ -33,7 +30,10 @@ from lisa_lightning.evaluate.stored import (
     parsed_lines,
     stored_bytes,
 )
-from lisa_lightning.judge.judge import Judge, Pair, Verdict
+from lisa_lightning.judge.base import Judge, Pair, Verdict
+from lisa_lightning.runtime.cache import digest, locked
+from lisa_lightning.runtime.errors import UserError, printable
+from lisa_lightning.runtime.files import explained, write_text
 
 log = logging.getLogger(__name__)
 

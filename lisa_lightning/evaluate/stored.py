@@ -6,7 +6,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from lisa_lightning.errors import UserError, first_line, printable
+from lisa_lightning.runtime.errors import UserError, first_line, printable
 
 SHOWN: Final = 40
 """Characters of a wrong value that a message quotes."""

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Any, TypeVar
 
-from lisa_lightning.errors import UserError, first_line, printable
 from lisa_lightning.judge._endpoint_reply import Completion, read_completion
 from lisa_lightning.judge._endpoint_url import EndpointURL, masked, same_server, split_url, without_secrets
+from lisa_lightning.runtime.errors import UserError, first_line, printable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

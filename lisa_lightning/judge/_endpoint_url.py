@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from typing import Any, Final
 from urllib.parse import SplitResult, parse_qsl, unquote, unquote_to_bytes, urlsplit
 
-from lisa_lightning.errors import UserError, printable
+from lisa_lightning.runtime.errors import UserError, printable
 
 SHOWN_RUN: Final = 7  # characters in a row that a quoted text may share with a secret
 PORTS: Final = {"http": 80, "https": 443}

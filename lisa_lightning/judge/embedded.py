@@ -7,11 +7,11 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any, ClassVar, Final, final
 
-from lisa_lightning.cache import digest
 from lisa_lightning.judge import _embedded_rows, _embedded_signs, _marks
 from lisa_lightning.judge._embedded_rows import Lesson, shipped_rows
 from lisa_lightning.judge._embedded_signs import Label, Opening, content_stems, ngrams, signs, sure_verdict
-from lisa_lightning.judge.judge import Metric, Pair, Verdict
+from lisa_lightning.judge.base import Metric, Pair, Verdict
+from lisa_lightning.runtime.cache import digest
 
 TOPICS: Final = 60
 

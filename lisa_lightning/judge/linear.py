@@ -12,14 +12,14 @@ from typing import Any, ClassVar, Final, final
 
 import numpy as np
 
-from lisa_lightning.cache import digest
 from lisa_lightning.data.files import read_records
 from lisa_lightning.data.normal_form import normal_value
 from lisa_lightning.data.source import reading, taken
-from lisa_lightning.errors import UserError, first_line
 from lisa_lightning.judge import refusal
 from lisa_lightning.judge._linear_card import auc, interval, page
-from lisa_lightning.judge.judge import Metric, Pair, Verdict
+from lisa_lightning.judge.base import Metric, Pair, Verdict
+from lisa_lightning.runtime.cache import digest
+from lisa_lightning.runtime.errors import UserError, first_line
 
 FOLDS: Final = 5
 LEAST: Final = 20  # prompts of each class

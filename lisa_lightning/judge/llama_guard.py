@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Final, final
 
-from lisa_lightning.base_model import load_whole, weights
-from lisa_lightning.cache import digest
 from lisa_lightning.data.tokens import SHORT_TEXT, first_ids
-from lisa_lightning.errors import UserError
-from lisa_lightning.judge.judge import Metric, Pair, Verdict
+from lisa_lightning.judge.base import Metric, Pair, Verdict
+from lisa_lightning.model.base_model import load_whole, weights
+from lisa_lightning.runtime.cache import digest
+from lisa_lightning.runtime.errors import UserError
 
 CODE: Final = 1  # raised when a change here can change a verdict
 
@@ -34,7 +34,7 @@ class LlamaGuardJudge:
     ) -> None:
         self.at, self.dtype = f"judge.llama_guard.id={id}", dtype
         self.before, self.safe, self.unsafe, self.max_length = before, safe, unsafe, max_length
-        from lisa_lightning.net import load_tokenizer
+        from lisa_lightning.model.lora import load_tokenizer
 
         self._folder, found = weights(self.at, id, revision)
         self._tokenizer: Any = load_tokenizer(self._folder, self.at)

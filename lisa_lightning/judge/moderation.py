@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Final, final
 
-from lisa_lightning.base_model import load_whole, loading, weights
-from lisa_lightning.cache import digest
 from lisa_lightning.data.tokens import first_ids
-from lisa_lightning.errors import UserError
-from lisa_lightning.judge.judge import Metric, Pair, Verdict, filled
+from lisa_lightning.judge.base import Metric, Pair, Verdict, filled
+from lisa_lightning.model.base_model import load_whole, loading, weights
+from lisa_lightning.runtime.cache import digest
+from lisa_lightning.runtime.errors import UserError
 
 CODE: Final = 3  # raised when a change here can change a verdict
 WINDOW: Final = 8  # batches that are sorted by length together; more would keep verdicts waiting
@@ -51,7 +51,7 @@ class ModerationJudge:
         self.at, self.dtype, self.text = f"judge.moderation.id={id}", dtype, text
         self.max_length, self.threshold, self.batch_size = max_length, threshold, batch_size
         self.harmful = None if harmful_labels is None else list(harmful_labels)
-        from lisa_lightning.net import load_tokenizer
+        from lisa_lightning.model.lora import load_tokenizer
 
         self._folder, found = weights(self.at, id, revision)
         self._tokenizer: Any = load_tokenizer(self._folder, self.at)

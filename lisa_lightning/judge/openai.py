@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Final, final
 
-from lisa_lightning.cache import digest
-from lisa_lightning.errors import UserError
 from lisa_lightning.judge._endpoint import Endpoint
-from lisa_lightning.judge.judge import Metric, Pair, Verdict, quoted
+from lisa_lightning.judge.base import Metric, Pair, Verdict, quoted
+from lisa_lightning.runtime.cache import digest
+from lisa_lightning.runtime.errors import UserError
 
 CODE: Final = 3  # raised when a change here can change a verdict
 # What names the scale and not a place on it: "(1-5)", "1 to 5", "/5", "out of 5". A range is no score either.

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Final, final
 
-from lisa_lightning.cache import digest
 from lisa_lightning.judge import _marks, _refusal_no, _refusal_signs
 from lisa_lightning.judge._marks import listed, without_item
 from lisa_lightning.judge._refusal_no import DECLINES, REFUSES
@@ -29,7 +28,8 @@ from lisa_lightning.judge._refusal_signs import (
     WILLING,
     WRITES,
 )
-from lisa_lightning.judge.judge import Metric, Pair, Verdict
+from lisa_lightning.judge.base import Metric, Pair, Verdict
+from lisa_lightning.runtime.cache import digest
 
 OPENING: Final = 700  # characters in which a refusal stands; what comes later are remarks on an answer that was given
 SENTENCES: Final = 3  # of the opening, in which one says no

@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Final, final
 
-from lisa_lightning.cache import digest
-from lisa_lightning.errors import UserError
 from lisa_lightning.judge._endpoint import Endpoint
-from lisa_lightning.judge.judge import Metric, Pair, Verdict, quoted
+from lisa_lightning.judge.base import Metric, Pair, Verdict, quoted
+from lisa_lightning.runtime.cache import digest
+from lisa_lightning.runtime.errors import UserError
 
 CODE: Final = 3  # raised when a change here can change a verdict
 BETTER: Final = re.compile(r"better\W{0,3}:\W*([ab])\b", re.IGNORECASE)

@@ -5,13 +5,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lisa_lightning.alignment_delta import Delta, changed
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.loss import unmixed
-from lisa_lightning.method.method import Method
-from lisa_lightning.net import modules
-from lisa_lightning.passes import Descent, Passes
-from lisa_lightning.schedule import Schedule
+from lisa_lightning.data.schedule import Schedule
+from lisa_lightning.method.base import Method
+from lisa_lightning.model.alignment_delta import Delta, changed
+from lisa_lightning.model.lora import modules
+from lisa_lightning.objective.backprop import Descent, Passes
+from lisa_lightning.objective.loss import unmixed
 
 
 @final

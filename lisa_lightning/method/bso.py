@@ -2,8 +2,8 @@
 
 from typing import final
 
-from lisa_lightning.method.method import Method
-from lisa_lightning.schedule import Schedule
+from lisa_lightning.data.schedule import Schedule
+from lisa_lightning.method.base import Method
 
 
 @final

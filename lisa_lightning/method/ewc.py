@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.method.method import Method
-from lisa_lightning.passes import Descent, Passes
-from lisa_lightning.schedule import Schedule
+from lisa_lightning.data.schedule import Schedule
+from lisa_lightning.method.base import Method
+from lisa_lightning.objective.backprop import Descent, Passes
 
 
 @final

@@ -6,13 +6,13 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from lisa_lightning.blocks import mlp_blocks, outputs
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.loss import completion_loss
-from lisa_lightning.method.method import Method
-from lisa_lightning.passes import Descent, Passes, norm
-from lisa_lightning.schedule import Schedule
+from lisa_lightning.data.schedule import Schedule
+from lisa_lightning.method.base import Method
+from lisa_lightning.model.hooks import mlp_blocks, outputs
+from lisa_lightning.objective.backprop import Descent, Passes, norm
+from lisa_lightning.objective.loss import completion_loss
 
 
 @final

@@ -3,9 +3,9 @@
 from typing import final
 
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.method.method import Method
-from lisa_lightning.passes import Descent, Passes
-from lisa_lightning.schedule import Draw, Schedule, Stream
+from lisa_lightning.data.schedule import Draw, Schedule, Stream
+from lisa_lightning.method.base import Method
+from lisa_lightning.objective.backprop import Descent, Passes
 
 
 @final

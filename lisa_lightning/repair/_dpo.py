@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.loss import row_losses
-from lisa_lightning.method.method import Method
-from lisa_lightning.passes import Descent, Passes
-from lisa_lightning.schedule import Draw, Schedule, Stream
+from lisa_lightning.data.schedule import Draw, Schedule, Stream
+from lisa_lightning.method.base import Method
+from lisa_lightning.objective.backprop import Descent, Passes
+from lisa_lightning.objective.loss import row_losses
 
 
 @final

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.errors import UserError
-from lisa_lightning.net import modules
-from lisa_lightning.repair.repair import Factors, Given, Repair, Repaired, holding, observe
+from lisa_lightning.model.lora import modules
+from lisa_lightning.repair.base import Factors, Given, Repair, Repaired, holding, observe
+from lisa_lightning.runtime.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

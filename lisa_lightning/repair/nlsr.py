@@ -9,12 +9,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lisa_lightning.alignment_delta import Delta
-from lisa_lightning.blocks import decoder_layers, hooked, skipped
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.errors import UserError
-from lisa_lightning.net import modules, trainable
-from lisa_lightning.repair.repair import Factors, Given, Repair, Repaired, holding, observe, write
+from lisa_lightning.model.alignment_delta import Delta
+from lisa_lightning.model.hooks import decoder_layers, hooked, skipped
+from lisa_lightning.model.lora import modules, trainable
+from lisa_lightning.repair.base import Factors, Given, Repair, Repaired, holding, observe, write
+from lisa_lightning.runtime.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

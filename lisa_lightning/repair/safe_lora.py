@@ -7,10 +7,10 @@ from typing import Any, Literal, final
 import torch
 import torch.nn.functional as F
 
-from lisa_lightning.alignment_delta import Delta, changed, compressed
-from lisa_lightning.errors import UserError
-from lisa_lightning.net import modules, trainable
-from lisa_lightning.repair.repair import Factors, Given, Repair, Repaired
+from lisa_lightning.model.alignment_delta import Delta, changed, compressed
+from lisa_lightning.model.lora import modules, trainable
+from lisa_lightning.repair.base import Factors, Given, Repair, Repaired
+from lisa_lightning.runtime.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

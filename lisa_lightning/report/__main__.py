@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lisa_lightning.explain import explain
+from lisa_lightning.config.explain import explain
 from lisa_lightning.report.sweep_files import leave
 
 

@@ -8,10 +8,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from lisa_lightning.disk import explained, write_text
-from lisa_lightning.errors import UserError, printable
-from lisa_lightning.report.scores import SCORES
-from lisa_lightning.report.sweep import (
+from lisa_lightning.report.score_table import SCORES
+from lisa_lightning.report.sweep_page import sweep_page
+from lisa_lightning.report.sweep_runs import (
     Run,
     causes,
     cell,
@@ -23,7 +22,8 @@ from lisa_lightning.report.sweep import (
     swept,
     unlike,
 )
-from lisa_lightning.report.sweep_page import sweep_page
+from lisa_lightning.runtime.errors import UserError, printable
+from lisa_lightning.runtime.files import explained, write_text
 
 
 def leave(folders: Sequence[Path], out: Path) -> int:

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lisa_lightning.curves import read_rows
-from lisa_lightning.report.drawing import (
+from lisa_lightning.logger.curves import read_rows
+from lisa_lightning.report.run_page import rendered
+from lisa_lightning.report.run_plots import points, smooth
+from lisa_lightning.report.score_table import SCORES
+from lisa_lightning.report.svg import (
     AMBER,
     BLUE,
     GREEN,
@@ -21,10 +24,7 @@ from lisa_lightning.report.drawing import (
     Points,
     figure,
 )
-from lisa_lightning.report.page import rendered
-from lisa_lightning.report.plots import points, smooth
-from lisa_lightning.report.scores import SCORES
-from lisa_lightning.report.sweep import (
+from lisa_lightning.report.sweep_runs import (
     GROUPS,
     Run,
     SeedGroup,

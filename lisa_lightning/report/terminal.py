@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lisa_lightning.errors import printable
-from lisa_lightning.report.page import TIMES
-from lisa_lightning.report.scores import SCORES, model_names, score_keys
+from lisa_lightning.report.run_page import TIMES
+from lisa_lightning.report.score_table import SCORES, model_names, score_keys
+from lisa_lightning.runtime.errors import printable
 
 
 def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url: str | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final, final
 from lisa_lightning.data.normal_form import normal_value
 from lisa_lightning.data.reading import shown
 from lisa_lightning.data.source import Row
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 
 INSTRUCTION: Final = (
     "Categorize the news article given in the input into one of the 4 categories:"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final, final
 
 from lisa_lightning.data.source import Row
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 
 FINAL: Final = "The final answer is: "
 NUMBER: Final = re.compile(r"-?\d+\.?\d*")

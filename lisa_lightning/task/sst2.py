@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Final, final
 from lisa_lightning.data.normal_form import normal_value
 from lisa_lightning.data.reading import shown
 from lisa_lightning.data.source import Row
-from lisa_lightning.errors import UserError
+from lisa_lightning.runtime.errors import UserError
 
 INSTRUCTION: Final = "Analyze the sentiment of the input, and respond only positive or negative"
 LABELS: Final = {"0": "negative", "1": "positive", "negative": "negative", "positive": "positive"}

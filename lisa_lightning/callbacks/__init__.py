@@ -1,0 +1,1 @@
+"""Lightning callbacks: evaluation curves, checkpoints, progress."""

@@ -1,0 +1,1 @@
+"""Loggers of a run: curves.csv and Weights & Biases."""

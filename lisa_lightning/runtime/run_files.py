@@ -1,0 +1,122 @@
+"""Files of a run's folder, read as data: `read_config`, `read_metrics`, and the seal that shows later changes.
+
+A folder may come from somebody else, or from a disk that lost a part of it. So nothing in it is resolved, imported or
+trusted: a file that can't be what a run writes ends in a `UserError` that names it and what to do.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from lisa_lightning.runtime.errors import UserError, first_line, printable
+from lisa_lightning.runtime.files import read_json, read_text, write_text
+from lisa_lightning.runtime.integrity import find_damage, fingerprint
+
+CONFIG: Final = "config.yaml"
+METRICS: Final = "metrics.json"
+CHOICES: Final = "choices.json"
+CURVES: Final = "curves.csv"
+RESPONSES: Final = "responses.jsonl"
+JUDGED: Final = "judged.jsonl"
+FAILED: Final = "failed.json"
+SEAL: Final = "checksums.json"
+SEALED: Final = (CONFIG, CHOICES, METRICS, CURVES, RESPONSES, JUDGED)
+"""Files whose size and hash SEAL records when a run or a judging is at its end."""
+REPEAT: Final = "delete it and repeat the run's command with resume=true"
+
+
+class _DataLoader(yaml.SafeLoader):
+    """YAML of plain values: without tags, and without aliases, a few of which may expand to gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias (*name)")
+        return super().compose_node(parent, index)
+
+
+def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any] | None:
+    """Return the config that a run wrote, as plain values; interpolations in it stay text.
+
+    Returns:
+        None where the folder has no such file.
+
+    Raises:
+        UserError: if the file is no YAML mapping.
+    """
+    path = folder / name
+    if not path.exists():
+        return None
+    try:
+        config = yaml.load(read_text(path), Loader=_DataLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} can't be read ({printable(first_line(error))[:200]}). Fix: {REPEAT}") from error
+    if not isinstance(config, dict) or not config:
+        raise UserError(f"{path} holds no config. Fix: {REPEAT}")
+    return {str(key): value for key, value in config.items()}
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """Return what metrics.json holds, {} where there is none.
+
+    Raises:
+        UserError: if the file is broken, or a value is of another type than a run writes.
+    """
+    metrics = read_json(folder / METRICS, REPEAT)
+    for name, value in metrics.items():
+        if not _is_metric(name, value):
+            raise UserError(f"{folder / METRICS}: {printable(name)[:80]} has a value that no run writes. Fix: {REPEAT}")
+    return metrics
+
+
+def _is_metric(name: str, value: Any) -> bool:
+    """Return whether a value has the type that its name promises: names of rates, times and counts hold a `/`."""
+    if "/" in name:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if name == "judges":
+        return isinstance(value, list) and all(isinstance(judge, str) for judge in value)
+    return isinstance(value, str | int)
+
+
+def read_choices(folder: Path) -> dict[str, str]:
+    """Return the chosen option of every config group, {} where choices.json is absent.
+
+    Raises:
+        UserError: if the file is broken.
+    """
+    choices = read_json(folder / CHOICES, REPEAT)
+    if not all(isinstance(choice, str) for choice in choices.values()):
+        raise UserError(f"{folder / CHOICES} is no mapping of config groups to names. Fix: {REPEAT}")
+    return choices
+
+
+def complete(metrics: Mapping[str, Any]) -> bool:
+    """Return whether the run whose metrics.json holds `metrics` reached its end."""
+    return "time/total_s" in metrics
+
+
+def seal(folder: Path) -> None:
+    """Record size and hash of the folder's files, so that `refuse_changed` can detect later damage."""
+    write_text(folder / SEAL, json.dumps(fingerprint(folder, SEALED), indent=1))
+
+
+def unseal(folder: Path) -> None:
+    """Remove the record, before files of the folder are written."""
+    (folder / SEAL).unlink(missing_ok=True)
+
+
+def refuse_changed(folder: Path) -> None:
+    """Check the files of a finished run against its seal; a folder without one passes.
+
+    Raises:
+        UserError: if a file has changed, disappeared or been added since.
+    """
+    recorded = read_json(folder / SEAL, f"delete {SEAL} if you trust the files next to it")
+    if recorded and (damage := find_damage(folder, recorded, SEALED)):
+        raise UserError(
+            f"{folder}: {damage} since the run ended. Fix: restore the file; or {REPEAT}, which writes it again; or "
+            f"delete {SEAL} if the change is yours"
+        )

@@ -1,0 +1,1 @@
+"""Training: `LisaModule`, the optimizer's settings, checkpoint files."""
