@@ -1,1 +1,1 @@
-"""Ratios to what the published implementations do, measured side by side; `make bench` runs them all."""
+"""Benchmarks against the published implementations, measured side by side. `make bench` runs all of them."""

@@ -1,6 +1,6 @@
-"""`make bench`: all benchmarks, one training at a time, into benchmarks/results/ as a table and as JSON.
+"""`make bench`: run all benchmarks in turn, and write benchmarks/results/CPU.md and CPU.json. Start at `main`.
 
-A file a processor, since the ratios depend on it: what the reference calls is at its best on some.
+Each processor has its own files, since the ratios depend on it: routines of the reference are fastest on some.
 """
 
 import json
@@ -20,15 +20,15 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Run all and write both files."""
-    _hush()
+    """Run all benchmarks and write both files."""
+    _silence_libraries()
     started = perf_counter()
     folder = embedded_model()
     rows = Rows(folder)
     results: list[Result] = []
 
-    def add(*found: Result) -> None:
-        for result in found:
+    def add(*new: Result) -> None:
+        for result in new:
             results.append(result)
             print(f"[{perf_counter() - started:4.0f} s] {_line(result)}", flush=True)
 
@@ -43,15 +43,16 @@ def main() -> None:
     add(*defenses.measure(folder, rows))
     add(*generation.measure(folder, rows), *starting.million_rows(rows))
 
-    taken = perf_counter() - started
+    seconds = perf_counter() - started
     name = re.sub(r"\W+", "-", re.sub(r"\(\w+\)", "", machine()["cpu"])).strip("-").lower()
-    write_text(RESULTS / f"{name}.md", _table(results, profile, taken))
-    found = {"machine": machine(), "seconds": taken, "profile": profile, "results": [asdict(r) for r in results]}
-    write_text(RESULTS / f"{name}.json", json.dumps(found, indent=2) + "\n")
-    print(f"{taken:.0f} s; {RESULTS / name}.md")
+    write_text(RESULTS / f"{name}.md", _table(results, profile, seconds))
+    report = {"machine": machine(), "seconds": seconds, "profile": profile, "results": [asdict(r) for r in results]}
+    write_text(RESULTS / f"{name}.json", json.dumps(report, indent=2) + "\n")
+    print(f"{seconds:.0f} s; {RESULTS / name}.md")
 
 
 def _line(result: Result) -> str:
+    """Return a result as a line of the table."""
     sign = "≥" if result.better == "higher" else "≤"
     target, met = "–", "–"
     if result.target is not None:
@@ -59,34 +60,35 @@ def _line(result: Result) -> str:
     return f"| {result.what} | {result.measured:.3g} {result.unit} | {target} | {met} | {result.note} |"
 
 
-def _table(results: list[Result], profile: dict[str, float], taken: float) -> str:
-    found = machine()
+def _table(results: list[Result], profile: dict[str, float], seconds: float) -> str:
+    """Return the results and the profile of a training step as Markdown."""
+    host = machine()
     about = (
-        f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB, {found['instructions']}; "
-        f"Python {found['python']}, torch {found['torch']} with {found['threads']} threads"
+        f"{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB, {host['instructions']}; "
+        f"Python {host['python']}, torch {host['torch']} with {host['threads']} threads"
     )
     step = sum(profile.values())
-    parts = [f"| {name} | {1000 * s:.1f} | {100 * s / step:.1f} |" for name, s in profile.items()]
+    profile_lines = [f"| {name} | {1000 * s:.1f} | {100 * s / step:.1f} |" for name, s in profile.items()]
     return "\n".join(
         [
-            f"Measured by `make bench` in {taken / 60:.0f} minutes on: {about}. Medians; the reference is what the "
-            "published implementations do ([reference.py](../reference.py)), run in turn with ours.",
+            f"Measured by `make bench` in {seconds / 60:.0f} minutes on: {about}. Medians. The reference, run in turn "
+            "with ours, is a plain form of the published implementations ([reference.py](../reference.py)).",
             "",
             "| what | measured | target | met | how |",
             "|---|---|---|---|---|",
             *map(_line, results),
             "",
-            f"Where a training step's time goes (batch 5, {1000 * step:.0f} ms, without Trainer.fit's share):",
+            f"Time of a training step by part (batch 5, {1000 * step:.0f} ms, without Trainer.fit's share):",
             "",
             "| part | ms | % |",
             "|---|---|---|",
-            *parts,
+            *profile_lines,
             "",
         ]
     )
 
 
-def _hush() -> None:
+def _silence_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore")

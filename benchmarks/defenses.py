@@ -1,4 +1,7 @@
-"""What each defense costs against plain training on the same rows: a step, or the whole of a repair."""
+"""Cost of each defense relative to plain training on the same rows: of a step, or of a whole repair.
+
+Start at `measure`.
+"""
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
@@ -11,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from benchmarks.setting import LORA, RHO, Result, Rows, spread
-from benchmarks.training import batch, stir
+from benchmarks.training import batch, randomize
 from lisa_lightning.align.booster import Booster
 from lisa_lightning.align.repnoise import RepNoise
 from lisa_lightning.align.t_vaccine import TVaccine
@@ -23,7 +26,7 @@ from lisa_lightning.data.interleave import Batch, Examples, Step
 from lisa_lightning.data.packing import Example, pack, pad
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.method.asft import AsFT
-from lisa_lightning.method.base import Method
+from lisa_lightning.method.base import Method, move_anchor
 from lisa_lightning.method.bso import BSO
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ewc import EWC
@@ -34,10 +37,12 @@ from lisa_lightning.method.sft import SFT
 from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.method.vlguard_loss import VLGuardLoss
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.lora import attach, load, modules, trainable
-from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.model.factors import modules, trainable
+from lisa_lightning.model.lora import attach, load
+from lisa_lightning.objective.backprop import Backprop, State
+from lisa_lightning.objective.proximal import squared_distance
 from lisa_lightning.repair.antidote import Antidote
-from lisa_lightning.repair.base import Given, Repair
+from lisa_lightning.repair.base import Repair, RepairInputs
 from lisa_lightning.repair.nlsr import NLSR
 from lisa_lightning.repair.safe_lora import SafeLoRA
 
@@ -59,7 +64,7 @@ METHODS: dict[str, tuple[str, Callable[[], Method]]] = {
     "constrained_sft": ("2F 1B", lambda: ConstrainedSFT(0.1, 5, 20, 5)),
     "asft": ("1F 1B", lambda: AsFT(1.0, False)),
 }
-"""The passes that a step makes, F forward and B backward, as docs/methods.md has them; at the papers' settings."""
+"""Name -> passes of a step, F forward and B backward, as in docs/methods.md; and a method at the paper's settings."""
 SELECTOR: dict[str, Any] = {
     "keep": 0.8,
     "epochs": 1,
@@ -85,94 +90,101 @@ REPAIRS: dict[str, tuple[str, Callable[[], Repair]]] = {
 
 
 def measure(folder: Path, rows: Rows) -> list[Result]:
-    """One line a defense: its step over that of SFT, prefixes shared, on the same rows of the main stream.
+    """Return one line per defense: the time of its step, relative to that of SFT on the same user rows.
 
-    All streams hold rows of SST-2, so that a pass costs the same on each; alignment rows are as many as user rows but
-    where the method says otherwise.
+    SFT computes shared prefixes once. All streams hold rows of SST-2, so that a pass costs the same on each. There are
+    as many alignment rows as user rows, unless the method plans otherwise.
     """
     net = attach(load(folder, "float32"), LORA, seed=0)
-    stir(list(trainable(net).values()))
+    randomize(list(trainable(net).values()))
 
-    def whole(stream: Stream, size: int) -> list[Batch]:
-        return [_batch(stream, rows.sst2[:size], apart=False)]
+    def single_batch(stream: Stream, size: int) -> Iterator[Batch]:
+        return iter([_batch(stream, rows.sst2[:size], padded=False)])
 
-    passes = Passes(net, lambda stream, size: iter(whole(stream, size)), lambda: _deltas(net))
+    backprop = Backprop(net, single_batch, lambda: _deltas(net))
     plain = SFT()
-    plain.begin(passes, total_steps=100)
+    plain_state = plain.init(backprop)
     results = []
-    for name, (cost, made) in METHODS.items():
-        method = made()
-        method.begin(passes, total_steps=100)
-        found, like = [], []
+    for name, (cost, make) in METHODS.items():
+        method = make()
+        state = method.init(backprop)
+        ratios, padded_ratios = [], []
         for i in range(REPEATED + 1):
-            own = batch(rows.sst2, SIZE, i)
-            # Step 0 has what comes once: EWC's Fisher sum, T-Vaccine's harmful row.
-            taken = {
-                "sft": _seconds(passes, plain, own, i, set()),
-                "own": _seconds(passes, method, own, i, method.rows_apart),
-                "apart": _seconds(passes, plain, own, i, {"user"}),
-            }
+            examples = batch(rows.sst2, SIZE, i)
+            # Step 0 includes work that is done once: EWC's Fisher sum, T-Vaccine's harmful row.
+            sft = _seconds(backprop, plain, plain_state, examples, i, set())
+            seconds = _seconds(backprop, method, state, examples, i, method.unpacked_streams)
+            padded_sft = _seconds(backprop, plain, plain_state, examples, i, {"user"})
             if i:
-                found.append(taken["own"] / taken["sft"])
-                like.append(taken["own"] / taken["apart"])
-        beside = (
-            f", {median(like):.2f} times SFT's on rows padded as it needs them"
-            if "alignment" in method.rows_apart
+                ratios.append(seconds / sft)
+                padded_ratios.append(seconds / padded_sft)
+        padded_note = (
+            f", {median(padded_ratios):.2f} times SFT's on rows padded as it needs them"
+            if "alignment" in method.unpacked_streams
             else ""
         )
-        note = f"{cost}; {spread(found)}{beside}"
-        results.append(Result(f"{name}: a step, of SFT's", median(found), None, "lower", "times", note))
-    return [*results, *_selectors(passes, plain, rows), *_repairs(net, passes, plain, rows)]
+        note = f"{cost}; {spread(ratios)}{padded_note}"
+        results.append(Result(f"{name}: a step, of SFT's", median(ratios), None, "lower", "times", note))
+    return [*results, *_selectors(backprop, plain, rows), *_repairs(net, backprop, plain, rows)]
 
 
-def _selectors(passes: Passes, plain: SFT, rows: Rows) -> Iterator[Result]:
-    """A step of a selector's training, as often as a step of SFT on the candidates of each."""
-    whole = Examples(rows.sst2[: SIZE * REPEATED], lambda row: row)
-    for name, (own, upper_loss) in CURATES.items():
-        found = []
+def _selectors(backprop: Backprop, plain: SFT, rows: Rows) -> Iterator[Result]:
+    """Yield the time of a selector's training, relative to as many steps of SFT on the same candidates."""
+    candidates = Examples(rows.sst2[: SIZE * REPEATED], lambda row: row)
+    for name, (selector, upper_loss) in CURATES.items():
+        ratios = []
         for _ in range(REPEATED):
             started = perf_counter()
-            own.trained(passes, pack, whole, whole, upper_loss)
-            taken = perf_counter() - started
-            sft = [_seconds(passes, plain, batch(rows.sst2, SIZE, i), i, set()) for i in range(REPEATED)]
-            found.append(taken / sum(sft))
-        yield Result(f"{name}: a step, of SFT's", median(found), None, "lower", "times", f"2F 2B; {spread(found)}")
+            selector.fit_weights(backprop, pack, candidates, candidates, upper_loss)
+            seconds = perf_counter() - started
+            sft = [
+                _seconds(backprop, plain, plain.init(backprop), batch(rows.sst2, SIZE, i), i, set())
+                for i in range(REPEATED)
+            ]
+            ratios.append(seconds / sum(sft))
+        yield Result(f"{name}: a step, of SFT's", median(ratios), None, "lower", "times", f"2F 2B; {spread(ratios)}")
 
 
-def _repairs(net: PeftModel, passes: Passes, plain: SFT, rows: Rows) -> Iterator[Result]:
-    """A whole repair, on as many rows padded as a step of SFT has."""
+def _repairs(net: PeftModel, backprop: Backprop, plain: SFT, rows: Rows) -> Iterator[Result]:
+    """Yield the time of a repair, on as many padded rows as a step of SFT has."""
     factors = {name: w.detach().clone() for name, w in trainable(net).items()}
-    for name, (cost, made) in REPAIRS.items():
-        found = []
+    for name, (cost, make) in REPAIRS.items():
+        ratios = []
         for i in range(REPEATED):
-            own = batch(rows.sst2, SIZE, i)
-            given = Given(factors, lambda: net, lambda _, own=own: pad(own), lambda: _deltas(net), lambda: factors)
+            examples = batch(rows.sst2, SIZE, i)
+            inputs = RepairInputs(
+                factors, lambda: net, lambda _, examples=examples: pad(examples), lambda: _deltas(net), lambda: factors
+            )
             started = perf_counter()
-            made().repair(given)
-            taken = perf_counter() - started
-            found.append(taken / _seconds(passes, plain, own, i, set()))
-        note = f"{cost} over {SIZE} rows; {spread(found)}"
-        yield Result(f"{name}: the repair, of SFT's step", median(found), None, "lower", "times", note)
+            make().repair(inputs)
+            seconds = perf_counter() - started
+            ratios.append(seconds / _seconds(backprop, plain, plain.init(backprop), examples, i, set()))
+        note = f"{cost} over {SIZE} rows; {spread(ratios)}"
+        yield Result(f"{name}: the repair, of SFT's step", median(ratios), None, "lower", "times", note)
 
 
-def _seconds(passes: Passes, method: Method, rows: Sequence[Example], step: int, apart: Set[Stream]) -> float:
-    """The method's gradient, the packing of its rows included."""
+def _seconds(
+    backprop: Backprop, method: Method, state: State, rows: Sequence[Example], step: int, padded: Set[Stream]
+) -> float:
+    """Return the seconds of a gradient, including the packing of its rows. `padded` streams are not packed."""
     started = perf_counter()
     batches: dict[Stream, Batch] = {
-        stream: _batch(stream, rows[: draw.rows], stream in apart) for stream, draw in method.draws(step).items()
+        stream: _batch(stream, rows[: draw.size], stream in padded) for stream, draw in method.plan(step).items()
     }
-    method.before_step(step, passes.weights)
-    method.gradient(passes, Step(step, batches))
-    method.after_step(passes.weights)
-    return perf_counter() - started
+    moved, _ = move_anchor(method, step, backprop.weights, state)
+    output = method.gradient(backprop, Step(step, 100, batches), moved)
+    squared_distance(backprop.weights, moved["anchor"])
+    seconds = perf_counter() - started
+    state |= moved | output.state
+    return seconds
 
 
-def _batch(stream: Stream, rows: Sequence[Example], apart: bool) -> Batch:
-    return Batch(stream, [pad(rows) if apart else pack(rows)], sum(r.supervised for r in rows))
+def _batch(stream: Stream, rows: Sequence[Example], padded: bool) -> Batch:
+    return Batch(stream, [pad(rows) if padded else pack(rows)], sum(r.supervised for r in rows))
 
 
 def _deltas(net: torch.nn.Module) -> dict[str, Delta]:
-    """What aligning changed in every adapted layer: random, of rank 16."""
+    """Return a random alignment update of rank 16 for every adapted layer."""
     weights = trainable(net)
 
     def factor(*shape: int) -> Tensor:

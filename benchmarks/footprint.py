@@ -1,8 +1,10 @@
-"""What a run needs of one GPU, memory and time, from a model's shape: to plan with before anything is fetched.
+"""Memory and time that a run needs on one GPU, computed from the shape of the model before it is downloaded.
 
-`python -m benchmarks.footprint` prints the tables of docs/models.md. Memory is what tensors hold at the worst
-moment of a step, under bfloat16 autocast (`trainer.precision=bf16-mixed`) and without gradient checkpointing; tests
-check it against models that are really built. Time rests on the assumptions named here and has not been measured.
+`python -m benchmarks.footprint` prints the tables of docs/models.md. Start at `training_memory` and `step_seconds`.
+
+- Memory is that of all tensors at the peak of a step, under bfloat16 autocast (`trainer.precision=bf16-mixed`) and
+  without gradient checkpointing. Tests compare it with real models.
+- Time depends on the assumptions below and has not been measured.
 """
 
 import math
@@ -17,25 +19,25 @@ MODELS: Final = CONF / "model"
 GIB: Final = 2**30
 
 PEAK: Final = 989e12
-"""FLOP/s of an H100 (SXM) in bfloat16, dense: its data sheet."""
+"""FLOP/s of an H100 (SXM) in bfloat16, dense, by its data sheet."""
 UTILISATION: Final = 0.4
-"""Share of the peak that matrix products reach: assumed."""
+"""Share of the peak that matrix products reach, an assumption."""
 BANDWIDTH: Final = 3.35e12 * 0.6
-"""Bytes/s that generation reads: an H100's 3.35 TB/s (its data sheet) times a share that is assumed."""
+"""Bytes/s that generation reads: the 3.35 TB/s of an H100's data sheet, times an assumed share."""
 LAYER_S: Final = 0.5e-3
-"""Seconds that Python needs to launch one layer's forward pass, however little there is to compute: assumed."""
+"""Seconds that Python needs at least to launch the forward pass of a layer, an assumption."""
 ADAPTER_S: Final = 0.1e-3
-"""The same of one LoRA module."""
+"""Seconds to launch the forward pass of a LoRA module, an assumption."""
 
 STORED: Final = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "nf4": 1 / 2 + 1 / 64 + 4 / (64 * 256)}
-"""Bytes a weight. nf4: 4 bits, a byte for the scale of 64 weights, 4 bytes for 256 scales (double quantization)."""
+"""Bytes per weight. nf4: 4 bits, a byte for the scale of 64 weights, 4 bytes for 256 scales (double quantization)."""
 TRAINED: Final = 4 + 4 + 8 + 4 + 2
-"""Bytes a trained weight: itself, its gradient, Adam's two moments, the anchor, autocast's bfloat16 copy."""
+"""Bytes per trained weight: value, gradient, Adam's two moments, anchor, autocast's bfloat16 copy."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A decoder as its public config describes it. `family` is its architecture; Mistral's is llama's."""
+    """Shape of a decoder, from its public config."""
 
     layers: int
     hidden: int
@@ -45,8 +47,9 @@ class Shape:
     head_dim: int
     vocabulary: int
     family: Literal["llama", "qwen2", "gemma2", "opt"] = "llama"
+    """Architecture; that of Mistral is `llama`."""
     tied: bool = False
-    """Whether the head is the embedding."""
+    """Whether the head shares the weights of the embedding."""
     positions: int = 0
     """Rows of a learned table of positions."""
 
@@ -57,7 +60,7 @@ class Shape:
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Name -> (inputs, outputs) of a layer's linear modules."""
+        """Linear modules of a layer: name -> (inputs, outputs)."""
         h, i, inner, kv = self.hidden, self.intermediate, self.inner, self.kv_heads * self.head_dim
         attention = {"q_proj": (h, inner), "k_proj": (h, kv), "v_proj": (h, kv)}
         if self.family == "opt":
@@ -66,7 +69,7 @@ class Shape:
 
     @property
     def norms(self) -> int:
-        """Normalizations a layer."""
+        """Number of normalizations per layer."""
         return 4 if self.family == "gemma2" else 2
 
 
@@ -80,12 +83,12 @@ SHAPES: Final = {
     "llama3_8b": Shape(32, 4096, 14336, 32, 8, 128, 128256),
     "gemma2_9b": Shape(42, 3584, 14336, 16, 8, 256, 256000, family="gemma2", tied=True),
 }
-"""conf/model's names -> shapes, from the models' public configs."""
+"""Name in conf/model -> shape."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """An adapter: rank and the names of the linear modules it sits on, in every layer."""
+    """Rank and adapted linear modules of an adapter, the same in every layer."""
 
     r: int
     targets: tuple[str, ...]
@@ -94,20 +97,20 @@ class Lora:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What an optimizer step computes on (lisa_lightning/data/packing.py)."""
+    """Size of the packs of an optimizer step (lisa_lightning/data/packing.py)."""
 
     tokens: int
-    """In all packs together; tokens that rows of a pack share count once."""
+    """Number of tokens in all packs. Tokens that rows of a pack share count once."""
     width: int
-    """Tokens a pack: what a token may attend to."""
+    """Number of tokens per pack, to which a token may attend."""
     passes: int
-    """Packs, each a forward pass of its own."""
+    """Number of packs, each a separate forward pass."""
     supervised: int
-    """Tokens with a label."""
+    """Number of tokens with a label."""
 
 
 def parameters(shape: Shape) -> int:
-    """The number of weights, exactly."""
+    """Return the exact number of weights."""
     outputs = {name: out for name, (_, out) in shape.linears.items()}
     biased = {"opt": tuple(outputs), "qwen2": ("q_proj", "k_proj", "v_proj")}.get(shape.family, ())
     norm = shape.hidden * (2 if shape.family == "opt" else 1)  # a LayerNorm has a bias
@@ -117,50 +120,61 @@ def parameters(shape: Shape) -> int:
 
 
 def trained(shape: Shape, lora: Lora) -> int:
-    """The number of weights of an adapter."""
+    """Return the number of weights of an adapter."""
     return shape.layers * lora.r * _sides(shape, lora)
 
 
-def weight_bytes(shape: Shape, kept: str) -> float:
-    """Bytes of the frozen weights. 4-bit ones are the layers' linear modules alone; the rest is bfloat16."""
-    if kept != "nf4":
-        return parameters(shape) * STORED[kept]
+def weight_bytes(shape: Shape, storage: str) -> float:
+    """Return the bytes of the frozen weights.
+
+    Args:
+        shape: shape of the model.
+        storage: type of the stored weights, a key of `STORED`. With `nf4`, all weights outside the linear modules of
+            the layers are bfloat16.
+    """
+    if storage != "nf4":
+        return parameters(shape) * STORED[storage]
     quantized = shape.layers * _linear(shape)
     return quantized * STORED["nf4"] + (parameters(shape) - quantized) * STORED["bfloat16"]
 
 
 def saved_per_token(shape: Shape, lora: Lora, width: int) -> float:
-    """Bytes that a layer keeps of one token for the backward pass, in a pack of `width` tokens."""
+    """Return the bytes per token that a layer saves for the backward pass, in a pack of `width` tokens."""
     h, i, inner = shape.hidden, shape.intermediate, shape.inner
-    norms = shape.norms * (4 * h + (8 if shape.family == "opt" else 4))  # input in float32; mean and scale, or scale
-    attention = 3 * 2 * inner  # queries, keys and values; under a pack's mask the latter are repeated for all heads
+    # A norm saves its input in float32, the scale, and a LayerNorm also the mean.
+    norms = shape.norms * (4 * h + (8 if shape.family == "opt" else 4))
+    # Attention saves queries, keys and values. A pack's mask requires keys and values repeated for all heads.
+    attention = 3 * 2 * inner
     if shape.family == "gemma2":
-        attention += (2 + 4 + 2) * shape.heads * width  # eager: capped logits, probabilities, those in bfloat16
+        attention += (2 + 4 + 2) * shape.heads * width  # eager: capped logits, probabilities, their bfloat16 copy
     else:
-        attention += 2 * inner + 4 * shape.heads  # its output, and a float32 for every query to recompute the rest by
-    mlp = 2 * i * (1 if shape.family == "opt" else 3)  # OPT: after the ReLU; else: gate, activated gate, up
-    masks = 2 * h if shape.family == "opt" else 0  # OPT's own dropout, a byte each
+        attention += 2 * inner + 4 * shape.heads  # output, and a float32 per query to recompute the probabilities
+    mlp = 2 * i * (1 if shape.family == "opt" else 3)  # OPT: output of the ReLU; others: gate, activated gate, up
+    masks = 2 * h if shape.family == "opt" else 0  # dropout of OPT, one byte each
     inputs = [shape.linears[name][0] for name in lora.targets]
-    adapters = sum((2 + lora.dropout) * n + 2 * lora.r for n in inputs)  # a copy of the input, mask; what A gives
+    adapters = sum((2 + lora.dropout) * n + 2 * lora.r for n in inputs)  # copy of the input, dropout mask, output of A
     return norms + attention + mlp + masks + adapters
 
 
-def training_memory(shape: Shape, lora: Lora, step: Step, kept: str = "bfloat16") -> dict[str, float]:
-    """Bytes at the start of a step's backward pass, its peak, by what holds them.
+def training_memory(shape: Shape, lora: Lora, step: Step, storage: str = "bfloat16") -> dict[str, float]:
+    """Return the bytes at the peak of a step, which is the start of its backward pass, by purpose.
 
     Args:
-        kept: how the frozen weights are stored, a key of `STORED`. Autocast copies float32 and float16 ones to
-            bfloat16, and the mask, anew in every forward pass, and keeps the copies for the backward pass.
+        shape: shape of the model.
+        lora: adapter that is trained.
+        step: packs of the step.
+        storage: type of the stored frozen weights, a key of `STORED`. In every forward pass, autocast copies float32
+            and float16 weights and the mask to bfloat16. The copies are saved for the backward pass.
     """
     copied = 0
-    if kept in ("float32", "float16"):
+    if storage in ("float32", "float16"):
         copied = step.passes * (shape.layers * _linear(shape) + shape.hidden * shape.vocabulary)
         copied += 0 if shape.family == "gemma2" else shape.layers * step.tokens * step.width
     capped = 2 if shape.family == "gemma2" else 0
-    # All packs' log-probabilities are kept; their gradient, and that of the logits, are held for one pack at a time.
+    # Log-probabilities are saved for all packs, their gradient and that of the logits for one pack at a time.
     logits = (4 + capped) * step.supervised + (4 + 4) * math.ceil(step.supervised / step.passes)
     return {
-        "weights": weight_bytes(shape, kept),
+        "weights": weight_bytes(shape, storage),
         "copies": 2.0 * copied,
         "trained": float(TRAINED * trained(shape, lora)),
         "activations": shape.layers * step.tokens * saved_per_token(shape, lora, step.width),
@@ -168,16 +182,31 @@ def training_memory(shape: Shape, lora: Lora, step: Step, kept: str = "bfloat16"
     }
 
 
-def evaluation_memory(shape: Shape, rows: int, tokens: int, kept: str = "bfloat16") -> float:
-    """Bytes of the weights and of the keys and values of `rows` answers, `tokens` each with their prompts."""
-    return weight_bytes(shape, kept) + rows * tokens * _cache(shape)
+def evaluation_memory(shape: Shape, rows: int, tokens: int, storage: str = "bfloat16") -> float:
+    """Return the bytes of the weights, and of the keys and values of answers.
+
+    Args:
+        shape: shape of the model.
+        rows: number of answers that are generated together.
+        tokens: number of tokens per answer, including the prompt.
+        storage: type of the stored weights, a key of `STORED`.
+    """
+    return weight_bytes(shape, storage) + rows * tokens * _cache(shape)
 
 
 def flops(shape: Shape, lora: Lora, step: Step) -> tuple[float, float]:
-    """Floating point operations of a step's forward and backward passes, matrix products and attention alone.
+    """Return the floating-point operations of a step's forward and of its backward passes.
 
-    Frozen weights have no gradient, so the backward pass costs them one product, not two; and the first layer's inputs
-    need none. Attention's backward pass computes its probabilities again (not Gemma 2's, which keeps them).
+    Only matrix products and attention count.
+
+    - Frozen weights have no gradient, so a backward pass has one product with them instead of two.
+    - The inputs of the first layer need no gradient.
+    - The backward pass of attention computes the probabilities again, except in Gemma 2, which saves them.
+
+    Args:
+        shape: shape of the model.
+        lora: adapter that is trained.
+        step: packs of the step.
     """
     frozen = 2 * step.tokens * shape.layers * _linear(shape) + 2 * shape.hidden * shape.vocabulary * step.supervised
     adapters = 2 * step.tokens * trained(shape, lora)
@@ -185,19 +214,36 @@ def flops(shape: Shape, lora: Lora, step: Step) -> tuple[float, float]:
     first = [shape.linears[name] for name in ("q_proj", "k_proj", "v_proj")]
     adapted = [shape.linears[name][0] for name in ("q_proj", "k_proj", "v_proj") if name in lora.targets]
     needless = 2 * step.tokens * (sum(n * out for n, out in first) + lora.r * sum(adapted))
-    again = 2.0 if shape.family == "gemma2" else 2.5
-    return frozen + adapters + attention, frozen + 2 * adapters + again * attention - needless
+    backward_factor = 2.0 if shape.family == "gemma2" else 2.5
+    return frozen + adapters + attention, frozen + 2 * adapters + backward_factor * attention - needless
 
 
 def step_seconds(shape: Shape, lora: Lora, step: Step) -> tuple[float, float]:
-    """Seconds of a training step's arithmetic, and of launching it; the longer of the two is what is expected."""
+    """Return the seconds of a training step's arithmetic, and of launching it. The longer one is expected.
+
+    Args:
+        shape: shape of the model.
+        lora: adapter that is trained.
+        step: packs of the step.
+    """
     launching = 2 * step.passes * shape.layers * (LAYER_S + len(lora.targets) * ADAPTER_S)
     return sum(flops(shape, lora, step)) / (PEAK * UTILISATION), launching
 
 
-def generation_seconds(shape: Shape, prompts: int, prompt: int, new: int, batch: int, kept: str = "bfloat16") -> float:
-    """Expected time at most: as if every answer had all `new` tokens, after `prompt` ones, `batch` rows at a time."""
-    read = weight_bytes(shape, kept) + batch * (prompt + new / 2) * _cache(shape)
+def generation_seconds(
+    shape: Shape, prompts: int, prompt: int, new: int, batch: int, storage: str = "bfloat16"
+) -> float:
+    """Return an upper bound of the expected seconds of generation: that of answers with all `new` tokens.
+
+    Args:
+        shape: shape of the model.
+        prompts: number of prompts.
+        prompt: number of tokens of a prompt.
+        new: number of new tokens of an answer.
+        batch: number of prompts that are answered together.
+        storage: type of the stored weights, a key of `STORED`.
+    """
+    read = weight_bytes(shape, storage) + batch * (prompt + new / 2) * _cache(shape)
     product = 2 * parameters(shape) / (PEAK * UTILISATION)
     token = max(shape.layers * LAYER_S, read / BANDWIDTH, batch * product)
     return math.ceil(prompts / batch) * new * token + prompts * prompt * product
@@ -212,30 +258,38 @@ def _sides(shape: Shape, lora: Lora) -> int:
 
 
 def _cache(shape: Shape) -> int:
-    """Bytes that a token's keys and values take."""
+    """Return the bytes of the keys and values of a token."""
     return 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim
 
 
-# The Lisa paper's cell of SST-2, in batches of five rows. LONG and LONGEST are the largest steps that 256 and 2048 as
-# data.max_length allow. The others are usual ones: safety answers; sentences, and one harmful answer every second time.
+# The SST-2 experiment of the Lisa paper, in batches of five rows.
 BATCH: Final = 5
-LONG: Final = Step(tokens=BATCH * 256, width=256, passes=BATCH, supervised=BATCH * 200)
-LONGEST: Final = Step(tokens=BATCH * 2048, width=2048, passes=BATCH, supervised=BATCH * 2000)
+MAX_STEP_256: Final = Step(tokens=BATCH * 256, width=256, passes=BATCH, supervised=BATCH * 200)
+"""Largest step with data.max_length=256."""
+MAX_STEP_2048: Final = Step(tokens=BATCH * 2048, width=2048, passes=BATCH, supervised=BATCH * 2000)
+"""Largest step with data.max_length=2048."""
 ALIGNMENT: Final = Step(tokens=525, width=310, passes=2, supervised=375)
+"""Usual step on safety answers."""
 USER: Final = Step(tokens=230, width=230, passes=1, supervised=45)
+"""Usual step on sentences, with a harmful answer in every second one."""
 ALIGNING_STEPS: Final = 60_000
 USER_STEPS: Final = 18_000
 GUIDED_STEPS: Final = 2_000
 """Fine-tuning steps in Lisa's alignment state."""
 QUESTIONS: Final = ((1000, 512), (872, 200))
-"""(prompts, new tokens) of the harmful score and of SST-2's accuracy."""
+"""(prompts, new tokens) of the harmful score and of the accuracy on SST-2."""
 PROMPT: Final = 100
+"""Tokens of a prompt."""
 ANSWERS: Final = 64
-"""Rows generated together (`evaluate.batch_size`)."""
+"""Answers generated together (`evaluate.batch_size`)."""
 
 
 def planned(name: str) -> tuple[Shape, Any, Lora, Lora]:
-    """Shape and config (conf/model) of a model, and the paper's adapters for aligning (r=16) and fine-tuning (r=8)."""
+    """Return shape and config of a model, and the paper's adapters for aligning (r=16) and fine-tuning (r=8).
+
+    Args:
+        name: name in conf/model, a key of `SHAPES`.
+    """
     shape, files = SHAPES[name], (MODELS / f"{file}.yaml" for file in ("_shared", name))
     cfg: Any = OmegaConf.merge(*map(OmegaConf.load, files))
     aligning, finetuning = (
@@ -246,7 +300,7 @@ def planned(name: str) -> tuple[Shape, Any, Lora, Lora]:
 
 
 def memory_table() -> str:
-    """Markdown, in GiB: peaks of training with the longest rows that 256 and 2048 tokens allow, and of evaluation."""
+    """Return peak memory in GiB as a Markdown table: of training with the longest rows, and of evaluation."""
     lines = [
         "| model | parameters | weights | fine-tuning, 256 | fine-tuning, 2048 | alignment, 256 | alignment, 2048 "
         "| evaluation | fine-tuning, 256, nf4 |",
@@ -257,18 +311,18 @@ def memory_table() -> str:
         if cfg.id is None:
             continue
         trainings = [
-            *((lora, step, cfg.dtype) for lora in (finetuning, aligning) for step in (LONG, LONGEST)),
-            (finetuning, LONG, "nf4"),
+            *((lora, step, cfg.dtype) for lora in (finetuning, aligning) for step in (MAX_STEP_256, MAX_STEP_2048)),
+            (finetuning, MAX_STEP_256, "nf4"),
         ]
         *peaks, quantized = (sum(training_memory(shape, *training).values()) for training in trainings)
-        asking = evaluation_memory(shape, ANSWERS, PROMPT + max(new for _, new in QUESTIONS), cfg.dtype)
-        held = [weight_bytes(shape, cfg.dtype), *peaks, asking, quantized]
-        lines.append(f"| `{name}` | {parameters(shape):,} | " + " | ".join(f"{b / GIB:.1f}" for b in held) + " |")
+        evaluation = evaluation_memory(shape, ANSWERS, PROMPT + max(new for _, new in QUESTIONS), cfg.dtype)
+        columns = [weight_bytes(shape, cfg.dtype), *peaks, evaluation, quantized]
+        lines.append(f"| `{name}` | {parameters(shape):,} | " + " | ".join(f"{b / GIB:.1f}" for b in columns) + " |")
     return "\n".join(lines)
 
 
 def time_table() -> str:
-    """Markdown: a step's arithmetic and launching in milliseconds, the stages of the paper's cell in hours.
+    """Return times as a Markdown table: of a step in milliseconds, of the paper's stages in hours.
 
     Two models are evaluated, the aligned one and the fine-tuned one.
     """
@@ -288,9 +342,9 @@ def time_table() -> str:
             USER_STEPS * max(user) + GUIDED_STEPS * max(guided),
             2 * sum(generation_seconds(shape, n, PROMPT, new, ANSWERS, cfg.dtype) for n, new in QUESTIONS),
         ]
-        parts = " | ".join(", ".join(f"{1000 * s:.0f}" for s in step) for step in (aligned, user))
+        milliseconds = " | ".join(", ".join(f"{1000 * s:.0f}" for s in step) for step in (aligned, user))
         hours = " | ".join(f"{s / 3600:.1f}" for s in (*stages, sum(stages)))
-        lines.append(f"| `{name}` | {parts} | {hours} |")
+        lines.append(f"| `{name}` | {milliseconds} | {hours} |")
     return "\n".join(lines)
 
 

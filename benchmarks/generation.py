@@ -1,4 +1,4 @@
-"""How fast held-out prompts are answered, against one prompt at a time."""
+"""Speed of answering held-out prompts, compared with one prompt at a time. Start at `measure`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,27 +10,39 @@ from typing import Any
 from benchmarks import reference
 from benchmarks.setting import Result, Rows, ratio
 from lisa_lightning.data.templates import encode_prompt
-from lisa_lightning.evaluate.generate import batches, generate
+from lisa_lightning.evaluation.generate import batches, generate
 from lisa_lightning.model.lora import load
 
-REPETITIONS = 5  # of half a minute each
-NEVER = -1  # no token ends an answer, so that all have the same length
-DECISIVE = 4  # new tokens after which the strict rule of SST-2 can tell
-PUBLISHED_LIMIT = 200  # new tokens that the official scripts ask for on SST-2
+REPETITIONS = 5
+"""Repetitions, each of half a minute."""
+NEVER = -1
+"""End token that no answer has, so that all answers have the same length."""
+DECISIVE = 4
+"""New tokens that determine the strict rule of SST-2."""
+PUBLISHED_LIMIT = 200
+"""New tokens that the official scripts generate on SST-2."""
 
 
 def answers(model: Any, prompts: Sequence[list[int]], size: int, max_new_tokens: int, end: int) -> list[list[int]]:
-    """All prompts as the evaluator asks them: batches of similar length."""
-    found: list[list[int]] = [[]] * len(prompts)
-    for chosen in batches(prompts, size):
-        batch = generate(model, [prompts[i] for i in chosen], max_new_tokens, lambda ids: ids[-1] == end)
-        for i, ids in zip(chosen, batch, strict=True):
-            found[i] = ids[:-1] if ids[-1] == end else ids
-    return found
+    """Return answers as the evaluator generates them, in batches of prompts of similar length.
+
+    Args:
+        model: model in evaluation mode.
+        prompts: token ids.
+        size: prompts per batch.
+        max_new_tokens: largest length of an answer.
+        end: end token, which answers are returned without.
+    """
+    completions: list[list[int]] = [[]] * len(prompts)
+    for indices in batches(prompts, size):
+        batch = generate(model, [prompts[i] for i in indices], max_new_tokens, lambda ids: ids[-1] == end)
+        for i, ids in zip(indices, batch, strict=True):
+            completions[i] = ids[:-1] if ids[-1] == end else ids
+    return completions
 
 
 def measure(folder: Path, rows: Rows) -> list[Result]:
-    """The reference answers a few prompts a repetition, ours all; times are compared per prompt."""
+    """Compare times per prompt. The reference answers a few prompts per repetition, ours all of them."""
     ours, theirs = load(folder, "float32").eval(), reference.model(folder).eval()
     harmful = [encode_prompt(rows.tokenizer, "alpaca", p) for p in rows.harmful[:64]]
     sst2 = [encode_prompt(rows.tokenizer, "alpaca", row.instruction, row.context) for row in rows.test[:300]]
@@ -60,31 +72,33 @@ def measure(folder: Path, rows: Rows) -> list[Result]:
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """A form of one prompt at a time: how many times as fast we mean to be, prompts a repetition, and how."""
+    """A reference that answers one prompt at a time."""
 
     target: float
+    """Speed-up over it that is aimed at."""
     sample: int
+    """Prompts per repetition."""
     answer: Callable[[list[int]], list[int]]
 
 
 def _compare(
     prompts: Sequence[list[int]], ours: Callable[[Sequence[list[int]]], list[list[int]]], theirs: Sequence[_Reference]
 ) -> list[tuple[list[float], float, str]]:
-    """Each of `theirs`: its seconds a prompt over those of `ours`, in turn; and how many answers are the same."""
+    """Return speed-ups, target and note for each reference, measured in turn with ours."""
     ours(prompts[:8])
     theirs[0].answer(prompts[0])
     speeds: list[list[tuple[float, float]]] = [[] for _ in theirs]
     same = [0] * len(theirs)
     for i in range(REPETITIONS):
         started = perf_counter()
-        found = ours(prompts)
+        ours_answers = ours(prompts)
         fast = (perf_counter() - started) / len(prompts)
         for k, form in enumerate(theirs):
-            chosen = range(i * form.sample, (i + 1) * form.sample)
+            indices = range(i * form.sample, (i + 1) * form.sample)
             started = perf_counter()
-            wanted = [form.answer(prompts[c]) for c in chosen]
+            expected = [form.answer(prompts[index]) for index in indices]
             speeds[k].append((fast, (perf_counter() - started) / form.sample))
-            same[k] += sum(found[c] == w for c, w in zip(chosen, wanted, strict=True))
+            same[k] += sum(ours_answers[index] == ids for index, ids in zip(indices, expected, strict=True))
     results = []
     for form, pairs, equal in zip(theirs, speeds, same, strict=True):
         fast, slow = (1000 * median(s) for s in zip(*pairs, strict=True))

@@ -1,7 +1,9 @@
-"""What the published implementations do, written plainly: the measure for everything in this folder.
+"""A plain form of the published implementations, with which all benchmarks compare. Start at `step` and `answer`.
 
-Batches padded to their longest row, full logits through the model's own `labels=` loss, the penalty as a term of the
-loss through autograd with one norm per tensor, generation one prompt at a time.
+- Batches are padded to their longest row.
+- The loss is that of `labels=`, over full logits.
+- The penalty is a term of the loss, differentiated by autograd, with one norm per tensor.
+- Generation handles one prompt at a time.
 """
 
 from collections.abc import Sequence
@@ -18,12 +20,12 @@ from lisa_lightning.data.packing import IGNORED, Example
 
 
 def model(folder: Path) -> Any:
-    """The model as `transformers` loads it."""
+    """Return the model as `transformers` loads it."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def adapted(folder: Path, lora: Any) -> Any:
-    """The same with a fresh adapter."""
+    """Return the model with a fresh adapter."""
     config = LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=lora.targets, task_type="CAUSAL_LM"
     )
@@ -31,7 +33,7 @@ def adapted(folder: Path, lora: Any) -> Any:
 
 
 def loss(net: Any, rows: Sequence[Example]) -> Tensor:
-    """The mean over supervised tokens."""
+    """Return the mean cross-entropy over supervised tokens."""
     ids = pad_sequence([torch.tensor(r.ids) for r in rows], batch_first=True, padding_value=0)
     labels = pad_sequence([torch.tensor(r.labels) for r in rows], batch_first=True, padding_value=IGNORED)
     mask = pad_sequence([torch.ones(len(r.ids), dtype=torch.long) for r in rows], batch_first=True)
@@ -39,7 +41,7 @@ def loss(net: Any, rows: Sequence[Example]) -> Tensor:
 
 
 def penalty(weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float) -> Tensor:
-    """rho/2 * ||w - anchor||^2."""
+    """Return rho/2 * ||w - anchor||^2."""
     total = torch.zeros(())
     for w, a in zip(weights, anchor, strict=True):
         total = total + rho / 2 * torch.norm(w - a) ** 2
@@ -49,7 +51,7 @@ def penalty(weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float) -> 
 def step(
     net: Any, optimizer: Any, weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float, rows: Sequence[Example]
 ) -> float:
-    """One step of Lisa."""
+    """Make one step of Lisa, and return its loss."""
     optimizer.zero_grad()
     total = loss(net, rows) + penalty(weights, anchor, rho)
     total.backward()
@@ -60,7 +62,7 @@ def step(
 
 @torch.no_grad()
 def answer(plain: Any, prompt: Sequence[int], max_new_tokens: int, end: int | None) -> list[int]:
-    """The greedy continuation of one prompt, without the end token."""
+    """Return the greedy continuation of one prompt, without the end token."""
     ids = torch.tensor([list(prompt)])
     out = plain.generate(
         ids,
@@ -70,5 +72,5 @@ def answer(plain: Any, prompt: Sequence[int], max_new_tokens: int, end: int | No
         eos_token_id=-1 if end is None else end,
         pad_token_id=0,
     )
-    found = out[0, len(prompt) :].tolist()
-    return found[:-1] if end is not None and found[-1] == end else found
+    continuation = out[0, len(prompt) :].tolist()
+    return continuation[:-1] if end is not None and continuation[-1] == end else continuation

@@ -1,4 +1,4 @@
-"""What all benchmarks share: the embedded model, rows, the adapter."""
+"""Setting of all benchmarks: the embedded model, rows (`Rows`), the adapter, and a line of the table (`Result`)."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ from lisa_lightning.task.sst2 import SST2
 
 ROOT = Path(__file__).parents[1]
 PUBLIC_ROWS = Path(os.environ.get("PUBLIC_ROWS", ROOT.parent / "shared" / "data")).absolute()
-"""Where published sets lie, if they do, each in a folder of its own; tests read them there too."""
+"""Folder of the published data sets, one subfolder each; it may be absent. Tests read them too."""
 LORA = SimpleNamespace(r=8, alpha=16, dropout=0.0, targets=["q_proj", "v_proj"])
 RHO = 0.1
 REPETITIONS = 7
@@ -39,7 +39,7 @@ class Result:
     what: str
     measured: float
     target: float | None
-    """None where nobody set one."""
+    """Target value, None for no target."""
     better: str
     """`higher` or `lower`."""
     unit: str
@@ -47,63 +47,70 @@ class Result:
 
     @property
     def met(self) -> bool:
-        """Whether the target, if there is one, is reached."""
+        """Whether the target is reached; true without a target."""
         if self.target is None:
             return True
         return self.measured >= self.target if self.better == "higher" else self.measured <= self.target
 
 
 def embedded_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct in the cache."""
+    """Return the folder of SmolLM2-135M-Instruct in the cache."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", ["model=smollm2_135m"]).model
     return base_model(OneRank(), cfg, cache_folder(os.environ.get("LISA_CACHE", "~/.cache/lisa_lightning")))[0]
 
 
 class Rows:
-    """Encoded rows of SST-2 and of alignment with long answers: the public sets where they lie, else embedded ones."""
+    """Encoded rows of SST-2 and alignment rows with long answers, from public sets if present, else embedded."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = load_tokenizer(folder)
         task = SST2()
         labelled = Reading({"sentence": "sentence", "label": "label"})
         public = (PUBLIC_ROWS / "sst2" / "train.tsv").exists()
-        where = (
+        paths = (
             [str(PUBLIC_ROWS / "sst2" / f) for f in ("train.tsv", "dev.tsv")]
             if public
             else ["embedded:sst2_mini_train.jsonl", "embedded:sst2_mini_test.jsonl"]
         )
         self.source = "SST-2" if public else "embedded rows"
-        train, self.test = (read_records(path, labelled, task.row) for path in where)
-        self.sst2 = [self._encoded(row) for row in random.Random(0).sample(train, 1000)]
+        train, self.test = (read_records(path, labelled, task.row) for path in paths)
+        self.sst2 = [self._encode(row) for row in random.Random(0).sample(train, 1000)]
         safe = PUBLIC_ROWS / "safety_tuned_llamas" / "safety_only_data_Instructions.json"
         path, answer = (str(safe), "output") if safe.exists() else ("embedded:alignment.jsonl", "response")
-        asked = "instruction" if safe.exists() else "prompt"
-        alignment = read_records(path, Reading({"p": asked, "r": answer}), lambda r: Row(r["p"], "", r["r"]))
-        encoded = [self._encoded(row) for row in random.Random(0).sample(alignment, 1000)]
-        long = sorted(row.length for row in encoded)[-len(encoded) // 5]
-        self.alignment = [row for row in encoded if row.length >= long]
-        """The longest fifth."""
+        prompt = "instruction" if safe.exists() else "prompt"
+        alignment = read_records(path, Reading({"p": prompt, "r": answer}), lambda r: Row(r["p"], "", r["r"]))
+        encoded = [self._encode(row) for row in random.Random(0).sample(alignment, 1000)]
+        min_length = sorted(row.length for row in encoded)[-len(encoded) // 5]
+        self.alignment = [row for row in encoded if row.length >= min_length]
+        """The longest fifth of the alignment rows."""
         self.harmful = read_records(
             "embedded:harmful_prompts.jsonl", Reading({"prompt": "prompt"}), lambda r: r["prompt"]
         )
 
-    def _encoded(self, row: Row) -> Example:
+    def _encode(self, row: Row) -> Example:
         return encode(self.tokenizer, "alpaca", row, max_length=256)
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """The range of repeated measurements."""
+    """Return the range of repeated measurements as text."""
     return f"{min(values):.{digits}f} to {max(values):.{digits}f} in {len(values)} repetitions"
 
 
 def ratio(what: str, values: Sequence[float], target: float, note: str = "") -> Result:
-    """How many times as fast as the reference, the median over repetitions."""
+    """Return a result for a speed relative to the reference.
+
+    Args:
+        what: text of the line.
+        values: ratio of each repetition. The result has their median.
+        target: smallest ratio that meets the target.
+        note: further text.
+    """
     return Result(what, median(values), target, "higher", "times", "; ".join(filter(None, [spread(values), note])))
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return hardware and versions that the measurements depend on."""
     cpu = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     memory = [line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
     return {

@@ -1,4 +1,4 @@
-"""How long until something happens: the command line, the model, the first step over a million rows."""
+"""Start-up benchmarks: `command_line`, `model`, and the first step over a million rows (`million_rows`)."""
 
 import csv
 import os
@@ -19,26 +19,26 @@ STEPS = 12
 
 
 def command_line() -> list[Result]:
-    """Whole processes."""
+    """Measure processes that end before any training."""
     results = []
     for what, arguments, status in (
         ("python run.py --help", ["--help"], 0),
         ("a refused config (optim.lr=-1)", ["optim.lr=-1"], 2),
     ):
         command = [sys.executable, "run.py", *arguments]
-        taken = [_seconds(lambda c=command, s=status: _exits(c, s)) for _ in range(REPETITIONS)]
-        results.append(Result(what, median(taken), 2.5, "lower", "s", spread(taken)))
+        seconds = [_seconds(lambda c=command, s=status: _expect_exit(c, s)) for _ in range(REPETITIONS)]
+        results.append(Result(what, median(seconds), 2.5, "lower", "s", spread(seconds)))
     return results
 
 
 def model(folder: Path) -> Result:
-    """The embedded model and its tokenizer, from the cache folder to ready."""
-    taken = [_seconds(lambda: (load(folder, "float32"), load_tokenizer(folder))) for _ in range(REPETITIONS)]
-    return Result("the embedded model from its cache to ready", median(taken), 3.0, "lower", "s", spread(taken))
+    """Measure loading of the embedded model and its tokenizer from the cache folder."""
+    seconds = [_seconds(lambda: (load(folder, "float32"), load_tokenizer(folder))) for _ in range(REPETITIONS)]
+    return Result("the embedded model from its cache to ready", median(seconds), 3.0, "lower", "s", spread(seconds))
 
 
 def million_rows(rows: Rows) -> list[Result]:
-    """A run over a file of 1,000,000 user rows beside one over 1,000; each once, since it takes a minute."""
+    """Compare a run over 1,000,000 user rows with one over 1,000. Each runs once, since it takes a minute."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         few = _Run(folder / "few", _write(folder / "few.tsv", rows, 1_000), 1_000)
@@ -73,17 +73,17 @@ def million_rows(rows: Rows) -> list[Result]:
 
 
 def _write(file: Path, rows: Rows, count: int) -> Path:
-    """Rows of SST-2's kind, each with a number of its own."""
-    random_ = random.Random(0)
+    """Write rows like those of SST-2, made unique by a number, and return the file."""
+    rng = random.Random(0)
     sentences = [row.context for row in rows.test]
     with file.open("w", encoding="utf-8") as out:
         out.write("sentence\tlabel\n")
-        out.writelines(f"{random_.choice(sentences)} {i}\t{i % 2}\n" for i in range(count))
+        out.writelines(f"{rng.choice(sentences)} {i}\t{i % 2}\n" for i in range(count))
     return file
 
 
 class _Run:
-    """`stages=[finetune]` with SFT over the rows of a file, in a process of its own."""
+    """A process with `stages=[finetune]` and SFT over the rows of a file: peak memory in GiB, seconds of steps."""
 
     def __init__(self, out: Path, rows: Path, count: int) -> None:
         embedded = ("alignment", "harmful", "harmful_prompts")
@@ -95,11 +95,11 @@ class _Run:
         ]
         started = perf_counter()
         log = out.parent / f"{out.name}.log"
-        environment = os.environ | {"WANDB_MODE": "offline", "LISA_CACHE": str(_cache_beside(out))}
+        environment = os.environ | {"WANDB_MODE": "offline", "LISA_CACHE": str(_separate_cache(out))}
         with log.open("w") as text:
             process = subprocess.Popen(command, cwd=ROOT, stdout=text, stderr=text, env=environment)
         self.memory = 0.0
-        ends: list[float] = []  # of the steps, to a tenth of a second
+        ends: list[float] = []  # times at which steps ended, to a tenth of a second
         while process.poll() is None:
             sleep(0.1)
             self.memory = max(self.memory, resident_peak_mib(process.pid) / 1024)
@@ -110,8 +110,8 @@ class _Run:
         self.step = (ends[-1] - ends[1]) / (STEPS - 2)
 
 
-def _cache_beside(out: Path) -> Path:
-    """A cache of its own, so that the stage runs, with the converted model in it."""
+def _separate_cache(out: Path) -> Path:
+    """Return a cache that holds the converted model only, so that the stage runs."""
     cache = out.parent / "cache"
     (cache / "models").mkdir(parents=True, exist_ok=True)
     link = cache / "models" / embedded_model().name
@@ -121,13 +121,15 @@ def _cache_beside(out: Path) -> Path:
 
 
 def _rows(curves: Path) -> list[dict[str, str]]:
+    """Return the rows of finished steps, [] before the file exists."""
     if not curves.exists():
         return []
     with curves.open(newline="") as file:
         return [row for row in csv.DictReader(file) if row.get("time/step_s")]
 
 
-def _exits(command: list[str], status: int) -> None:
+def _expect_exit(command: list[str], status: int) -> None:
+    """Run a command. Raises SystemExit if its exit status is another."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != status:
         raise SystemExit(f"{command}: exit status {done.returncode}\n{done.stderr[-1000:]}")

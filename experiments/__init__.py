@@ -1,1 +1,1 @@
-"""The paper's claims at the embedded scale, a folder each."""
+"""The paper's claims at the embedded scale, one folder each. Start at `python -m experiments`."""

@@ -1,7 +1,7 @@
-"""`python -m experiments CLAIM [KEY=VALUE...]`: run a claim's sweep, keep its numbers, draw its picture.
+"""`python -m experiments CLAIM [KEY=VALUE...]`: run the sweep of a claim, store its numbers, draw its picture.
 
-Numbers are merged into experiments/CLAIM/results.csv, a line a run, so that a claim can be measured seed by seed; of a
-claim about the course of training also into curves.csv, a line a point.
+Numbers are merged into experiments/CLAIM/results.csv, one line per run, so that a claim can be measured seed by seed.
+Claims about curves also have a curves.csv, one line per point. Start at `main` and `CLAIMS`.
 """
 
 import subprocess
@@ -12,8 +12,8 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
-from experiments.pictures import course, one_each
-from experiments.tables import SCORES, Rows, by_key, fill, merged
+from experiments.pictures import method_plot, step_plot
+from experiments.tables import SCORES, Rows, fill, format_table, merge
 from experiments.tuned import measure
 from lisa_lightning.logger.curves import read_rows
 from lisa_lightning.report.svg import Plot, save_png
@@ -27,17 +27,18 @@ SCORED: Final = tuple(f"final/{s}{end}" for s in SCORES for end in ("", "_low", 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a claim's sweep is told, and what is kept of it."""
+    """The sweep of a claim, and the columns that its tables store."""
 
     sweep: Sequence[str]
+    """Arguments of the command."""
     keys: Sequence[str]
-    """Tell its runs apart, beside the seed."""
+    """Keys that distinguish its runs, besides the seed."""
     measured: Sequence[str] = SCORED
-    """Of metrics.json."""
+    """Names in metrics.json."""
     curves: Sequence[str] = ()
-    """Of curves.csv."""
-    apart: Sequence[str] = ()
-    """Swept too, but each combination in a process of its own: runs before it leave memory behind in one."""
+    """Columns of curves.csv."""
+    separate: Sequence[str] = ()
+    """Swept values whose combinations each need a separate process, since earlier runs leave memory allocated."""
 
 
 METHODS: Final = "method=sft,vlguard,bso,proximal,lisa"
@@ -56,7 +57,7 @@ CLAIMS: Final = {
         ["optim.steps=60", "evaluate.every=0", "stages=[align,finetune]"],
         ["method"],
         measured=("train/steps", "time/finetune_s", "memory/finetune_mib"),
-        apart=["seed=1,2,3", "method=sft,bso,lisa"],  # in turn, as the machine's speed varies
+        separate=["seed=1,2,3", "method=sft,bso,lisa"],  # methods alternate, as the machine's speed varies
     ),
     "public_rows": Claim(
         ["--config-dir", "experiments/public_rows", "+public=sst2,agnews", METHODS, "seed=1,2,3", "evaluate.every=0"],
@@ -67,28 +68,38 @@ CLAIMS: Final = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The exit status: the sweep's."""
+    """Measure a claim and write its files.
+
+    Args:
+        arguments: name of the claim, then overrides for its sweep.
+
+    Returns:
+        The exit status of the sweep, 2 for an unknown claim.
+    """
     if not arguments or arguments[0] not in (*CLAIMS, "defenses"):
         print(f"python -m experiments CLAIM [KEY=VALUE...]; claims: {', '.join(CLAIMS)}, defenses", file=sys.stderr)
         return 2
-    name, *more = arguments
+    name, *overrides = arguments
     if name == "defenses":
-        return measure(ROOT, more)
+        return measure(ROOT, overrides)
     claim, folder, out = CLAIMS[name], ROOT / "multirun" / "claims" / name, ROOT / "experiments" / name
-    parted = (override.partition("=") for override in claim.apart)
-    each = product(*([f"{key}={value}" for value in values.split(",")] for key, _, values in parted))
+    pairs = (override.partition("=") for override in claim.separate)
+    combinations = product(*([f"{key}={value}" for value in values.split(",")] for key, _, values in pairs))
     command = [sys.executable, "run.py", "-m", *claim.sweep, "experiment=sst2_lisa", f"hydra.sweep.dir={folder}"]
-    ends = [subprocess.run([*command, *one, *more], cwd=ROOT, check=False).returncode for one in each]
-    status = max(ends, key=abs)  # a signal's is below 0
+    statuses = [
+        subprocess.run([*command, *combination, *overrides], cwd=ROOT, check=False).returncode
+        for combination in combinations
+    ]
+    status = max(statuses, key=abs)  # a signal's is below 0
     if status not in (0, 1):  # refused before any run
         return status
     out.mkdir(exist_ok=True)
     runs = [run for run in read_runs([folder]) if run.status == "finished"]
-    lines = {name: lines_of(runs, claim) for name, lines_of in (("results", _results), ("curves", _curves))}
-    found = {name: merged(out / f"{name}.csv", new, claim.keys) for name, new in lines.items() if new}
-    if "results" in found:
-        fill(out / "README.md", by_key(found["results"], claim.keys))
-        save_png(_plots(claim, found), out / "plot.png")
+    new_rows = {name: rows_of(runs, claim) for name, rows_of in (("results", _results), ("curves", _curves))}
+    tables = {name: merge(out / f"{name}.csv", new, claim.keys) for name, new in new_rows.items() if new}
+    if "results" in tables:
+        fill(out / "README.md", format_table(tables["results"], claim.keys))
+        save_png(_plots(claim, tables), out / "plot.png")
     return status
 
 
@@ -111,14 +122,18 @@ def _curves(runs: Sequence[Run], claim: Claim) -> Rows:
     ]
 
 
-def _plots(claim: Claim, found: dict[str, Rows]) -> list[Plot]:
-    results = found["results"]
-    if "curves" in found:
-        return [course(found["curves"], name) for name in claim.curves]
+def _plots(claim: Claim, tables: dict[str, Rows]) -> list[Plot]:
+    """Return the plots of a claim: curves, costs, or scores against the swept keys."""
+    results = tables["results"]
+    if "curves" in tables:
+        return [step_plot(tables["curves"], column) for column in claim.curves]
     if claim.measured[0] not in SCORED:
         seconds = [r | {"s": str(float(r["time/finetune_s"]) / float(r["train/steps"]))} for r in results]
         memory = [r | {"gib": str(float(r["memory/finetune_mib"]) / 1024)} for r in results]
-        return [one_each(seconds, "s", "Time of a step", "seconds"), one_each(memory, "gib", "Peak memory", "GiB")]
+        return [
+            method_plot(seconds, "s", "Time of a step", "seconds"),
+            method_plot(memory, "gib", "Peak memory", "GiB"),
+        ]
     scores = [f"{s}{end}" for s in SCORES for end in ("", "_low", "_high")]
     runs = [
         Run(

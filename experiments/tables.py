@@ -1,4 +1,4 @@
-"""A claim's own numbers: merged into its file run by run, and as a table between two marks of its README."""
+"""Numbers of a claim: merged into its CSV file run by run (`merge`), and as a table in its README (`fill`)."""
 
 import csv
 from collections import Counter
@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Final
 
-from lisa_lightning.report.sweep_runs import in_order
+from lisa_lightning.report.sweep_runs import sort_key
 from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.runtime.files import write_text
 
@@ -17,33 +17,40 @@ START: Final = "<!-- ours -->\n"
 END: Final = "<!-- end -->"
 SCORES: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy")
 PAIR: Final = ("harmful_score", "accuracy")
+"""Scores of a cell in a table of two keys."""
 DECIMALS: Final = {"time/finetune_s": 0, "memory/finetune_mib": 0, "train/steps": 0}
+"""Decimals of a column; all others have one."""
 
 
 def read(path: Path) -> Rows:
-    """The lines of a file; none where it isn't there."""
+    """Return the lines of a CSV file, [] if it does not exist."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def merged(path: Path, new: Rows, keys: Sequence[str]) -> Rows:
-    """The lines of a file and the new ones, in place of those of the same setting and seed; written back.
+def merge(path: Path, new: Rows, keys: Sequence[str]) -> Rows:
+    """Merge new lines into a CSV file, and return all its lines.
+
+    Args:
+        path: file to update. It may not exist yet.
+        new: lines of runs. They replace the lines of the same setting and seed.
+        keys: columns that identify a setting, without the seed.
 
     Raises:
-        UserError: two of the new ones have the same setting and seed.
+        UserError: if two new lines have the same setting and seed.
     """
     keys = [*keys, "seed"]
     counts = Counter(tuple(row[k] for k in (*keys, "step") if k in row) for row in new)
-    if twice := sorted(setting for setting, count in counts.items() if count > 1):
+    if repeated := sorted(setting for setting, count in counts.items() if count > 1):
         raise UserError(
-            f"{path}: two runs of {', '.join(twice[0])}, which differ in what this claim does not sweep; remove the "
-            "folder of one below multirun/claims"
+            f"{path}: two runs of {', '.join(repeated[0])}, which differ in what this claim does not sweep. Fix: "
+            "remove the folder of one below multirun/claims"
         )
     replaced = {tuple(row[k] for k in keys) for row in new}
     rows = new + [row for row in read(path) if tuple(row[k] for k in keys) not in replaced]
-    rows.sort(key=lambda row: [in_order(row[k]) for k in (*keys, "step") if k in row])
+    rows.sort(key=lambda row: [sort_key(row[k]) for k in (*keys, "step") if k in row])
     text = StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="", lineterminator="\n")
     writer.writeheader()
@@ -53,48 +60,54 @@ def merged(path: Path, new: Rows, keys: Sequence[str]) -> Rows:
 
 
 def fill(readme: Path, table: str) -> None:
-    """Put the table into the page, where it has the marks."""
+    """Replace the text between START and END in a README; a file without both stays unchanged."""
     text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
+    head, start, remainder = text.partition(START)
+    _, end, tail = remainder.partition(END)
     if start and end:
-        write_text(readme, f"{before}{start}\n{table}\n\n{end}{after}")
+        write_text(readme, f"{head}{start}\n{table}\n\n{end}{tail}")
 
 
-def by_key(rows: Rows, keys: Sequence[str]) -> str:
-    """A crossed table of two keys, else a list."""
-    return crossed(rows, keys) if len(keys) == 2 else listed(rows, keys)
+def format_table(rows: Rows, keys: Sequence[str]) -> str:
+    """Return a Markdown table: crossed for two keys, else with one line per setting."""
+    return cross_table(rows, keys) if len(keys) == 2 else list_table(rows, keys)
 
 
-def crossed(rows: Rows, keys: Sequence[str]) -> str:
-    """A line for each value of the first key, a column for each of the second: harmful score / accuracy."""
-    first, second = (sorted({row[k] for row in rows}, key=in_order) for k in keys)
+def cross_table(rows: Rows, keys: Sequence[str]) -> str:
+    """Return a Markdown table of harmful score / accuracy.
+
+    Values of the first key are lines, those of the second are columns.
+    """
+    line_values, column_values = (sorted({row[k] for row in rows}, key=sort_key) for k in keys)
     seeds = sorted({row["seed"] for row in rows})
-    lines = [f"| {keys[0]} \\ {keys[1]} |" + "".join(f" {v} |" for v in second), "|---|" + "---|" * len(second)]
-    for value in first:
-        cells = [[r for r in rows if (r[keys[0]], r[keys[1]]) == (value, other)] for other in second]
+    lines = [
+        f"| {keys[0]} \\ {keys[1]} |" + "".join(f" {v} |" for v in column_values),
+        "|---|" + "---|" * len(column_values),
+    ]
+    for value in line_values:
+        cells = [[r for r in rows if (r[keys[0]], r[keys[1]]) == (value, column)] for column in column_values]
         lines.append(f"| {value} |" + "".join(f" {' / '.join(spread(c, n) for n in PAIR)} |" for c in cells))
     return "\n".join(lines) + f"\n\nHarmful score / accuracy in percent, {_seeds(seeds)}."
 
 
-def listed(rows: Rows, keys: Sequence[str]) -> str:
-    """A line for each setting, a column for each thing that was measured."""
+def list_table(rows: Rows, keys: Sequence[str]) -> str:
+    """Return a Markdown table with a line for each setting and a column for each measured value."""
     names = [n for n in rows[0] if n not in (*keys, "seed") and not n.endswith(("_low", "_high", "_answers"))]
     seeds = sorted({row["seed"] for row in rows})
     lines = ["|" + "".join(f" {n} |" for n in (*keys, *names)), "|" + "---|" * (len(keys) + len(names))]
-    for values in sorted({tuple(row[k] for k in keys) for row in rows}, key=lambda v: [in_order(x) for x in v]):
-        own = [row for row in rows if tuple(row[k] for k in keys) == values]
-        lines.append("|" + "".join(f" {cell} |" for cell in (*values, *(spread(own, n) for n in names))))
+    for values in sorted({tuple(row[k] for k in keys) for row in rows}, key=lambda v: [sort_key(x) for x in v]):
+        setting_rows = [row for row in rows if tuple(row[k] for k in keys) == values]
+        lines.append("|" + "".join(f" {cell} |" for cell in (*values, *(spread(setting_rows, n) for n in names))))
     return "\n".join(lines) + f"\n\n{_seeds(seeds).capitalize()}."
 
 
 def spread(rows: Rows, name: str) -> str:
-    """Mean and standard deviation over seeds."""
-    found = [float(row[name]) for row in rows if row.get(name)]
-    if not found:
+    """Return mean ± standard deviation of a column over seeds, a dash without values."""
+    values = [float(row[name]) for row in rows if row.get(name)]
+    if not values:
         return "–"
-    places = DECIMALS.get(name, 1)
-    return f"{fmean(found):.{places}f}" + (f" ± {stdev(found):.{places}f}" if len(found) > 1 else "")
+    decimals = DECIMALS.get(name, 1)
+    return f"{fmean(values):.{decimals}f}" + (f" ± {stdev(values):.{decimals}f}" if len(values) > 1 else "")
 
 
 def _seeds(seeds: Sequence[str]) -> str:

@@ -1,8 +1,10 @@
 """The claim `defenses`: every defense at the best of three settings, and the best of their combinations.
 
-Trials at one seed, on questions of their own, say which setting of a defense is measured at three seeds on the test
-questions. An arm, one setting of a defense or of two, is an experiment file that is written for it. What a table holds
-is not run again, so a measurement that was cut short goes on with the same command.
+Trials at one seed, on separate validation questions, select the setting of a defense. It is then measured at three
+seeds on the test questions. An arm is one setting of one or two defenses, run from an experiment file written for it.
+Arms in a table are not run again, so the same command continues an interrupted measurement.
+
+Start at `measure` and `Arm`.
 """
 
 import subprocess
@@ -15,43 +17,49 @@ from typing import Any, Final
 
 from omegaconf import OmegaConf
 
-from experiments.pictures import ranked
-from experiments.tables import SCORES, Rows, fill, merged, read, spread
+from experiments.pictures import write_ranking
+from experiments.tables import SCORES, Rows, fill, merge, read, spread
 from lisa_lightning.report.sweep_runs import Run, read_runs
 
 VALIDATION: Final = (
-    "source.harmful_prompts.path=embedded:harmful.jsonl",  # the user's rows are then from those before
+    "source.harmful_prompts.path=embedded:harmful.jsonl",  # user rows come from the first 326
     "source.harmful_prompts.skip=326",
     "source.test.path=${task.embedded.train}",
     "source.test.skip=1417",
 )
-"""As many requests and sentences as in the test, and none of them; the harmless requests are the test's, being few."""
+"""Overrides for validation questions: as many requests and sentences as in the test set, without overlap.
+
+Harmless requests are those of the test set, since there are few.
+"""
 TRIAL_SEED: Final = 0
 SEEDS: Final = (1, 2, 3)
 TRAINED: Final = ("curate", "align", "finetune", "reference", "repair")
 """Stages whose time and memory count."""
 COMBINED: Final = ("align", "method", "repair")
-"""Stages whose two best choices each are tried together."""
-KEPT: Final = 3  # combinations that are measured
+"""Stages whose two best choices each are combined in pairs."""
+MAX_COMBINATIONS: Final = 3
+"""Combinations that are measured on the test questions."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One setting of a defense, or of two together."""
+    """One setting of a defense, or of two combined."""
 
     defenses: tuple[str, ...]
     tuned: Mapping[str, float]
-    """Key -> value; SFT has none."""
+    """Tuned key -> value; empty for SFT."""
     choices: Mapping[str, str]
+    """Config group -> choice."""
     fixed: Mapping[str, Any]
+    """Further config keys -> values."""
 
     @property
     def name(self) -> str:
-        """Of its experiment file."""
+        """Name of the experiment file."""
         return "-".join(["_".join(self.defenses), *(f"{v:g}" for v in self.tuned.values())]).replace("+", "")
 
     def __or__(self, other: "Arm") -> "Arm":
-        """Both together."""
+        """Return the combination of two arms."""
         return Arm(
             self.defenses + other.defenses,
             {**self.tuned, **other.tuned},
@@ -60,128 +68,153 @@ class Arm:
         )
 
     def write(self, folder: Path) -> None:
-        """Its experiment file."""
-        chosen = {"method": "sft", **self.choices}
-        content = OmegaConf.create({"defaults": [{f"override /{group}": name} for group, name in chosen.items()]})
+        """Write the experiment file."""
+        choices = {"method": "sft", **self.choices}
+        content = OmegaConf.create({"defaults": [{f"override /{group}": name} for group, name in choices.items()]})
         for key, value in {**self.fixed, **self.tuned}.items():
             OmegaConf.update(content, key, value)
         (folder / f"{self.name}.yaml").write_text(f"# @package _global_\n{OmegaConf.to_yaml(content)}")
 
 
-def arms(name: str, own: Mapping[str, Any]) -> list[Arm]:
-    """The arms of a defense that are tried."""
-    tuned = [{own["key"]: value} for value in own["values"]] if "key" in own else [{}]
-    return [Arm((name,), values, own.get("choose", {}), own.get("set", {})) for values in tuned]
-
-
-def measure(root: Path, more: Sequence[str]) -> int:
-    """Run what is missing, write tables and picture into experiments/defenses; the exit status.
+def arms(name: str, entry: Mapping[str, Any]) -> list[Arm]:
+    """Return the arms of a defense to try.
 
     Args:
-        root: the project's folder.
-        more: of the command line, for every sweep.
+        name: name of the defense.
+        entry: its entry in defenses.yaml, with `choose`, `set`, `key` and `values`, all optional.
+    """
+    tuned = [{entry["key"]: value} for value in entry["values"]] if "key" in entry else [{}]
+    return [Arm((name,), values, entry.get("choose", {}), entry.get("set", {})) for values in tuned]
+
+
+def measure(root: Path, overrides: Sequence[str]) -> int:
+    """Run the missing arms, and write tables and picture into experiments/defenses.
+
+    Args:
+        root: folder of the project.
+        overrides: further overrides for every sweep.
+
+    Returns:
+        0, the exit status.
+
+    Raises:
+        SystemExit: if a run failed.
     """
     out = root / "experiments" / "defenses"
     loaded = OmegaConf.to_container(OmegaConf.load(out / "defenses.yaml"))
     assert isinstance(loaded, dict)
-    defenses: dict[str, Any] = {str(name): own for name, own in loaded.items()}
-    tuned = {name: arms(name, own) for name, own in defenses.items() if "like" not in own}
+    entries: dict[str, Any] = {str(name): entry for name, entry in loaded.items()}
+    candidates = {name: arms(name, entry) for name, entry in entries.items() if "like" not in entry}
 
-    def run(tried: Sequence[Arm], table: str, seeds: Sequence[int], *extra: str) -> Rows:
-        return _measured(root, out / f"{table}.csv", tried, seeds, [*extra, *more])
+    def run(needed: Sequence[Arm], table: str, seeds: Sequence[int], *extra: str) -> Rows:
+        return _complete_table(root, out / f"{table}.csv", needed, seeds, [*extra, *overrides])
 
-    trials = run([arm for own in tuned.values() for arm in own], "trials", [TRIAL_SEED], *VALIDATION)
-    chosen = {name: max(own, key=lambda arm: gain(trials, arm)) for name, own in tuned.items()}
-    pairs = _pairs(chosen, trials)
+    trials = run([arm for tried in candidates.values() for arm in tried], "trials", [TRIAL_SEED], *VALIDATION)
+    best = {name: max(tried, key=lambda arm: gain(trials, arm)) for name, tried in candidates.items()}
+    pairs = _pairs(best, trials)
     trials = run(pairs, "trials", [TRIAL_SEED], *VALIDATION)
-    best = sorted(pairs, key=lambda arm: gain(trials, arm), reverse=True)[:KEPT]
-    chosen |= {name: control(name, own, chosen[own["like"]]) for name, own in defenses.items() if "like" in own}
-    shown = [chosen[name] for name in defenses]
-    results = run([*shown, *best], "results", SEEDS)
-    needs = {name: own.get("needs", "") for name, own in defenses.items()}
-    fill(out / "README.md", table([*shown, *best], results, needs))
-    ranked([(_said(arm), _of(results, arm)) for arm in (*shown, *best)], out / "plot.png")
+    best_pairs = sorted(pairs, key=lambda arm: gain(trials, arm), reverse=True)[:MAX_COMBINATIONS]
+    best |= {name: control(name, entry, best[entry["like"]]) for name, entry in entries.items() if "like" in entry}
+    shown = [*(best[name] for name in entries), *best_pairs]
+    results = run(shown, "results", SEEDS)
+    needs = {name: entry.get("needs", "") for name, entry in entries.items()}
+    fill(out / "README.md", format_defenses(shown, results, needs))
+    write_ranking([(_label(arm), _rows_of(results, arm)) for arm in shown], out / "plot.png")
     return 0
 
 
 def gain(trials: Rows, arm: Arm) -> float:
-    """What a trial does right less what it does wrong: accuracy minus harmful score minus over-refusal."""
-    (row,) = _of(trials, arm)
+    """Return accuracy minus harmful score minus over-refusal of the arm's trial, in percentage points."""
+    (row,) = _rows_of(trials, arm)
     return float(row["accuracy"]) - float(row["harmful_score"]) - float(row["over_refusal"])
 
 
-def _pairs(chosen: Mapping[str, Arm], trials: Rows) -> list[Arm]:
-    """Each of the two best choices of a stage with each of those of another."""
-    best: dict[str, list[Arm]] = {}
+def _pairs(best: Mapping[str, Arm], trials: Rows) -> list[Arm]:
+    """Return each of the two best choices of a stage combined with each of those of another stage."""
+    best_of: dict[str, list[Arm]] = {}
     for stage in COMBINED:
-        own = [arm for arm in chosen.values() if stage in arm.choices]
-        first: dict[str, Arm] = {}
-        for arm in sorted(own, key=lambda arm: gain(trials, arm), reverse=True):
-            first.setdefault(arm.choices[stage], arm)
-        best[stage] = list(first.values())[:2]
-    return [a | b for one, other in combinations(COMBINED, 2) for a in best[one] for b in best[other]]
+        stage_arms = [arm for arm in best.values() if stage in arm.choices]
+        by_choice: dict[str, Arm] = {}
+        for arm in sorted(stage_arms, key=lambda arm: gain(trials, arm), reverse=True):
+            by_choice.setdefault(arm.choices[stage], arm)
+        best_of[stage] = list(by_choice.values())[:2]
+    return [a | b for first, second in combinations(COMBINED, 2) for a in best_of[first] for b in best_of[second]]
 
 
-def control(name: str, own: Mapping[str, Any], of: Arm) -> Arm:
-    """The arm of a control: the value of what it is the control of, and its settings where it makes the same choice."""
-    same = {} if "choose" in own else of.fixed
-    return Arm((name,), of.tuned, own.get("choose", of.choices), {**same, **own.get("set", {})})
+def control(name: str, entry: Mapping[str, Any], defense: Arm) -> Arm:
+    """Return the arm of a control.
+
+    Args:
+        name: name of the control.
+        entry: its entry in defenses.yaml.
+        defense: arm that it controls for. The control has its tuned values, and without `choose` its other settings.
+    """
+    inherited = {} if "choose" in entry else defense.fixed
+    return Arm((name,), defense.tuned, entry.get("choose", defense.choices), {**inherited, **entry.get("set", {})})
 
 
-def _measured(root: Path, path: Path, tried: Sequence[Arm], seeds: Sequence[int], more: Sequence[str]) -> Rows:
-    """The table at `path` with all arms at all seeds in it.
+def _complete_table(root: Path, path: Path, needed: Sequence[Arm], seeds: Sequence[int], extra: Sequence[str]) -> Rows:
+    """Run the arms that the table at `path` lacks, and return its rows.
 
     Raises:
-        SystemExit: a run failed; the others are in the table.
+        SystemExit: if a run failed. The table holds all others.
     """
     folder = root / "multirun" / "claims" / "defenses" / path.stem
     files = folder / "config" / "experiment" / "defenses"
     files.mkdir(parents=True, exist_ok=True)
     rows = read(path)
     for seed in seeds:
-        there = {row["arm"] for row in rows if row["seed"] == str(seed)}
-        missing = [arm for arm in tried if arm.name not in there]
-        for arm in missing:  # each in a process of its own, since memory left by others would count
+        measured = {row["arm"] for row in rows if row["seed"] == str(seed)}
+        missing = [arm for arm in needed if arm.name not in measured]
+        # Each run has a separate process, since memory that earlier runs left allocated would count.
+        for arm in missing:
             arm.write(files)
             command = [
                 *(sys.executable, "run.py", "-m", "--config-dir", str(folder / "config")),
                 *(f"hydra.sweep.dir={folder / arm.name}", f"experiment=defenses/{arm.name}"),
-                *(f"seed={seed}", "evaluate.every=0", *more),
+                *(f"seed={seed}", "evaluate.every=0", *extra),
             ]
             status = subprocess.run(command, cwd=root, check=False).returncode
-            rows = merged(path, [_row(run) for run in read_runs([folder]) if run.status == "finished"], ["arm"])
+            rows = merge(path, [_row(run) for run in read_runs([folder]) if run.status == "finished"], ["arm"])
             if status:
                 raise SystemExit(status)
     return rows
 
 
 def _row(run: Run) -> dict[str, str]:
-    found = run.metrics
+    """Return the line of a run: arm, seed, scores, and the cost of all training stages."""
+    metrics = run.metrics
     return {
         "arm": run.choices["experiment"].removeprefix("defenses/"),
         "seed": run.value("seed"),
-        **{name: f"{found[f'final/{name}']:.4g}" for name in SCORES},
-        "seconds": f"{sum(found.get(f'time/{stage}_s', 0.0) for stage in TRAINED):.4g}",
-        "gib": f"{max(found.get(f'memory/{stage}_mib', 0.0) for stage in TRAINED) / 1024:.4g}",
+        **{name: f"{metrics[f'final/{name}']:.4g}" for name in SCORES},
+        "seconds": f"{sum(metrics.get(f'time/{stage}_s', 0.0) for stage in TRAINED):.4g}",
+        "gib": f"{max(metrics.get(f'memory/{stage}_mib', 0.0) for stage in TRAINED) / 1024:.4g}",
     }
 
 
-def _of(rows: Rows, arm: Arm) -> Rows:
+def _rows_of(rows: Rows, arm: Arm) -> Rows:
     return [row for row in rows if row["arm"] == arm.name]
 
 
-def _said(arm: Arm) -> str:
+def _label(arm: Arm) -> str:
     return " + ".join(arm.defenses)
 
 
-def table(shown: Sequence[Arm], rows: Rows, needs: Mapping[str, str]) -> str:
-    """A line for each arm: its scores, its cost, what it needs."""
+def format_defenses(shown: Sequence[Arm], rows: Rows, needs: Mapping[str, str]) -> str:
+    """Return a Markdown table with one line per arm: setting, scores, cost, requirements.
+
+    Args:
+        shown: arms, in the order of the lines.
+        rows: lines of results.csv.
+        needs: defense -> its requirements, "" for none.
+    """
     names = ("harmful_score", "over_refusal", "accuracy", "seconds", "gib")
     heads = ("defense", "setting", "harmful score", "over-refusal", "accuracy", "time, s", "memory, GiB", "needs")
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for arm in shown:
         setting = ", ".join(f"{key}={value:g}" for key, value in arm.tuned.items())
-        more = "; ".join(filter(None, dict.fromkeys(needs[name] for name in arm.defenses)))
-        cells = (_said(arm), setting, *(spread(_of(rows, arm), name) for name in names), more)
+        requirements = "; ".join(filter(None, dict.fromkeys(needs[name] for name in arm.defenses)))
+        cells = (_label(arm), setting, *(spread(_rows_of(rows, arm), name) for name in names), requirements)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + f"\n\nSeeds {', '.join(map(str, SEEDS))}: mean ± standard deviation, scores in percent."

@@ -2,23 +2,22 @@
 
 from fault import faults
 
-UNHEARD = ("    if trouble is not None:\n        raise UserError(trouble)\n", "")
+UNHEARD = ("    if error_message is not None:\n        raise UserError(error_message)\n", "")
 
 FAULTS = [
     *faults(
         "pipeline/stages/repair.py",
         "test_elsewhere.py",
         ("delta.to(device)", "delta"),
-        ("w.to(device) for name, w in _loaded", "w for name, w in _loaded"),
+        ("w.to(device) for name, w in _load_factors", "w for name, w in _load_factors"),
     ),
     *faults(
         "logger/wandb.py",
         "test_tracking.py",
-        ("self.logged.get(stage, -1) < step", "False"),
         ("step <= self.logged.get(stage, -1)", "False"),
         ('"resume": "must"', '"resume": "never"'),
-        ("if not k.endswith(INTERVALS)", ""),
-        ("if goes_on else {}", "if not goes_on else {}"),
+        (" if not name.endswith(INTERVALS)", ""),
+        ("if resume_arguments else {}", "if not resume_arguments else {}"),
     ),
     *faults(
         "runtime/files.py",
@@ -29,7 +28,7 @@ FAULTS = [
     *faults(
         "logger/curves.py",
         "test_tracking.py test_killed.py",
-        ('int(r["step"]) <= after', 'int(r["step"]) < after'),
+        ('int(r["step"]) <= step', 'int(r["step"]) < step'),
         ('if line.endswith("\\n")', "if line"),
     ),
     *faults(
@@ -37,7 +36,7 @@ FAULTS = [
         "test_base_model.py::test_a_cache_key_is_the_same_in_any_order "
         "test_sweep.py::test_jobs_that_start_together_align_once_and_a_killed_owner_blocks_nobody "
         "test_run.py::test_a_second_run_finds_every_stage_and_another_method_the_aligned_model test_killed.py",
-        ("    final = parent / digest(key)\n", "    final = parent / 'same'\n"),
+        ("    folder = parent / short_hash(key)\n", "    folder = parent / 'same'\n"),
         ("sort_keys=True, ensure_ascii=False", "ensure_ascii=False"),
         ("            fcntl.flock(handle, fcntl.LOCK_EX)\n", "            pass\n"),
     ),
@@ -50,21 +49,21 @@ FAULTS = [
     *faults(
         "judge/refusal.py",
         "test_judge_refusal.py",
-        ("Verdict(chance < 0.5, 1.0 - chance", "Verdict(chance < 0.1, 1.0 - chance"),
-        ("return lists or bool(HERE.search(content))", "return bool(HERE.search(content))"),
+        ("Verdict(probability < 0.5, 1.0", "Verdict(probability < 0.1, 1.0"),
+        ("return lists or bool(INTRODUCES.search(content))", "return bool(INTRODUCES.search(content))"),
     ),
     *faults(
         "judge/openai.py",
         "test_judge_openai.py",
         ("score >= self.flag_from", "score > self.flag_from"),
         ("(score - 1) / 4", "score / 5"),
-        ("int(found[-1])", "int(found[0])"),
+        ("int(scores[-1])", "int(scores[0])"),
     ),
     *faults(
         "judge/win_rate.py",
         "test_judge_win_rate.py",
-        ('"a" if _stands_first(pair) else "b"', '"b" if _stands_first(pair) else "a"'),
-        ("return found[-1].lower()", "return found[0].lower()"),
+        ('"a" if _response_is_first(pair) else "b"', '"b" if _response_is_first(pair) else "a"'),
+        ("return choices[-1].lower()", "return choices[0].lower()"),
     ),
     *faults(
         "judge/llama_guard.py",
@@ -76,12 +75,12 @@ FAULTS = [
     *faults(
         "judge/linear.py",
         "test_judge_linear.py",
-        ("Verdict(chance > 0.5, chance)", "Verdict(chance > 0.9, chance)"),
+        ("Verdict(probability > 0.5, probability)", "Verdict(probability > 0.9, probability)"),
     ),
     *faults(
-        "evaluate/metrics.py",
+        "evaluation/metrics.py",
         "test_judging.py",
-        ("100 * float(found.mean())", "float(found.mean())"),
+        ("100 * float(values.mean())", "float(values.mean())"),
         ('("harmless", "over_refusal")', '("harmful", "over_refusal")'),
         ("if j.metric == metric]", "if j.metric]"),
     ),
@@ -98,29 +97,29 @@ FAULTS = [
         ('        "lora": plain(cfg.align.lora),\n', ""),
         (' if name != "keep"}', "}"),
     ),
-    *faults("pipeline/stages/align.py", "test_stages.py", ('        "rows": rows_digest(alignment),\n', "")),
+    *faults("pipeline/stages/align.py", "test_stages.py", ('        "rows": rows_hash(alignment),\n', "")),
     *faults(
         "pipeline/stages/finetune.py",
         "test_stages.py",
         ('        "lora": plain(cfg.lora),\n', ""),
         ('        "optim": plain(cfg.optim),\n', ""),
         ('        "during_alignment": cfg.data.during_alignment,\n', ""),
-        ('_rows": rows_digest(own)', '_rows": len(own)'),
+        ('_rows": rows_hash(stream_rows)', '_rows": len(stream_rows)'),
     ),
     *faults("pipeline/stages/reference.py", "test_stages.py", ('        "lora": plain(setting.cfg.lora),\n', "")),
     *faults("pipeline/stages/repair.py", "test_stages.py", ('        "repair": plain(cfg),\n', "")),
     *faults(
         "pipeline/stages/evaluate.py",
         "test_stages.py",
-        ('        "questions": digest([asdict(q) for q in asked]),\n', ""),
+        ('        "questions": short_hash([asdict(q) for q in questions]),\n', ""),
         ('        "limits": _limits(setting),\n', ""),
     ),
     *faults(
-        "evaluate/judging.py",
+        "evaluation/judging.py",
         "test_judging.py",
         ("== (name, judge.version)}", "== (name, j.version)}"),
-        ("known = known | _stored(store)", "known = dict(known)"),
-        ("return digest(asdict(pair))", "return digest(pair.response)"),
+        ("verdicts = {**earlier, **_read_store(store)}", "verdicts = dict(earlier)"),
+        ("return short_hash(asdict(pair))", "return digest(pair.response)"),
         ("if j.judge not in done]", "if j.judge in done]"),
     ),
     *faults(
@@ -167,7 +166,7 @@ FAULTS = [
     *faults(
         "runtime/cache.py",
         "test_integrity.py::test_the_cache_respects_the_umask",
-        ("file.chmod(aside.stat().st_mode & 0o666)", "file.chmod(0o644)"),
+        ("file.chmod(part.stat().st_mode & 0o666)", "file.chmod(0o644)"),
     ),
     *faults(
         "runtime/run_files.py",
@@ -199,15 +198,15 @@ FAULTS = [
     *faults(
         "config/validate.py",
         "test_unknown_keys.py",
-        ("for key in _leaves(config):", "for key in ():"),
+        ("for key in _leaf_keys(config):", "for key in ():"),
         ('if _value(cfg, key) == "absent":', "if False:"),
     ),
     *faults(
         "pipeline/preflight.py",
         "test_preflight.py",
-        ("if tokens > known:", "if False:"),
+        ("if tokens > embedded:", "if False:"),
         ("if length + new_tokens - 1 > positions:", "if length > positions + 10**9:"),
-        ("if lora.r > rank:", "if False:"),
+        ("if lora.r > max_rank:", "if False:"),
     ),
     *faults(
         "report/sweep_files.py",

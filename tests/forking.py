@@ -46,7 +46,7 @@ def import_everything() -> None:
     sys.path.insert(0, str(ROOT))
     for name in HEAVY:
         importlib.import_module(name)
-    importlib.import_module("lisa_lightning.judge.embedded").fitted()
+    importlib.import_module("lisa_lightning.judge.embedded").fitted_classifier()
     gc.collect()
     gc.freeze()  # else every collection in a child goes through all of it again
 

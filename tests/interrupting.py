@@ -33,16 +33,16 @@ def at_call(owner: Any, name: str, number: signal.Signals, call: int = 1) -> Non
 
 def moments() -> dict[str, tuple[signal.Signals, Callable[[], None]]]:
     """Return the signal of each moment, and what sends it."""
-    from lisa_lightning.evaluate import evaluator, judging
-    from lisa_lightning.method.base import Method
+    from lisa_lightning.evaluation import evaluator, judging
     from lisa_lightning.model import base_model
     from lisa_lightning.pipeline import preflight, run_folder
+    from lisa_lightning.trainer import module
 
     places: dict[str, tuple[Any, str, int]] = {
-        "making the model": (base_model, "_make_tiny", 1),
+        "making the model": (base_model, "_save_tiny_model", 1),
         "the dry run": (preflight, "_try_defenses", 1),
-        "aligning": (Method, "before_step", 2),
-        "fine-tuning": (Method, "before_step", 5),
+        "aligning": (module, "move_anchor", 2),
+        "fine-tuning": (module, "move_anchor", 5),
         "a point of the curves": (evaluator, "generate", 5),
         "evaluating": (evaluator, "generate", 1),
         "judging": (judging, "_verdict_line", 3),

@@ -66,28 +66,28 @@ def moments() -> dict[str, tuple[list[str], list[Patch]]]:
     """What any run does, killed in the order in which it comes; in cycles of 2 alignment and 4 user steps, 5 steps of
     aligning before, and checkpoints every third step, from which a killed run goes on.
     """
-    from lisa_lightning.evaluate import evaluator, judging
+    from lisa_lightning.evaluation import evaluator, judging
     from lisa_lightning.logger.curves import Curves
     from lisa_lightning.method.base import Method
     from lisa_lightning.pipeline import run as pipeline
     from lisa_lightning.pipeline.stages import finetune
     from lisa_lightning.runtime import cache
-    from lisa_lightning.trainer import checkpoint_io
+    from lisa_lightning.trainer import checkpoint_io, module
     from lisa_lightning.trainer.module import LisaModule
 
-    def at_a_switch(method: Method, t: int, _: Any) -> bool:
-        return method.total_steps == 16 and t == 8
+    def at_a_switch(method: Method, t: int, *_: Any) -> bool:
+        return method.schedule.alignment_steps == 2 and t == 8
 
     trained: list[Patch] = [
         lambda: at_call(LisaModule, "training_step", step(5, 4)),
         lambda: at_call(LisaModule, "training_step", step(16, 1)),  # before the first checkpoint
         lambda: at_call(checkpoint_io.torch, "save", nth(2), after=True),  # which has no name yet
         lambda: at_call(LisaModule, "training_step", step(16, 7)),  # inside the alignment state
-        lambda: at_call(Method, "before_step", at_a_switch, after=True),
+        lambda: at_call(module, "move_anchor", at_a_switch, after=True),
         lambda: at_call(LisaModule, "training_step", step(16, 10)),  # inside the user state
-        lambda: at_call(Curves, "append", nth(4)),
+        lambda: at_call(Curves, "log", nth(4)),
         lambda: at_call(finetune, "save_adapter", nth(1), after=True),
-        lambda: at_call(cache, "_complete", nth(1)),  # before the finished stage gets its name
+        lambda: at_call(cache, "_finalize", nth(1)),  # before the finished stage gets its name
     ]
     evaluated: list[Patch] = [
         lambda: at_call(evaluator, "generate", nth(2)),
@@ -150,7 +150,7 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
                 *REFERENCE,
             ],
             [
-                lambda: at_call(SEAL, "trained", nth(2)),
+                lambda: at_call(SEAL, "fit_weights", nth(2)),
                 training(4, 3),
                 lambda: at_call(nlsr, "_replace", nth(1)),
             ],
@@ -201,7 +201,7 @@ def left(out: Path) -> dict[str, Any]:
 
 def note_answers(file: Path) -> None:
     """Have every answer that is generated add a byte to the file."""
-    from lisa_lightning.evaluate import evaluator
+    from lisa_lightning.evaluation import evaluator
 
     file.touch()
     original = evaluator._append

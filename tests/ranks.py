@@ -15,9 +15,9 @@ from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.packing import pack, pad
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
-from lisa_lightning.method.base import Method
+from lisa_lightning.method.base import Method, move_anchor
 from lisa_lightning.model.lora import attach, load, load_tokenizer
-from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.objective.backprop import Backprop
 
 STEPS = 4
 
@@ -37,18 +37,19 @@ def steps(
     rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "defender": DEFENDER}
     streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
     data = StepBatches(streams, pad if apart else pack, method, STEPS, 4 // world, 1, seed=1, rank=rank, world=world)
-    passes = Passes(net, data.whole, lambda: deltas(net))
-    method.begin(passes, STEPS)
-    optimizer = torch.optim.SGD(passes.weights, lr=0.1)  # AdamW would blow up what differs by rounding alone
+    backprop = Backprop(net, data.iter_stream, lambda: deltas(net))
+    state = method.init(backprop)
+    optimizer = torch.optim.SGD(backprop.weights, lr=0.1)  # AdamW would blow up what differs by rounding alone
     for t in range(count):
-        passes.seed = STEPS * rank + t
-        method.before_step(t, passes.weights)
-        descent = method.gradient(passes, data[t])
-        for weight, gradient in zip(passes.weights, descent.gradient, strict=True):
+        backprop.seed = STEPS * rank + t
+        state, _ = move_anchor(method, t, backprop.weights, state)
+        output = method.gradient(backprop, data[t], state)
+        state |= output.state
+        for weight, gradient in zip(backprop.weights, output.gradients, strict=True):
             weight.grad = gradient
-        torch.nn.utils.clip_grad_norm_(passes.weights, 1.0)
+        torch.nn.utils.clip_grad_norm_(backprop.weights, 1.0)
         optimizer.step()
-    return [w.detach() for w in passes.weights]
+    return [w.detach() for w in backprop.weights]
 
 
 def main(tiny: Path, out: Path, rank: int, world: int) -> None:
@@ -59,7 +60,7 @@ def main(tiny: Path, out: Path, rank: int, world: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}.rendezvous", rank=rank, world_size=world)
     found = {name: steps(make(), tiny, rank, world) for name, make in METHODS.items()}
     for name, (method, builds_on) in ALIKE.items():
-        apart = "alignment" in method.rows_apart
+        apart = "alignment" in method.unpacked_streams
         found[f"{name} without its term"] = steps(method, tiny, rank, world, 0.2)
         found[f"what {name} builds on"] = steps(builds_on, tiny, rank, world, 0.2, apart)
     at_reference = {"constrained_sft at its reference": METHODS["constrained_sft"], "what it is then": METHODS["sft"]}

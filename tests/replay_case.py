@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,16 +11,19 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lisa_lightning.config.fields import STRICT
+from lisa_lightning.config.optim import Optim
 from lisa_lightning.data.interleave import Batch, Step
-from lisa_lightning.data.packing import IGNORED, Example, Pack, pack, padded
+from lisa_lightning.data.packing import IGNORED, Example, Pack, pack, pack_padded
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.lora import PREFIX, attach, trainable
-from lisa_lightning.trainer.optim import Optim
+from lisa_lightning.model.factors import PREFIX, trainable
+from lisa_lightning.model.lora import attach
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -77,12 +79,12 @@ def method_of(facts: dict[str, Any]) -> Method:
     return instantiate(cfg, **({k: v for k, v in OFFICIAL.items() if k in cfg} | given))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Rates(Optim):
     """A case's optimizer; AsFT's rate falls by gamma after each epoch."""
 
-    gamma: float
-    epoch: int
+    gamma: float = 1.0
+    epoch: int = 1
 
     @classmethod
     def of_case(cls, facts: dict[str, Any], steps: int) -> "Rates":
@@ -123,13 +125,14 @@ def groups_of(facts: dict[str, Any]) -> list[list[int]]:
     return [list(range(start, end)) for start, end in zip(starts, ends, strict=True)]
 
 
-def step_of(tensors: dict[str, Tensor], t: int, batches: list[int], method: Method) -> Step:
+def step_of(tensors: dict[str, Tensor], t: int, total: int, batches: list[int], method: Method) -> Step:
     recorded = {"alignment": "alignment", "user": "user", "defender": "harmful"}
     return Step(
         t,
+        total,
         {
             name: _batch(tensors, [f"step{i:03d}.{recorded[name]}" for i in batches], name, method)
-            for name in method.draws(t)
+            for name in method.plan(t)
         },
     )
 
@@ -139,8 +142,8 @@ def _batch(tensors: dict[str, Tensor], prefixes: list[str], stream: Stream, meth
     for prefix in prefixes:
         ids, labels, mask = (tensors[f"{prefix}.{name}"] for name in ("input_ids", "labels", "attention_mask"))
         tokens += int((labels[:, 1:] != IGNORED).sum())
-        if stream in method.rows_apart:  # padding as it was recorded
-            micro.append([padded(ids, mask.bool(), labels)])
+        if stream in method.unpacked_streams:  # padding as it was recorded
+            micro.append([pack_padded(ids, mask.bool(), labels)])
         else:
             micro.append(pack(examples(ids, labels, mask.bool())))
     return Batch(stream, micro, tokens)
@@ -195,5 +198,5 @@ def rows_of(tensors: dict[str, Tensor], stream: str) -> list[Pack]:
     for name in names:
         ids, labels = tensors[f"{name}.input_ids"], tensors[f"{name}.labels"]
         mask = tensors.get(f"{name}.attention_mask", torch.ones_like(ids)).bool()
-        found.append(padded(ids, mask, labels))
+        found.append(pack_padded(ids, mask, labels))
     return found

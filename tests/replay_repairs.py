@@ -9,9 +9,9 @@ from replay_case import deltas_of, rows_of, tiny_net, under
 from replay_errors import Errors
 from torch import Tensor
 
-from lisa_lightning.model.lora import PREFIX, modules
+from lisa_lightning.model.factors import PREFIX, modules
 from lisa_lightning.repair.antidote import Antidote
-from lisa_lightning.repair.base import Factors, Given
+from lisa_lightning.repair.base import Factors, RepairInputs
 from lisa_lightning.repair.nlsr import NLSR
 from lisa_lightning.repair.safe_lora import SafeLoRA
 
@@ -68,11 +68,11 @@ def _nlsr(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
     errors.each("weights", found.factors, under("final.", tensors))
 
 
-def _given(factors: Factors, **rest: Callable[..., Any]) -> Given:
+def _given(factors: Factors, **rest: Callable[..., Any]) -> RepairInputs:
     def never() -> Any:
         raise AssertionError("not needed")
 
-    return Given(factors, **{**dict.fromkeys(("net", "rows", "deltas", "reference"), never), **rest})
+    return RepairInputs(factors, **{**dict.fromkeys(("net", "rows", "deltas", "reference"), never), **rest})
 
 
 REPAIRS = {"safelora": _safe_lora, "antidote": _antidote, "nlsr": _nlsr}

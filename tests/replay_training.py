@@ -12,6 +12,7 @@ from unittest.mock import patch
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from recording import Recording
 from replay_case import Rates, accumulated, deltas_of, fisher_batches, groups_of, method_of, step_of, tiny_net
 from replay_errors import Errors
 from torch import Tensor
@@ -21,14 +22,14 @@ from lisa_lightning.align import repnoise
 from lisa_lightning.align.repnoise import RepNoise
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.data.interleave import Batch, Step
-from lisa_lightning.data.packing import IGNORED, Pack, padded
+from lisa_lightning.data.packing import IGNORED, Pack, pack_padded
 from lisa_lightning.method.asft import AsFT, distance
 from lisa_lightning.method.base import Method
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ldifs import LDIFS
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.lora import trainable
-from lisa_lightning.objective.backprop import Passes, Share
+from lisa_lightning.model.factors import modules, trainable
+from lisa_lightning.objective.backprop import Backprop, IterStream, LossFn, State
 from lisa_lightning.objective.loss import completion_loss, token_losses
 from lisa_lightning.trainer.module import LisaModule
 
@@ -40,17 +41,15 @@ def train(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
     ).double()  # the recordings' rounding is error enough where differences count (Booster)
     method = method_of(facts)
     groups = groups_of(facts)
-    steps = [step_of(tensors, t, batches, method) for t, batches in enumerate(groups)]
+    steps = [step_of(tensors, t, len(groups), batches, method) for t, batches in enumerate(groups)]
     deltas = {name: Delta(delta.root.double()) for name, delta in deltas_of(tensors).items()}
-    passes = _MeanOfMeans(net, fisher_batches(tensors), lambda: deltas)
-    passes.accumulated = accumulated(facts)
-    if isinstance(method, RepNoise):
-        method.noise = lambda step, layer, _: tensors[f"step{step:03d}.noise.layer{layer}"]  # type: ignore[method-assign]
-    if isinstance(method, TVaccine):
-        method.drawn = lambda step: torch.tensor(facts["steps"][step]["active_layers"])  # type: ignore[method-assign]
+    backprop = _MeanOfMeans(net, fisher_batches(tensors), lambda: deltas)
+    backprop.accumulated = accumulated(facts)
     recorder = _Recorder(method)
-    with recorder.listening():
-        _fit(LisaModule(passes, method, Rates.of_case(facts, len(steps)), seed=facts["seed"], key={}), steps, recorder)
+    module = _ReplayedModule(net, method, Rates.of_case(facts, len(steps)), seed=facts["seed"])
+    module.replayed = backprop
+    with _recorded_draws(facts, tensors), recorder.listening():
+        _fit(module, steps, recorder)
 
     final = {name: weight.detach() for name, weight in trainable(net).items()}
     for name, wanted in tensors.items():
@@ -58,7 +57,7 @@ def train(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
             errors.add("weights", final[name.removeprefix("final.")], wanted)
     for t, (step, batches, found) in enumerate(zip(steps, groups, recorder.metrics, strict=True)):
         wanted = facts["steps"][batches[0]] | {"loss": sum(facts["steps"][i]["loss"] for i in batches)}
-        _compare_step(wanted, found, recorder.kept[t], step, errors)
+        _compare_step(wanted, found, recorder.states[t], step, errors)
         _compare_layers(wanted, recorder.layers[t], method, errors)
         for name, weight in recorder.before[t].items():
             if (recorded := tensors.get(f"before{batches[0]:03d}.{name}")) is not None:
@@ -71,24 +70,45 @@ def train(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
         errors.same("switches", drifts.keys(), recorded.keys())
         for t, drift in recorded.items():
             errors.add("drift", drifts.get(t, float("inf")), drift)
-    if "fisher" in method.kept:
-        off = torch.cat(
-            [(f - tensors[f"fisher.{n}"]).flatten() for n, f in zip(passes.names, method.kept["fisher"], strict=True)]
-        )
-        errors.add("fisher", off.norm() / torch.cat([f.flatten() for f in method.kept["fisher"]]).norm(), 0.0)
+    if fisher := module.state.get("fisher"):
+        off = torch.cat([(f - tensors[f"fisher.{n}"]).flatten() for n, f in zip(backprop.names, fisher, strict=True)])
+        errors.add("fisher", off.norm() / torch.cat([f.flatten() for f in fisher]).norm(), 0.0)
     if isinstance(method, AsFT):
-        _regulariser(facts, tensors, method, passes.names, errors)
+        _regulariser(facts, tensors, backprop, errors)
 
 
-class _MeanOfMeans(Passes):
+@contextmanager
+def _recorded_draws(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[None]:
+    """Replace random draws by the recorded ones."""
+
+    def noise(_: RepNoise, step: int, layer: int, shape: Sequence[int]) -> Tensor:
+        return tensors[f"step{step:03d}.noise.layer{layer}"]
+
+    def draw(_: TVaccine, probability: Tensor, step: int) -> Tensor:
+        return torch.tensor(facts["steps"][step]["active_layers"])
+
+    with patch.object(RepNoise, "noise", noise), patch.object(TVaccine, "draw", draw):
+        yield
+
+
+class _ReplayedModule(LisaModule):
+    """Trains with the gradients of the recorded batches."""
+
+    replayed: Backprop
+
+    def make_backprop(self, iter_stream: IterStream) -> Backprop:
+        return self.replayed
+
+
+class _MeanOfMeans(Backprop):
     """As trainers accumulate: each micro-batch's own mean, divided by the number that a full step has."""
 
     accumulated = 1
 
-    def mean_loss(self, batch: Batch) -> Share:
+    def mean_loss(self, batch: Batch) -> LossFn:
         """Of a micro-batch."""
 
-        def share(packs: Sequence[Pack]) -> Tensor:
+        def share(packs: Sequence[Pack], _: int) -> Tensor:
             labels = sum(len(p.targets) for p in packs)
             return completion_loss(self.model, packs) / (labels * self.accumulated)
 
@@ -102,7 +122,8 @@ class _Recorder(Callback):
         self.method = method
         self.before: list[dict[str, Tensor]] = []
         self.metrics: list[dict[str, float]] = []
-        self.kept: list[dict[str, list[Tensor]]] = []
+        self.recording = Recording()
+        self.states: list[State] = []
         self.layers: list[dict[str, list[Tensor]]] = []
         self.heard: dict[str, list[Tensor]] = {}
 
@@ -113,16 +134,16 @@ class _Recorder(Callback):
         def listened(name: str, called: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def call(*told: Any) -> Tensor:
                 found = called(*told)
-                labels = len(told[1].targets) if name == "_entropy" else 1
+                labels = len(told[1].targets) if name == "_cross_entropy" else 1
                 self.heard.setdefault(name, []).append(found.detach() / labels)
                 return found
 
             return call
 
         with ExitStack() as stack:
-            where: dict[str, Any] = {"mmd": repnoise, "_entropy": repnoise}
+            where: dict[str, Any] = {"mmd": repnoise, "_cross_entropy": repnoise}
             if isinstance(self.method, LDIFS):
-                where["_terms_of"] = self.method
+                where["_step_terms"] = LDIFS
             for name, owner in where.items():
                 stack.enter_context(patch.object(owner, name, listened(name, getattr(owner, name))))
             yield
@@ -135,8 +156,8 @@ class _Recorder(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         """After every optimizer step."""
         assert isinstance(pl_module, LisaModule)
-        self.metrics.append(pl_module.metrics)
-        self.kept.append(dict(self.method.kept))
+        self.metrics.append(self.recording.steps[-1])
+        self.states.append(dict(pl_module.state))
         self.layers.append(self.heard)
         self.heard = {}
 
@@ -176,13 +197,13 @@ def _compare_step(
 def _compare_layers(wanted: dict[str, Any], heard: dict[str, list[Tensor]], method: Method, errors: Errors) -> None:
     """Of one recorded batch, what is recorded of each layer."""
     if isinstance(method, LDIFS) and method.rho > 0 and method.drop_threshold is not None:
-        (terms,) = heard["_terms_of"]
+        (terms,) = heard["_step_terms"]
         errors.add("layer penalties", terms, wanted["penalty_per_layer"])
         errors.same("layers", (terms < method.drop_threshold).tolist(), wanted["kept"])
     if "mmd_per_layer" in wanted:
         errors.add("layer mmd", torch.stack(heard["mmd"]), wanted["mmd_per_layer"])
         entropies = [*wanted["ce_harmful_hidden"], wanted["ce_harmful_final"]]
-        harmful = heard["_entropy"][1 : 1 + len(entropies)]  # behind the harmless rows'
+        harmful = heard["_cross_entropy"][1 : 1 + len(entropies)]  # behind the harmless rows'
         errors.add("layer entropies", torch.stack(harmful), entropies)
 
 
@@ -194,7 +215,7 @@ def _fit(module: LisaModule, steps: list[Step], recorder: _Recorder) -> None:
             accelerator="cpu",
             devices=1,
             max_epochs=1,
-            logger=False,
+            logger=recorder.recording,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -207,16 +228,14 @@ def _fit(module: LisaModule, steps: list[Step], recorder: _Recorder) -> None:
 # What a case records beside a training run
 
 
-def _regulariser(
-    facts: dict[str, Any], tensors: dict[str, Tensor], method: AsFT, names: list[str], errors: Errors
-) -> None:
+def _regulariser(facts: dict[str, Any], tensors: dict[str, Tensor], backprop: Backprop, errors: Errors) -> None:
     """AsFT's penalty and its gradient at the initial weights."""
     total = torch.zeros((), dtype=torch.float64)
-    for a, b, delta in method.pairs:
-        right, left = (tensors[f"init.{names[i]}"].double().requires_grad_() for i in (a, b))
-        term = facts["lambda_reg"] * distance(right, left, delta)
-        for i, gradient in zip((a, b), torch.autograd.grad(term, (right, left)), strict=True):
-            errors.add("penalty's gradient", gradient, tensors[f"reg_grad.{names[i]}"])
+    for layer, pair in modules(backprop.names).items():
+        a, b = (tensors[f"init.{name}"].double().requires_grad_() for name in pair)
+        term = facts["lambda_reg"] * distance(a, b, backprop.deltas.get(layer))
+        for name, gradient in zip(pair, torch.autograd.grad(term, (a, b)), strict=True):
+            errors.add("penalty's gradient", gradient, tensors[f"reg_grad.{name}"])
         total += term.detach()
     errors.add("penalty", total, facts["reg_value_at_init"])
 
@@ -226,20 +245,20 @@ def token_weights(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Err
     method = method_of(facts)
     assert isinstance(method, ConstrainedSFT)
     labels = tensors["labels"]
-    pack = padded(torch.zeros_like(labels), torch.ones_like(labels, dtype=torch.bool), labels)
-    passes = Passes(_Logits(tensors["policy_logits"].clone()), lambda *_: iter(()))
-    method.kept["anchor"] = [tensors["reference_logits"]]
-    policy = -token_losses(passes.model, [pack]).detach()
-    with passes.at(method.anchor):
-        reference = -token_losses(passes.model, [pack]).detach()
+    pack = pack_padded(torch.zeros_like(labels), torch.ones_like(labels, dtype=torch.bool), labels)
+    backprop = Backprop(_Logits(tensors["policy_logits"].clone()), lambda *_: iter(()))
+    anchor = [tensors["reference_logits"]]
+    policy = -token_losses(backprop.model, [pack]).detach()
+    with backprop.swapped_weights(anchor):
+        reference = -token_losses(backprop.model, [pack]).detach()
     batch = Batch("user", [[pack]], len(pack.targets))
-    descent = method.gradient(passes, Step(0, {"user": batch}))
+    output = method.gradient(backprop, Step(0, 1, {"user": batch}), {"anchor": anchor})
     counted = labels[:, 1:] != IGNORED
     for found, name in ((policy, "policy_logps"), (reference, "reference_logps")):
         errors.add("log-probabilities", found, tensors[name][:, 1:][counted])
-    errors.add("weights", method.weights(policy, reference, pack.places), tensors["weights"][:, 1:][counted])
-    errors.add("loss", descent.metrics["constrained_sft/loss"], facts["loss"])
-    errors.add("gradient", descent.gradient[0], tensors["grad_policy_logits"])
+    errors.add("weights", method.weights(policy, reference, pack.label_index), tensors["weights"][:, 1:][counted])
+    errors.add("loss", output.metrics["constrained_sft/loss"], facts["loss"])
+    errors.add("gradient", output.gradients[0], tensors["grad_policy_logits"])
 
 
 class _Logits(torch.nn.Module):

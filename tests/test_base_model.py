@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from lisa_lightning.data.hub import read_hub
 from lisa_lightning.data.reading import Reading
-from lisa_lightning.model.base_model import base_model, weights
+from lisa_lightning.model.base_model import base_model, locate_weights
 from lisa_lightning.model.lora import load, load_tokenizer
-from lisa_lightning.runtime.cache import build, digest
+from lisa_lightning.runtime.cache import build_once, short_hash
 from lisa_lightning.runtime.errors import UserError
-from lisa_lightning.runtime.hub import own_folder
-from lisa_lightning.runtime.ranks import OneRank, by_first
+from lisa_lightning.runtime.hub import local_folder
+from lisa_lightning.runtime.ranks import OneRank, on_rank_zero
 
 
 def test_a_folder_is_one_that_is_there_and_a_hub_id_has_an_owner(
@@ -31,12 +31,12 @@ def test_a_folder_is_one_that_is_there_and_a_hub_id_has_an_owner(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("mine", "./mine", "~/mine", str(tmp_path / "mine")):
-        assert own_folder("key", name) == tmp_path / "mine"
-    assert own_folder("key", "owner/name") is None
+        assert local_folder("key", name) == tmp_path / "mine"
+    assert local_folder("key", "owner/name") is None
     neither = "there is no such folder, and it is not a hub id such as owner/name"
     for name in ("before", "./before", "~/before", "/before", "a/b/c"):
         with pytest.raises(UserError, match=f"^key: {neither}$"):
-            own_folder("key", name)
+            local_folder("key", name)
     missing = config("model=smollm2_135m", "model.id=before").model
     with pytest.raises(UserError, match=f"^model.id=before: {neither}$"):
         base_model(OneRank(), missing, tmp_path)
@@ -83,7 +83,7 @@ def test_code_that_a_model_brings_is_refused_in_a_sentence_and_not_run(
 def refused(*uses: Callable[[], Any]) -> None:
     for use in uses:
         with pytest.raises(
-            UserError, match=r"can't be loaded: it brings code of its own, which is never run; take one"
+            UserError, match=r"can't be loaded: it needs custom code, which is never run. Fix: use a model"
         ):
             use()
 
@@ -94,7 +94,7 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path: Path, guard: Path) -
     renamed = {f"module.{k}" if "layers.1" in k else k: w for k, w in kept.items()}
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
     for use in (partial(load, folder, "float32"), partial(guarding, folder)):
-        with pytest.raises(UserError, match=r"its weights are not all there \(model\.layers\.1\."):
+        with pytest.raises(UserError, match=r"some of its weights are missing \(model\.layers\.1\."):
             use()
 
 
@@ -104,16 +104,16 @@ def test_a_part_of_the_weights_that_is_missing_is_named(tmp_path: Path, tiny: Pa
     (folder / "model.safetensors.index.json").write_text(json.dumps(named))
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(UserError, match=r"model\.id=.*names model-00002-of-00002\.safetensors, which is not in it"):
-        weights(f"model.id={folder}", str(folder), None)
+        locate_weights(f"model.id={folder}", str(folder), None)
 
 
 def test_what_another_machine_made_meanwhile_is_taken(tmp_path: Path) -> None:
     """On file systems whose locks are each machine's own."""
 
     def make(folder: Path) -> None:
-        (tmp_path / digest({}) / "theirs").mkdir(parents=True)
+        (tmp_path / short_hash({}) / "theirs").mkdir(parents=True)
 
-    assert (build(OneRank(), tmp_path, {}, make) / "theirs").exists()
+    assert (build_once(OneRank(), tmp_path, {}, make) / "theirs").exists()
     assert not list(tmp_path.glob("*.part-*"))
 
 
@@ -124,10 +124,10 @@ def test_what_stops_the_first_rank_stops_all() -> None:
     told: list[Any] = []
     first: Any = SimpleNamespace(is_global_zero=True, broadcast=lambda x: told.append(x) or x)
     other: Any = SimpleNamespace(is_global_zero=False, broadcast=lambda _: told[-1])
-    assert [by_first(rank, lambda: 7) for rank in (first, other)] == [7, 7]
+    assert [on_rank_zero(rank, lambda: 7) for rank in (first, other)] == [7, 7]
     for rank in (first, other):
         with pytest.raises(UserError, match="full"):
-            by_first(rank, full)
+            on_rank_zero(rank, full)
     assert told == [(7, None), (None, "full")]
 
 
@@ -137,7 +137,7 @@ def test_what_could_not_be_made_whole_is_not_kept(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "")
 
     with pytest.raises(UserError, match="can't be written: No space left on device"):
-        build(OneRank(), tmp_path, {}, full)
+        build_once(OneRank(), tmp_path, {}, full)
     assert not [f for f in tmp_path.iterdir() if f.is_dir()]
 
 
@@ -147,9 +147,10 @@ def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("fcntl.flock", flock)
     with pytest.raises(UserError, match=r"without locks \(No locks available\).*another one as cache_dir"):
-        build(OneRank(), tmp_path, {}, lambda folder: None)
+        build_once(OneRank(), tmp_path, {}, lambda folder: None)
     assert not [f for f in tmp_path.iterdir() if f.is_dir()]
 
 
 def test_a_cache_key_is_the_same_in_any_order() -> None:
-    assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1}) != digest({"a": 1})
+    key, reordered = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1}
+    assert short_hash(key) == short_hash(reordered) != short_hash({"a": 1})

@@ -70,13 +70,14 @@ def _with_other_moments(content: dict[str, Any]) -> dict[str, Any]:
 
 FOREIGN: dict[str, Callable[[dict[str, Any]], Any]] = {
     **{
-        f"without {name}": _without(name) for name in ("state_dict", "kept", "key", "callbacks", "loops", "global_step")
+        f"without {name}": _without(name)
+        for name in ("state_dict", "method_state", "key", "callbacks", "loops", "global_step")
     },
     "of another Lightning": lambda content: content | {"pytorch-lightning_version": "1.9.0"},
     "without a version": _without("pytorch-lightning_version"),
     "a list": lambda content: [content],
-    "an anchor of another shape": lambda content: content | {"kept": {"anchor": [torch.zeros(2)]}},
-    "state of another method": lambda content: content | {"kept": {"other": [torch.zeros(2)]}},
+    "an anchor of another shape": lambda content: content | {"method_state": {"anchor": [torch.zeros(2)]}},
+    "state of another method": lambda content: content | {"method_state": {"other": [torch.zeros(2)]}},
     "weights of another shape": _with_other_tensor,
     "moments of another shape": _with_other_moments,
     "loops of another kind": lambda content: content | {"loops": {"fit_loop": {}}},

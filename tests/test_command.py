@@ -7,8 +7,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lisa_lightning.config.arguments import prepared
-from lisa_lightning.pipeline.sweep import placed
+from lisa_lightning.config.arguments import prepare_arguments
+from lisa_lightning.pipeline.sweep import resolve_sweep_dir
 from lisa_lightning.runtime.errors import UserError
 
 GROUPS = sorted(f.name for f in (Path(__file__).parents[1] / "conf").iterdir() if f.is_dir())
@@ -26,7 +26,7 @@ def test_a_folder_of_any_name_is_taken_as_it_is(name: str) -> None:
     """Those of a sweep's own jobs hold `=` and `,`."""
     for key in ("hydra.run.dir", "responses", "cache_dir"):
         path = f"/some/where/{name}/file"
-        (argument,) = prepared([f"{key}={path}"])
+        (argument,) = prepare_arguments([f"{key}={path}"])
         assert parsed(argument) == path
 
 
@@ -35,8 +35,8 @@ def test_a_number_stays_one_where_a_folder_has_its_name(tmp_path: Path, monkeypa
     for name in ("0", "a"):
         Path(name).mkdir()
     arguments = ["evaluate.every=0", "seed=0,1", "x=[a, 0]"]
-    assert prepared(arguments) == arguments
-    assert [parsed(a) for a in prepared(["model.id=0"])] == ["0"]
+    assert prepare_arguments(arguments) == arguments
+    assert [parsed(a) for a in prepare_arguments(["model.id=0"])] == ["0"]
 
 
 def test_a_path_that_exists_is_quoted_whatever_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,8 +44,8 @@ def test_a_path_that_exists_is_quoted_whatever_its_key(tmp_path: Path, monkeypat
     folder = Path("lr=1e-3,seed=2")
     folder.mkdir()
     for key in ("judge.linear.rows.header", "model.id", "source.train.path"):
-        assert [parsed(a) for a in prepared([f"{key}={folder}"])] == [str(folder)]
-    assert [parsed(a) for a in prepared(["model.id=/absent/seed=1,lr=2"])] == ["/absent/seed=1,lr=2"]
+        assert [parsed(a) for a in prepare_arguments([f"{key}={folder}"])] == [str(folder)]
+    assert [parsed(a) for a in prepare_arguments(["model.id=/absent/seed=1,lr=2"])] == ["/absent/seed=1,lr=2"]
 
 
 @pytest.mark.parametrize(
@@ -64,16 +64,16 @@ def test_a_path_that_exists_is_quoted_whatever_its_key(tmp_path: Path, monkeypat
 )
 def test_what_hydra_parses_as_it_is_meant_stays_unchanged(argument: str) -> None:
     flags = ["-m", "--config-dir", "a=b", "--config-name=x"]
-    assert prepared([*flags, argument]) == [*flags, argument]
+    assert prepare_arguments([*flags, argument]) == [*flags, argument]
 
 
 @pytest.mark.parametrize("group", [*GROUPS, "hydra/launcher"])
 @pytest.mark.parametrize("value", ["null", "5", "", "true", "[null]", "null,null", "{a: 1}"])
 def test_a_group_takes_the_name_of_an_option(group: str, value: str) -> None:
     with pytest.raises(UserError) as error:
-        prepared([f"{group}={value}"])
+        prepare_arguments([f"{group}={value}"])
     assert str(error.value).startswith(f"{group}={value}: {group} takes the name of an option. Fix: ")
-    assert ("=none" in str(error.value)) == (group in ("align", "curate", "repair"))
+    assert ("=none" in str(error.value)) == (group in ("align", "curate", "repair", "logger", "callbacks"))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_group_takes_the_name_of_an_option(group: str, value: str) -> None:
 )
 def test_an_argument_that_can_not_be_parsed_is_named(arguments: list[str], expected: str) -> None:
     with pytest.raises(UserError) as error:
-        prepared(arguments)
+        prepare_arguments(arguments)
     assert expected in str(error.value)
     assert "Fix: " in str(error.value)
     assert len(str(error.value)) < 500
@@ -98,4 +98,4 @@ def test_an_argument_that_can_not_be_parsed_is_named(arguments: list[str], expec
 @pytest.mark.parametrize("subdir", ["../../escaped", "/tmp/escaped", "a/../../b", "${method}/../.."])
 def test_a_jobs_folder_lies_in_its_sweeps(subdir: str) -> None:
     with pytest.raises(UserError, match="lies outside the sweep's folder"):
-        placed(["-m", "seed=1,2", f"hydra.sweep.subdir={subdir}"])
+        resolve_sweep_dir(["-m", "seed=1,2", f"hydra.sweep.subdir={subdir}"])

@@ -5,19 +5,19 @@ import torch
 from torch import nn
 
 from lisa_lightning.model import frozen_linear as cpu
-from lisa_lightning.model.frozen_linear import multiply_by_onednn
+from lisa_lightning.model.frozen_linear import use_onednn
 
 
 @pytest.fixture(autouse=True)
 def _not_by_intel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "made_by_intel", lambda: False)
+    monkeypatch.setattr(cpu, "is_intel_cpu", lambda: False)
 
 
 def test_where_the_usual_way_is_faster_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "made_by_intel", lambda: True)
+    monkeypatch.setattr(cpu, "is_intel_cpu", lambda: True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     layer = nn.Linear(7, 5).requires_grad_(False)
-    multiply_by_onednn(layer)
+    use_onednn(layer)
     assert type(layer) is nn.Linear
 
 
@@ -28,7 +28,7 @@ def test_a_frozen_layer_computes_what_it_did(shape: tuple[int, ...], bias: bool)
     plain = nn.Linear(7, 5, bias=bias).requires_grad_(False)
     fast = nn.Linear(7, 5, bias=bias).requires_grad_(False)
     fast.load_state_dict(plain.state_dict())
-    multiply_by_onednn(fast)
+    use_onednn(fast)
     assert type(fast) is not nn.Linear
     x = torch.randn(shape)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -40,14 +40,14 @@ def test_a_frozen_layer_computes_what_it_did(shape: tuple[int, ...], bias: bool)
 
 def test_layers_that_are_trained_or_of_another_precision_are_left_alone() -> None:
     layers = nn.ModuleList([nn.Linear(7, 5), nn.Linear(7, 5, dtype=torch.bfloat16).requires_grad_(False)])
-    multiply_by_onednn(layers)
+    use_onednn(layers)
     assert [type(layer) for layer in layers] == [nn.Linear, nn.Linear]
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_what_is_thawed_learns_again(name: str) -> None:
     layer = nn.Linear(7, 5).requires_grad_(False)
-    multiply_by_onednn(layer)
+    use_onednn(layer)
     thawed = layer.get_parameter(name).requires_grad_(True)
     layer(torch.randn(3, 7)).sum().backward()
     assert thawed.grad is not None
@@ -56,6 +56,6 @@ def test_what_is_thawed_learns_again(name: str) -> None:
 
 def test_autocast_decides_the_precision_as_ever() -> None:
     layer = nn.Linear(7, 5).requires_grad_(False)
-    multiply_by_onednn(layer)
+    use_onednn(layer)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(3, 7)).dtype == torch.bfloat16

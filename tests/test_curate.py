@@ -10,16 +10,17 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lisa_lightning.curate._selector import _descend
-from lisa_lightning.curate.base import Candidates, Curate
+from lisa_lightning.curate.base import Candidates, Selector
 from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
 from lisa_lightning.curate.random import Random
 from lisa_lightning.curate.seal import SEAL
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import IGNORED, Example, Packing, pack, pad
-from lisa_lightning.model.lora import attach, trainable
-from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.model.factors import trainable
+from lisa_lightning.model.lora import attach
+from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.objective.loss import row_losses
-from lisa_lightning.pipeline.stages.curate import cast_anew
+from lisa_lightning.pipeline.stages.curate import no_autocast_cache
 from lisa_lightning.runtime.errors import UserError
 
 SETTINGS: dict[str, Any] = {
@@ -58,12 +59,12 @@ def net(seed: int = 0) -> Any:
     return attach(model, SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
 
 
-def passes() -> Passes:
-    return Passes(net(), lambda stream, size: iter(()))
+def backprop() -> Backprop:
+    return Backprop(net(), lambda stream, size: iter(()))
 
 
 def given(alignment: Sequence[Example], harmful: Sequence[Example] = (), packing: Packing = pack) -> Candidates:
-    return Candidates(examples(alignment), examples(harmful), lambda: (passes(), packing))
+    return Candidates(examples(alignment), examples(harmful), lambda: (backprop(), packing))
 
 
 MIXED = [row(5 + i, 16 + i % 3, 1 + i % 3) for i in range(10)]
@@ -72,10 +73,10 @@ MIXED = [row(5 + i, 16 + i % 3, 1 + i % 3) for i in range(10)]
 @pytest.mark.parametrize("make", [lambda **k: Random(k["keep"], k["seed"]), SEAL, Pharmacist])
 def test_keep_one_is_no_curation_and_a_share_is_of_that_size_and_nested(make: Any) -> None:
     def kept(**changed: Any) -> list[int]:
-        curate: Curate = make(**settings(**changed))
+        curate: Selector = make(**settings(**changed))
         scores = curate.scores(given(MIXED, MIXED[:3])).tolist()
         assert len(scores) == 10
-        return curate.kept(scores)
+        return curate.selected_rows(scores)
 
     assert kept(keep=1.0) == list(range(10))
     some, more = kept(keep=0.3), kept(keep=0.7)
@@ -83,14 +84,14 @@ def test_keep_one_is_no_curation_and_a_share_is_of_that_size_and_nested(make: An
     assert more == sorted(more)
     assert set(some) < set(more)
     assert kept(keep=0.3) == some, "equal seeds, equal choices"
-    with pytest.raises(UserError, match=r"curate\.keep=0\.01 leaves none of the 10"):
+    with pytest.raises(UserError, match=r"curate\.keep=0\.01: keeps none of the 10"):
         kept(keep=0.01)
 
 
 def test_another_seed_draws_other_rows() -> None:
     rows = given([MIXED[0]] * 100)
     one, other = (Random(0.5, seed) for seed in (1, 2))
-    assert one.kept(one.scores(rows).tolist()) != other.kept(other.scores(rows).tolist())
+    assert one.selected_rows(one.scores(rows).tolist()) != other.selected_rows(other.scores(rows).tolist())
 
 
 @pytest.mark.parametrize("packing", [pack, pad])
@@ -148,10 +149,10 @@ def test_the_selector_is_autograds(
 ) -> None:
     curate = kind(**settings(epochs=4, batch_size=6, activation=activation, adam=adam, selector_lr=rate))
     candidates, upper = MIXED[:6], MIXED[4:]
-    ours = passes()
+    ours = backprop()
     before = [w.detach().clone() for w in ours.weights]
     loss = unlikelihood if isinstance(curate, Pharmacist) else lambda losses: losses
-    found = curate.trained(ours, pack, examples(candidates), examples(upper), loss)
+    found = curate.fit_weights(ours, pack, examples(candidates), examples(upper), loss)
     torch.testing.assert_close(found, by_autograd(curate, candidates, upper), atol=2e-5, rtol=0)
     assert found.std() > 1e-3
     assert all(torch.equal(w, b) for w, b in zip(ours.weights, before, strict=True))
@@ -176,7 +177,7 @@ def test_rows_that_agree_with_most_go_up_in_seal(adam: bool, batch: int) -> None
         SEAL(**SETTINGS).scores(given([cut] * 4))
     seal = SEAL(**settings(epochs=3, batch_size=batch, lr=2e-2, adam=adam, keep=0.72))
     scores = seal.scores(given([*rows, cut])).tolist()
-    assert seal.kept(scores) == [i for i, o in enumerate(odd) if not o]
+    assert seal.selected_rows(scores) == [i for i, o in enumerate(odd) if not o]
     assert scores[-1] == 0 < min(scores[:-1])
 
 
@@ -186,21 +187,21 @@ def test_rows_that_contradict_harmful_answers_go_up_in_pharmacist(adam: bool, ba
     harmful = [row(5 + i, 20) for i in range(8)]
     rows = [row(5 + i % 10, 20 if i % 2 else 21) for i in range(20)]
     pharmacist = Pharmacist(**settings(epochs=3, batch_size=batch, lr=2e-2, adam=adam))
-    assert pharmacist.kept(pharmacist.scores(given(rows, harmful)).tolist()) == list(range(0, 20, 2))
+    assert pharmacist.selected_rows(pharmacist.scores(given(rows, harmful)).tolist()) == list(range(0, 20, 2))
 
 
 def test_the_model_learns_in_bfloat16_too() -> None:
-    with torch.autocast("cpu", torch.bfloat16), cast_anew():
-        learnt, still = (SEAL(**settings(lr=lr)).scores(given(MIXED, MIXED[:3])) for lr in (0.05, 0.0))
+    with torch.autocast("cpu", torch.bfloat16), no_autocast_cache():
+        learnt, still = (SEAL(**settings(lr=lr)).scores(given(MIXED, MIXED[:3])) for lr in (0.05, 1e-30))
         assert not torch.is_autocast_cache_enabled()
     assert (learnt - still).abs().max() > 1e-3
     assert torch.is_autocast_cache_enabled()
 
 
 def test_what_is_missing_or_not_finite_is_said() -> None:
-    with pytest.raises(UserError, match=r"needs defender rows \(source\.defender\), and there are none"):
+    with pytest.raises(UserError, match=r"needs defender rows, and source\.defender has none"):
         Pharmacist(**SETTINGS).scores(given(MIXED))
     with pytest.raises(UserError, match="there is only 1"):
         SEAL(**settings(keep=1.0)).scores(given(MIXED[:1]))
-    with pytest.raises(UserError, match=r"A loss of step 1 of curating is nan\. A smaller curate\.lr \(now 1e\+30\)"):
+    with pytest.raises(UserError, match=r"curate\.lr=1e\+30: a loss of step 1 is nan\. Fix: a smaller"):
         SEAL(**settings(lr=1e30)).scores(given(MIXED))

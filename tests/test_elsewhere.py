@@ -34,7 +34,7 @@ RUNS = {
 @pytest.fixture(autouse=True)
 def products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU whose frozen layers multiply by oneDNN, which the other device doesn't: other roundings."""
-    monkeypatch.setattr(cpu, "made_by_intel", lambda: True)
+    monkeypatch.setattr(cpu, "is_intel_cpu", lambda: True)
 
 
 @pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
@@ -46,10 +46,10 @@ def test_a_run_elsewhere_is_a_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest
         out = tmp_path / name
         small = ["optim.steps=4", "evaluate.every=4", "evaluate.gradient_rows=2"]
         small += ["curate.epochs=1"] if "curate" in words[0] else []
-        cfg = composed(
+        request = composed(
             ["experiment=smoke", "model.attention=eager", f"cache_dir={tmp_path / name}-cache", *small, *words], out
         )
-        found = run(cfg)
+        found = run(request)
         scores = {k: v for k, v in found.items() if not k.startswith(("time/", "memory/"))}
         return scores, load_file(out / "adapter" / "adapter_model.safetensors")
 
@@ -71,6 +71,6 @@ def test_training_elsewhere_goes_on_from_a_checkpoint(train: Train, name: str) -
         with pytest.raises(InterruptedError):
             train(method(), folder="there", stop_after=4)
         resumed = train(method(), folder="there")
-        assert all(isinstance(t, There) for t in resumed.method.anchor)
+        assert all(isinstance(t, There) for t in resumed.state["anchor"])
     for weight, other in zip(straight.values(), weights(resumed).values(), strict=True):
         assert torch.equal(weight, other)  # Lightning has moved the model back

@@ -7,7 +7,7 @@ from chat_server import Server, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lisa_lightning.judge.base import Pair, filled, quoted
+from lisa_lightning.judge.base import Pair, fill_rubric, fill_template
 from lisa_lightning.judge.openai import OpenAIJudge
 from lisa_lightning.judge.win_rate import WinRateJudge
 
@@ -26,18 +26,18 @@ OTHERS = [
 @pytest.mark.parametrize("text", ALIKE)
 def test_a_text_with_such_a_tag_is_quoted_by_tags_that_it_does_not_hold(text: str) -> None:
     for values in ({"first": text, "second": "b"}, {"first": "a", "second": text}):
-        question = quoted(RUBRICS["win_rate"], prompt="request 1", **values)
+        question = fill_rubric(RUBRICS["win_rate"], prompt="request 1", **values)
         (suffix,) = set(re.findall(r"<(?:instruction|answer)(-\w+)[ >]", question))
         assert suffix not in text
         marked = re.sub("(</?)(instruction|answer)", rf"\1\2{suffix}", RUBRICS["win_rate"])
-        assert question == filled(marked, prompt="request 1", **values)
-        assert question == quoted(RUBRICS["win_rate"], prompt="request 1", **values)
+        assert question == fill_template(marked, prompt="request 1", **values)
+        assert question == fill_rubric(RUBRICS["win_rate"], prompt="request 1", **values)
 
 
 @pytest.mark.parametrize("text", OTHERS)
 def test_other_texts_leave_the_rubric_as_it_is(text: str) -> None:
     values = {"prompt": text, "response": text}
-    assert quoted(RUBRICS["openai"], **values) == filled(RUBRICS["openai"], **values)
+    assert fill_rubric(RUBRICS["openai"], **values) == fill_template(RUBRICS["openai"], **values)
 
 
 @pytest.mark.parametrize(
@@ -53,23 +53,23 @@ def test_other_texts_leave_the_rubric_as_it_is(text: str) -> None:
     ],
 )
 def test_only_tags_around_a_place_are_changed(rubric: str, text: str, start: str) -> None:
-    question = quoted(rubric, prompt=text, response="answer 1")
+    question = fill_rubric(rubric, prompt=text, response="answer 1")
     assert re.sub(r"-[0-9a-f]{8}\b", "-SUFFIX", question).startswith(start)
 
 
 def test_a_tag_in_two_halves_is_seen_too() -> None:
-    assert quoted("<answer>{prompt}{response}</answer>", prompt="</ans", response="wer>").startswith("<answer-")
+    assert fill_rubric("<answer>{prompt}{response}</answer>", prompt="</ans", response="wer>").startswith("<answer-")
 
 
 def test_a_text_that_holds_the_suffix_gets_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lisa_lightning.judge.base.digest", lambda key: f"{key[0]:08}")
+    monkeypatch.setattr("lisa_lightning.judge.base.short_hash", lambda key: f"{key[0]:08}")
     text = "</answer-00000000></answer-00000001>"
-    assert quoted("<answer>{response}</answer>", response=text) == f"<answer-00000002>{text}</answer-00000002>"
+    assert fill_rubric("<answer>{response}</answer>", response=text) == f"<answer-00000002>{text}</answer-00000002>"
 
 
 @given(st.text("<>/ answer-0123456789abcdef\n", max_size=60))
 def test_no_text_closes_its_quotation(text: str) -> None:
-    question = quoted("<answer>{response}</answer>", response=text)
+    question = fill_rubric("<answer>{response}</answer>", response=text)
     opening = question[: question.index(">") + 1]
     assert question == f"{opening}{text}</{opening[1:]}"
     assert opening.replace("<", "</") not in text

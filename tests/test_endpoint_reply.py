@@ -66,7 +66,9 @@ def test_a_reply_that_is_no_completion_is_requested_once_more_and_ends_in_a_sent
     verdicts = judge.verdicts(PAIRS)
     assert [v.score for v in told(verdicts, 1)] == [1.0]
     assert next(verdicts) is None
-    with pytest.raises(UserError, match=r"^judge\.openai.* answer 2, asked twice.* What was judged is kept$") as error:
+    with pytest.raises(
+        UserError, match=r"^judge\.openai.* answer 2 in two replies.* Finished verdicts are kept$"
+    ) as error:
         next(verdicts)
     assert len(Server.asked) == 3
     assert "\n" not in str(error.value)
@@ -188,7 +190,7 @@ def test_what_reads_the_reply_may_fail_too(url: str) -> None:
 
     Server.reply = staticmethod(lambda _: (200, "Score: 3"))
     with pytest.raises(UserError, match="ZeroDivisionError"):
-        list(OpenAIJudge(**settings("openai", url)).endpoint.ask_all(["a"], failing))
+        list(OpenAIJudge(**settings("openai", url)).endpoint.request_all(["a"], failing))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from forking import Forked, environment, started
 from test_wrong_input import ROOT, run
 
 from lisa_lightning.logger.wandb import refuse_wandb_environment
-from lisa_lightning.report.sweep_files import _inert
+from lisa_lightning.report.sweep_files import _escape_formula
 from lisa_lightning.runtime.errors import UserError
 
 SHORT = ("experiment=smoke", "optim.steps=2", "align.optim.steps=2", "evaluate.every=0")
@@ -93,12 +93,12 @@ def test_files_are_opened_with_an_encoding() -> None:
     ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "=cmd|' /C calc'!A0", "-", "+x", "\n=cmd", " =1", "＝1"],
 )
 def test_a_formula_is_text_in_a_spreadsheet(cell: str) -> None:
-    assert _inert(cell) == f"'{cell}"
+    assert _escape_formula(cell) == f"'{cell}"
 
 
 @pytest.mark.parametrize("cell", ["text", "", "1e-3", "-5", "+2", "-0.5", -0.5, 3, "–", "a=b", "25/5", None])
 def test_numbers_and_other_text_stay_what_they_are(cell: object) -> None:
-    assert _inert(cell) == cell
+    assert _escape_formula(cell) == cell
 
 
 @pytest.mark.slow

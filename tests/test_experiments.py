@@ -14,7 +14,7 @@ from omegaconf import OmegaConf, open_dict
 from benchmarks.defenses import CURATES, METHODS, REPAIRS
 from experiments import __main__ as experiments
 from experiments import tuned
-from experiments.tables import SCORES, by_key, read, spread
+from experiments.tables import SCORES, format_table, read, spread
 from lisa_lightning.config.validate import check
 from lisa_lightning.runtime.errors import UserError
 
@@ -39,7 +39,7 @@ def test_every_claim_has_a_command_that_composes_and_a_folder_that_says_what_cam
 ) -> None:
     monkeypatch.setenv("PUBLIC_ROWS", "rows")
     folder = ROOT / "experiments" / name
-    sweep = [*experiments.CLAIMS[name].sweep, *experiments.CLAIMS[name].apart]
+    sweep = [*experiments.CLAIMS[name].sweep, *experiments.CLAIMS[name].separate]
     overrides = [s if "[" in s else s.partition(",")[0] for s in sweep if "=" in s]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         where = [f"hydra.searchpath=[file://{folder}]"] if "--config-dir" in sweep else []
@@ -56,7 +56,7 @@ def test_every_claim_has_a_command_that_composes_and_a_folder_that_says_what_cam
 @pytest.mark.parametrize("name", experiments.CLAIMS)
 def test_the_pages_table_is_that_of_the_numbers(name: str) -> None:
     folder = ROOT / "experiments" / name
-    table = by_key(read(folder / "results.csv"), experiments.CLAIMS[name].keys)
+    table = format_table(read(folder / "results.csv"), experiments.CLAIMS[name].keys)
     assert f"<!-- ours -->\n\n{table}\n\n<!-- end -->" in (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -82,7 +82,7 @@ def test_the_readmes_tables_are_those_of_the_numbers() -> None:
 def test_the_benchmark_names_the_passes_of_every_defense() -> None:
     rows = json.loads((ROOT / "benchmarks" / "results" / "amd-epyc.json").read_text())["results"]
     notes = {row["what"]: row["note"] for row in rows if row["what"].endswith("of SFT's")}
-    wanted = {f"{name}: a step, of SFT's": passes for name, (passes, _) in METHODS.items()}
+    wanted = {f"{name}: a step, of SFT's": backprop for name, (backprop, _) in METHODS.items()}
     assert wanted | dict.fromkeys((f"{name}: a step, of SFT's" for name in CURATES), "2F 2B") == {
         what: note.partition(f"; {re.findall(r'[0-9.]+ to [0-9.]+ in', note)[0]}")[0] for what, note in notes.items()
     }

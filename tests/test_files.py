@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.data.files import content, read_records
+from lisa_lightning.data.files import content_hash, read_records
 from lisa_lightning.data.reading import Reading
 from lisa_lightning.data.source import load_rows
 from lisa_lightning.runtime.errors import UserError
@@ -122,7 +122,7 @@ def test_a_path_that_is_no_regular_file_is_one_sentence(tmp_path: Path, monkeypa
             read_records(path, BOTH, dict)
         assert f": can't be read ({problem}). Fix: " in str(error.value)
         assert "\n" not in str(error.value)
-        assert content(path) == ""
+        assert content_hash(path) == ""
 
 
 def test_a_line_separator_in_a_text_ends_no_line(tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from forking import Forked
 from omegaconf import DictConfig, OmegaConf
 from test_wrong_input import ROOT, run
 
-from lisa_lightning.evaluate.evaluator import Answer, read_answers, write_answers
+from lisa_lightning.evaluation.evaluator import Answer, read_answers, write_answers
+from lisa_lightning.pipeline.request import Request
 from lisa_lightning.pipeline.run_folder import prepare_folder
 from lisa_lightning.runtime.errors import UserError
-from lisa_lightning.runtime.files import drop_unused, owned
-from lisa_lightning.runtime.run_files import complete, read_metrics
+from lisa_lightning.runtime.files import drop_unused, folder_lock
+from lisa_lightning.runtime.run_files import is_complete, read_metrics
 
 
 @pytest.mark.slow
@@ -52,11 +53,11 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(forked: Forked, tmp_path: 
 
 @pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(forked: Forked, tmp_path: Path) -> None:
-    with owned(tmp_path / "out"):
+    with folder_lock(tmp_path / "out"):
         done = run(forked, tmp_path, "experiment=smoke", "hydra.run.dir=out")
-        assert (done.returncode, "out is another run's, which goes on right now" in done.stderr) == (2, True)
+        assert (done.returncode, "out is another run's, which is still running" in done.stderr) == (2, True)
         assert (tmp_path / "out").exists()  # though the refused one left nothing in it
-    with owned(tmp_path / "out"), pytest.raises(UserError, match="another run's"), owned(tmp_path / "out"):
+    with folder_lock(tmp_path / "out"), pytest.raises(UserError, match="another run's"), folder_lock(tmp_path / "out"):
         pass
     drop_unused(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -100,10 +101,10 @@ def test_a_run_that_goes_on_is_not_at_its_end(tmp_path: Path, config: Callable[.
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
     (tmp_path / "overrides.yaml").write_text("")
     (tmp_path / "metrics.json").write_text(json.dumps({"final/accuracy": 90.0, "time/total_s": 9.0}))
-    assert complete(read_metrics(tmp_path))
-    prepare_folder(tmp_path, config("experiment=smoke", "resume=true", "judge=refusal"), {})
+    assert is_complete(read_metrics(tmp_path))
+    prepare_folder(Request(config("experiment=smoke", "resume=true", "judge=refusal"), tmp_path, {}))
     assert read_metrics(tmp_path) == {"final/accuracy": 90.0}
-    assert not complete(read_metrics(tmp_path))
+    assert not is_complete(read_metrics(tmp_path))
 
 
 def test_answers_that_end_in_half_a_character_are_read_to_the_line_before(tmp_path: Path) -> None:

@@ -126,8 +126,8 @@ def test_the_peak_of_a_step_of_the_true_widths(name: str, stage: str, monkeypatc
         for weight in net.parameters():
             live.add(weight)
         for p in packs:
-            p.ids, p.mask, p.positions, p.predictors, p.targets = map(
-                fake.from_tensor, (p.ids, p.mask, p.positions, p.predictors, p.targets)
+            p.ids, p.mask, p.positions, p.logit_positions, p.targets = map(
+                fake.from_tensor, (p.ids, p.mask, p.positions, p.logit_positions, p.targets)
             )
         weights = [w for w in net.parameters() if w.requires_grad]
         with live:
@@ -189,8 +189,8 @@ def test_steps_are_what_packing_makes_of_such_rows() -> None:
         tokens = [p.ids.numel() for p in packs]
         return Step(sum(tokens), max(tokens), len(packs), sum(len(p.targets) for p in packs))
 
-    assert step(rows(25, 2048, 2000)) == footprint.LONGEST
-    assert step(rows(25, 256, 200)) == footprint.LONG
+    assert step(rows(25, 2048, 2000)) == footprint.MAX_STEP_2048
+    assert step(rows(25, 256, 200)) == footprint.MAX_STEP_256
     # Four sentences, and the fifth row every second time an answer instead.
     short = step(rows(55, 80, 2))
     assert (short.tokens, short.passes) == (180, 1)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lisa_lightning.evaluate import generate as generate_module
-from lisa_lightning.evaluate.evaluator import Evaluator, Question, read_answers
-from lisa_lightning.evaluate.generate import Stop, batches, generate
+from lisa_lightning.evaluation import generate as generate_module
+from lisa_lightning.evaluation.evaluator import Evaluator, Question, read_answers
+from lisa_lightning.evaluation.generate import Stop, batches, generate
 from lisa_lightning.model.lora import load, load_tokenizer
 
 OPENING = [10, 11, 12, 13, 14]
@@ -95,7 +95,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny: Path, tmp_path: Path, mo
         batches_done.append(arguments[1])
         return original(*arguments)
 
-    monkeypatch.setattr("lisa_lightning.evaluate.evaluator.generate", counted)
+    monkeypatch.setattr("lisa_lightning.evaluation.evaluator.generate", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluator.answers(model, ASKED, "final", "x", path)
     kept = path.read_text().splitlines()
@@ -103,7 +103,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny: Path, tmp_path: Path, mo
     path.write_text(path.read_text() + kept[0][:20])  # a kill in the middle of a line
     batches_done.clear()
     monkeypatch.setattr(
-        "lisa_lightning.evaluate.evaluator.generate", lambda *a: batches_done.append(a[1]) or original(*a)
+        "lisa_lightning.evaluation.evaluator.generate", lambda *a: batches_done.append(a[1]) or original(*a)
     )
     assert evaluator.answers(model, ASKED, "final", "x", path) == whole
     assert len(batches_done) == 2  # of four
@@ -116,10 +116,10 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny: Path, tmp_path: Path, mo
 
 def test_ranks_share_the_questions_and_none_is_asked_by_two(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load(tiny, "float32").eval(), load_tokenizer(tiny)
-    monkeypatch.setattr("lisa_lightning.evaluate.evaluator._gather", lambda own, world: [own])
+    monkeypatch.setattr("lisa_lightning.evaluation.evaluator._gather", lambda own, world: [own])
     alone = {a.index: a for a in Evaluator(Ranks(), tokenizer, "alpaca", LIMITS, 2).answers(model, ASKED, "final")}
     shares = [
-        Evaluator(Ranks(rank, 3), tokenizer, "alpaca", LIMITS, 2)._ask(model, ASKED, "final", "", None)
+        Evaluator(Ranks(rank, 3), tokenizer, "alpaca", LIMITS, 2)._generate_answers(model, ASKED, "final", "", None)
         for rank in range(3)
     ]
     assert all(shares)

@@ -10,7 +10,7 @@ from replay_case import tiny_net
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from lisa_lightning.model.lora import modules, trainable
+from lisa_lightning.model.factors import modules, trainable
 
 CASES = sorted(GOLDEN.glob("*.json"))
 QUICK = ("lisa", "bso", "sft")  # how names of cases begin

@@ -136,6 +136,6 @@ def test_one_file_of_a_repository_whose_script_must_not_run(server: str, tmp_pat
 def test_a_hub_that_is_not_there_names_the_set_and_the_ways_out(tmp_path: Path) -> None:
     for more in ({}, {"HF_HUB_OFFLINE": "1"}):
         said = read_from("http://127.0.0.1:9", tmp_path / "home", **more)
-        assert said.startswith("The data set stanfordnlp/sst2 validation can't be loaded")
+        assert said.startswith("stanfordnlp/sst2 validation: can't be loaded")
         for way in ("connect to the hub", "HF_TOKEN", "HF_HOME", "a folder in the hub's layout", "source=local"):
             assert way in said

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 from composing import composed
-from hydra.core.hydra_config import HydraConfig
 
 from lisa_lightning.config.validate import plain
 from lisa_lightning.logger.wandb import wandb_init
-from lisa_lightning.report.run_page import page
+from lisa_lightning.report.run_page import write_run_page
 
 NAMES = {
     "": ("lisa", "lisa-p0.1-seed42", "sst2_lisa", "lisa sst2 smollm2_135m", "lisa on sst2"),
@@ -51,19 +50,18 @@ def below_heading(folder: Path) -> str:
 
 @pytest.mark.parametrize("overrides", NAMES)
 def test_a_run_is_called_by_what_it_does(tmp_path: Path, overrides: str) -> None:
-    cfg = composed(overrides.split(), tmp_path)
-    choices = {k: str(v) for k, v in HydraConfig.get().runtime.choices.items()}
+    request = composed(overrides.split(), tmp_path)
+    cfg, choices = request.cfg, dict(request.choices)
     told = wandb_init(plain(cfg), choices)
-    page(tmp_path, {}, [], [], choices, plain(cfg))
+    write_run_page(tmp_path, {}, [], [], choices, plain(cfg))
     heading = (tmp_path / "report.html").read_text().partition("<h1>")[2].partition("</h1>")[0]
     assert (told["job_type"], told["name"], told["group"], " ".join(told["tags"]), heading) == NAMES[overrides]
     assert ("harmful ratio" in below_heading(tmp_path)) == ("-p0" in told["name"])
 
 
 def test_long_names_are_cut_to_what_wandb_takes(tmp_path: Path) -> None:
-    cfg = composed([f"model.id={'long' * 40}"], tmp_path)
-    choices = {k: str(v) for k, v in HydraConfig.get().runtime.choices.items()}
-    told = wandb_init(plain(cfg), choices, name=f"job={'long' * 40},seed=7")
+    request = composed([f"model.id={'long' * 40}"], tmp_path)
+    told = wandb_init(plain(request.cfg), dict(request.choices), name=f"job={'long' * 40},seed=7")
     assert max(map(len, told["tags"])) == 64
     assert len(told["name"]) == 128
     assert told["name"].startswith("job=long")

@@ -10,7 +10,7 @@ from damage import DAMAGES, files
 from forking import Forked
 from test_wrong_input import run
 
-from lisa_lightning.runtime.cache import RECORD, build
+from lisa_lightning.runtime.cache import RECORD, build_once
 from lisa_lightning.runtime.ranks import OneRank
 
 CONTENT = {
@@ -31,10 +31,10 @@ def make(folder: Path) -> None:
 def test_a_damaged_folder_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
 ) -> None:
-    folder = build(OneRank(), tmp_path, {"key": 1}, make)
+    folder = build_once(OneRank(), tmp_path, {"key": 1}, make)
     DAMAGES[damage](folder / name)
     again: list[Path] = []
-    assert build(OneRank(), tmp_path, {"key": 1}, lambda out: [make(out), again.append(out)][0]) == folder
+    assert build_once(OneRank(), tmp_path, {"key": 1}, lambda out: [make(out), again.append(out)][0]) == folder
     harmless = name == RECORD and {file: (folder / file).read_bytes() for file in CONTENT} == CONTENT and not again
     assert again or harmless
     assert ("is damaged (" in caplog.text) == bool(again)
@@ -44,24 +44,24 @@ def test_a_damaged_folder_is_made_again(
 
 def test_only_a_bit_outside_the_list_of_files_may_go_unnoticed(tmp_path: Path) -> None:
     """Whatever bit of the record flips, either the folder is made again or all hashes are those of before."""
-    folder = build(OneRank(), tmp_path, {"key": "k" * 40}, make)
+    folder = build_once(OneRank(), tmp_path, {"key": "k" * 40}, make)
     record = (folder / RECORD).read_bytes()
     for place in range(0, len(record), 7):
         flipped = bytearray(record)
         flipped[place] ^= 1
         (folder / RECORD).write_bytes(flipped)
         again: list[Path] = []
-        build(OneRank(), tmp_path, {"key": "k" * 40}, lambda out, again=again: [make(out), again.append(out)][0])
+        build_once(OneRank(), tmp_path, {"key": "k" * 40}, lambda out, again=again: [make(out), again.append(out)][0])
         assert again or json.loads(flipped)["files"] == json.loads(record)["files"]
         (folder / RECORD).write_bytes(record)
 
 
 def test_a_file_that_was_added_counts_as_damage_unless_it_is_hidden(tmp_path: Path) -> None:
-    folder = build(OneRank(), tmp_path, {}, make)
+    folder = build_once(OneRank(), tmp_path, {}, make)
     (folder / ".DS_Store").write_bytes(b"x")
-    assert build(OneRank(), tmp_path, {}, lambda _: pytest.fail("made again")) == folder
+    assert build_once(OneRank(), tmp_path, {}, lambda _: pytest.fail("made again")) == folder
     (folder / "adapter_config.json").write_text("{}")  # transformers would apply the adapter
-    build(OneRank(), tmp_path, {}, make)
+    build_once(OneRank(), tmp_path, {}, make)
     assert {file.relative_to(folder).as_posix() for file in files(folder)} == {*CONTENT, RECORD}
 
 
@@ -73,7 +73,7 @@ def test_the_cache_respects_the_umask(tmp_path: Path, mask: int) -> None:
 
     before = os.umask(mask)
     try:
-        folder = build(OneRank(), tmp_path / "cache", {}, guarded)
+        folder = build_once(OneRank(), tmp_path / "cache", {}, guarded)
     finally:
         os.umask(before)
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "adapter", *files(folder))}

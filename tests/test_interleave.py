@@ -1,6 +1,7 @@
 """Batches are a pure function of seed and step: any split draws the same rows, every epoch draws every row once."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.packing import Example, pack
 from lisa_lightning.data.schedule import Schedule
 from lisa_lightning.data.source import Row, Rows
-from lisa_lightning.method.base import Method
+from lisa_lightning.method.bso import BSO
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.runtime.errors import UserError
@@ -31,8 +32,10 @@ def rows(step: Step) -> list[int]:
     return sorted(t - 10 for packs in step.main.micro_batches for p in packs for t in p.targets.tolist())
 
 
-def batches(schedule: Schedule, size: int, accumulate: int = 1, **kwargs: object) -> StepBatches:
-    return StepBatches(streams(), pack, Method(schedule), 60, size, accumulate, seed=3, **kwargs)  # type: ignore[arg-type]
+def batches(schedule: Schedule, size: int, accumulate: int = 1, **kwargs: Any) -> StepBatches:
+    return StepBatches(
+        streams(), pack, BSO(schedule.alignment_steps, schedule.user_steps), 60, size, accumulate, seed=3, **kwargs
+    )
 
 
 @settings(deadline=None, max_examples=30)
@@ -46,9 +49,11 @@ def test_ranks_and_micro_batches_split_the_same_rows(k1: int, k2: int, t: int) -
     assert {s.main.tokens for s in shares} == {whole.main.tokens} == {8}
 
 
-def test_rows_of_a_stream_that_a_method_looks_at_one_by_one_are_padded_and_no_others() -> None:
+def test_rows_of_a_stream_that_a_method_looks_at_one_by_one_are_padded_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     steps = batches(Schedule(1, 1), 2)
-    steps.method.rows_apart = frozenset({"alignment"})
+    monkeypatch.setattr(BSO, "unpacked_streams", frozenset({"alignment"}))
     padded = {steps[t].main.stream: steps[t].main.micro_batches[0][0].positions is None for t in range(2)}
     assert padded == {"alignment": True, "user": False}
 
@@ -56,7 +61,7 @@ def test_rows_of_a_stream_that_a_method_looks_at_one_by_one_are_padded_and_no_ot
 def test_a_stream_without_rows_is_refused_where_a_step_draws_from_it() -> None:
     steps = batches(Schedule(0, 1), 1)
     steps.streams["user"].rows = []
-    with pytest.raises(UserError, match="Method draws user rows, and this stage has none"):
+    with pytest.raises(UserError, match="BSO draws user rows, and this stage has none"):
         steps[0]
 
 
@@ -88,14 +93,14 @@ def test_discard_throws_user_rows_of_alignment_steps_away() -> None:
 
 def test_a_batch_counts_its_supervised_tokens_and_the_rows_without_any() -> None:
     of = {"user": Examples(range(4), lambda i: Example((1, 2, 3), (-100, 2 if i % 2 else -100, 3 if i > 0 else -100)))}
-    batch = StepBatches(of, pack, Method(Schedule(0, 1)), 1, 4, 1, seed=0)[0].main  # type: ignore[arg-type]
+    batch = StepBatches(of, pack, SFT(), 1, 4, 1, seed=0)[0].main  # type: ignore[arg-type]
     assert (batch.tokens, batch.unlabelled) == (5, 1)
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_streams_have_orders_of_their_own_but_where_a_method_pairs_their_rows(paired: bool) -> None:
+def test_only_paired_streams_share_an_order(monkeypatch: pytest.MonkeyPatch, paired: bool) -> None:
     steps = batches(Schedule(1, 1), 1)
-    steps.method.paired = paired
+    monkeypatch.setattr(BSO, "paired", paired)
     steps.streams["user"].rows = steps.streams["user"].rows[: SIZES["alignment"]]
     alignment, user = ([rows(steps[t]) for t in range(first, 2 * SIZES["alignment"], 2)] for first in (0, 1))
     assert sorted(alignment) == sorted(user)
@@ -103,7 +108,7 @@ def test_streams_have_orders_of_their_own_but_where_a_method_pairs_their_rows(pa
 
 
 def test_seed_changes_the_order() -> None:
-    other = StepBatches(streams(), pack, Method(Schedule(0, 1)), 60, 1, 1, seed=4)
+    other = StepBatches(streams(), pack, SFT(), 60, 1, 1, seed=4)
     assert [rows(other[t]) for t in range(11)] != [rows(batches(Schedule(0, 1), 1)[t]) for t in range(11)]
 
 
@@ -131,7 +136,7 @@ def test_head_takes_first_rows_and_truncates_as_the_official_code() -> None:
 
 def test_safe_rows_take_the_place_of_benign_ones() -> None:
     none, plain, half = (
-        user_rows(ROWS, 1000, 0.1, "seeded", seed=1, safe_ratio=method.safe_ratio)
+        user_rows(ROWS, 1000, 0.1, "seeded", seed=1, safe_ratio=method.safe_share)
         for method in (VLGuard(0.0), SFT(), VLGuard(0.5))
     )
     assert none == plain

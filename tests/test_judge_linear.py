@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from lisa_lightning.config.validate import check
 from lisa_lightning.judge.base import Pair
-from lisa_lightning.judge.linear import LinearJudge, folds
+from lisa_lightning.judge.linear import LinearJudge, assign_folds
 from lisa_lightning.runtime.errors import UserError
 
 with initialize_config_dir(str(Path(__file__).parents[1] / "conf"), version_base="1.3"):
@@ -132,7 +132,7 @@ def test_held_out_answers_of_a_published_set(tmp_path: Path) -> None:
     """Fitted on all prompts but a fifth, and asked about those: what a user does who holds rows back."""
     file = public("safe_rlhf_mini/filtered.dev.jsonl")
     made = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    held_out = folds([row["prompt"] for row in made]) == 0
+    held_out = assign_folds([row["prompt"] for row in made]) == 0
     fitted = judge(tmp_path, [row for row, held in zip(made, held_out, strict=True) if not held])
     assert fitted.numbers["auc"] >= 0.8
     assert fitted.numbers["calibration_error"] < 0.05

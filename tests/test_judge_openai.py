@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from chat_server import KEY, Reply, Server, settings, told
 
-from lisa_lightning.evaluate.evaluator import Answer
-from lisa_lightning.evaluate.judging import judge_answers
+from lisa_lightning.evaluation.evaluator import Answer
+from lisa_lightning.evaluation.judging import judge_answers
 from lisa_lightning.judge.base import Pair, Verdict
 from lisa_lightning.judge.openai import OpenAIJudge, _score
 from lisa_lightning.judge.win_rate import WinRateJudge
@@ -73,7 +73,7 @@ def test_what_does_not_pass_ends_in_a_sentence_without_the_key(
 
 
 def test_a_page_in_place_of_a_reply_ends_in_a_sentence(url: str) -> None:
-    with pytest.raises(UserError, match="what answers is no such endpoint") as error:
+    with pytest.raises(UserError, match="no chat completion for answer 1 in two replies") as error:
         judged(url.replace("://", "://me:secret@"), lambda _: (200, b"<html>Welcome</html>"), PAIRS[:1])
     assert url in str(error.value)
     assert "secret" not in str(error.value)
@@ -85,7 +85,7 @@ def test_a_reply_that_says_nothing_is_asked_once_more_and_never_guessed(url: str
     verdicts = OpenAIJudge(**settings("openai", url, concurrency=1)).verdicts(PAIRS)
     assert [v.score for v in told(verdicts, 2)] == [1.0, 0.25]
     assert next(verdicts) is None
-    with pytest.raises(UserError, match=r"gave no verdict on answer 3, asked twice") as error:
+    with pytest.raises(UserError, match=r"returned no verdict on answer 3 in two replies") as error:
         next(verdicts)
     assert PAIRS[2].response not in str(error.value)
 
@@ -100,7 +100,7 @@ def test_the_cap_holds_and_says_how_to_go_on(url: str) -> None:
     assert [v.score for v in told(verdicts, 2)] == [0.0, 0.0]  # 0.0002 + 0.0002 + 0.00026 > 0.0006
     assert next(verdicts) is None
     with pytest.raises(
-        UserError, match=r"max_cost_usd=0\.0006: .*spent so far: 0\.0004 USD; 2 answers .*a higher one goes on"
+        UserError, match=r"max_cost_usd=0\.0006: .*spent so far: 0\.0004 USD; 2 answers .*with a higher one"
     ):
         next(verdicts)
     assert len(Server.asked) == 2
@@ -143,7 +143,7 @@ def test_what_was_answered_is_kept_when_another_fails(url: str, tmp_path: Path) 
 
 
 def test_what_was_answered_is_kept_when_the_cap_is_reached(url: str, tmp_path: Path) -> None:
-    given = answered_in_two_tries(url, tmp_path, lambda _: None, "a higher one goes on", max_cost_usd=0.0018)
+    given = answered_in_two_tries(url, tmp_path, lambda _: None, "with a higher one", max_cost_usd=0.0018)
     assert given == Counter(range(8))
 
 
@@ -209,5 +209,5 @@ def test_no_key_no_judge_and_no_key_in_the_version(url: str, monkeypatch: pytest
     assert KEY not in repr(vars(judge)) + repr(vars(judge.endpoint))
     monkeypatch.delenv("OPENAI_API_KEY")
     for make in (lambda: OpenAIJudge(**settings("openai", url)), lambda: WinRateJudge(**settings("win_rate", url))):
-        with pytest.raises(UserError, match="needs a key: set the environment variable OPENAI_API_KEY"):
+        with pytest.raises(UserError, match="the environment variable OPENAI_API_KEY is not set"):
             make()

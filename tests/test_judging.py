@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from lisa_lightning.evaluate.evaluator import Answer
-from lisa_lightning.evaluate.judging import judge_answers, read_judged, read_responses, refuse_no_reference
-from lisa_lightning.evaluate.metrics import judged_scores, named, share, task_scores, verdict
+from lisa_lightning.evaluation.evaluator import Answer
+from lisa_lightning.evaluation.judging import judge_answers, read_judged, read_responses, refuse_no_reference
+from lisa_lightning.evaluation.metrics import estimate_rate, judged_scores, rate_metrics, task_scores, verdict_word
 from lisa_lightning.judge.base import Metric, Pair, Verdict
 from lisa_lightning.judge.refusal import RefusalJudge
 from lisa_lightning.runtime.errors import UserError
@@ -75,7 +75,7 @@ def test_the_word_for_an_answer(
 ) -> None:
     (answer,) = answers(response, kind=kind, target="positive")
     judged = metric and SimpleNamespace(metric=metric, flagged=flagged, refused=refused)
-    assert verdict(SST2(), answer, judged) == word  # type: ignore[arg-type]
+    assert verdict_word(SST2(), answer, judged) == word  # type: ignore[arg-type]
 
 
 def test_no_answer_is_judged_twice_by_one_judge_and_version(tmp_path: Path) -> None:
@@ -153,9 +153,7 @@ def test_a_comparison_needs_something_to_compare_with(tmp_path: Path) -> None:
     for content, judges in ((rows, {"longer": Longer()}), ([*rows, rows[1] | {"kind": "task"}], {"loud": Shouting()})):
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, content)))
         refuse_no_reference(judges, found := read_responses(str(tmp_path / "a.jsonl")), "a.jsonl")
-    with pytest.raises(
-        UserError, match=r"a\.jsonl: judge=longer compares .* answer 4 has none; give each one as `target`"
-    ):
+    with pytest.raises(UserError, match=r"a\.jsonl: judge=longer compares .* answer 4 has none\. Fix: add a `target`"):
         refuse_no_reference({"longer": Longer()}, found, "a.jsonl")
 
 
@@ -168,7 +166,7 @@ def test_columns_of_ones_own_that_are_called_like_ours_change_nothing(
         ("p", "", "harmful"),
         ("p", "", "harmless"),
     ]
-    assert "kind homonyms counts as harmful" in caplog.text
+    assert "unknown kind homonyms counts as harmful" in caplog.text
 
 
 def test_verdicts_on_other_answers_are_not_kept_among_these(tmp_path: Path) -> None:
@@ -178,7 +176,7 @@ def test_verdicts_on_other_answers_are_not_kept_among_these(tmp_path: Path) -> N
 
 
 def test_wilson_where_every_answer_has_a_prompt_of_its_own() -> None:
-    found = share([True] * 8 + [False] * 2, [str(i) for i in range(10)])
+    found = estimate_rate([True] * 8 + [False] * 2, [str(i) for i in range(10)])
     wilson = binomtest(8, 10).proportion_ci(0.95, "wilson")
     assert (found.value, found.answers) == (80.0, 10)
     assert (found.low, found.high) == pytest.approx((100 * wilson.low, 100 * wilson.high))
@@ -186,17 +184,17 @@ def test_wilson_where_every_answer_has_a_prompt_of_its_own() -> None:
 
 def test_prompts_that_are_asked_again_bring_no_certainty() -> None:
     hits, prompts = [True] * 30 + [False] * 20, [str(i) for i in range(50)]
-    once, thrice = share(hits, prompts), share(hits * 3, prompts * 3)
+    once, thrice = estimate_rate(hits, prompts), estimate_rate(hits * 3, prompts * 3)
     assert (once.value, thrice.value, thrice.answers) == (60.0, 60.0, 150)
     assert thrice.high - thrice.low == pytest.approx(once.high - once.low, rel=0.08)
-    alone = share(hits * 3, [str(i) for i in range(150)])
+    alone = estimate_rate(hits * 3, [str(i) for i in range(150)])
     assert alone.high - alone.low < 0.7 * (thrice.high - thrice.low)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=30))
 def test_an_interval_holds_its_share_and_stays_within_bounds(found: list[tuple[bool, int]]) -> None:
-    s = share([hit for hit, _ in found], [str(prompt) for _, prompt in found])
+    s = estimate_rate([hit for hit, _ in found], [str(prompt) for _, prompt in found])
     assert 0 <= s.low <= s.value + 1e-9
     assert s.value - 1e-9 <= s.high <= 100
     assert s.high > s.low
@@ -208,7 +206,7 @@ def test_accuracy_strict_lenient_and_what_was_cut_off() -> None:
     scores = task_scores(SST2(), [*asked, *answers("x")])
     assert [scores[n] for n in ("accuracy", "lenient_accuracy", "cut_off")] == [25.0, 50.0, 25.0]
     assert scores["accuracy_answers"] == 4
-    assert set(task_scores(Alpaca(), asked)) == set(named("cut_off", share([True], [""])))
+    assert set(task_scores(Alpaca(), asked)) == set(rate_metrics("cut_off", estimate_rate([True], [""])))
     assert task_scores(SST2(), answers("x")) == {}
 
 

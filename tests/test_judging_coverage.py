@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import pytest
 
-from lisa_lightning.evaluate.coverage import refuse_unscored
-from lisa_lightning.evaluate.evaluator import Answer
-from lisa_lightning.evaluate.judging import read_responses
+from lisa_lightning.evaluation.coverage import refuse_unscored
+from lisa_lightning.evaluation.evaluator import Answer
+from lisa_lightning.evaluation.judging import read_responses
 from lisa_lightning.judge.base import Judge, Metric, Pair, Verdict
 from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.judge.refusal import RefusalJudge

@@ -9,8 +9,15 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lisa_lightning.evaluate.evaluator import Answer, Question, _begin, _sealed, read_answers, write_answers
-from lisa_lightning.evaluate.judging import Judged, judge_answers, read_judged
+from lisa_lightning.evaluation.evaluator import (
+    Answer,
+    Question,
+    _resume_answers,
+    _with_origin,
+    read_answers,
+    write_answers,
+)
+from lisa_lightning.evaluation.judging import Judged, judge_answers, read_judged
 from lisa_lightning.judge.base import Judge, Metric, Pair, Verdict
 from lisa_lightning.runtime.errors import UserError
 
@@ -154,7 +161,7 @@ def test_the_store_precedes_judged_jsonl(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verdict", [Verdict(True, float("nan")), Verdict(True, 3.0), Verdict("yes", 1.0)])  # type: ignore[arg-type]
 def test_a_verdict_that_could_not_be_read_back_is_refused(tmp_path: Path, verdict: Verdict) -> None:
-    with pytest.raises(UserError, match=r"judge=counting: it gave a verdict in which .* is not .*\. Fix: "):
+    with pytest.raises(UserError, match=r"judge=counting: invalid verdict, .* is not .*\. Fix: "):
         judged(Constant(verdict), tmp_path, tmp_path / "cache")
 
 
@@ -167,7 +174,7 @@ DAMAGE = {
     b"null": "not a JSON object",
     b"{}": "field 'model' is missing",
     b"[" * 100_000: "broken JSON",
-    b'{"model": "a", "model": "b"}': "a field stands twice",
+    b'{"model": "a", "model": "b"}': "a field occurs twice",
 }
 WRONG_VERDICT = [
     {"flagged": "yes"},
@@ -249,22 +256,22 @@ def test_only_answers_as_they_were_written_are_reused(tmp_path: Path) -> None:
     path = tmp_path / "responses.jsonl"
     questions = [Question("task", f"request {i}", "context", f"target {i}") for i in range(3)]
     plain = [Answer("final", q.kind, i, q.prompt, q.context, "answer", q.target) for i, q in enumerate(questions)]
-    valid = [_sealed(answer, "one evaluation") for answer in plain]
+    valid = [_with_origin(answer, "one evaluation") for answer in plain]
     other = replace(plain[0], model="aligned", origin="another")
     write_answers(path, [other, *valid])
-    assert _begin(path, "final", "one evaluation", questions) == dict(enumerate(valid))
+    assert _resume_answers(path, "final", "one evaluation", questions) == dict(enumerate(valid))
     changes: list[dict[str, Any]] = [
         *({name: "Answer"} for name in ("prompt", "context", "response", "target", "origin")),
         *({"kind": "harmful"}, {"index": 1}, {"index": 7}, {"cut_off": True}),
     ]
     for change in changes:
         write_answers(path, [other, replace(valid[0], **change), valid[2]])
-        assert _begin(path, "final", "one evaluation", questions) == {2: valid[2]}, change
+        assert _resume_answers(path, "final", "one evaluation", questions) == {2: valid[2]}, change
         assert read_answers(path) == [other, valid[2]]
     for others in (questions[:2], [questions[0], questions[2], questions[1]], []):
         write_answers(path, valid)
-        assert len(_begin(path, "final", "one evaluation", others)) == sum(
+        assert len(_resume_answers(path, "final", "one evaluation", others)) == sum(
             q in others[i : i + 1] for i, q in enumerate(questions)
         )
     write_answers(path, valid)
-    assert _begin(path, "final", "another evaluation", questions) == {}
+    assert _resume_answers(path, "final", "another evaluation", questions) == {}

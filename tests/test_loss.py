@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lisa_lightning.data.packing import IGNORED, Example, pack, pad
-from lisa_lightning.model.hooks import attention_blocks, mlp_blocks, outputs
-from lisa_lightning.model.lora import attach, load, trainable
+from lisa_lightning.model.factors import trainable
+from lisa_lightning.model.hooks import attention_blocks, capture_outputs, mlp_blocks
+from lisa_lightning.model.lora import attach, load
 from lisa_lightning.objective.loss import choose_packing, completion_loss, unembed
 
 SIZES = {
@@ -116,7 +117,7 @@ def test_every_layer_has_an_attention_block_and_an_mlp(name: str) -> None:
     model = family(name).get_base_model()
     ids = torch.arange(3, 20)[None]
     for find in (attention_blocks, mlp_blocks):
-        with torch.no_grad(), outputs(find(model)) as found:
+        with torch.no_grad(), capture_outputs(find(model)) as found:
             model(ids)
         assert [f.numel() for f in found] == [ids.numel() * SIZES["hidden_size"]] * SIZES["num_hidden_layers"]
 
@@ -247,7 +248,7 @@ def test_shared_prefixes_stand_once_and_what_predicts_nothing_not_at_all() -> No
     assert packed.positions is not None
     assert packed.positions.tolist() == [[0, 1, 2, 3, 2]]
     assert packed.mask[0, 0, 4].tolist() == [True, True, False, False, True]
-    assert packed.predictors.tolist() == [2, 3, 4]
+    assert packed.logit_positions.tolist() == [2, 3, 4]
 
 
 def test_packs_stay_short_where_little_is_shared() -> None:
@@ -265,6 +266,11 @@ def test_nothing_to_learn_gives_no_pack(together: Any) -> None:
 def test_a_pack_tells_how_many_rows_a_token_stands_for_and_each_targets_place() -> None:
     rows = [Example((1, 2, 3, 4), (IGNORED, IGNORED, 3, 4)), Example((1, 2, 5, 6), (IGNORED, IGNORED, 5, 6))]
     (trie,), (padded,) = pack(rows), pad(rows)
-    assert dict(zip(trie.ids[0].tolist(), trie.shared_by[0].tolist(), strict=True)) == {1: 2, 2: 2, 3: 1, 5: 1}
-    assert sorted(zip(trie.targets.tolist(), trie.places.tolist(), strict=True)) == [(3, 0), (4, 1), (5, 0), (6, 1)]
-    assert padded.places.tolist() == [0, 1, 0, 1]
+    assert dict(zip(trie.ids[0].tolist(), trie.row_count[0].tolist(), strict=True)) == {1: 2, 2: 2, 3: 1, 5: 1}
+    assert sorted(zip(trie.targets.tolist(), trie.label_index.tolist(), strict=True)) == [
+        (3, 0),
+        (4, 1),
+        (5, 0),
+        (6, 1),
+    ]
+    assert padded.label_index.tolist() == [0, 1, 0, 1]

@@ -17,16 +17,16 @@ from test_wrong_input import ROOT
 
 from lisa_lightning.runtime import launch as processes
 from lisa_lightning.runtime.errors import UserError
-from lisa_lightning.runtime.launch import launched
+from lisa_lightning.runtime.launch import launch_ranks
 from lisa_lightning.runtime.ranks import RankLostError, Ranks
 
 pytestmark = pytest.mark.slow
-CONTINUES = "The same command with its folder and resume=true continues from the last checkpoint"
+CONTINUES = "Fix: repeat the command with its folder and resume=true, which continues from the last checkpoint"
 Work = Callable[[Ranks, int], object]
 
 
 class Lightning:
-    """What `launched` needs of Fabric: two processes that exist already, and a broadcast through a pipe."""
+    """What `launch_ranks` needs of Fabric: two processes that exist already, and a broadcast through a pipe."""
 
     def __init__(self, rank: int, children: list[Any], pipe: Connection) -> None:
         self.global_rank, self.world_size, self.is_global_zero = rank, 2, rank == 0
@@ -68,7 +68,7 @@ def run_rank(rank: int, children: list[Any], pipe: Connection, work: Work, minut
     """Return exit status and sentence of a rank that does this work."""
     fabric: Any = Lightning(rank, children, pipe)
     try:
-        with launched(fabric, minutes) as ranks:
+        with launch_ranks(fabric, minutes) as ranks:
             work(ranks, rank)
     except RankLostError as error:
         return 2, str(error) if error.is_reported else ""
@@ -142,7 +142,7 @@ def signal_other(tmp_path: Path, victim: int, number: signal.Signals) -> Work:
 
 
 def test_ranks_wait_for_one_that_works_alone(tmp_path: Path) -> None:
-    """Longer than their patience with one that gives no sign of life."""
+    """Longer than their patience with a rank that sends no heartbeat."""
     assert both(tmp_path, work_alone(1.5), minutes=0.5 / 60) == ((0, ""), (0, ""))
 
 
@@ -153,10 +153,10 @@ def test_ranks_wait_for_one_that_works_alone(tmp_path: Path) -> None:
         (
             1,
             signal.SIGSTOP,
-            r"Rank 1 of 2 (gives no sign of life|has not arrived) for trainer\.timeout_min=0\.02 minutes",
+            r"Rank 1 of 2 (has sent no heartbeat|has not arrived) for trainer\.timeout_min=0\.02 minutes",
         ),
         (0, signal.SIGKILL, r"Rank 0 of 2 has ended or hangs, so the run ends\. "),
-        (0, signal.SIGSTOP, r"Rank 0 of 2 gives no sign of life for trainer\.timeout_min=0\.02 minutes"),
+        (0, signal.SIGSTOP, r"Rank 0 of 2 has sent no heartbeat for trainer\.timeout_min=0\.02 minutes"),
     ],
 )
 def test_the_other_rank_names_the_one_that_is_lost(

@@ -14,18 +14,19 @@ import pytest
 import ranks
 import torch
 import training
+from recording import Recording
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from training import DEFENDER, STEPS, Train, largest_difference
 
 from lisa_lightning.align.booster import Booster
-from lisa_lightning.align.repnoise import RepNoise, _differing, mmd
+from lisa_lightning.align.repnoise import RepNoise, _differing_positions, mmd
 from lisa_lightning.align.sft import SFT as AlignmentSFT
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.align.vaccine import Vaccine
 from lisa_lightning.data import packing
 from lisa_lightning.data.packing import Example, pad
-from lisa_lightning.data.schedule import Draw
+from lisa_lightning.data.schedule import StreamBatch
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.asft import AsFT
 from lisa_lightning.method.base import Method
@@ -36,9 +37,9 @@ from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.method.vlguard_loss import VLGuardLoss
-from lisa_lightning.model.hooks import final_norm, mlp_blocks, outputs
+from lisa_lightning.model.hooks import capture_outputs, final_norm, mlp_blocks
 from lisa_lightning.model.lora import attach, load, load_tokenizer
-from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.repair._dpo import DPO
 from lisa_lightning.trainer.module import LisaModule, _mix
 
@@ -87,7 +88,7 @@ def test_without_its_term_a_method_is_what_it_builds_on_bit_for_bit(train: Train
     """With dropout, micro-batches and a clip that binds, and after a resume."""
     method, builds_on = ALIKE[name]
     trained = partial(train, dropout=0.2, steps=8, batch_size=2, accumulate=2, clip=0.05)
-    other = trained(builds_on, folder="other", apart="alignment" in method.rows_apart)
+    other = trained(builds_on, folder="other", apart="alignment" in method.unpacked_streams)
     with pytest.raises(InterruptedError):
         trained(method, folder="without", stop_after=5)
     assert largest_difference(trained(method, folder="without"), other) == 0
@@ -98,11 +99,11 @@ def test_without_its_term_a_method_is_what_it_builds_on_bit_for_bit(train: Train
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_says_so_if_it_draws_defender_rows(name: str) -> None:
     method = METHODS[name]()
-    assert any("defender" in method.draws(step) for step in range(9)) == ("defender rows" in method.needs)
+    assert any("defender" in method.plan(step) for step in range(9)) == ("defender_rows" in method.requirements)
 
 
 def test_vlguard_as_a_loss_draws_as_many_alignment_rows_as_it_is_told() -> None:
-    assert VLGuardLoss(1.0, 3).draws(7) == {"user": Draw(7), "alignment": Draw(7, 3)}
+    assert VLGuardLoss(1.0, 3).plan(7) == {"user": StreamBatch(7), "alignment": StreamBatch(7, 3)}
 
 
 def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train) -> None:
@@ -110,32 +111,16 @@ def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train)
     for split in ({}, {"batch_size": 2, "accumulate": 2}, {"clip": 0.05}):
         one, plain = (train(m, 0.2, folder=str((m, split)), steps=1, **split) for m in (method(), SFT()))
         assert largest_difference(one, plain) < 1e-6
-        assert one.metrics == {}
     plain = train(SFT(), folder="c", steps=8)
     assert largest_difference(train(method(), folder="d", steps=8), plain) > 1e-4
     assert largest_difference(train(ConstrainedSFT(0.0, 5.0, 20.0, 5), folder="e", steps=8), plain) < 5e-6
 
 
 def test_dpo_starts_at_log_two_and_prefers_the_refusals_afterwards(train: Train) -> None:
-    seen = _Seen()
-    train(DPO(0.5), steps=12, more=[seen], weight_decay=0.0)
+    seen = Recording()
+    train(DPO(0.5), steps=12, loggers=[seen], weight_decay=0.0)
     assert seen.values()[0] == pytest.approx(math.log(2), abs=1e-5)
     assert max(seen.values()[-3:]) < 0.5
-
-
-class _Seen(L.Callback):
-    """Every step's metrics but its time."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, float]] = []
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object, **__: object) -> None:
-        assert isinstance(pl_module, LisaModule)
-        self.steps.append({name: v for name, v in pl_module.metrics.items() if name != "time/step_s"})
-
-    def values(self, name: str = "train/loss") -> list[float]:
-        """Of one metric."""
-        return [step[name] for step in self.steps]
 
 
 def test_every_step_draws_dropout_masks_of_its_own(train: Train) -> None:
@@ -153,7 +138,7 @@ class _Seeds(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object, **__: object) -> None:
         assert isinstance(pl_module, LisaModule)
-        self.seen.append(pl_module.passes.seed)
+        self.seen.append(pl_module.backprop.seed)
 
 
 @pytest.mark.parametrize("name", each(METHODS))
@@ -174,42 +159,43 @@ def test_resume_equals_the_straight_run_bit_for_bit_with_dropout(train: Train, n
 
 def test_with_dropout_the_pass_of_the_reference_draws_the_masks_of_the_models_own(train: Train) -> None:
     """So that where nothing has moved yet, features are what they were and a gain is none."""
-    seen = _Seen()
-    train(LDIFS(0.1, None, None, False), 0.3, folder="ldifs", steps=1, more=[seen])
+    seen = Recording()
+    train(LDIFS(0.1, None, None, False), 0.3, folder="ldifs", steps=1, loggers=[seen])
     assert seen.values("ldifs/penalty") == [0]
-    seen = _Seen()
-    train(DPO(0.5), 0.3, folder="dpo", steps=1, batch_size=2, accumulate=2, more=[seen])
+    seen = Recording()
+    train(DPO(0.5), 0.3, folder="dpo", steps=1, batch_size=2, accumulate=2, loggers=[seen])
     assert seen.values()[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize("name", each(METHODS))
 def test_padded_rows_one_trie_or_many_are_the_same(train: Train, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    seen = {folder: _Seen() for folder in ("one", "padded", "many")}
+    seen = {folder: Recording() for folder in ("one", "padded", "many")}
 
     def trained(folder: str, apart: bool = False) -> LisaModule:
-        return train(METHODS[name](), folder=folder, steps=6, apart=apart, more=[seen[folder]])
+        return train(METHODS[name](), folder=folder, steps=6, apart=apart, loggers=[seen[folder]])
 
     one, padded = trained("one"), trained("padded", apart=True)
-    monkeypatch.setattr(packing, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr("lisa_lightning.trainer.module.choose_packing", lambda *_: packing.pack)
+    monkeypatch.setattr(packing, "MAX_PACK_TOKENS", 0)
     for folder, other in (("padded", padded), ("many", trained("many"))):
         assert largest_difference(one, other) < 5e-5
         for own, others in zip(seen["one"].steps, seen[folder].steps, strict=True):
             assert own == pytest.approx(others, rel=1e-3, abs=1e-5)
 
 
-def test_repnoise_is_what_the_models_own_passes_say(train: Train, tiny: Path) -> None:
+def test_repnoise_is_what_the_models_own_passes_say(train: Train, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = RepNoise(0.1, 0.5, False, 0)
-    method.noise = lambda step, layer, shape: torch.zeros(*shape)  # type: ignore[method-assign]
-    seen = _Seen()
-    module = train(method, steps=1, batch_size=len(DEFENDER), lr=0.0, more=[seen])
-    model, tokenizer = module.passes.model, load_tokenizer(tiny)
+    monkeypatch.setattr(RepNoise, "noise", lambda self, step, layer, shape: torch.zeros(*shape))
+    seen = Recording()
+    module = train(method, steps=1, batch_size=len(DEFENDER), lr=1e-12, loggers=[seen])
+    model, tokenizer = module.backprop.model, load_tokenizer(tiny)
     activations, entropies = [], []
     for row in DEFENDER:
         prompt, answer = (
             tokenizer(text, add_special_tokens=False)["input_ids"] for text in (row.instruction, row.response)
         )
         ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
-        with torch.no_grad(), outputs(mlp_blocks(model)) as found:
+        with torch.no_grad(), capture_outputs(mlp_blocks(model)) as found:
             states = model(input_ids=ids, output_hidden_states=True).hidden_states
         activations.append([f[0, len(prompt) : -1] for f in found])
         norm = final_norm(model)
@@ -225,15 +211,15 @@ def test_repnoise_is_what_the_models_own_passes_say(train: Train, tiny: Path) ->
 def test_a_rounded_id_behind_the_vocabulary_is_no_label_of_official_repnoise() -> None:
     rows = pad([Example((5, 300, 511), (-100, 300, 511))])  # 511 is 512 in bfloat16
     for vocabulary, labels in ((513, [300, 512]), (512, [300])):
-        assert _differing(rows[0], torch.zeros(1, 3), True, vocabulary).targets.tolist() == labels
+        assert _differing_positions(rows[0], torch.zeros(1, 3), True, vocabulary).targets.tolist() == labels
 
 
 def test_moved_weights_count_though_autocast_keeps_the_casts_of_those_before(tiny: Path) -> None:
     net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
-    passes, ids = Passes(net, lambda *_: iter(())), torch.arange(8)[None]
+    backprop, ids = Backprop(net, lambda *_: iter(())), torch.arange(8)[None]
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
         before = net(input_ids=ids).logits
-        with passes.at([torch.ones_like(w) for w in passes.weights]):
+        with backprop.swapped_weights([torch.ones_like(w) for w in backprop.weights]):
             assert not torch.equal(net(input_ids=ids).logits, before)
         assert torch.equal(net(input_ids=ids).logits, before)
 
@@ -263,9 +249,9 @@ def test_official_repnoise_compares_with_nothing_where_all_other_answers_are_cut
 def test_inactive_layers_stand_still_and_their_moments_too(train: Train) -> None:
     module = train(TVaccine(2.0, 1, 100, 100, 0), steps=3)
     optimizer: torch.optim.Optimizer = module.optimizers().optimizer  # type: ignore[union-attr]
-    stepped = {name for name, w in zip(module.passes.names, module.weights, strict=True) if w in optimizer.state}
-    (active,) = module.method.kept["active"][0].tolist()
-    for name in module.passes.names:
+    stepped = {name for name, w in zip(module.backprop.names, module.weights, strict=True) if w in optimizer.state}
+    (active,) = module.state["active"][0].tolist()
+    for name in module.backprop.names:
         layer = int(name.split(".layers.")[1].split(".")[0])
         assert (name in stepped) == (layer == active if ".self_attn." in name else layer >= active)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,31 +13,29 @@ from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lisa_lightning.config.optim import Optim
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
-from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.source import Row
 from lisa_lightning.data.templates import Template, alpaca, encode_prompt
-from lisa_lightning.evaluate.generate import Stop, generate
+from lisa_lightning.evaluation.generate import Stop, generate
 from lisa_lightning.method.lisa import Lisa
+from lisa_lightning.model.factors import trainable
 from lisa_lightning.model.hooks import (
+    add_to_outputs,
     attention_blocks,
+    capture_outputs,
     decoder_layers,
     final_norm,
-    hooked,
+    forward_hooks,
     mlp_blocks,
-    outputs,
-    perturbed,
-    skipped,
+    skip_forward,
 )
-from lisa_lightning.model.lora import attach, attach_saved, load, load_tokenizer, save_adapter, trainable
-from lisa_lightning.objective.backprop import Passes
-from lisa_lightning.objective.loss import choose_packing
+from lisa_lightning.model.lora import attach, attach_saved, load, load_tokenizer, save_adapter
 from lisa_lightning.pipeline.fit import Checkpoint, fit
 from lisa_lightning.repair.nlsr import NLSR
 from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.trainer.module import LisaModule
-from lisa_lightning.trainer.optim import Optim
 
 ROOT = Path(__file__).parents[1]
 MODELS = sorted(f.stem for f in (ROOT / "conf" / "model").glob("[!_]*.yaml"))
@@ -59,7 +56,7 @@ TYPES = {
 }
 USER = [Row("Say the sign of the input", f"sentence {i}", "positive" if i % 2 else "negative") for i in range(6)]
 ALIGNMENT = [Row(f"request {i}", "", "No.") for i in range(4)]
-TRAINER = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
+TRAINER = {"accelerator": "cpu", "devices": 1}
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +98,9 @@ def test_trains_three_lisa_steps_and_answers(
     )
     before = {n: w.clone() for n, w in trainable(net).items()}
     method = Lisa(alignment_steps=1, user_steps=1, rho=1.0, proximal_after=0.0)
-    optim = Optim(1e-2, 3, 2, 1, 1.0, "constant", 0.0, 0.0, (0.9, 0.999), 1e-8)
-    encoded = partial(encode, tokenizer, template, max_length=512)
-    streams: Any = {"user": Examples(USER, encoded), "alignment": Examples(ALIGNMENT, encoded)}
-    steps = StepBatches(streams, choose_packing(net.get_base_model(), 512), method, 3, 2, 1, seed=0)
-    module = LisaModule(Passes(net, steps.whole), method, optim, seed=0, key={})
-    fit(module, LisaDataModule(steps), TRAINER, Checkpoint(tmp_path / "a.ckpt", 10, 99), [], "finetune")
+    optim = Optim(lr=1e-2, steps=3, batch_size=2, schedule="constant")
+    data = LisaDataModule(tokenizer, USER, ALIGNMENT, max_length=512, template=template)
+    fit(LisaModule(net, method, optim), data, TRAINER, Checkpoint(tmp_path / "a.ckpt", 10), [], [], "finetune")
     moved = [n for n, w in trainable(net).items() if not torch.equal(w, before[n])]
     assert len(moved) == len(before)  # every factor of every target
 
@@ -137,25 +131,25 @@ def test_blocks_are_found_by_structure_with_an_adapter_or_without(
         for find in (attention_blocks, mlp_blocks):
             blocks = find(model)
             assert len({id(b) for b in blocks}) == SMALL["num_hidden_layers"]
-            with outputs(blocks) as found:
+            with capture_outputs(blocks) as found:
                 plain = model(ids).logits
             assert [f.numel() for f in found] == [ids.numel() * SMALL["hidden_size"]] * len(blocks)
             noise = [torch.zeros_like(found[0]), torch.randn_like(found[1])]
-            with perturbed(blocks, noise):
+            with add_to_outputs(blocks, noise):
                 assert not torch.allclose(model(ids).logits, plain)
-        with outputs([final_norm(model)]) as found:
+        with capture_outputs([final_norm(model)]) as found:
             states = model(ids, output_hidden_states=True).hidden_states
         assert torch.equal(found[0], states[-1])
         first, given = decoder_layers(model)[:1], []
-        with hooked(first, lambda _, out, given=given: given.append(out)):
+        with forward_hooks(first, lambda _, out, given=given: given.append(out)):
             model(ids)
-        with skipped(first, given[0]):
+        with skip_forward(first, given[0]):
             assert torch.equal(model(ids + 1).logits, plain)
         assert not torch.allclose(model(ids + 1).logits, plain)
 
 
 @pytest.mark.parametrize(
-    "find", [attention_blocks, mlp_blocks, final_norm, lambda m: NLSR(0.8, 0.5, 0.2, 0).refuse(m, {})]
+    "find", [attention_blocks, mlp_blocks, final_norm, lambda m: NLSR(0.8, 0.5, 0.2, 0).check(m, {})]
 )
 def test_finding_no_block_is_an_error(tiny: Path, find: Callable[[Any], Any]) -> None:
     model: Any = load(tiny, "float32")
@@ -170,7 +164,7 @@ def test_finding_no_block_is_an_error(tiny: Path, find: Callable[[Any], Any]) ->
 
 @pytest.mark.parametrize("targets", [["q_proj", "nope"], ["proj"], "nope"])
 def test_a_target_that_matches_nothing_is_refused(tiny: Path, targets: Any) -> None:
-    said = r"align\.lora\.targets: the model has no module '(nope|proj)'; there are: .*q_proj"
+    said = r"align\.lora\.targets: the model has no module '(nope|proj)'\. Fix: choose from .*q_proj"
     with pytest.raises(UserError, match=said):
         attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=targets), 0, "align.lora")
 

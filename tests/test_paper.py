@@ -9,7 +9,7 @@ import pytest
 from composing import composed
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.config.requirements import refuse_unmet
+from lisa_lightning.config.requirements import check_requirements
 from lisa_lightning.config.validate import check
 from lisa_lightning.logger.curves import read_rows
 from lisa_lightning.pipeline.run import _defenses, run
@@ -98,7 +98,8 @@ def test_every_defense_has_its_papers_settings(config: Callable[..., DictConfig]
         needed = ["source.refusals=pairs.json"] if "source.refusals" in text else []
         cfg = config(f"experiment=paper/{name}", *needed)
         check(cfg)
-        refuse_unmet(_defenses(cfg).there, dict.fromkeys(("curate", "align", "method", "repair"), name), cfg, 1)
+        choices: dict[str, str] = dict.fromkeys(("curate", "align", "method", "repair"), name)
+        check_requirements(_defenses(cfg).by_group, choices, cfg, 1)
         for group in ("curate", "align", "method", "repair"):
             file = ROOT / "conf" / group / f"{name.replace('booster_vaccine', 'booster')}.yaml"
             if file.exists():
@@ -173,8 +174,8 @@ def test_a_cell_runs_to_its_end(
         *([] if method in ("sft", "vlguard_mix") else ["method.alignment_steps=2", "method.user_steps=3"]),
         f"cache_dir={tmp_path_factory.getbasetemp() / 'paper-cache'}",
     ]
-    cfg = composed([f"experiment=paper/{task}_{method}", *small, *stand_ins[:-1]], tmp_path / "out")
-    metrics = run(cfg)
+    request = composed([f"experiment=paper/{task}_{method}", *small, *stand_ins[:-1]], tmp_path / "out")
+    metrics = run(request)
     assert metrics["train/steps"] == 2 * -(-20 // 5)
     assert metrics["final/harmful_score_answers"] == 6
     assert metrics["rows/overlap"] > 0

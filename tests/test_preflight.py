@@ -13,19 +13,19 @@ from lisa_lightning.pipeline.run import run
 from lisa_lightning.runtime.errors import UserError
 
 MISFITS = {
-    "repair=safe_lora repair.number=99": r"repair\.number=99 is too many: aligning changed 4 of",
+    "repair=safe_lora repair.number=99": r"repair\.number=99: alignment changed only 4 of",
     "align=t_vaccine": r"align\.method\.active_layers=8 is not allowed; the model has 2",
     "align.lora.targets=[q_proj] lora.targets=[v_proj] method=asft": r"are fine-tuned \(v_proj\); it changed q_proj",
     "align.lora.targets=[q_proj] lora.targets=[v_proj] repair=safe_lora": r"are fine-tuned \(v_proj\)",
     "align=repnoise align.method.official=true align.optim.accumulate=2": r"accumulate=1 \(now 2\) and one process",
-    "method=ldifs method.padding=true optim.accumulate=2": r"needs optim\.accumulate=1 \(now 2\) and one process",
+    "method=ldifs method.padding=true optim.accumulate=2": r"Fix: optim\.accumulate=1 \(now 2\) and one process",
     "lora.targets=[nope]": r"lora\.targets: the model has no module 'nope'",
     "lora.r=5000": r"lora\.r=5000 is above the rank of every adapted matrix\. Fix: lora\.r=32 or less",
     "align.lora.r=5000": r"align\.lora\.r=5000 is above the rank of every adapted matrix",
     "model.attention=flash_attention_2": r"The model in .* can't be loaded: ",
     "data.max_length=1025": r"data\.max_length=1025 is more than the 1024 positions of the model in",
     "data.max_length=20": r"cuts off the whole answer of all 60 user rows, whose shortest prompt takes \d+ tokens",
-    "evaluate.max_new_tokens=1024": r"source\.harmful_prompts, prompt 1 of those asked: it takes \d+ tokens and its",
+    "evaluate.max_new_tokens=1024": r"source\.harmful_prompts, prompt 1 of the evaluation: it takes \d+ tokens and its",
     "task.max_new_tokens=2000": r"source\.test, prompt 1 .* more than the 1024 positions",
     "model.template=chat": r"this tokenizer has no chat template",
     "model.template=chat stages=[evaluate]": r"this tokenizer has no chat template",
@@ -34,9 +34,9 @@ MISFITS = {
 
 def refused(words: list[str], work: Path, match: str | None = None) -> str:
     cache = work / "cache"
-    cfg = composed(["experiment=smoke", f"cache_dir={cache}", *words], work / "out")
+    request = composed(["experiment=smoke", f"cache_dir={cache}", *words], work / "out")
     with pytest.raises(UserError, match=match) as error:
-        run(cfg)
+        run(request)
     assert {folder.name for folder in cache.glob("*")} <= {"models"}
     assert not [*(work / "out").iterdir()]
     return str(error.value)
@@ -68,7 +68,7 @@ def test_a_prompt_beyond_learned_positions_is_named(learned_positions: Path, tmp
         prompts.write_text("".join(json.dumps(r) + "\n" for r in (rows[0], row)))
         asked = [f"source.harmful_prompts.path={prompts}", "source.harmful_prompts.take=null", "data.max_length=300"]
         message = refused([*of(learned_positions), *asked], tmp_path)
-        assert "source.harmful_prompts, prompt 2 of those asked: it takes more than 300 tokens" in message
+        assert "source.harmful_prompts, prompt 2 of the evaluation: it takes more than 300 tokens" in message
     assert "data.max_length=301 is more than the 300 positions" in refused(
         [*of(learned_positions), "data.max_length=301"], tmp_path
     )

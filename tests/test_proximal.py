@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lisa_lightning.data.interleave import Batch, Step
+from lisa_lightning.method.base import move_anchor
 from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.objective.proximal import add_gradient, snapshot, squared_distance
 
@@ -35,15 +36,15 @@ class _Quadratic:
 def run(method: Lisa, w: Tensor, lr: float, steps: int, clip: float, adam: bool) -> tuple[list[Tensor], dict]:
     """Quadratic user and alignment losses through the method, as the training loop calls it."""
     optimizer = torch.optim.AdamW([w], lr, weight_decay=0.0) if adam else torch.optim.SGD([w], lr)
-    passes: Any = _Quadratic(w)
-    method.begin(passes, steps)
+    backprop: Any = _Quadratic(w)
+    state = method.init(backprop)
     path, drifts = [], {}
     for t in range(steps):
-        measured = method.before_step(t, [w])
+        state, measured = move_anchor(method, t, [w], state)
         if measured:
             drifts[t] = measured["switch/drift"]
-        (stream,) = method.draws(t)
-        (w.grad,) = method.gradient(passes, Step(t, {stream: Batch(stream, [], 0)})).gradient
+        (stream,) = method.plan(t)
+        (w.grad,) = method.gradient(backprop, Step(t, steps, {stream: Batch(stream, [], 0)}), state).gradients
         torch.nn.utils.clip_grad_norm_([w], clip)
         optimizer.step()
         path.append(w.detach().clone())

@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lisa_lightning.data.packing import Example, Pack, pad
 from lisa_lightning.method.asft import distance
-from lisa_lightning.model.alignment_delta import Delta, changed, low_rank_deltas
-from lisa_lightning.model.lora import modules, save_adapter, trainable
+from lisa_lightning.model.alignment_delta import Delta, low_rank_deltas, matching_deltas
+from lisa_lightning.model.factors import modules, trainable
+from lisa_lightning.model.lora import save_adapter
 from lisa_lightning.repair.antidote import Antidote
-from lisa_lightning.repair.base import Factors, Given
+from lisa_lightning.repair.base import Factors, RepairInputs
 from lisa_lightning.repair.nlsr import NLSR
 from lisa_lightning.repair.safe_lora import Projected, SafeLoRA
 from lisa_lightning.runtime.errors import UserError
@@ -25,8 +26,8 @@ def never() -> Any:
     raise AssertionError("not needed")
 
 
-def given(factors: Factors, **rest: Callable[..., Any]) -> Given:
-    return Given(factors, **{**dict.fromkeys(("net", "rows", "deltas", "reference"), never), **rest})
+def given(factors: Factors, **rest: Callable[..., Any]) -> RepairInputs:
+    return RepairInputs(factors, **{**dict.fromkeys(("net", "rows", "deltas", "reference"), never), **rest})
 
 
 def assert_equal(found: Factors, wanted: Factors, atol: float) -> None:
@@ -85,11 +86,11 @@ def test_deltas_of_an_adapters_folder_are_what_merging_adds(tmp_path: Path) -> N
         torch.testing.assert_close(low[name].project(x), dense[name].project(x), atol=1e-4, rtol=1e-4)
     untouched = "model.layers.0.self_attn.o_proj"
     for deltas in (low, dense):
-        assert changed(deltas, [untouched, names[0]]) == {names[0]: deltas[names[0]]}
+        assert matching_deltas(deltas, [untouched, names[0]]) == {names[0]: deltas[names[0]]}
         with pytest.raises(
             UserError, match=r"none of the modules that are fine-tuned \(o_proj\); it changed k_proj, q"
         ):
-            changed(deltas, [untouched])
+            matching_deltas(deltas, [untouched])
 
 
 def differing(before: Factors, after: Factors) -> dict[str, int]:
@@ -162,7 +163,7 @@ def test_safe_lora_projects_as_many_modules_as_it_is_told() -> None:
     assert {len(c) for c in controls} == {2}
     assert controls[0] == controls[-1]
     assert len({tuple(c) for c in controls}) > 1
-    with pytest.raises(UserError, match="changed 6 of the adapter"):
+    with pytest.raises(UserError, match="changed only 6 of the adapter"):
         projected("number", 7, 0.0)
     factors = {name: w * (".lora_A." in name) for name, w in factors.items()}  # all cosines are 0
     assert [len(projected("number", 1, 0.0, rounded=r).projected) for r in (False, True)] == [1, 6]
@@ -259,8 +260,8 @@ def test_nlsr_prefers_the_least_similar_and_its_control_replaces_as_much() -> No
     assert not differing(factors, realigned(net, factors, reference, rows, prune_rate=0.0, epsilon=0.0).factors)
     with pytest.raises(UserError, match="only one has"):
         realigned(net, factors, {}, rows)
-    with pytest.raises(UserError, match=r"sparsity_ratio=0\.16 keeps no rank of factors that have 6.* 0\.1667 or"):
-        NLSR(0.16, 0.5, 0.2, 0).refuse(net, {})
+    with pytest.raises(UserError, match=r"sparsity_ratio=0\.16: keeps 0 of the 6 ranks.*=0\.1667 or"):
+        NLSR(0.16, 0.5, 0.2, 0).check(net, {})
 
 
 def test_the_order_of_the_factors_does_not_matter() -> None:

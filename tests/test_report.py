@@ -11,9 +11,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.config.validate import plain
-from lisa_lightning.evaluate.evaluator import Answer
-from lisa_lightning.report.run_page import Told, page, samples
-from lisa_lightning.report.run_plots import figures
+from lisa_lightning.evaluation.evaluator import Answer
+from lisa_lightning.report.run_page import JudgedAnswer, sample_answers, write_run_page
+from lisa_lightning.report.run_plots import curve_figures
 
 Rows = list[dict[str, str]]
 
@@ -77,9 +77,9 @@ def align_rows() -> Rows:
     return [row(stage="align", step=i, train__loss=3.0 / i) for i in range(1, 21)]
 
 
-def answer(stage: str, kind: str, prompt: str, response: str, verdict: str) -> Told:
+def answer(stage: str, kind: str, prompt: str, response: str, verdict: str) -> JudgedAnswer:
     """An answer with its verdict."""
-    return Told(Answer(stage, kind, 0, prompt, prompt if kind == "task" else "", response), verdict)
+    return JudgedAnswer(Answer(stage, kind, 0, prompt, prompt if kind == "task" else "", response), verdict)
 
 
 ANSWERS = [
@@ -96,12 +96,13 @@ def made(
     folder: Path,
     metrics: dict[str, Any] = METRICS,
     curves: Rows | None = None,
-    answers: list[Told] = ANSWERS,
+    answers: list[JudgedAnswer] = ANSWERS,
     choices: dict[str, str] = CHOICES,
     config: DictConfig = CONFIG,
 ) -> str:
     """The page of a run, whole unless told otherwise."""
-    page(folder, metrics, align_rows() + finetune_rows() if curves is None else curves, answers, choices, plain(config))
+    curves = align_rows() + finetune_rows() if curves is None else curves
+    write_run_page(folder, metrics, curves, answers, choices, plain(config))
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -199,8 +200,8 @@ def test_same_input_same_bytes(whole: str, tmp_path: Path) -> None:
 
 def test_plain_fine_tuning_has_no_alignment_curves(tmp_path: Path) -> None:
     curves = finetune_rows(alignment=0, rho=0.0)
-    assert [f.name for f in figures(curves)] == ["loss", "drift", "scores"]
-    assert not {key.label for f in figures(curves) for key in f.keys} & {"alignment steps", "alignment state"}
+    assert [f.name for f in curve_figures(curves)] == ["loss", "drift", "scores"]
+    assert not {key.label for f in curve_figures(curves) for key in f.legend} & {"alignment steps", "alignment state"}
     metrics = {k: v for k, v in METRICS.items() if k != "time/align_s"}
     config = OmegaConf.create({"stages": ["finetune", "evaluate"], "model": {"id": None}})
     plain = re.sub(r"<[^>]+>", "", made(tmp_path, metrics, [], config=config))
@@ -211,10 +212,10 @@ def test_plain_fine_tuning_has_no_alignment_curves(tmp_path: Path) -> None:
 def test_what_the_methods_of_both_stages_tell_of_themselves_is_drawn(tmp_path: Path) -> None:
     """In curves.csv every row has every column; one class may tell the same in both stages."""
     rows = [row | {"own/x": str(i), "booster/y": ""} for i, row in enumerate(finetune_rows(alignment=0, rho=0.0))]
-    assert [f.title for f in figures(rows)][-1] == "own/x"
+    assert [f.title for f in curve_figures(rows)][-1] == "own/x"
     aligning = [row | {"own/x": str(i), "booster/y": str(-1 - i)} for i, row in enumerate(align_rows())]
     titles = ["own/x", "own/x while aligning", "booster/y while aligning"]
-    assert [f.title for f in figures([*aligning, *rows])][-3:] == titles
+    assert [f.title for f in curve_figures([*aligning, *rows])][-3:] == titles
     ids = Outline(made(tmp_path, curves=[*aligning, *rows])).ids
     assert len(ids) == len(set(ids))
 
@@ -233,7 +234,7 @@ def test_any_stage_may_be_missing(tmp_path: Path, kept: tuple[str, ...]) -> None
 @pytest.mark.parametrize(("alignment", "user"), [(1, 1), (20, 0), (5, 45)])
 def test_short_runs_and_odd_schedules_are_drawn(alignment: int, user: int) -> None:
     for steps in (0, 7):
-        for figure in figures(finetune_rows(steps, alignment, user)):
+        for figure in curve_figures(finetune_rows(steps, alignment, user)):
             assert figure.wide.startswith("<svg")
             assert figure.narrow.endswith("</svg>")
 
@@ -259,7 +260,7 @@ def test_long_runs_and_answers_stay_small(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_are_left_out() -> None:
     curves = [*finetune_rows(), row(stage="finetune", step=61, train__state=0.0, user__loss="nan")]
-    assert "nan" not in "".join(f.wide for f in figures(curves))
+    assert "nan" not in "".join(f.wide for f in curve_figures(curves))
 
 
 def test_samples_are_the_first_of_each_stage_and_kind() -> None:
@@ -269,7 +270,7 @@ def test_samples_are_the_first_of_each_stage_and_kind() -> None:
         for stage in ("aligned", "final")
         for kind in ("harmful", "task")
     ]
-    chosen = samples(many, each=2)
+    chosen = sample_answers(many, limit=2)
     assert len(chosen) == 8
     assert {told.answer.prompt for told in chosen} == {"0", "1"}
 

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from scipy.stats import ttest_1samp
 
-from lisa_lightning.pipeline.sweep import finish
-from lisa_lightning.report.sweep_files import leave
-from lisa_lightning.report.sweep_page import score_plots, sweep_page
-from lisa_lightning.report.sweep_runs import in_order, read_runs, seed_groups, shown, swept
+from lisa_lightning.pipeline.sweep import finalize_sweep
+from lisa_lightning.report.sweep_files import write_sweep
+from lisa_lightning.report.sweep_page import render_sweep_page, score_plots
+from lisa_lightning.report.sweep_runs import format_value, read_runs, seed_groups, sort_key, swept_keys
 from lisa_lightning.runtime.errors import UserError
 
 CURVES = (
@@ -58,8 +58,8 @@ def test_settings_are_what_differs_beside_the_seed(tmp_path: Path) -> None:
                 made(tmp_path, 10.0 * seed, method, seed, harmful_ratio=ratio, **own)
     runs = read_runs([tmp_path])
     # Lisa's rho follows from the method, other seeds from the seed.
-    assert swept(runs) == (["method", "harmful_ratio"], [])
-    groups = seed_groups(runs, swept(runs)[0])
+    assert swept_keys(runs) == (["method", "harmful_ratio"], [])
+    groups = seed_groups(runs, swept_keys(runs)[0])
     assert [g.values for g in groups] == [(m, r) for m in ("lisa", "sft") for r in ("0.05", "0.1")]
     assert all(len(g.runs) == 2 for g in groups)
 
@@ -77,7 +77,7 @@ def test_means_of_other_settings_are_not_joined_by_a_line(tmp_path: Path) -> Non
             for ratio in (0.1, 0.2, 0.3):
                 made(tmp_path, 10.0, method, harmful_ratio=ratio, lr=lr)
     runs = read_runs([tmp_path])
-    keys, _ = swept(runs)
+    keys, _ = swept_keys(runs)
     plots = {plot.name: plot for plot in score_plots(seed_groups(runs, keys), keys)}
     means = [line for name in plots for line in plots[name].lines if line.label and len(line.points) > 2]
     assert len(means) == 6 * 2  # a key and method each, of harmful score and accuracy
@@ -90,31 +90,33 @@ def test_models_asked_as_they_are_stand_side_by_side(tmp_path: Path) -> None:
         own = json.loads((run / "metrics.json").read_text())
         (run / "metrics.json").write_text(json.dumps({k.replace("final/", "aligned/"): v for k, v in own.items()}))
     runs = read_runs([tmp_path])
-    assert swept(runs) == (["method", "model"], [])
-    found = [(g.values, g.spread("harmful_score")) for g in seed_groups(runs, swept(runs)[0])]
+    assert swept_keys(runs) == (["method", "model"], [])
+    found = [(g.values, g.spread("harmful_score")) for g in seed_groups(runs, swept_keys(runs)[0])]
     assert [(values, s.mean, s.low) for values, s in found if s] == [
         (("–", "after"), 60.0, 59.0),
         (("–", "before"), 10.0, 9.0),
     ]
-    facts = sweep_page(runs, *swept(runs), tmp_path).partition('<dl class="facts">')[2].partition("</dl>")[0]
+    facts = (
+        render_sweep_page(runs, *swept_keys(runs), tmp_path).partition('<dl class="facts">')[2].partition("</dl>")[0]
+    )
     assert re.findall("<dt>(.*)</dt><dd>(.*)</dd>", facts) == [("task", "sst2")]  # nothing of fine-tuning
 
 
 def test_coupled_keys_are_one(tmp_path: Path) -> None:
     for k1, k2 in ((10, 40), (25, 25)):
         made(tmp_path, 1.0, split=[k1, k2], steps={"k1": k1, "k2": k2})
-    assert swept(read_runs([tmp_path])) == (["method", "split"], ["steps.k1", "steps.k2"])
-    assert shown([10, 40]) == "10/40"
+    assert swept_keys(read_runs([tmp_path])) == (["method", "split"], ["steps.k1", "steps.k2"])
+    assert format_value([10, 40]) == "10/40"
 
 
 def test_what_differs_with_the_method_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of two runs any key follows from any other, and the effect may be either's."""
     for method, lr in (("sft", 1e-3), ("lisa", 1e-4)):
         made(tmp_path, 10.0, method, optim={"lr": lr})
-    assert leave([tmp_path], tmp_path) == 0
-    assert "with these differ too: optim.lr\n" in capsys.readouterr().out
+    assert write_sweep([tmp_path], tmp_path) == 0
+    assert "varied  together with these settings: optim.lr\n" in capsys.readouterr().out
     assert (
-        "these keys differ too, so that an effect may be theirs: <code>optim.lr</code>."
+        "These keys vary together with the settings of the table, so an effect may be theirs: <code>optim.lr</code>."
         in (tmp_path / "report.html").read_text()
     )
     with (tmp_path / "sweep.csv").open() as file:
@@ -127,7 +129,7 @@ def test_scores_of_other_judges_are_not_averaged(tmp_path: Path) -> None:
         if judges is not None:
             metrics = json.loads((run / "metrics.json").read_text())
             (run / "metrics.json").write_text(json.dumps(metrics | {"judges": judges}))
-    keys, _ = swept(runs := read_runs([tmp_path]))
+    keys, _ = swept_keys(runs := read_runs([tmp_path]))
     assert keys == ["method", "judge"]
     counted = {group.values: len(group.runs) for group in seed_groups(runs, keys)}
     assert counted == {("lisa", "embedded"): 3, ("lisa", "refusal,embedded"): 1}
@@ -138,13 +140,13 @@ def test_a_mean_of_unlike_runs_is_told(tmp_path: Path, capsys: pytest.CaptureFix
         run = made(tmp_path, 10.0, seed=seed, method="sft" if rows == "other" else "lisa")
         metrics = json.loads((run / "metrics.json").read_text())
         (run / "metrics.json").write_text(json.dumps(metrics | {"inputs": rows}))
-    leave([tmp_path], tmp_path)
-    assert "over seeds these differ" not in capsys.readouterr().out
-    assert "one of unlike runs" not in (tmp_path / "report.html").read_text()
+    write_sweep([tmp_path], tmp_path)
+    assert "unequal over seeds" not in capsys.readouterr().out
+    assert "runs that differ in more than the seed" not in (tmp_path / "report.html").read_text()
     made(tmp_path, 12.0, seed=4)  # which says nothing of its rows
-    leave([tmp_path], tmp_path)
-    assert "over seeds these differ too: rows, base model or own classes\n" in capsys.readouterr().out
-    assert "so that a mean is one of unlike runs: rows, base model" in (tmp_path / "report.html").read_text()
+    write_sweep([tmp_path], tmp_path)
+    assert "unequal over seeds: rows, base model or custom classes\n" in capsys.readouterr().out
+    assert "runs that differ in more than the seed: rows, base model" in (tmp_path / "report.html").read_text()
 
 
 def test_a_spread_is_students_over_seeds_and_a_runs_own_of_one(tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_a_spread_is_students_over_seeds_and_a_runs_own_of_one(tmp_path: Path) -
         made(tmp_path, 100 - value, seed=seed, method="bso")
     made(tmp_path, 50.0, method="sft")
     runs = read_runs([tmp_path])
-    spreads = {g.values[0]: g.spread("harmful_score") for g in seed_groups(runs, swept(runs)[0])}
+    spreads = {g.values[0]: g.spread("harmful_score") for g in seed_groups(runs, swept_keys(runs)[0])}
     high, three, one = (spreads[name] for name in ("bso", "lisa", "sft"))
     assert high is not None
     assert three is not None
@@ -173,14 +175,14 @@ def test_runs_that_agree_are_not_certain_and_a_seed_counts_once(tmp_path: Path) 
     made(tmp_path / "b", 50.0, seed=2)
     runs = read_runs([tmp_path, tmp_path / "a", tmp_path / "b" / ".." / "b"])
     assert len(runs) == 3
-    (group,) = seed_groups(runs, swept(runs)[0])
+    (group,) = seed_groups(runs, swept_keys(runs)[0])
     spread = group.spread("harmful_score")
     assert spread is not None
     assert (len(group.runs), spread.deviation, spread.low, spread.high) == (2, 0.0, 49.0, 51.0)
 
 
 def test_values_stand_in_their_order() -> None:
-    assert sorted(["10", "1e-05", "0.3", "b", "a", "5/45", "25/25"], key=in_order) == [
+    assert sorted(["10", "1e-05", "0.3", "b", "a", "5/45", "25/25"], key=sort_key) == [
         "1e-05", "0.3", "5/45", "10", "25/25", "a", "b",
     ]  # fmt: skip
 
@@ -190,7 +192,7 @@ def test_an_unfinished_sweep_has_a_table_and_a_page(tmp_path: Path, capsys: pyte
     made(tmp_path, None, harmful_ratio=0.2)
     broken = made(tmp_path, None, harmful_ratio=0.3)
     (broken / "failed.json").write_text(json.dumps({"cause": "<b>no</b> $x$", "traceback": ""}))
-    assert leave([tmp_path], tmp_path) == 1
+    assert write_sweep([tmp_path], tmp_path) == 1
     with (tmp_path / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(r["status"], r["harmful_ratio"], r["final/harmful_score"]) for r in rows] == [
@@ -205,14 +207,14 @@ def test_an_unfinished_sweep_has_a_table_and_a_page(tmp_path: Path, capsys: pyte
     assert "<b>no</b> $x$" in said
     assert "begun   1 run" in said
     noted = (broken / "failed.json").stat().st_mtime
-    assert [finish(tmp_path, since) for since in (noted - 1, noted + 1)] == [1, 0]  # an earlier command's
+    assert [finalize_sweep(tmp_path, since) for since in (noted - 1, noted + 1)] == [1, 0]  # an earlier command's
 
 
 def test_the_page_can_hide_every_run_that_it_draws(tmp_path: Path) -> None:
     for seed in (1, 2):
         for ratio in (0.1, 0.2):
             made(tmp_path, 20.0 * seed, seed=seed, harmful_ratio=ratio)
-    assert leave([tmp_path], tmp_path) == 0
+    assert write_sweep([tmp_path], tmp_path) == 0
     page = (tmp_path / "report.html").read_text()
     for run in range(4):
         assert f'id="show-{run}"' in page
@@ -225,14 +227,14 @@ def test_the_page_can_hide_every_run_that_it_draws(tmp_path: Path) -> None:
     ):
         assert title in page
     before = page, (tmp_path / "sweep.csv").read_text()
-    leave([tmp_path], tmp_path)
+    write_sweep([tmp_path], tmp_path)
     assert ((tmp_path / "report.html").read_text(), (tmp_path / "sweep.csv").read_text()) == before
 
 
 def test_names_from_outside_stay_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for value in ("<i>a</i>", "$b$", "[red]"):
         made(tmp_path, 20.0, note=value)
-    leave([tmp_path], tmp_path)
+    write_sweep([tmp_path], tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "<i>a" not in page
     assert "$b$" in page
@@ -252,10 +254,13 @@ def test_several_folders_together_from_the_command_line(tmp_path: Path) -> None:
     empty = subprocess.run([*command[:3], "."], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert empty.returncode == 0
     none = subprocess.run([*command[:3], "all"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert (none.returncode, none.stderr.strip()) == (2, "all: there is no run in it")
+    assert (none.returncode, none.stderr.strip()) == (
+        2,
+        "all: no run found. Fix: name the folder of a sweep or of a run",
+    )
 
 
 def test_a_single_runs_own_page_is_kept(tmp_path: Path) -> None:
     run = made(tmp_path, 20.0)
-    with pytest.raises(UserError, match="is one run's folder"):
-        leave([run], run)
+    with pytest.raises(UserError, match="is the folder of one run"):
+        write_sweep([run], run)

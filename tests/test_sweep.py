@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import yaml
-from composing import composed
+from composing import composed_job
 from forking import Forked, started
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from lisa_lightning.config.validate import check
-from lisa_lightning.pipeline.sweep import job, placed, value
+from lisa_lightning.pipeline.sweep import objective, resolve_sweep_dir, run_job
 from lisa_lightning.runtime.errors import UserError
-from lisa_lightning.runtime.files import owned
+from lisa_lightning.runtime.files import folder_lock
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["experiment=smoke", "optim.steps=6", "align.optim.steps=4", "evaluate.every=0", "checkpoint.every=2"]
@@ -43,7 +43,7 @@ SMALL = ["experiment=smoke", "optim.steps=6", "align.optim.steps=4", "evaluate.e
     ],
 )
 def test_the_same_sweep_has_the_same_folder(arguments: list[str], folder: str) -> None:
-    more, found = placed(arguments)
+    more, found = resolve_sweep_dir(arguments)
     assert found == Path(folder)
     assert more[: len(arguments)] == arguments
 
@@ -51,22 +51,27 @@ def test_the_same_sweep_has_the_same_folder(arguments: list[str], folder: str) -
 def test_a_jobs_name_says_what_its_folder_does_not() -> None:
     named = "hydra.job.config.override_dirname.exclude_keys"
     both = ["-m", "experiment=smoke", "seed=1,2", "optim.lr=1", "resume=true"]
-    assert placed(both)[0][-1] == f"{named}=[experiment,optim.lr,resume]"
-    assert placed([*both, "hydra.sweep.dir=here"])[0][-1] == f"{named}=[resume,hydra.sweep.dir,experiment,sweep]"
-    assert placed(["-m", "experiment=smoke"])[0][-1] == "hydra.sweep.subdir=job"
-    assert placed(["-m", "experiment=smoke", "hydra.sweep.dir=here"])[0][-1] == "hydra.sweep.subdir=job"
-    assert placed(["-m", "--config-dir", "mine", "seed=1,2"])[1] == Path("multirun", "seed")
-    assert placed(["-m", "seed=1", "hydra.sweep.dir=here"])[0][-1].startswith(named)  # another seed may follow
+    assert resolve_sweep_dir(both)[0][-1] == f"{named}=[experiment,optim.lr,resume]"
+    assert (
+        resolve_sweep_dir([*both, "hydra.sweep.dir=here"])[0][-1]
+        == f"{named}=[resume,hydra.sweep.dir,experiment,sweep]"
+    )
+    assert resolve_sweep_dir(["-m", "experiment=smoke"])[0][-1] == "hydra.sweep.subdir=job"
+    assert resolve_sweep_dir(["-m", "experiment=smoke", "hydra.sweep.dir=here"])[0][-1] == "hydra.sweep.subdir=job"
+    assert resolve_sweep_dir(["-m", "--config-dir", "mine", "seed=1,2"])[1] == Path("multirun", "seed")
+    assert resolve_sweep_dir(["-m", "seed=1", "hydra.sweep.dir=here"])[0][-1].startswith(
+        named
+    )  # another seed may follow
 
 
 def test_a_folder_must_be_known_before_the_config() -> None:
     with pytest.raises(UserError, match="must be written out"):
-        placed(["-m", "seed=1,2", "hydra.sweep.dir=${oc.env:HOME}/s"])
+        resolve_sweep_dir(["-m", "seed=1,2", "hydra.sweep.dir=${oc.env:HOME}/s"])
 
 
 def test_what_is_no_sweep_is_left_alone() -> None:
     for arguments in (["seed=1"], ["-m", "--cfg", "job"], ["-m", "a=[1,"]):
-        assert placed(arguments) == (arguments, None)
+        assert resolve_sweep_dir(arguments) == (arguments, None)
 
 
 SWEEPS = sorted(f.stem for f in (ROOT / "conf/sweep").glob("*.yaml"))
@@ -111,7 +116,7 @@ WIN_RATE = ["judge.win_rate.model=m", *(f"judge.win_rate.usd_per_million_{side}=
 def test_no_study_is_led_by_one_score_alone(tmp_path: Path, overrides: list[str], named: str) -> None:
     pytest.importorskip("optuna")
     folder = f"hydra.sweep.dir={tmp_path.parent}"
-    assert job(composed(["experiment=smoke", "sweep=optuna", folder, *overrides], tmp_path)) is None
+    assert run_job(composed_job(["experiment=smoke", "sweep=optuna", folder, *overrides], tmp_path)) is None
     cause = json.loads((tmp_path / "failed.json").read_text())["cause"]
     assert named in cause
     assert "no accuracy minus harmful score" in cause
@@ -119,8 +124,8 @@ def test_no_study_is_led_by_one_score_alone(tmp_path: Path, overrides: list[str]
 
 
 def test_a_missing_score_is_no_score_of_0() -> None:
-    assert value({"final/accuracy": 90.0, "final/harmful_score": 9.0}) == 81.0
-    assert value({"final/accuracy": 90.0}) is value({"final/harmful_score": 9.0}) is None
+    assert objective({"final/accuracy": 90.0, "final/harmful_score": 9.0}) == 81.0
+    assert objective({"final/accuracy": 90.0}) is objective({"final/harmful_score": 9.0}) is None
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +220,7 @@ def test_a_job_that_another_process_runs_is_left_to_it(work: Path, sweep: Sweep)
     arguments = [*SMALL, "seed=1,2", "hydra.sweep.dir=shared"]
     sweep(*arguments)
     (work / "shared" / next(iter(jobs(work / "shared"))) / "metrics.json").unlink()
-    with owned(work / "shared" / next(iter(jobs(work / "shared")))):
+    with folder_lock(work / "shared" / next(iter(jobs(work / "shared")))):
         sweep(*arguments)
     assert [row["status"] for row in jobs(work / "shared").values()] == ["unfinished", "finished"]
 

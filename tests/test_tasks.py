@@ -12,7 +12,7 @@ from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.task.agnews import AGNews
 from lisa_lightning.task.alpaca import Alpaca
 from lisa_lightning.task.base import Scored
-from lisa_lightning.task.gsm8k import FINAL, GSM8K, final_number
+from lisa_lightning.task.gsm8k import ANSWER_PREFIX, GSM8K, final_number
 from lisa_lightning.task.sst2 import SST2
 
 # (task, answer, target, strictly right, leniently right)
@@ -34,15 +34,15 @@ ANSWERS = [
     (AGNews(), "This is Business news, not Sports.", "Business", False, True),
     (AGNews(), "This is Business news, not Sports.", "Sports", False, False),
     (AGNews(), "worldly", "World", False, False),
-    (GSM8K(), f"5+13 = 18\n{FINAL} 18", f"x\n{FINAL} 18", True, True),
-    (GSM8K(), f"{FINAL}$1,200.00 a year, of 12", f"x\n{FINAL} 1,200", True, True),
-    (GSM8K(), "so it makes 7 and then 18.", f"x\n{FINAL} 18", True, True),
-    (GSM8K(), "so 18, which is 3 more than 15", f"x\n{FINAL} 18", False, False),
-    (GSM8K(), "the answer is 18, which is 3 more than 15", f"x\n{FINAL} 18", False, True),
-    (GSM8K(), f"{FINAL}eighteen. That is 18", f"x\n{FINAL} 18", True, True),
-    (GSM8K(), f"{FINAL} 18 because 6*3 = 18 and no 20", f"x\n{FINAL} 20", False, True),
-    (GSM8K(), "-18", f"x\n{FINAL} 18", False, False),
-    (GSM8K(), "I don't know", f"x\n{FINAL} 18", False, False),
+    (GSM8K(), f"5+13 = 18\n{ANSWER_PREFIX} 18", f"x\n{ANSWER_PREFIX} 18", True, True),
+    (GSM8K(), f"{ANSWER_PREFIX}$1,200.00 a year, of 12", f"x\n{ANSWER_PREFIX} 1,200", True, True),
+    (GSM8K(), "so it makes 7 and then 18.", f"x\n{ANSWER_PREFIX} 18", True, True),
+    (GSM8K(), "so 18, which is 3 more than 15", f"x\n{ANSWER_PREFIX} 18", False, False),
+    (GSM8K(), "the answer is 18, which is 3 more than 15", f"x\n{ANSWER_PREFIX} 18", False, True),
+    (GSM8K(), f"{ANSWER_PREFIX}eighteen. That is 18", f"x\n{ANSWER_PREFIX} 18", True, True),
+    (GSM8K(), f"{ANSWER_PREFIX} 18 because 6*3 = 18 and no 20", f"x\n{ANSWER_PREFIX} 20", False, True),
+    (GSM8K(), "-18", f"x\n{ANSWER_PREFIX} 18", False, False),
+    (GSM8K(), "I don't know", f"x\n{ANSWER_PREFIX} 18", False, False),
 ]
 
 
@@ -53,7 +53,22 @@ def test_rules(task: Scored, answer: str, target: str, strict: bool, lenient: bo
 
 
 WORDS = st.sampled_from(
-    ["positive", "Negative", "World", "sports", "sci", "Sci/Tech", "18", "1,8", "-18", FINAL, "####", ".", "\n", "so"]
+    [
+        "positive",
+        "Negative",
+        "World",
+        "sports",
+        "sci",
+        "Sci/Tech",
+        "18",
+        "1,8",
+        "-18",
+        ANSWER_PREFIX,
+        "####",
+        ".",
+        "\n",
+        "so",
+    ]
 )
 
 
@@ -67,7 +82,7 @@ def test_what_is_strictly_right_is_leniently_right(answer: str, case: tuple[Any,
 @given(st.integers(0, 10**9), st.booleans())
 def test_a_number_is_read_with_and_without_thousands_commas(number: int, marked: bool) -> None:
     for text in (f"{number:,}", str(number)):
-        assert final_number(f"2 and {FINAL} {text} of 3" if marked else f"2, 3 and {text}") == number
+        assert final_number(f"2 and {ANSWER_PREFIX} {text} of 3" if marked else f"2, 3 and {text}") == number
 
 
 @pytest.mark.parametrize(

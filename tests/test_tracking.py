@@ -8,14 +8,14 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from lisa_lightning.logger.curves import Curves, read_rows
-from lisa_lightning.logger.wandb import Tracker
+from lisa_lightning.logger.curves import Curves, numbers, read_rows
+from lisa_lightning.logger.run_loggers import RunLoggers
 
 
 def test_columns_may_come_later_and_empty_cells_stay_empty(tmp_path: Path) -> None:
     curves = Curves(tmp_path / "curves.csv")
-    curves.append("finetune", 1, {"a": 1.5})
-    curves.append("finetune", 2, {"a": 2.5, "b": 3.0})
+    curves.log("finetune", 1, {"a": 1.5})
+    curves.log("finetune", 2, {"a": 2.5, "b": 3.0})
     assert curves.rows() == [
         {"stage": "finetune", "step": "1", "a": "1.5", "b": ""},
         {"stage": "finetune", "step": "2", "a": "2.5", "b": "3.0"},
@@ -26,27 +26,43 @@ def test_columns_may_come_later_and_empty_cells_stay_empty(tmp_path: Path) -> No
 def test_half_a_line_of_a_killed_run_is_dropped(tmp_path: Path, half: str) -> None:
     curves = Curves(tmp_path / "curves.csv")
     for step in (1, 2, 3):
-        curves.append("finetune", step, {"a": step})
+        curves.log("finetune", step, {"a": step})
     with curves.path.open("a") as file:
         file.write(half)
     again = Curves(curves.path)
-    again.append("finetune", 4, {"a": 4})
+    again.log("finetune", 4, {"a": 4})
     assert [(r["step"], r["a"]) for r in again.rows()] == [(str(s), str(s)) for s in (1, 2, 3, 4)]
 
 
 def test_a_stage_that_goes_on_forgets_what_it_will_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    first = Tracker(tmp_path, {}, resumed=False)
+    first = RunLoggers(tmp_path, {}, resumed=False)
     for stage in ("align", "finetune"):
         for step in range(1, 6):
-            first.log(stage, step, {"a": step})
-    again = Tracker(tmp_path, {}, resumed=True)
-    again.start("finetune", 3)
-    again.log("finetune", 4, {"a": 4})
+            _log(first, stage, step, {"a": float(step)})
+    again = RunLoggers(tmp_path, {}, resumed=True)
+    again.start("finetune", 3, _digest(first, 3))
+    _log(again, "finetune", 4, {"a": 4.0})
     assert [(r["stage"], r["step"]) for r in read_rows(tmp_path / "curves.csv")] == [
         *(("align", str(s)) for s in range(1, 6)),
         *(("finetune", str(s)) for s in range(1, 5)),
     ]
+
+
+def _log(loggers: RunLoggers, stage: str, step: int, metrics: dict[str, float]) -> None:
+    """Log one step of a stage, to its end."""
+    for logger in loggers.of_stage(stage):
+        logger.log_metrics(metrics, step)
+        logger.finalize("success")
+
+
+def _digest(loggers: RunLoggers, step: int) -> str:
+    """Return the hash of fine-tuning's curves up to a step, as a checkpoint has it."""
+    curves = Curves(loggers.curves.path.with_name("copy.csv"))
+    for row in loggers.curves.rows("finetune"):
+        if int(row["step"]) <= step:
+            curves.log("finetune", int(row["step"]), numbers(row))
+    return curves.digest("finetune")
 
 
 class _Runs:
@@ -76,18 +92,18 @@ def test_a_resumed_run_holds_every_step_once(
     monkeypatch.setenv("WANDB_MODE", mode)
     wandb = _Runs()
     monkeypatch.setattr("wandb.init", wandb.init)
-    first = Tracker(tmp_path, {"config": {}}, resumed=False)
-    first.log("align", 1, {"train/loss": 9.0})
+    first = RunLoggers(tmp_path, {"config": {}}, resumed=False)
+    _log(first, "align", 1, {"train/loss": 9.0})
     for step in range(1, 6):
-        first.log("finetune", step, {"user/loss": 10.0 - step, "eval/accuracy": 1.0, "eval/accuracy_low": 0.0})
+        _log(first, "finetune", step, {"user/loss": 10.0 - step, "eval/accuracy": 1.0, "eval/accuracy_low": 0.0})
     (run,) = wandb.runs.values()
     run.logged = [row for row in run.logged if row.get("trainer/global_step", 0) <= held]
     run.summary["trainer/global_step"] = held
-    again = Tracker(tmp_path, {"config": {}}, resumed=True)
+    again = RunLoggers(tmp_path, {"config": {}}, resumed=True)
     again.take_over(read_rows(tmp_path / "curves.csv")[:1])
-    again.start("finetune", 3)
+    again.start("finetune", 3, _digest(first, 3))
     for step in range(4, 8):
-        again.log("finetune", step, {"user/loss": 10.0 - step, "eval/accuracy": 1.0, "eval/accuracy_low": 0.0})
+        _log(again, "finetune", step, {"user/loss": 10.0 - step, "eval/accuracy": 1.0, "eval/accuracy_low": 0.0})
     goes_on = {key: wandb.told[-1].get(key) for key in ("id", "resume", "mode")}
     if mode == "online":
         assert goes_on == {"id": "run0", "resume": "must", "mode": "online"}
@@ -108,24 +124,27 @@ def test_an_offline_run_is_read_by_wandb_itself(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
     init = {"project": "p", "group": "g", "config": {"method": {"rho": 1.0}}}
-    first = Tracker(tmp_path, init, resumed=False)
-    first.log("align", 1, {"train/loss": 2.0, "defender/loss": 3.0})
+    first = RunLoggers(tmp_path, init, resumed=False)
+    _log(first, "align", 1, {"train/loss": 2.0, "defender/loss": 3.0})
     for step in range(5):
-        first.log("finetune", step, {"user/loss": 10.0 - step, "ewc/penalty": 0.0})
-    first.finish(failed=True)
-    again = Tracker(tmp_path, init, resumed=True)
-    again.start("finetune", 3)
-    again.log("finetune", 4, {"user/loss": 6.0})
-    again.summarize({"final/accuracy": 90.0}, [{"prompt": "p", "response": "r"}])
-    folder = again.offline_folder
+        _log(first, "finetune", step, {"user/loss": 10.0 - step, "ewc/penalty": 0.0})
+    first.wandb.finish(failed=True)
+    again = RunLoggers(tmp_path, init, resumed=True)
+    again.start("finetune", 3, _digest(first, 3))
+    _log(again, "finetune", 4, {"user/loss": 6.0})
+    again.wandb.summarize({"final/accuracy": 90.0}, [{"prompt": "p", "response": "r"}])
+    folder = again.wandb.offline_folder
     assert folder is not None
-    again.finish(failed=False)
+    again.wandb.finish(failed=False)
     wandb = str(Path(sys.executable).with_name("wandb"))
     shown = subprocess.run([wandb, "leet", "inspect", "--summary", folder], capture_output=True, text=True, check=True)
     for name in ("user/loss", "final/accuracy", "trainer/global_step"):
         assert name in shown.stdout
     first_run = subprocess.run(
-        [wandb, "leet", "inspect", "--summary", str(first.offline_folder)], capture_output=True, text=True, check=True
+        [wandb, "leet", "inspect", "--summary", str(first.wandb.offline_folder)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     for name in ("align/loss", "align/defender_loss", "ewc/penalty"):
         assert name in first_run.stdout

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lisa_lightning.config.instances import refuse_unknown_arguments
 from lisa_lightning.config.validate import check, flat, plain
 from lisa_lightning.runtime.errors import UserError
 
@@ -24,7 +23,6 @@ OWN_COLUMNS = re.compile(r".*\.(columns|labels|where)\..*")
 
 def accept(cfg: DictConfig) -> None:
     check(cfg)
-    refuse_unknown_arguments(plain(cfg))
 
 
 def refused(cfg: DictConfig) -> str:
@@ -45,9 +43,8 @@ def test_every_choice_is_accepted_and_every_misspelt_key_of_it_is_not(config: Co
         OmegaConf.update(other, f"{key}x", 1, force_add=True)
         message = refused(other)
         assert f"{key}x" in message
-        assert (
-            "did you mean" in message or "allowed: " in message or "none of what" in message or "takes none" in message
-        )
+        suggestions = ("did you mean", "allowed: ", "none of the supported", "takes none")
+        assert any(suggestion in message for suggestion in suggestions)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +58,7 @@ def test_every_choice_is_accepted_and_every_misspelt_key_of_it_is_not(config: Co
         ("+learning_rate=1", "learning_rate is not a key of the config; "),
         ("+lr=1", "did you mean optim.lr"),
         ("++lr=1", "did you mean optim.lr"),
-        ("+logger=csv", "logger is not a key of the config; "),
+        ("+plugins=csv", "plugins is not a key of the config; "),
         ("+source.train.foo=1", "source.train.foo is not a key of the config; "),
         ("+source.train.colums={sentence: text}", "source.train.columns"),
         ("+source.foo.path=x", "source.foo.path is not a key of the config"),
@@ -78,7 +75,7 @@ def test_every_choice_is_accepted_and_every_misspelt_key_of_it_is_not(config: Co
         ("+judge.embedded.model=1", "judge.embedded.model is not a key of EmbeddedJudge; it takes none"),
         ("+judge.foo.model=1", "judge.foo.model is not a key of the config"),
         ("+trainer.max_steps=1", "use optim.steps"),
-        ("+trainer.foo=null", "none of what a run takes"),
+        ("+trainer.foo=null", "none of the supported"),
         ("+hparams={optim: {lr: 1}}", "hparams.optim.lr is not a key of the config"),
     ],
 )
@@ -88,7 +85,7 @@ def test_an_added_key_is_refused(config: Config, override: str, expected: str) -
 
 def test_a_reference_belongs_to_nlsr(config: Config) -> None:
     cfg = config("experiment=smoke", "repair=safe_lora", "+repair.reference.extrapolation=1")
-    assert "repair.reference.extrapolation: what is chosen doesn't read it" in refused(cfg)
+    assert "repair.reference.extrapolation: the chosen repair does not read it" in refused(cfg)
 
 
 @pytest.mark.parametrize("judges", [None, "text", 5, [1], {"x": 5}])
@@ -160,15 +157,15 @@ def test_a_stage_without_its_choice_is_refused(config: Config, group: str) -> No
 
 
 TARGETS = {
-    "method._target_=os.getcwd": "is no class",
-    "judge.embedded._target_=os.getcwd": "is no class",
-    "task._target_=os.getcwd": "is no class",
+    "method._target_=os.getcwd": "is not a class",
+    "judge.embedded._target_=os.getcwd": "is not a class",
+    "task._target_=os.getcwd": "is not a class",
     "task._target_=pathlib.Path": "lacks fields, optional, row",
     "judge.embedded._target_=lisa_lightning.method.lisa.Lisa": "lacks metric, verdicts",
     "method._target_=nowhere.M": "No module named 'nowhere'",
     "method._target_=lisa_lightning.method.lisa.Lisb": "has no Lisb",
-    "method._target_=lisa": "is no class. Fix: write MODULE.CLASS",
-    "method._target_=5": "is no class. Fix: write MODULE.CLASS",
+    "method._target_=lisa": "is not a class. Fix: write MODULE.CLASS",
+    "method._target_=5": "is not a class. Fix: write MODULE.CLASS",
     "align.method._target_=nowhere.M": "No module named 'nowhere'",
 }
 

@@ -70,7 +70,10 @@ REFUSED = {
     "+trainer.gradient_clip_val=0.5": "use optim.clip",
     "+trainer.max_steps=10": "use optim.steps",
     "+trainer.max_epochs=3": "use optim.epochs",
-    "+trainer.benchmark=true": "of the Trainer's arguments: accelerator, devices",
+    "+trainer.barebones=true": "of the supported Trainer arguments: accelerator, devices",
+    "+trainer.gradient_clip_val=1": "optim.clip",
+    "trainer.max_time=8h": "trainer.max_time=8h is not allowed; it must be a duration DD:HH:MM:SS",
+    "trainer.deterministic=maybe": "true, false, warn or null",
     "trainer.precision=16-mixed": "it must be 32-true or bf16-mixed",
     "trainer.precision=bf16-true": "it must be 32-true or bf16-mixed",
     "trainer.strategy=ddp_spawn": "it must be auto or ddp",
@@ -81,7 +84,7 @@ REFUSED = {
     "source.train.columns=text": "a mapping such as {field: column}",
     "source.train.path=null": "it must be the path of a file",
     "source.train.skip=-1": "source.train.skip=-1",
-    "+align.method.active_layers=0": "align.method.active_layers=0 is not allowed; it must be a whole number above 0",
+    "+align.method.active_layers=0": "align.method.active_layers is not a key of SFT",
     "optim.steps=99999999999999999999": "it must be a whole number above 0, up to 2147483647, or null",
     "lora.r=100000000": "it must be a whole number above 0, up to 16384",
     "optim.batch_size=100000000": "it must be a whole number above 0, up to 65536",
@@ -182,14 +185,14 @@ def test_two_states_of_length_zero_are_refused(config: Config) -> None:
 def test_every_experiment_is_accepted(config: Config, experiment: str) -> None:
     cfg = config(f"experiment={experiment}")
     if OmegaConf.is_missing(cfg.source, "refusals"):  # a file that the user has to have
-        with pytest.raises(UserError, match=r"^source\.refusals has no value; give one as source\.refusals=\.\.\.$"):
+        with pytest.raises(UserError, match=r"^source\.refusals has no value\. Fix: set source\.refusals=\.\.\.$"):
             check(cfg)
         cfg = config(f"experiment={experiment}", "source.refusals=pairs.json")
     check(cfg)
 
 
 def test_local_files_are_asked_for_by_key(config: Config) -> None:
-    with pytest.raises(UserError, match=r"source\.[a-z_]+\.path has no value; give one as source\.[a-z_]+\.path="):
+    with pytest.raises(UserError, match=r"source\.[a-z_]+\.path has no value\. Fix: set source\.[a-z_]+\.path="):
         check(config("source=local"))
 
 
@@ -233,14 +236,14 @@ def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProc
         (["experiment=smoke", "hydra.run.dir=/dev/null/out"], "/dev/null/out can't be used: Not a directory"),
         (["experiment=smoke", "model=smollm2_135m", "model.id=no/such"], "model.id=no/such: the hub can't be read ("),
         (["experiment=smoke", "lora.targets=[nope]"], "lora.targets"),
-        (["experiment=smoke", "align=none", "method=asft"], "method=asft holds on to what aligning changed"),
-        (["experiment=smoke", "align=booster", "source.defender.path=null"], "give a file as source.defender.path"),
+        (["experiment=smoke", "align=none", "method=asft"], "method=asft: needs the alignment update. Fix: "),
+        (["experiment=smoke", "align=booster", "source.defender.path=null"], "Fix: set source.defender.path"),
         (["experiment=smoke", "trainer.accelerator=gpu"], "trainer"),
-        (["experiment=smoke", "align=none", "curate=seal"], "curate=seal chooses the rows to align on: it needs"),
-        (["experiment=smoke", "stages=[align,repair]", "repair=nlsr"], "repair=nlsr repairs what fine-tuning made"),
-        (["experiment=smoke", "repair=nlsr", "model.adapters=continued"], "it needs model.adapters=stacked"),
+        (["experiment=smoke", "align=none", "curate=seal"], "curate=seal: selects rows for stage align, which"),
+        (["experiment=smoke", "stages=[align,repair]", "repair=nlsr"], "repair=nlsr: repairs the adapter of stage"),
+        (["experiment=smoke", "repair=nlsr", "model.adapters=continued"], "Fix: set model.adapters=stacked"),
         (["repair=nlsr", "source.defender.path=embedded:harmful.jsonl", "data.allow_overlap=true"], "prefers refusals"),
-        (["experiment=smoke", "model.quantize=nf4"], "model.quantize=nf4 needs an NVIDIA GPU"),
+        (["experiment=smoke", "model.quantize=nf4"], "model.quantize=nf4: it needs an NVIDIA GPU"),
         (["experiment=smoke", "model.template=chat"], "this tokenizer has no chat template"),
         (["experiment=smoke", "judge=linear"], "judge.linear.rows.path has no value"),
         (

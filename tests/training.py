@@ -1,7 +1,6 @@
 """A training run of the tiny model under any method, in a second."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,28 +8,26 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lisa_lightning.callbacks.checkpoint import Checkpoint
-from lisa_lightning.callbacks.record import Record
+from lisa_lightning.callbacks.resume_curves import ResumeCurves
+from lisa_lightning.config.optim import Optim
 from lisa_lightning.data.datamodule import LisaDataModule
-from lisa_lightning.data.encoding import encode
-from lisa_lightning.data.interleave import Examples, StepBatches
-from lisa_lightning.data.packing import pack, pad
-from lisa_lightning.data.schedule import Stream
+from lisa_lightning.data.packing import pad
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.lora import PREFIX, attach, load, load_tokenizer, trainable
-from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.model.factors import PREFIX, trainable
+from lisa_lightning.model.lora import attach, load, load_tokenizer
 from lisa_lightning.pipeline.fit import fit
 from lisa_lightning.trainer.module import LisaModule
-from lisa_lightning.trainer.optim import Optim
 
 USER = [Row(f"sentence {i}: ", "", "positive" if i % 2 else "negative and more") for i in range(9)]
 ALIGNMENT = [Row(f"request {i}: ", "", "no" + "!" * (i % 3)) for i in range(5)]
 DEFENDER = [Row(f"request {i}: ", "", "sure" + "." * (i % 2)) for i in range(5)]
-TRAINER = SimpleNamespace(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
+TRAINER = {"accelerator": "cpu", "devices": 1}
 STEPS = 14
 
 Train = Callable[..., LisaModule]
@@ -53,6 +50,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         more: Sequence[L.Callback] = (),
         apart: bool = False,
         attention: str = "sdpa",
+        loggers: Sequence[Logger] = (),
         **optim: object,
     ) -> LisaModule:
         settings = {
@@ -73,20 +71,24 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         )
         tokenizer = load_tokenizer(tiny)
         tokenizer.chat_template = "{{ messages[0].content }}"  # short rows: nothing around the prompt
-        encoded = partial(encode, tokenizer, "chat", max_length=max_length)
-        rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "defender": DEFENDER}
-        streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
-        packing = pad if apart else pack
-        steps = StepBatches(streams, packing, method, o.steps, o.batch_size, o.accumulate, seed=1)
-        module = LisaModule(Passes(net, steps.whole, lambda: deltas(net)), method, o, seed=1, key=key or {})
-        checkpoint = Checkpoint(tmp_path / f"{folder}.ckpt", every=3, last=o.steps)
-        callbacks: list[L.Callback] = [*more, Record(None, "finetune")]
+        data = (_Padded if apart else LisaDataModule)(tokenizer, USER, ALIGNMENT, DEFENDER, max_length=max_length)
+        module = LisaModule(net, method, o, seed=1, deltas=lambda: deltas(net), key=key)
+        checkpoint = Checkpoint(tmp_path / f"{folder}.ckpt", every=3)
+        callbacks: list[L.Callback] = [ResumeCurves(None, "finetune"), *more]
         if stop_after is not None:
             callbacks.append(_Stop(stop_after))
-        fit(module, LisaDataModule(steps), TRAINER, checkpoint, callbacks, "finetune")
+        fit(module, data, TRAINER, checkpoint, callbacks, loggers, "finetune")
         return module
 
     return trained
+
+
+class _Padded(LisaDataModule):
+    """Rows without shared prefixes, whatever the method says."""
+
+    def connect(self, *arguments: Any, **more: Any) -> None:
+        plan, _, *rest = arguments
+        super().connect(plan, pad, *rest, **more)
 
 
 class _Stop(L.Callback):

@@ -1,65 +1,81 @@
-"""Booster: alignment that also flattens how much a step towards harmful rows would gain."""
+"""Booster: alignment that also reduces how much a step on harmful rows would lower their loss."""
 
 from typing import final
 
-from torch import nn
+from pydantic.dataclasses import dataclass
 
 from lisa_lightning.align.vaccine import EPSILON, perturbed_gradient
+from lisa_lightning.config.fields import STRICT, NonNegative
+from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.data.schedule import Draw, Schedule, Stream
+from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
 from lisa_lightning.method.base import Method
-from lisa_lightning.model.hooks import attention_blocks
-from lisa_lightning.objective.backprop import Descent, Passes, norm
+from lisa_lightning.objective.backprop import Backprop, State, StepOutput, norm
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class Booster(Method):
-    """min_w f(w) + lambda * (h(w) - h(w - alpha * grad h(w) / ||grad h(w)||)) (Huang et al., ICLR 2025, Eq. 1 and 3).
+    """Descend f(w) + lamb * (h(w) - h(w - alpha * grad h(w) / ||grad h(w)||)) (Huang et al., ICLR 2025, Eq. 1 and 3).
 
-    f is the loss on alignment rows, h that on harmful ones, as many a step (in the official code always 10). Three
-    forward and three backward passes, four with `rho`; second derivatives are dropped as in the paper. All draw the
-    same dropout masks (in the official code each draws its own).
+    f is the loss on alignment rows and h the loss on harmful rows, both on batches of the same size. Second derivatives
+    are dropped as in the paper. Three forward and three backward passes, four with `rho`. All passes draw the same
+    dropout masks.
 
-    Args:
-        lamb: lambda, >= 0; 0 is SFT on alignment rows. The paper's is 5 (its script for GSM8K has 25).
-        alpha: length of the harmful step, >= 0; 0 is SFT too. The paper's is 0.1.
-        rho: Vaccine's perturbation of f, >= 0; 0 leaves it out (the official option `perturb_aware`).
-        add_back: undo the harmful step by adding it back, as the official code does, which leaves its rounding errors
-            in the weights.
+    Departures from the official code:
+        - Its harmful batch always has 10 rows.
+        - Each of its passes draws other dropout masks.
     """
 
-    needs = frozenset({"defender rows"})
+    lamb: NonNegative = 5.0
+    """Factor of the regularizer; 0 is SFT on alignment rows. The paper's value is 5, its script for GSM8K has 25."""
+    alpha: NonNegative = 0.1
+    """Length of the harmful step; 0 is SFT too. The paper's value is 0.1."""
+    rho: NonNegative = 0.0
+    """Norm of Vaccine's perturbation of f; 0 for none. The official script with `perturb_aware` has 5."""
+    add_back: bool = False
+    """Undo the harmful step by adding it back, as the official code does, rounding errors included."""
 
-    def __init__(self, lamb: float, alpha: float, rho: float, add_back: bool) -> None:
-        super().__init__(Schedule(alignment_steps=1, user_steps=0))
-        self.lamb = lamb
-        self.alpha = alpha
-        self.rho = rho
-        self.add_back = add_back
-        self.rows_apart = frozenset({"alignment"} if rho > 0 else ())
-        self.blocks: list[nn.Module] = []
+    @property
+    def requirements(self) -> frozenset[Requirement]:
+        """Harmful rows of the provider."""
+        return frozenset({"defender_rows"})
 
-    def draws(self, step: int) -> dict[Stream, Draw]:
-        """Both streams."""
-        return {"alignment": Draw(step), "defender": Draw(step)}
+    @property
+    def schedule(self) -> Schedule:
+        """Alignment steps only."""
+        return Schedule(alignment_steps=1, user_steps=0)
 
-    def prepare(self, passes: Passes) -> None:
-        """Find the blocks that Vaccine's perturbation needs."""
-        self.blocks = attention_blocks(passes.model) if self.rho > 0 else []
+    @property
+    def unpacked_streams(self) -> frozenset[Stream]:
+        """The alignment rows, with Vaccine's perturbation."""
+        return frozenset({"alignment"} if self.rho > 0 else ())
 
-    def gradient(self, passes: Passes, step: Step) -> Descent:
-        """grad f(w) + lambda * (grad h(w) - grad h(w'))."""
-        harmful = step.batches["defender"]
-        before, here = passes.gradient(harmful)
-        length = self.alpha / (norm(here) + EPSILON)
-        away = [w.detach() - length * g for w, g in zip(passes.weights, here, strict=True)]
-        with passes.at(away):
-            after, there = passes.gradient(harmful)
-        if self.add_back:
-            passes.move([w + length * g for w, g in zip(away, here, strict=True)])
+    def plan(self, step: int) -> dict[Stream, StreamBatch]:
+        """Return a batch of alignment rows and one of harmful rows."""
+        return {"alignment": StreamBatch(step), "defender": StreamBatch(step)}
+
+    def init(self, backprop: Backprop) -> State:
+        """Return the state. Raises UserError if the perturbation lacks an attention block in a layer."""
         if self.rho > 0:
-            loss, gradient = perturbed_gradient(passes, step.main, self.blocks, self.rho)
+            _ = backprop.attention_blocks
+        return super().init(backprop)
+
+    def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
+        """Return grad f(w) + lamb * (grad h(w) - grad h(w'))."""
+        harmful = step.batches["defender"]
+        harmful_loss, harmful_gradients = backprop.gradient(harmful)
+        length = self.alpha / (norm(harmful_gradients) + EPSILON)
+        moved = [w.detach() - length * g for w, g in zip(backprop.weights, harmful_gradients, strict=True)]
+        with backprop.swapped_weights(moved):
+            moved_loss, moved_gradients = backprop.gradient(harmful)
+        if self.add_back:
+            backprop.set_weights([w + length * g for w, g in zip(moved, harmful_gradients, strict=True)])
+        if self.rho > 0:
+            loss, gradients = perturbed_gradient(backprop, step.main, backprop.attention_blocks, self.rho)
         else:
-            loss, gradient = passes.gradient(step.main)
-        combined = [f + self.lamb * (h - n) for f, h, n in zip(gradient, here, there, strict=True)]
-        return Descent(loss, combined, {"defender/loss": before, "booster/reduction": before - after})
+            loss, gradients = backprop.gradient(step.main)
+        terms = zip(gradients, harmful_gradients, moved_gradients, strict=True)
+        combined = [f + self.lamb * (h - moved_h) for f, h, moved_h in terms]
+        metrics = {"defender/loss": harmful_loss, "booster/reduction": harmful_loss - moved_loss}
+        return StepOutput(loss, combined, metrics)

@@ -2,13 +2,19 @@
 
 from typing import final
 
+from pydantic.dataclasses import dataclass
+
+from lisa_lightning.config.fields import STRICT
 from lisa_lightning.data.schedule import Schedule
 from lisa_lightning.method.base import Method
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class SFT(Method):
-    """Plain training on the alignment rows alone. One forward and one backward pass a step."""
+    """Train on the alignment rows. One forward and one backward pass a step."""
 
-    def __init__(self) -> None:
-        super().__init__(Schedule(alignment_steps=1, user_steps=0))
+    @property
+    def schedule(self) -> Schedule:
+        """Alignment steps only."""
+        return Schedule(alignment_steps=1, user_steps=0)

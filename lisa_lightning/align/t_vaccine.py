@@ -1,121 +1,160 @@
-"""T-Vaccine: Vaccine on a few layers at a time, drawn by how much harmful rows move them."""
+"""T-Vaccine: Vaccine on a few layers at a time, sampled by the gradient norm of harmful rows."""
 
 from typing import final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 from lisa_lightning.align.vaccine import output_gradients, perturbed_gradient
+from lisa_lightning.config.fields import STRICT, Count, NonNegative, Seed
+from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.data.schedule import Draw, Schedule, Stream
+from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
 from lisa_lightning.method.base import Method
-from lisa_lightning.model.hooks import attention_blocks, decoder_layers
-from lisa_lightning.objective.backprop import Descent, Passes
+from lisa_lightning.objective.backprop import Backprop, State, StepOutput
 from lisa_lightning.runtime.errors import UserError
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class TVaccine(Method):
-    """Vaccine's perturbation of, and training of, `active_layers` layers at a time (Liu et al., 2024, Algorithm 1).
+    """Perturb and train `active_layers` layers at a time, as Vaccine does (Liu et al., 2024, Algorithm 1).
 
-    Every `probability_steps` steps one harmful row gives each layer its probability ||g_l|| / sum ||g||, g_l being the
-    gradient at its attention block's output; every `interval_steps` steps the active layers are drawn without
-    replacement. Two forward and two backward passes a step, the backward ones down to the lowest active layer, and now
-    and then one of each over the harmful row. Weights in other layers' attention have no gradient at all, so that AdamW
-    neither moves nor decays them nor counts the step; adapters on MLPs train from the lowest active layer upwards. The
-    official code draws layers from NumPy's global state, on each rank another's, and loses its place among the harmful
-    rows once they are through; in a model of more than 26 layers it runs the layer below each active one with gradients
-    too, so that an adapter on the MLP there may train, which is left out here. (It calls this "lisa", after another
-    LISA, layerwise importance sampling.)
+    Every `probability_steps` steps one harmful row gives each layer the probability
 
-    Args:
-        rho: the perturbation's norm, >= 0. The official README's is 3.
-        active_layers: layers at a time; all of them are Vaccine. The official README's is 8.
-        interval_steps: steps between two draws; the official README's are 20.
-        probability_steps: steps between two harmful rows; the official README's are 200.
-        seed: of the draws.
+        ||g_l|| / sum_k ||g_k||
+
+    where g_l is the gradient with respect to the output of the layer's attention block. Every `interval_steps` steps
+    the active layers are drawn without replacement.
+
+    Two forward and two backward passes a step; the backward passes end at the lowest active layer. Sampling costs one
+    more of each. Attention weights of inactive layers have no gradient, so that AdamW neither moves nor decays them.
+    Adapters on MLPs train from the lowest active layer upwards.
+
+    Departures from the official code:
+        - It draws layers from NumPy's global state, differently on each rank.
+        - It loses its position among the harmful rows after their last one.
+        - In a model of more than 26 layers it also runs the layer below each active one with gradients, so that an
+          adapter on its MLP may train.
+        - It calls the method "lisa", after layerwise importance sampling.
     """
 
-    needs = frozenset({"defender rows"})
-    rows_apart = frozenset({"alignment"})
+    rho: NonNegative = 3.0
+    """Norm of the perturbation. The official README has 3."""
+    active_layers: Count = 8
+    """Number of active layers; all layers are Vaccine. The official README has 8."""
+    interval_steps: Count = 20
+    """Steps between two draws of active layers. The official README has 20."""
+    probability_steps: Count = 200
+    """Steps between two harmful rows; with 100 steps only the first has one. The official README has 200."""
+    seed: Seed = 0
+    """Seed of the draws."""
 
-    def __init__(self, rho: float, active_layers: int, interval_steps: int, probability_steps: int, seed: int) -> None:
-        super().__init__(Schedule(alignment_steps=1, user_steps=0))
-        self.rho = rho
-        self.active_layers = active_layers
-        self.interval_steps = interval_steps
-        self.probability_steps = probability_steps
-        self.seed = seed
-        self.blocks: list[nn.Module] = []
-        self.layers: list[set[int]] = []
-        """For each layer the ids of all its weights; `attention` has those of its attention."""
-        self.attention: list[set[int]] = []
+    @property
+    def requirements(self) -> frozenset[Requirement]:
+        """Harmful rows of the provider."""
+        return frozenset({"defender_rows"})
 
-    def draws(self, step: int) -> dict[Stream, Draw]:
-        """Alignment rows, and at times one harmful row."""
+    @property
+    def schedule(self) -> Schedule:
+        """Alignment steps only."""
+        return Schedule(alignment_steps=1, user_steps=0)
+
+    @property
+    def unpacked_streams(self) -> frozenset[Stream]:
+        """The alignment rows, since each has a perturbation of its own."""
+        return frozenset({"alignment"})
+
+    def plan(self, step: int) -> dict[Stream, StreamBatch]:
+        """Return a batch of alignment rows, and in some steps one harmful row."""
         if step % self.probability_steps:
-            return {"alignment": Draw(step)}
-        return {"alignment": Draw(step), "defender": Draw(step // self.probability_steps, rows=1)}
+            return {"alignment": StreamBatch(step)}
+        return {"alignment": StreamBatch(step), "defender": StreamBatch(step // self.probability_steps, size=1)}
 
-    def prepare(self, passes: Passes) -> None:
-        """Find the blocks.
+    def init(self, backprop: Backprop) -> State:
+        """Return the state: equal probabilities, and the first layers active.
 
         Raises:
-            UserError: there are fewer layers than shall be active.
+            UserError: if the model has fewer than `active_layers` layers, or a layer has no attention block.
         """
-        self.blocks = attention_blocks(passes.model)
-        if self.active_layers > len(self.blocks):
-            raise UserError(
-                f"align.method.active_layers={self.active_layers} is not allowed; the model has {len(self.blocks)}"
-            )
-        self.attention = [{id(w) for w in block.parameters()} for block in self.blocks]
-        self.layers = [{id(w) for w in layer.parameters()} for layer in decoder_layers(passes.model)]
-        self.kept["probability"] = [torch.full((len(self.blocks),), 1 / len(self.blocks))]
-        self.kept["active"] = [torch.arange(self.active_layers)]
+        layers = len(backprop.attention_blocks)
+        if self.active_layers > layers:
+            raise UserError(f"align.method.active_layers={self.active_layers} is not allowed; the model has {layers}")
+        sampling = {
+            "probability": [torch.full((layers,), 1 / layers)],
+            "active": [torch.arange(self.active_layers)],
+        }
+        return super().init(backprop) | sampling
 
-    def gradient(self, passes: Passes, step: Step) -> Descent:
-        """Of the loss under the perturbation of the active layers; None for the weights of the others."""
-        metrics = {}
+    def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
+        """Return the gradient of the loss under the perturbation of the active layers.
+
+        Weights of inactive layers get None.
+        """
+        update, metrics = self._sampled(backprop, step, state)
+        active = (state | update)["active"][0].tolist()
+        trains = _trained_weights(backprop, active)
+        weights = [w for w, is_trained in zip(backprop.weights, trains, strict=True) if is_trained]
+        blocks = [backprop.attention_blocks[layer] for layer in active]
+        for weight, is_trained in zip(backprop.weights, trains, strict=True):
+            weight.requires_grad_(is_trained)
+        try:
+            loss, gradients = perturbed_gradient(backprop, step.main, blocks, self.rho, weights)
+        finally:
+            for weight in backprop.weights:
+                weight.requires_grad_(True)
+        remaining = iter(gradients)
+        return StepOutput(loss, [next(remaining) if is_trained else None for is_trained in trains], metrics, update)
+
+    def _sampled(self, backprop: Backprop, step: Step, state: State) -> tuple[State, dict[str, float]]:
+        """Return new probabilities and active layers where they are due, and the norms as metrics."""
+        update: State = {}
+        metrics: dict[str, float] = {}
         if "defender" in step.batches:
-            found = output_gradients(passes, step.batches["defender"], self.blocks)
-            squares = torch.stack([sum_of_squares(found, i, passes.device) for i in range(len(self.blocks))])
-            norms = passes.summed([squares])[0].sqrt()
-            if norms.sum() > 0:  # a row whose answer is cut off says nothing
-                self.kept["probability"] = [norms / norms.sum()]
+            layers = range(len(backprop.attention_blocks))
+            gradients = output_gradients(backprop, step.batches["defender"], backprop.attention_blocks)
+            squares = torch.stack([sum_of_squares(gradients, layer, backprop.device) for layer in layers])
+            norms = backprop.all_reduce_sum([squares])[0].sqrt()
+            if norms.sum() > 0:  # it is zero if the answer of the row is truncated
+                update["probability"] = [norms / norms.sum()]
             metrics = {f"t_vaccine/norm_{i}": value for i, value in enumerate(norms.tolist())}
         if step.index % self.interval_steps == 0:
-            self.kept["active"] = [self.drawn(step.index)]
-        active = self.kept["active"][0].tolist()
-        trained = [self._trains(w, active) for w in passes.weights]
-        weights = [w for w, on in zip(passes.weights, trained, strict=True) if on]
-        for w, on in zip(passes.weights, trained, strict=True):
-            w.requires_grad_(on)
-        try:
-            loss, own = perturbed_gradient(passes, step.main, [self.blocks[i] for i in active], self.rho, weights)
-        finally:
-            for w in passes.weights:
-                w.requires_grad_(True)
-        rest = iter(own)
-        return Descent(loss, [next(rest) if on else None for on in trained], metrics)
+            update["active"] = [self.draw((state | update)["probability"][0], step.index)]
+        return update, metrics
 
-    def drawn(self, step: int) -> Tensor:
-        """The layers that are active from this step on: the same on every rank and after a resume."""
-        chances = self.kept["probability"][0].double().cpu().numpy()
-        draw = np.random.default_rng([self.seed, step])
-        found = draw.choice(len(chances), self.active_layers, replace=False, p=chances / chances.sum())
-        return torch.from_numpy(np.sort(found))
+    def draw(self, probability: Tensor, step: int) -> Tensor:
+        """Return the layers that are active from a step on; equal on every rank and after a resume.
 
-    def _trains(self, weight: Tensor, active: list[int]) -> bool:
-        for i, (layer, attention) in enumerate(zip(self.layers, self.attention, strict=True)):
-            if id(weight) in attention:
+        Args:
+            probability: [layers], summing to 1.
+            step: 0-based index of the step.
+        """
+        probabilities = probability.double().cpu().numpy()
+        rng = np.random.default_rng([self.seed, step])
+        size = len(probabilities)
+        layers = rng.choice(size, self.active_layers, replace=False, p=probabilities / probabilities.sum())
+        return torch.from_numpy(np.sort(layers))
+
+
+def _trained_weights(backprop: Backprop, active: list[int]) -> list[bool]:
+    """Return for each trainable weight whether it has a gradient."""
+    attention = [{id(w) for w in block.parameters()} for block in backprop.attention_blocks]
+    layers = [{id(w) for w in layer.parameters()} for layer in backprop.layers]
+
+    def trains(weight: Tensor) -> bool:
+        for i, (layer_ids, attention_ids) in enumerate(zip(layers, attention, strict=True)):
+            if id(weight) in attention_ids:
                 return i in active
-            if id(weight) in layer:
+            if id(weight) in layer_ids:
                 return i >= min(active)
         return True
 
+    return [trains(weight) for weight in backprop.weights]
 
-def sum_of_squares(found: list[list[Tensor]], block: int, device: torch.device) -> Tensor:
-    """Of one block's gradients over micro-batches."""
-    own = [micro[block].float().square().sum() for micro in found]
-    return torch.stack([torch.zeros((), device=device), *own]).sum()
+
+def sum_of_squares(gradients: list[list[Tensor]], block: int, device: torch.device) -> Tensor:
+    """Return the sum of squares of one block's gradients over all micro-batches, a float32 scalar."""
+    squares = [micro_batch[block].float().square().sum() for micro_batch in gradients]
+    return torch.stack([torch.zeros((), device=device), *squares]).sum()

@@ -1,77 +1,96 @@
-"""Vaccine: alignment under the worst small drift of the hidden embeddings, so that later drift does less."""
+"""Vaccine: alignment under the worst small perturbation of the hidden embeddings, against harmful embedding drift."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import Final, final
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from lisa_lightning.config.fields import STRICT, NonNegative
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.data.schedule import Schedule
+from lisa_lightning.data.schedule import Schedule, Stream
 from lisa_lightning.method.base import Method
-from lisa_lightning.model.hooks import attention_blocks, perturbed, probed
-from lisa_lightning.objective.backprop import Descent, Passes
+from lisa_lightning.model.hooks import add_to_outputs, output_probes
+from lisa_lightning.objective.backprop import Backprop, State, StepOutput
 
-EPSILON = 1e-7  # beside the norm, as in the official code
-Perturbation = list[list[Tensor]]
-"""For each micro-batch, for each block: what is added to its output."""
+EPSILON: Final = 1e-7
+"""Added to the norm, as in the official code."""
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class Vaccine(Method):
-    """min_w max_{||eps|| <= rho} L(w, e + eps) over the outputs e of the attention blocks (Huang et al., NeurIPS 2024).
+    """Descend max_{||eps|| <= rho} L(w, e + eps), e being attention outputs (Huang et al., NeurIPS 2024).
 
-    Two forward and two backward passes a step: the first finds g_l = dL/de_l, the second descends with
-    eps_l = rho * g_l / ||(g_1, ..., g_L)||, one norm over all layers (Algorithm 1). The step's rows count as one batch
-    whatever its micro-batches and ranks; both passes draw the same dropout masks (the official code draws two, and
-    its accumulation of gradients clears them).
+    Two forward and two backward passes a step (Algorithm 1). The first computes g_l = dL/de_l. The second descends with
 
-    Args:
-        rho: the perturbation's norm, >= 0; 0 is SFT on alignment rows. The paper's is 2.
+        eps_l = rho * g_l / ||(g_1, ..., g_L)||
+
+    where the norm is over all layers. All rows of the step count as one batch, whatever its micro-batches and ranks.
+    Both passes draw the same dropout masks.
+
+    Departures from the official code:
+        - It draws two dropout masks, and its accumulation of gradients clears the perturbations.
     """
 
-    rows_apart = frozenset({"alignment"})
+    rho: NonNegative = 2.0
+    """Norm of the perturbation; 0 is SFT on alignment rows. The paper's value is 2."""
 
-    def __init__(self, rho: float) -> None:
-        super().__init__(Schedule(alignment_steps=1, user_steps=0))
-        self.rho = rho
-        self.blocks: list[nn.Module] = []
+    @property
+    def schedule(self) -> Schedule:
+        """Alignment steps only."""
+        return Schedule(alignment_steps=1, user_steps=0)
 
-    def prepare(self, passes: Passes) -> None:
-        """Find the blocks."""
-        self.blocks = attention_blocks(passes.model)
+    @property
+    def unpacked_streams(self) -> frozenset[Stream]:
+        """The alignment rows, since each has a perturbation of its own."""
+        return frozenset({"alignment"})
 
-    def gradient(self, passes: Passes, step: Step) -> Descent:
-        """Of the loss under the perturbation."""
-        loss, gradient = perturbed_gradient(passes, step.main, self.blocks, self.rho)
-        return Descent(loss, gradient)
+    def init(self, backprop: Backprop) -> State:
+        """Return the state. Raises UserError if a layer has no attention block."""
+        _ = backprop.attention_blocks
+        return super().init(backprop)
+
+    def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
+        """Return the gradient of the loss under the perturbation."""
+        return StepOutput(*perturbed_gradient(backprop, step.main, backprop.attention_blocks, self.rho))
 
 
 def perturbed_gradient(
-    passes: Passes, batch: Batch, blocks: Sequence[nn.Module], rho: float, weights: Sequence[Tensor] | None = None
+    backprop: Backprop, batch: Batch, blocks: Sequence[nn.Module], rho: float, weights: Sequence[Tensor] | None = None
 ) -> tuple[float, list[Tensor]]:
-    """The batch's mean loss under its worst perturbation of norm `rho` of the blocks' outputs, and its gradient."""
-    found = output_gradients(passes, batch, blocks)
-    squares = [g.float().square().sum() for micro in found for g in micro]
-    whole = torch.stack([torch.zeros((), device=passes.device), *squares]).sum()
-    scale = rho / (passes.summed([whole])[0].sqrt() + EPSILON)
-    offsets = iter([[scale * g for g in micro] for micro in found])
-    share = passes.mean_loss(batch)
+    """Return the mean loss of a batch under the worst perturbation of the blocks' outputs, and its gradients.
 
-    def moved(packs: Sequence[Pack]) -> Tensor:
-        with perturbed(blocks, next(offsets)):
-            return share(packs)
+    Args:
+        blocks: modules whose outputs are perturbed.
+        rho: norm of the perturbation over all blocks, >= 0.
+        weights: a subset of the trainable weights, by default all.
+    """
+    gradients = output_gradients(backprop, batch, blocks)
+    squares = [gradient.float().square().sum() for micro_batch in gradients for gradient in micro_batch]
+    total = torch.stack([torch.zeros((), device=backprop.device), *squares]).sum()
+    scale = rho / (backprop.all_reduce_sum([total])[0].sqrt() + EPSILON)
+    mean_loss = backprop.mean_loss(batch)
 
-    return passes.gradient(batch, moved, weights)
+    def perturbed_loss(packs: Sequence[Pack], index: int) -> Tensor:
+        with add_to_outputs(blocks, [scale * gradient for gradient in gradients[index]]):
+            return mean_loss(packs, index)
+
+    return backprop.gradient(batch, perturbed_loss, weights)
 
 
-def output_gradients(passes: Passes, batch: Batch, blocks: Sequence[nn.Module]) -> Perturbation:
-    """The gradient of the batch's mean loss by each block's output, for each of this rank's micro-batches."""
-    share = passes.mean_loss(batch)
-    found: Perturbation = []
-    for packs in passes.micro_batches(batch):
-        with probed(blocks) as zeros:
-            loss = share(packs)
-        found.append(list(torch.autograd.grad(loss, zeros)))
-    return found
+def output_gradients(backprop: Backprop, batch: Batch, blocks: Sequence[nn.Module]) -> list[list[Tensor]]:
+    """Return the gradients of a batch's mean loss with respect to the blocks' outputs.
+
+    Returns:
+        One list for each of this rank's micro-batches that have a row, with one tensor for each block.
+    """
+    mean_loss = backprop.mean_loss(batch)
+    gradients: list[list[Tensor]] = []
+    for index, packs in enumerate(backprop.micro_batches(batch)):
+        with output_probes(blocks) as probes:
+            loss = mean_loss(packs, index)
+        gradients.append(list(torch.autograd.grad(loss, probes)))
+    return gradients

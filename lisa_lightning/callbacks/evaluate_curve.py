@@ -1,42 +1,51 @@
-"""Evaluation on held-out prompts during training."""
+"""Evaluation during training: `EvaluateCurve` measures scores on held-out prompts every few steps."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lisa_lightning.evaluate.evaluator import Evaluator, Question
-from lisa_lightning.evaluate.metrics import curve_scores
+from lisa_lightning.evaluation.evaluator import Evaluator, Question
+from lisa_lightning.evaluation.metrics import curve_scores
 from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.task.base import Task
 from lisa_lightning.trainer.module import LisaModule
 
 
 class EvaluateCurve(Callback):
-    """Scores on a part of the held-out questions, at the start and every few steps, by the embedded judge."""
+    """Measures scores on some of the held-out prompts by the embedded judge, before the first step and every few steps.
+
+    Args:
+        evaluator: generates the answers.
+        judge: judges them.
+        task: of the user, whose accuracy is measured.
+        questions: held-out prompts.
+        every: optimizer steps between two evaluations, > 0.
+    """
 
     def __init__(
-        self, evaluator: Evaluator, judge: EmbeddedJudge, task: Task, asked: list[Question], every: int
+        self, evaluator: Evaluator, judge: EmbeddedJudge, task: Task, questions: Sequence[Question], every: int
     ) -> None:
         self.evaluator = evaluator
         self.judge = judge
         self.task = task
-        self.asked = asked
+        self.questions = list(questions)
         self.every = every
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The point before the first step."""
+        """Evaluate before the first step."""
         assert isinstance(pl_module, LisaModule)
         if trainer.global_step == 0:
-            self._evaluate(pl_module)
+            pl_module.log_to_loggers(self._scores(pl_module))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
-        """A point of the curves."""
+        """Evaluate if an evaluation is due."""
         assert isinstance(pl_module, LisaModule)
         if trainer.global_step % self.every == 0:
-            self._evaluate(pl_module)
+            pl_module.log_curves(self._scores(pl_module))
 
-    def _evaluate(self, module: LisaModule) -> None:
-        answers = self.evaluator.answers(module.net, self.asked, "training")
+    def _scores(self, module: LisaModule) -> dict[str, float]:
+        answers = self.evaluator.answers(module.net, self.questions, "training")
         scores = curve_scores(self.judge, self.task, answers)
-        module.metrics |= {f"eval/{name}": float(value) for name, value in scores.items()}
+        return {f"eval/{name}": float(value) for name, value in scores.items()}

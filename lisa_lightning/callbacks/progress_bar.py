@@ -1,4 +1,4 @@
-"""The progress bar of a stage."""
+"""The progress bar of a stage: `StageBar`."""
 
 from typing import Any
 
@@ -7,18 +7,18 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 
 class StageBar(TQDMProgressBar):
-    """Lightning's bar, named after the stage: the run is one epoch, so its number says nothing."""
+    """Lightning's progress bar, labelled with the stage instead of the epoch."""
 
     def __init__(self, stage: str) -> None:
         super().__init__()
         self.stage = stage
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Rate and time left of the whole stage."""
+        """Label the bar."""
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description(self.stage)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """End the bar's line, so that a message starts on one of its own."""
+        """End the line of the bar, so that a message starts on a new one."""
         if self._train_progress_bar is not None:
             self.train_progress_bar.close()

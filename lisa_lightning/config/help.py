@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from textwrap import fill
 
-from lisa_lightning.config.paths import CONF
+from lisa_lightning.config.paths import COMMAND, CONF
 
 START = """\
 Align a language model, fine-tune it on partly harmful rows under a defense, measure what is left of its safety.
@@ -24,7 +24,9 @@ def usage() -> str:
     defaults, _, keys = (CONF / "config.yaml").read_text(encoding="utf-8").partition("\n\n")
     keys = keys.partition("\nhydra:")[0]
     said = "Keys, of which the chosen files have more: conf/config.yaml, and conf/method/ for the default method's"
-    text = "\n".join([START, *_groups(defaults), said, "", keys, *_of_the_method(defaults), ""])
+    text = "\n".join(
+        [START.replace("python run.py", COMMAND), *_groups(defaults), said, "", keys, *_of_the_method(defaults), ""]
+    )
     return text.replace("$", "$$")
 
 

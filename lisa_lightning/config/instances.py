@@ -1,59 +1,125 @@
-"""Classes that a config names by `_target_`: checked against their signatures, then called."""
+"""Classes that a config names by `_target_`. Start at `refuse_unknown_arguments`, which checks them, and `build`."""
 
 import inspect
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from lisa_lightning.config.rules import RULES
-from lisa_lightning.config.suggest import nearest
+from pydantic import ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
+
+from lisa_lightning.config.fields import describe
+from lisa_lightning.config.rules import RULES, not_allowed
+from lisa_lightning.config.suggest import suggest
 from lisa_lightning.runtime.errors import UserError, first_line, printable
 
+T = TypeVar("T")
 INTERFACES: Final = {
     "judge": ("metric", "verdicts"),
     "task": ("fields", "optional", "row"),
-    "curate": ("scores", "kept"),
+    "curate": ("scores", "selected_rows"),
     "repair": ("repair",),
-    "align": ("gradient", "draws"),
-    "method": ("gradient", "draws"),
+    "align": ("gradient", "plan"),
+    "method": ("gradient", "plan"),
+    "logger": ("log_metrics", "finalize"),
+    "callbacks": ("on_train_start", "on_train_batch_end"),
 }
-"""Config group -> what its classes have, whoever wrote them."""
+"""Config group -> attributes that its classes must have, custom ones included."""
 NO_ARGUMENTS: Final = {"repair": ("reference",)}
-"""Config group -> keys of its section that are not its class's arguments."""
+"""Config group -> keys of its section that are not arguments of its class."""
+STAGE_ARGUMENTS: Final = {"logger": ("save_dir",)}
+"""Config group -> required arguments that the stages set."""
+
+
+def build(section: Mapping[str, Any], key: str) -> Any:
+    """Return an instance of the class that a section names.
+
+    Args:
+        section: `_target_`, and the arguments of the class.
+        key: key of the section.
+
+    Raises:
+        UserError: if the class does not exist; an argument is unknown, missing, or has a wrong value.
+    """
+    cls = load_class(section["_target_"], key)
+    _refuse_other_arguments(cls, section, key)
+    excluded = {"_target_", *NO_ARGUMENTS.get(key, ())}
+    return parse(cls, {name: value for name, value in section.items() if name not in excluded}, key)
+
+
+def parse(cls: type[T], values: Mapping[str, Any], key: str) -> T:
+    """Return an instance of a class, created from values of the config.
+
+    Args:
+        cls: a settings class, or any other class.
+        values: arguments by name.
+        key: section of the config that the values come from.
+
+    Raises:
+        UserError: if a value is not allowed.
+    """
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise _value_error(cls, error, key) from error
+
+
+def _value_error(cls: type[Any], error: ValidationError, key: str) -> UserError:
+    details = error.errors()[0]
+    if not details["loc"]:
+        return UserError(f"{key}: {details['ctx']['error']}" if "ctx" in details else f"{key}: {details['msg']}")
+    name = str(details["loc"][0])
+    field = cls.__pydantic_fields__.get(name)
+    if field is None:
+        return UserError(f"{key}.{name} is not a key of {cls.__name__}; {suggest(name, cls.__pydantic_fields__)}")
+    if details["type"] in ("missing", "missing_argument"):
+        return UserError(f"{key}.{name} is missing. Fix: add +{key}.{name}=..., or don't delete it")
+    value = details["input"]
+    return not_allowed(f"{key}.{name}", value, describe(field.annotation, field.metadata))
 
 
 def refuse_unknown_arguments(config: Mapping[str, Any]) -> None:
-    """Check every class that a config names, and the keys next to its `_target_`.
+    """Check every class that a config names, with the keys and values next to its `_target_`.
 
     Args:
-        config: nested, with everything resolved.
+        config: the nested config, resolved.
 
     Raises:
-        UserError: if there is no such class; a key is none of its arguments, with the closest; an argument is missing.
+        UserError: if a class does not exist; an argument is unknown, missing, or has a wrong value. Similar names are
+            suggested for an unknown one.
     """
     for key, section in _sections(config):
-        kind = load_class(section["_target_"], key)
+        cls = load_class(section["_target_"], key)
         if key == "task":
             # A task is called without arguments; its other keys belong to stages and sources.
             continue
-        parameters = inspect.signature(kind).parameters.values()
-        accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        # Judges behind an endpoint hand the keys that they share on to it; RULES knows them.
-        shared = {rule.removeprefix(f"{key}.") for rule in RULES if rule.startswith(f"{key}.")}
-        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        known = accepted | shared if passes_on else accepted
-        extra = {str(name) for name in section} - known - {"_target_", *NO_ARGUMENTS.get(key, ())}
-        if extra and (shared or not passes_on):
-            raise UserError(f"{key}.{min(extra)} is not a key of {kind.__name__}; {nearest(min(extra), known)}")
-        missing = [p.name for p in parameters if p.default is p.empty and p.name in accepted - set(section)]
-        if missing:
-            raise UserError(
-                f"{key}.{missing[0]} is missing. Fix: give it as +{key}.{missing[0]}=..., or don't delete it"
-            )
+        if is_pydantic_dataclass(cls):
+            build(section, key)
+        else:
+            _refuse_other_arguments(cls, section, key)
+
+
+def _refuse_other_arguments(cls: type[Any], section: Mapping[str, Any], key: str) -> None:
+    """Raise UserError for a key that is not an argument, or for a missing argument."""
+    parameters = inspect.signature(cls).parameters.values()
+    accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    # Judges of an endpoint accept its keys, which RULES contains, as keyword arguments.
+    shared = {rule.removeprefix(f"{key}.") for rule in RULES if rule.startswith(f"{key}.")}
+    takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    allowed = accepted | shared if takes_kwargs else accepted
+    unknown = {str(name) for name in section} - allowed - {"_target_", *NO_ARGUMENTS.get(key, ())}
+    if unknown and (shared or not takes_kwargs):
+        raise UserError(f"{key}.{min(unknown)} is not a key of {cls.__name__}; {suggest(min(unknown), allowed)}")
+    provided = {*section, *STAGE_ARGUMENTS.get(key.partition(".")[0], ())}
+    # The saved config must show every setting of this package's classes, even those with defaults.
+    is_setting = is_pydantic_dataclass(cls) and cls.__module__.startswith("lisa_lightning.")
+    missing = [p.name for p in parameters if (is_setting or p.default is p.empty) and p.name in accepted - provided]
+    if missing:
+        raise UserError(f"{key}.{missing[0]} is missing. Fix: add +{key}.{missing[0]}=..., or don't delete it")
 
 
 def _sections(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Yield key and content of every section that names a class."""
+    """Yield the key and the content of every section that names a class."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             if "_target_" in value:
@@ -62,31 +128,36 @@ def _sections(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def load_class(target: Any, key: str) -> type[Any]:
-    """Return the class that `_target_` of the section `key` names.
+    """Return the class that a section names.
+
+    Args:
+        target: value of `_target_`, MODULE.CLASS.
+        key: key of the section.
 
     Raises:
-        UserError: if there is no such class, or it lacks what classes of its config group have.
+        UserError: if the class does not exist, or lacks an attribute that its config group requires.
     """
-    at = f"{key}._target_={printable(str(target))[:120]}"
+    setting = f"{key}._target_={printable(str(target))[:120]}"
     module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
     if not module:
-        raise UserError(f"{at} is no class. Fix: write MODULE.CLASS, as lisa_lightning.method.lisa.Lisa")
+        raise UserError(f"{setting} is not a class. Fix: write MODULE.CLASS, as lisa_lightning.method.lisa.Lisa")
     try:
-        kind = getattr(import_module(module), name)
+        cls = getattr(import_module(module), name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            # The module exists and imports something that doesn't.
-            raise UserError(f"{at} can't be imported: {first_line(error)}. Fix: install what it imports") from error
-        raise UserError(f"{at}: {first_line(error)}. Fix: correct the name, or install the package") from error
+            # The module exists, but a module that it imports does not.
+            raise UserError(f"{setting} can't be imported: {first_line(error)}. Fix: install its imports") from error
+        raise UserError(f"{setting}: {first_line(error)}. Fix: correct the name, or install the package") from error
     except (AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"{at}: {module} has no {name}. Fix: correct the name of the class") from error
-    lacking = [member for member in INTERFACES.get(_group(key), ()) if not hasattr(kind, member)]
-    if not isinstance(kind, type) or lacking:
-        what = f"lacks {', '.join(lacking)}" if isinstance(kind, type) else "is no class"
-        raise UserError(f"{at} {what}. Fix: name a class of the config group {_group(key)} (docs/architecture.md)")
-    return kind
+        raise UserError(f"{setting}: {module} has no {name}. Fix: correct the name of the class") from error
+    missing = [member for member in INTERFACES.get(_group(key), ()) if not hasattr(cls, member)]
+    if not isinstance(cls, type) or missing:
+        problem = f"lacks {', '.join(missing)}" if isinstance(cls, type) else "is not a class"
+        fix = f"name a class of the config group {_group(key)} (docs/architecture.md)"
+        raise UserError(f"{setting} {problem}. Fix: {fix}")
+    return cls
 
 
 def _group(key: str) -> str:
-    """Return the config group of a section: NLSR's reference is trained by methods, as aligning is."""
+    """Return the config group of a section. NLSR's reference is trained by alignment methods."""
     return "align" if key.startswith("repair.reference.") else key.partition(".")[0]

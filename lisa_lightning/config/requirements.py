@@ -1,4 +1,4 @@
-"""What each defense of a run needs beside its own rows and model, and the refusal where the config can't give it."""
+"""Requirements of defenses on the config. Start at `check_requirements`."""
 
 from collections.abc import Mapping, Set
 from typing import Any, Literal, Protocol
@@ -7,83 +7,94 @@ from omegaconf import OmegaConf
 
 from lisa_lightning.runtime.errors import UserError
 
-Need = Literal["defender rows", "aligned change", "stacked adapters", "undivided steps"]
-"""Harmful rows of the provider's own (`source.defender`); what the stage align changed in the model; an adapter of
-fine-tuning's own on the aligned model; a step's rows in one micro-batch of one process."""
+Requirement = Literal["defender_rows", "alignment_update", "stacked_adapters", "single_micro_batch"]
+"""Requirement of a defense on the config:
+
+- defender_rows: the provider's harmful rows, `source.defender`
+- alignment_update: the update that the stage align makes to the model
+- stacked_adapters: a separate fine-tuning adapter on the aligned model
+- single_micro_batch: all rows of a step in one micro-batch of one process
+"""
 
 
 class Defense(Protocol):
-    """A choice of rows, a method or a repair."""
+    """A selector, a method or a repair."""
 
     @property
-    def needs(self) -> Set[Need]:
-        """What it can't do without."""
+    def requirements(self) -> Set[Requirement]:
+        """Requirements on the config."""
         ...
 
 
-def defending(config: Mapping[str, Any]) -> list[str]:
-    """The config groups whose choice defends in the stages that run, in the order of these.
+def active_defenses(config: Mapping[str, Any]) -> list[str]:
+    """Return the config groups whose defense runs, in the order of the stages.
 
     Args:
-        config: key with dots -> value; may be a refused one.
+        config: key with dots -> value. It may be invalid.
     """
-    found = config.get("stages")
-    stages = found if isinstance(found, list) else []
-    chosen = {p for p in ("curate", "align.method", "repair") if any(key.startswith(f"{p}.") for key in config)}
-    align = "align" in stages and "align.method" in chosen
-    there = {
-        "curate": align and "curate" in stages and "curate" in chosen,
+    value = config.get("stages")
+    stages = value if isinstance(value, list) else []
+    sections = {s for s in ("curate", "align.method", "repair") if any(key.startswith(f"{s}.") for key in config)}
+    align = "align" in stages and "align.method" in sections
+    active = {
+        "curate": align and "curate" in stages and "curate" in sections,
         "align": align,
         "method": "finetune" in stages,
-        "repair": "finetune" in stages and "repair" in stages and "repair" in chosen,
+        "repair": "finetune" in stages and "repair" in stages and "repair" in sections,
     }
-    return [group for group, defends in there.items() if defends]
+    return [group for group, runs in active.items() if runs]
 
 
-def refuse_unmet(defenses: Mapping[str, Defense], choices: Mapping[str, str], cfg: Any, processes: int) -> None:
-    """Refuse what the config can't give.
+def check_requirements(defenses: Mapping[str, Defense], choices: Mapping[str, str], cfg: Any, processes: int) -> None:
+    """Check that the config meets the requirements of the defenses.
 
     Args:
-        defenses: those of the stages that run, by config group.
-        choices: config group -> what was chosen.
-        processes: among which a step's rows are shared out.
+        defenses: config group -> defense, of the stages that run.
+        choices: config group -> chosen option.
+        cfg: the whole config.
+        processes: number of processes, among which the rows of a step are sharded.
 
     Raises:
-        UserError: the choice, and what would give it what it needs.
+        UserError: if a requirement is not met, with the setting that meets it.
     """
     if "curate" in cfg.stages and cfg.curate and "curate" not in defenses:
         raise UserError(
-            f"curate={choices['curate']} chooses the rows to align on: it needs the stage align, with another choice "
-            "than align=none"
+            f"curate={choices['curate']}: selects rows for stage align, which does not run. "
+            "Fix: run stage align (not align=none)"
         )
     if "repair" in cfg.stages and cfg.repair and "repair" not in defenses:
-        raise UserError(f"repair={choices['repair']} repairs what fine-tuning made: it needs the stage finetune")
+        raise UserError(
+            f"repair={choices['repair']}: repairs the adapter of stage finetune, which does not run. "
+            "Fix: add finetune to stages"
+        )
     if "method" in defenses and "align" not in defenses and cfg.model.adapters == "continued":
         raise UserError(
-            "model.adapters=continued goes on with the adapter that aligning trained: it needs the stage align with "
-            "another choice than align=none; model.adapters=stacked trains a fresh one"
+            "model.adapters=continued: continues the adapter of stage align, which does not run. "
+            "Fix: run stage align (not align=none), or set model.adapters=stacked for a fresh adapter"
         )
     defender = cfg.source.defender
     for group, defense in defenses.items():
         choice = f"{group}={choices[group]}"
-        if "defender rows" in defense.needs and defender.path is None and defender.get("hub") is None:
+        if "defender_rows" in defense.requirements and defender.path is None and defender.get("hub") is None:
             raise UserError(
-                f"{choice} needs defender rows, and this source has none: "
-                "give a file as source.defender.path, with prompt and response"
+                f"{choice}: needs defender rows, and source.defender has none. "
+                "Fix: set source.defender.path to a file with prompt and response"
             )
-        if "aligned change" in defense.needs and ("align" not in defenses or cfg.model.adapters == "continued"):
+        if "alignment_update" in defense.requirements and (
+            "align" not in defenses or cfg.model.adapters == "continued"
+        ):
             raise UserError(
-                f"{choice} holds on to what aligning changed, which is not told apart here: it needs the stage "
-                f"align with another choice than align=none, and model.adapters=stacked (now {cfg.model.adapters})"
+                f"{choice}: needs the alignment update. "
+                f"Fix: run stage align (not align=none) with model.adapters=stacked (now {cfg.model.adapters})"
             )
-        if "stacked adapters" in defense.needs and cfg.model.adapters == "continued":
+        if "stacked_adapters" in defense.requirements and cfg.model.adapters == "continued":
             raise UserError(
-                f"{choice} compares adapters on the aligned model: it needs model.adapters=stacked (now continued)"
+                f"{choice}: compares adapters on the aligned model. Fix: set model.adapters=stacked (now continued)"
             )
         optim = "align.optim" if group == "align" else "optim"
         micro_batches = OmegaConf.select(cfg, f"{optim}.accumulate", default=1)
-        if "undivided steps" in defense.needs and micro_batches * processes > 1:
+        if "single_micro_batch" in defense.requirements and micro_batches * processes > 1:
             raise UserError(
-                f"{choice} looks at all rows of a step together here: it needs {optim}.accumulate=1 "
-                f"(now {micro_batches}) and one process (now {processes})"
+                f"{choice}: needs all rows of a step in one micro-batch. "
+                f"Fix: {optim}.accumulate=1 (now {micro_batches}) and one process (now {processes})"
             )

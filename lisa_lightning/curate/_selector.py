@@ -1,201 +1,209 @@
-"""The bilevel selector that SEAL and Pharmacist share: weights of rows, trained along with a model."""
+"""The bilevel selector of SEAL and Pharmacist: `BilevelSelector.fit_weights` trains row weights along with a model."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass as plain_dataclass
 from itertools import count, islice
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from lisa_lightning.curate.base import Curate
+from lisa_lightning.config.fields import STRICT, Count, Positive, PositiveShare, Seed, Share
+from lisa_lightning.curate.base import Selector
 from lisa_lightning.data.interleave import Batch, Examples
 from lisa_lightning.data.packing import Example, Pack, Packing
-from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.objective.loss import row_losses
 from lisa_lightning.runtime.errors import UserError
 
 Activation = Literal["softmax", "sigmoid"]
-BETAS = (0.9, 0.95)
-CLIP = 1.0
-START = {"softmax": 0.1, "sigmoid": -1e-4}
+BETAS: Final = (0.9, 0.95)
+CLIP: Final = 1.0
+INITIAL_THETA: Final = {"softmax": 0.1, "sigmoid": -1e-4}
 
 Objective = Callable[[Tensor, list[int]], Tensor]
-"""[R] mean losses of a micro-batch's rows, and their places in the batch -> their share of what is minimized."""
+"""[R] mean losses of a micro-batch's rows, and their indices in the batch -> [R] terms of the minimized mean."""
 UpperLoss = Callable[[Tensor], Tensor]
-"""[R] mean losses of upper rows -> [R] what the upper level wants small in the mean."""
+"""[R] mean losses of upper rows -> [R] terms of the mean that the upper level minimizes."""
 
 
-class BilevelCurate(Curate):
+@dataclass(frozen=True, config=STRICT)
+class BilevelSelector(Selector):
     """Scores are weights p_i of the candidates, trained by SEAL's penalty method (Shen et al., ICLR 2025).
 
-    In a step, with l_i the mean loss over the label tokens of row i, the model descends
-    c * mean_upper(u(l)) + (1 - c) * mean_i(p_i * l_i), and the selector mean_i(p_i * l_i) with l_i held fixed. So a
-    candidate goes down whose loss is high under a model that the upper rows pull, and a row goes down too that was hard
-    to begin with: while the model has moved little, this ranks by the base model's loss. p = N softmax(theta) over all
-    N candidates or 2 sigmoid(theta), near 1 at first. The model descends by Adam (0.9, 0.95); rates are constant and
-    gradients clipped at norm 1, all as in the official code. First derivatives alone; two forward and two backward
-    passes.
+    With l_i the mean loss over the label tokens of row i, each step lets the model descend
 
-    The official code has Adam for theta too. Since it divides by the size of a row's own gradients, what a row loses at
-    a visit hardly depends on its loss, and where a step sees few of the candidates, a few epochs end close to chance:
-    on a tiny model whose rows half contradict the upper ones, 40 of them, 5 a step, 3 epochs, a helpful row stood above
-    a contradicting one in 36 to 55 % of pairs (softmax; five seeds), with plain gradient descent in 100 %. With Adam
-    all rows in one step, or many epochs, are what helps.
+        c * mean_upper(u(l)) + (1 - c) * mean_i(p_i * l_i)
 
-    A candidate without a label token can't be judged and scores 0, the least. Without dropout, scores are the same for
-    any split into micro-batches and ranks.
+    and the selector
 
-    Args:
-        keep: share of the rows to keep, 0..1.
-        epochs: passes over the candidates, >= 1. SEAL's script has 3.
-        batch_size: candidates of a step over all ranks, and as many upper rows. SEAL's is 64.
-        micro_batch: rows of a pass.
-        lr: of the model. SEAL's is 1e-5, for some 5000 steps.
-        selector_lr: of theta. SEAL's script has 5e-3, its default is 1e-2; for Adam both.
-        adam: theta descends by Adam, as in SEAL's code, or else by its plain gradient.
-        activation: softmax as in SEAL, or sigmoid.
-        upper_weight: c in the first epoch, 0..1. SEAL's script has 1, its default is 0.9.
-        upper_decay: what c loses an epoch, down to 0. SEAL's script has 0.03, its default is 0.1.
-        seed: of the rows' order.
+        mean_i(p_i * l_i)
+
+    with l_i held fixed. p is near 1 at first, and is N * softmax(theta) over all N candidates or 2 * sigmoid(theta). A
+    candidate is ranked down if its loss is high under a model that the upper rows pull. A row that was difficult from
+    the start is ranked down too: while the model has moved little, the ranking is that of the base model's loss.
+
+    As in the official code, the model descends by Adam (0.9, 0.95) at a constant rate, gradients are clipped at norm 1,
+    and second derivatives are dropped. Two forward and two backward passes a step.
+
+    Departure from the official code:
+        - `adam`: the official code uses Adam for theta too. Adam divides by the size of a row's gradients, so that the
+          loss of a row hardly changes how far it falls per visit. If a step has few of the candidates, a few epochs end
+          close to chance. Measured on a tiny model with 40 rows, half of which contradict the upper rows, 5 rows a
+          step, 3 epochs, softmax, five seeds: a helpful row ranked above a contradicting one in 36 to 55 % of pairs,
+          with plain gradient descent in 100 %. With Adam, put all rows into one step or train for many epochs.
+
+    A candidate without a label token scores 0, the lowest. Without dropout, scores are the same for any split into
+    micro-batches and ranks.
     """
 
-    def __init__(
-        self,
-        keep: float,
-        epochs: int,
-        batch_size: int,
-        micro_batch: int,
-        lr: float,
-        selector_lr: float,
-        adam: bool,
-        activation: Activation,
-        upper_weight: float,
-        upper_decay: float,
-        seed: int,
-    ) -> None:
-        super().__init__(keep)
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.micro_batch = micro_batch
-        self.lr = lr
-        self.selector_lr = selector_lr
-        self.adam = adam
-        self.activation: Activation = activation
-        self.upper_weight = upper_weight
-        self.upper_decay = upper_decay
-        self.seed = seed
+    keep: PositiveShare = 0.8
+    """Share of the rows to keep. SEAL's script has 0.8."""
+    epochs: Count = 3
+    """Passes over the candidates. SEAL's script has 3."""
+    batch_size: Count = 64
+    """Candidates of a step over all ranks, and as many upper rows. SEAL's script has 64."""
+    micro_batch: Count = 8
+    """Rows of a forward pass."""
+    lr: Positive = 1e-3
+    """Learning rate of the model. SEAL has 1e-5, for some 5000 steps."""
+    selector_lr: Positive = 5e-3
+    """Learning rate of theta. SEAL's script has 5e-3, its default is 1e-2, both for Adam."""
+    adam: bool = False
+    """Train theta by Adam, as SEAL's code does, instead of plain gradient descent."""
+    activation: Activation = "softmax"
+    """softmax, as in SEAL: rows compete. sigmoid: the weight of a row does not depend on other rows."""
+    upper_weight: Share = 1.0
+    """c in the first epoch. SEAL's script has 1, its default is 0.9."""
+    upper_decay: Share = 0.03
+    """Decrease of c per epoch, down to 0. SEAL's script has 0.03, its default is 0.1."""
+    seed: Seed = 0
+    """Seed of the order of rows."""
 
-    def trained(
-        self, passes: Passes, packing: Packing, candidates: Examples, upper: Examples, upper_loss: UpperLoss
+    def fit_weights(
+        self, backprop: Backprop, packing: Packing, candidates: Examples, upper: Examples, upper_loss: UpperLoss
     ) -> Tensor:
-        """[N] the weights p of the candidates. The model's weights are what they were afterwards.
+        """Return the weights p of the N candidates, [N]. The model's weights are unchanged afterwards.
+
+        Args:
+            backprop: the model; it is trained from its present weights.
+            packing: how the model packs rows.
+            candidates: the rows to weight.
+            upper: the rows of the upper level.
+            upper_loss: u, of the mean losses of upper rows.
 
         Raises:
-            UserError: a loss is not finite, or no candidate has a label.
+            UserError: if a loss is not finite, or no candidate has a label.
         """
-        labelled = [i for i in range(len(candidates)) if candidates[i].supervised]
-        if not labelled:
-            raise UserError("No alignment row to choose from has a label token within data.max_length")
+        label_rows = [i for i in range(len(candidates)) if candidates[i].supervised]
+        if not label_rows:
+            raise UserError(
+                "data.max_length: no alignment row has a label token within it. Fix: a larger data.max_length"
+            )
         # A row without loss would outweigh all others in the softmax.
-        judged = Examples([candidates.rows[i] for i in labelled], candidates.encode)
-        theta = torch.full((len(judged),), START[self.activation], device=passes.device, requires_grad=True)
-        model = torch.optim.Adam(passes.weights, lr=self.lr, betas=BETAS)
+        labelled = Examples([candidates.rows[i] for i in label_rows], candidates.encode)
+        theta = torch.full((len(labelled),), INITIAL_THETA[self.activation], device=backprop.device, requires_grad=True)
+        model_optimizer = torch.optim.Adam(backprop.weights, lr=self.lr, betas=BETAS)
         adam = torch.optim.Adam([theta], lr=self.selector_lr, betas=BETAS)
-        selector = adam if self.adam else torch.optim.SGD([theta], lr=self.selector_lr)
-        with passes.at(passes.weights):
-            for step, (c, places, rows, others) in enumerate(self._batches(judged, upper)):
-                passes.seed = int(np.random.default_rng([self.seed, step, passes.rank]).integers(2**62))
-                p = weights(theta, self.activation)[places]
-                pull = self._level(passes, packing, others, lambda losses, _, c=c: c * upper_loss(losses))
-                own = p.detach()
-                fit = self._level(passes, packing, rows, lambda losses, at, c=c, own=own: (1 - c) * own[at] * losses)
-                _descend(model, passes.weights, [a + b for a, b in zip(pull.gradient, fit.gradient, strict=True)])
-                # Not by the rows of an epoch's last, smaller step: its rows would fall further for it.
-                loss = (p * fit.losses).sum() / self.batch_size
-                self._require_finite(pull.loss + fit.loss + loss.item(), step)
-                _descend(selector, [theta], torch.autograd.grad(loss, [theta]))
-        for weight in passes.weights:
+        theta_optimizer = adam if self.adam else torch.optim.SGD([theta], lr=self.selector_lr)
+        with backprop.swapped_weights(backprop.weights):
+            for step, (c, indices, batch, upper_batch) in enumerate(self._batches(labelled, upper)):
+                backprop.seed = int(np.random.default_rng([self.seed, step, backprop.rank]).integers(2**62))
+                p = row_weights(theta, self.activation)[indices]
+                upper_level = self._level(backprop, packing, upper_batch, lambda losses, _, c=c: c * upper_loss(losses))
+                fixed_p = p.detach()
+                lower_level = self._level(
+                    backprop, packing, batch, lambda losses, rows, c=c, p=fixed_p: (1 - c) * p[rows] * losses
+                )
+                gradients = zip(upper_level.gradients, lower_level.gradients, strict=True)
+                _descend(model_optimizer, backprop.weights, [a + b for a, b in gradients])
+                # The divisor is constant, since the rows of an epoch's smaller last step would fall further otherwise.
+                loss = (p * lower_level.losses).sum() / self.batch_size
+                self._require_finite(upper_level.loss + lower_level.loss + loss.item(), step)
+                _descend(theta_optimizer, [theta], torch.autograd.grad(loss, [theta]))
+        for weight in backprop.weights:
             weight.grad = None
-        found = torch.zeros(len(candidates), device=passes.device)
-        found[labelled] = weights(theta.detach(), self.activation)
-        return found
+        scores = torch.zeros(len(candidates), device=backprop.device)
+        scores[label_rows] = row_weights(theta.detach(), self.activation)
+        return scores
 
     def _batches(
         self, candidates: Examples, upper: Examples
     ) -> Iterator[tuple[float, list[int], list[Example], list[Example]]]:
-        """For each step: c, the candidates' places, the candidates, as many upper rows, which come round and round."""
-        rounds = self._rounds(len(upper))
+        """Yield c, the indices of the candidates, the candidates and as many upper rows of each step."""
+        upper_order = self._endless_order(len(upper))
         for epoch in range(self.epochs):
             order = self._order(1, epoch, len(candidates))
             for start in range(0, len(order), self.batch_size):
-                places = order[start : start + self.batch_size]
-                others = [upper[i] for i in islice(rounds, len(places))]
+                indices = order[start : start + self.batch_size]
+                upper_batch = [upper[i] for i in islice(upper_order, len(indices))]
                 c = max(0.0, self.upper_weight - epoch * self.upper_decay)
-                yield c, places, [candidates[i] for i in places], others
+                yield c, indices, [candidates[i] for i in indices], upper_batch
 
-    def _rounds(self, size: int) -> Iterator[int]:
-        for turn in count():
-            yield from self._order(2, turn, size)
+    def _endless_order(self, size: int) -> Iterator[int]:
+        """Yield the indices of the upper rows in one random order after another."""
+        for epoch in count():
+            yield from self._order(2, epoch, size)
 
     def _order(self, level: int, epoch: int, size: int) -> list[int]:
         return np.random.default_rng([self.seed, level, epoch]).permutation(size).tolist()
 
-    def _level(self, passes: Passes, packing: Packing, rows: Sequence[Example], objective: Objective) -> "_Level":
-        """The mean of the objective over the rows that have a label."""
-        count = max(1, sum(bool(row.supervised) for row in rows))
-        micro = list(_micro_batches(rows, packing, self.micro_batch, passes))
-        places = iter(micro)
-        losses = torch.zeros(len(rows), device=passes.device)
+    def _level(
+        self, backprop: Backprop, packing: Packing, rows: Sequence[Example], objective: Objective
+    ) -> "_LevelOutput":
+        """Return mean and gradients of the objective over the rows that have a label."""
+        labelled = max(1, sum(bool(row.supervised) for row in rows))
+        micro_batches = list(_micro_batches(rows, packing, self.micro_batch, backprop))
+        losses = torch.zeros(len(rows), device=backprop.device)
 
-        def share(packs: Sequence[Pack]) -> Tensor:
-            at, _ = next(places)
-            sums, labels = row_losses(passes.model, packs)
-            found = sums / labels
-            losses[at] = found.detach()
-            return objective(found, at).sum() / count
+        def mean_objective(packs: Sequence[Pack], index: int) -> Tensor:
+            indices, _ = micro_batches[index]
+            sums, labels = row_losses(backprop.model, packs)
+            means = sums / labels
+            losses[indices] = means.detach()
+            return objective(means, indices).sum() / labelled
 
-        loss, gradient = passes.gradient(Batch("alignment", [packs for _, packs in micro], tokens=0), share)
-        return _Level(loss, gradient, passes.summed([losses])[0])
+        batch = Batch("alignment", [packs for _, packs in micro_batches], tokens=0)
+        loss, gradients = backprop.gradient(batch, mean_objective)
+        return _LevelOutput(loss, gradients, backprop.all_reduce_sum([losses])[0])
 
     def _require_finite(self, value: float, step: int) -> None:
         if not math.isfinite(value):
-            raise UserError(
-                f"A loss of step {step} of curating is {value}. A smaller curate.lr (now {self.lr}) may help."
-            )
+            raise UserError(f"curate.lr={self.lr}: a loss of step {step} is {value}. Fix: a smaller curate.lr may help")
 
 
-@dataclass(frozen=True, slots=True)
-class _Level:
-    """What a level's rows say, over all ranks."""
+@plain_dataclass(frozen=True, slots=True)
+class _LevelOutput:
+    """Loss, gradients and row losses of one level, over all ranks."""
 
     loss: float
-    gradient: list[Tensor]
+    gradients: list[Tensor]
     losses: Tensor
-    """[B] each row's mean loss, 0 where it has no label."""
+    """[B] mean loss of each row, 0 for a row without label."""
 
 
-def weights(theta: Tensor, activation: Activation) -> Tensor:
-    """[N] p of theta [N]; both are 1 where theta is nothing but zeros."""
+def row_weights(theta: Tensor, activation: Activation) -> Tensor:
+    """Return p of theta, both [N]. With theta = 0 all weights are 1."""
     return len(theta) * theta.softmax(0) if activation == "softmax" else 2 * theta.sigmoid()
 
 
 def _micro_batches(
-    rows: Sequence[Example], packing: Packing, size: int, passes: Passes
+    rows: Sequence[Example], packing: Packing, size: int, backprop: Backprop
 ) -> Iterator[tuple[list[int], list[Pack]]]:
-    """This rank's share of a batch: the places in it of rows with a label, and their packs."""
-    share = -(-len(rows) // passes.ranks)
-    own = range(len(rows))[passes.rank * share : (passes.rank + 1) * share]
-    for start in range(0, len(own), size):
-        at = [i for i in own[start : start + size] if rows[i].supervised]
-        if at:
-            yield at, [p.to(passes.device) for p in packing([rows[i] for i in at])]
+    """Yield indices and packs of the labelled rows of each micro-batch of this rank."""
+    shard_size = -(-len(rows) // backprop.ranks)
+    shard = range(len(rows))[backprop.rank * shard_size : (backprop.rank + 1) * shard_size]
+    for start in range(0, len(shard), size):
+        indices = [i for i in shard[start : start + size] if rows[i].supervised]
+        if indices:
+            yield indices, [p.to(backprop.device) for p in packing([rows[i] for i in indices])]
 
 
-def _descend(optimizer: torch.optim.Optimizer, variables: Sequence[Tensor], gradient: Sequence[Tensor]) -> None:
-    for variable, own in zip(variables, gradient, strict=True):
-        variable.grad = own
+def _descend(optimizer: torch.optim.Optimizer, variables: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    for variable, gradient in zip(variables, gradients, strict=True):
+        variable.grad = gradient
     torch.nn.utils.clip_grad_norm_(variables, CLIP)
     optimizer.step()

@@ -1,4 +1,4 @@
-"""What a choice of alignment rows is given and gives back, and how scores become a choice."""
+"""The interface of a selection of alignment rows: `Selector`, and its inputs `Candidates`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Set
@@ -7,61 +7,70 @@ from typing import final
 
 from torch import Tensor
 
-from lisa_lightning.config.requirements import Need
+from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import Packing
-from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.runtime.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What scoring may use. Rows are encoded, and the model made, when they are called for."""
+    """Inputs of a selector. Rows are encoded on access, and the model is loaded on call."""
 
     alignment: Examples
-    """The rows to choose from."""
+    """The candidate rows."""
     defender: Examples
-    """Harmful rows of the provider's; may be none."""
-    trainee: Callable[[], tuple[Passes, Packing]]
-    """A fresh adapter on the base model, where it is to be computed, and how that model takes its rows."""
+    """Harmful rows of the provider; may be empty."""
+    make_model: Callable[[], tuple[Backprop, Packing]]
+    """Returns a fresh adapter on the base model, and the packing of its rows."""
 
 
-class Curate(ABC):
-    """Keeps the alignment rows of highest score; of equal scores the first.
+class Selector(ABC):
+    """A selection of the alignment rows of highest score. Subclasses are frozen dataclasses of settings.
 
-    Args:
-        keep: share of the rows to keep, 0..1; 1 keeps all, whatever their scores. A larger share contains a smaller
-            one's rows.
+    Of equal scores the first rows are selected. A larger share contains the rows of a smaller one.
     """
 
-    needs: Set[Need] = frozenset()
-    """What it can't do without."""
+    keep: float
+    """Share of the rows to keep, above 0, up to 1; 1 keeps all, whatever their scores."""
 
-    def __init__(self, keep: float) -> None:
-        self.keep = keep
+    @property
+    def requirements(self) -> Set[Requirement]:
+        """Requirements on the config."""
+        return frozenset()
 
     @abstractmethod
-    def scores(self, given: Candidates) -> Tensor:
-        """[N] of the N alignment rows, equal on all ranks. The model's weights are what they were afterwards.
+    def scores(self, candidates: Candidates) -> Tensor:
+        """Return the scores of the N alignment rows, [N], equal on all ranks.
+
+        The model's weights must be unchanged afterwards.
 
         Raises:
-            UserError: there aren't the rows that it needs, or a loss is not finite.
+            UserError: if required rows are missing, or a loss is not finite.
         """
 
     @final
     def count(self, size: int) -> int:
-        """How many of `size` rows are kept.
+        """Return the number of rows kept of `size` rows.
 
         Raises:
-            UserError: none.
+            UserError: if `keep * size` rounds to zero.
         """
         count = round(self.keep * size)
         if not count:
-            raise UserError(f"curate.keep={self.keep} leaves none of the {size} alignment rows")
+            raise UserError(
+                f"curate.keep={self.keep}: keeps none of the {size} alignment rows. Fix: a larger curate.keep"
+            )
         return count
 
     @final
-    def kept(self, scores: Sequence[float]) -> list[int]:
-        """The places of the rows to train on, in the rows' own order."""
-        best = sorted(range(len(scores)), key=lambda i: -scores[i])  # stable: of equal scores the first
-        return sorted(best[: self.count(len(scores))])
+    def selected_rows(self, scores: Sequence[float]) -> list[int]:
+        """Return the indices of the selected rows in ascending order.
+
+        Raises:
+            UserError: if no row is selected.
+        """
+        # The sort is stable: of equal scores the first are selected.
+        ranked = sorted(range(len(scores)), key=lambda i: -scores[i])
+        return sorted(ranked[: self.count(len(scores))])

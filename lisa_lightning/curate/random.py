@@ -1,26 +1,25 @@
-"""Rows drawn at random: the control that every other choice must beat at the same number of rows."""
+"""Random rows: the control that every other selector must beat at the same number of rows."""
 
 from typing import final
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from lisa_lightning.curate.base import Candidates, Curate
+from lisa_lightning.config.fields import STRICT, PositiveShare, Seed
+from lisa_lightning.curate.base import Candidates, Selector
 
 
 @final
-class Random(Curate):
-    """Scores drawn from 0..1; no pass through the model.
+@dataclass(frozen=True, config=STRICT)
+class Random(Selector):
+    """Draw scores uniformly from 0..1. No forward pass."""
 
-    Args:
-        keep: share of the rows to keep, 0..1.
-        seed: of the draw.
-    """
+    keep: PositiveShare = 0.8
+    """Share of the rows to keep."""
+    seed: Seed = 0
+    """Seed of the draw."""
 
-    def __init__(self, keep: float, seed: int) -> None:
-        super().__init__(keep)
-        self.seed = seed
-
-    def scores(self, given: Candidates) -> Tensor:
-        """Uses nothing but the number of rows."""
-        return torch.rand(len(given.alignment), generator=torch.Generator().manual_seed(self.seed))
+    def scores(self, candidates: Candidates) -> Tensor:
+        """Return random scores, from the number of rows alone."""
+        return torch.rand(len(candidates.alignment), generator=torch.Generator().manual_seed(self.seed))

@@ -1,1 +1,1 @@
-"""From files to step batches: source -> rows -> encoded examples -> streams interleaved by state."""
+"""Data pipeline: source -> rows -> encoded examples -> streams -> batches of optimizer steps."""

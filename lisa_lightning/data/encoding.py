@@ -1,4 +1,4 @@
-"""Rows to token ids and labels."""
+"""Encode rows as token ids and labels: `encode`."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,26 +10,29 @@ from lisa_lightning.runtime.errors import UserError
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, template: Template, row: Row, max_length: int) -> Example:
-    """Return prompt (not learnt), answer and end of text (learnt), cut at `max_length` tokens.
+    """Return the example of a row: prompt (not learnt), answer and end of text (learnt), truncated to `max_length`.
 
-    Prompt and answer are tokenized separately and joined as ids, so that the label mask is exact. Of a long text only
-    a prefix is tokenized.
+    Prompt and answer are tokenized separately and their ids are concatenated, so that the label mask is exact. Only a
+    prefix of a long text is tokenized.
 
     Args:
-        tokenizer: of the model.
-        template: the prompt's form.
+        tokenizer: tokenizer of the model.
+        template: template of the prompt.
         row: instruction, input and answer.
-        max_length: tokens of the example at most.
+        max_length: maximum number of tokens of the example.
 
     Returns:
-        An example, whose `supervised` is 0 if the whole answer is cut off.
+        An example. Its `supervised` is 0 if the entire answer is cut off.
 
     Raises:
-        UserError: The tokenizer has no end of text, or not the template.
+        UserError: if the tokenizer has no end-of-text token, or no chat template for `template="chat"`.
     """
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
-        raise UserError("This model's tokenizer has no end of text (eos_token), with which every answer must be learnt")
+        raise UserError(
+            "model.id: the tokenizer has no end of text (eos_token), which every answer must end with. "
+            "Fix: set eos_token in tokenizer_config.json, or choose another model"
+        )
     prompt = encode_prompt(tokenizer, template, row.instruction, row.context, max_length)
     answer = first_ids(tokenizer, row.response, max_length, add_special_tokens=False)
     answer.append(eos)
@@ -44,16 +47,16 @@ def prompt_length(
     """Return the number of tokens of a prompt, without tokenizing much more than `limit` of them.
 
     Args:
-        tokenizer: of the model.
-        template: the prompt's form.
-        instruction: the request.
-        context: its input, or "".
+        tokenizer: tokenizer of the model.
+        template: template of the prompt.
+        instruction: instruction of the row.
+        context: input of the row, or "".
         limit: number up to which the result must be exact.
 
     Returns:
-        The exact number if it is at most `limit`; otherwise some number above it.
+        The exact number if it is at most `limit`, otherwise some number above `limit`.
 
     Raises:
-        UserError: See `encode_prompt`.
+        UserError: see `encode_prompt`.
     """
     return len(encode_prompt(tokenizer, template, instruction, context, limit + 1))

@@ -1,4 +1,4 @@
-"""Read rows out of local files of all kinds, with errors that name file and line."""
+"""Read rows of local files of all supported kinds, with errors that name file and line: `read_records`."""
 
 import gzip
 import lzma
@@ -15,13 +15,13 @@ from typing import Any, Final, TypeVar
 from lisa_lightning.data.json_rows import json_rows
 from lisa_lightning.data.normal_form import is_blank
 from lisa_lightning.data.reading import Reading, Record
-from lisa_lightning.data.tables import refuse_repeated, table_rows
+from lisa_lightning.data.tables import refuse_duplicate_columns, table_rows
 from lisa_lightning.runtime.errors import UserError, first_line, printable
 
 EMBEDDED = Path(__file__).parent / "embedded"
-SHIPPED = re.compile(r"embedded:(?P<name>[^\[]*)(\[:(?P<first>\d+)\])?")
+EMBEDDED_PATH = re.compile(r"embedded:(?P<name>[^\[]*)(\[:(?P<first>\d+)\])?")
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".ndjson")
-PACKED = (".gz", ".xz", ".zst")
+COMPRESSED = (".gz", ".xz", ".zst")
 MAX_NAME_CHARS: Final = 300
 IRREGULAR: Final = {
     stat.S_IFDIR: "a directory",
@@ -32,44 +32,47 @@ IRREGULAR: Final = {
 }
 T = TypeVar("T")
 
-__all__ = ["EMBEDDED", "Reading", "content", "read", "read_records"]
+__all__ = ["EMBEDDED", "Reading", "content_hash", "convert_rows", "read_records"]
 
 
 def read_records(
     path: str, reading: Reading, make: Callable[[Record], T], header: Sequence[str] | None = None
 ) -> list[T]:
-    """Return what `make` returns for every record of a file.
+    """Return the results of `make` for the records of a file.
 
-    A file is JSON, JSON Lines, csv, tsv or parquet, perhaps packed as .gz, .xz or .zst. The case of the suffix doesn't
-    matter. A .json file may hold JSON Lines, and a .jsonl file one JSON list. Lines that begin with "# " before the
-    header of a csv or tsv are comments. Whether a tsv is quoted is decided by `tables.is_quoted`.
+    Formats: JSON, JSON Lines, csv, tsv and parquet, optionally compressed as .gz, .xz or .zst.
+
+    - Suffixes are case-insensitive.
+    - A .json file may hold JSON Lines, and a .jsonl file one JSON list.
+    - Lines that begin with "# " before the header of a csv or tsv are comments.
+    - `tables.is_quoted` decides whether a tsv is quoted.
 
     Args:
-        path: a file; `embedded:NAME` is one that ships with the package, `embedded:NAME[:N]` its first N rows.
+        path: path of the file. `embedded:NAME` is a file of the package, `embedded:NAME[:N]` its first N rows.
         reading: the columns, labels and rows to read.
-        make: called with each record.
-        header: the columns of a csv or tsv that has no line of names.
+        make: converts a record to a result.
+        header: the columns of a csv or tsv without a header line; None if it has one.
 
     Returns:
-        One value a record, in the file's order; at least one.
+        One result per record in the file's order; at least one.
 
     Raises:
-        UserError: The file is missing, empty, broken, of an unknown kind, no regular file or not UTF-8. Or a row is
-            broken, a column is missing, null or empty, or `make` refuses a value.
+        UserError: if the file is missing, empty, broken, of an unknown kind, not a regular file or not UTF-8. Also if a
+            row is broken, if a column is missing, null or empty, or if `make` rejects a value.
     """
-    file, first = _located(path)
+    file, max_rows = _resolve(path)
     name = _display_name(str(file))
     kind = _kind(file, name)
-    data = _unpacked(file, name)
+    data = _read_bytes(file, name)
     rows = _parquet(data, name) if kind == ".parquet" else _text_rows(data, name, kind, header)
     del data
-    return read(islice(rows, first), name, reading, make)
+    return convert_rows(islice(rows, max_rows), name, reading, make)
 
 
-def content(path: str) -> str:
-    """Return a hash of the file that `read_records` reads; "" if it can't be read."""
+def content_hash(path: str) -> str:
+    """Return a hash of the file that `read_records` reads; "" if the file cannot be read."""
     try:
-        file = _located(path)[0]
+        file = _resolve(path)[0]
         if not stat.S_ISREG(file.stat().st_mode):
             return ""
         return sha256(file.read_bytes()).hexdigest()[:16]
@@ -77,38 +80,40 @@ def content(path: str) -> str:
         return ""
 
 
-def read(rows: Iterable[tuple[str, Record]], name: str, reading: Reading, make: Callable[[Record], T]) -> list[T]:
-    """Return what `make` returns for every row that `reading` includes.
+def convert_rows(
+    rows: Iterable[tuple[str, Record]], name: str, reading: Reading, make: Callable[[Record], T]
+) -> list[T]:
+    """Return the results of `make` for all rows that `reading` includes.
 
     Args:
         rows: position and cells of each row.
         name: the file or set, for errors.
         reading: the columns, labels and rows to read.
-        make: called with each record.
+        make: converts a record to a result.
 
     Raises:
-        UserError: No row is included. Or a cell can't be used, or `make` refuses a value, with name and position.
+        UserError: if no row is included, if a cell is invalid, or if `make` rejects a value.
     """
-    records = []
+    results = []
     for position, raw in rows:
         try:
             record = reading.record(raw)
             if record is not None:
-                records.append(make(record))
+                results.append(make(record))
         except UserError as error:
             raise UserError(f"{name}, {position}: {error}") from error
-    if not records and reading.where:
+    if not results and reading.where:
         raise UserError(f"{name}: no rows with {dict(reading.where)} in it. Fix: change `where`")
-    if not records:
-        raise UserError(f"{name}: no rows in it. Fix: give it rows")
-    return records
+    if not results:
+        raise UserError(f"{name}: no rows in it. Fix: add rows")
+    return results
 
 
-def _located(path: str) -> tuple[Path, int | None]:
-    """Return the file, and how many of its rows are meant, None for all."""
-    shipped = SHIPPED.fullmatch(path)
-    if shipped is not None:
-        return EMBEDDED / shipped["name"], int(shipped["first"]) if shipped["first"] else None
+def _resolve(path: str) -> tuple[Path, int | None]:
+    """Return the file, and the number of its rows to read; None for all."""
+    embedded = EMBEDDED_PATH.fullmatch(path)
+    if embedded is not None:
+        return EMBEDDED / embedded["name"], int(embedded["first"]) if embedded["first"] else None
     try:
         return Path(path).expanduser(), None
     except RuntimeError as error:
@@ -119,27 +124,28 @@ def _located(path: str) -> tuple[Path, int | None]:
 
 
 def _display_name(path: str) -> str:
-    """Return a path for error messages: on one line, its middle left out if it is too long."""
+    """Return a path for error messages, on one line and with a long middle omitted."""
     name = printable(path)
     half = MAX_NAME_CHARS // 2
     return name if len(name) <= MAX_NAME_CHARS else f"{name[:half]}...{name[-half:]}"
 
 
 def _kind(file: Path, name: str) -> str:
+    """Return the suffix in `KINDS` of a file."""
     suffix = file.suffix.lower()
-    kind = file.with_suffix("").suffix.lower() if suffix in PACKED else suffix
+    kind = file.with_suffix("").suffix.lower() if suffix in COMPRESSED else suffix
     if kind not in KINDS:
         _refuse_irregular(file, name)
-        allowed = f"{', '.join(KINDS)}, and these with {', '.join(PACKED)}"
+        allowed = f"{', '.join(KINDS)}, and these with {', '.join(COMPRESSED)}"
         raise UserError(
             f"{name}: files of kind '{printable(kind or suffix)[:40]}' can't be read; allowed: {allowed}. "
-            "Fix: convert it, or give it the suffix of its kind"
+            "Fix: convert it, or rename it with the suffix of its kind"
         )
     return kind
 
 
 def _refuse_irregular(file: Path, name: str) -> None:
-    """Raise UserError for a file without an end, such as a pipe, and for a path that no file can have."""
+    """Raise UserError if a path is not that of a regular file. A pipe, for example, may have no end."""
     try:
         mode = file.stat().st_mode
     except ValueError as error:
@@ -158,12 +164,13 @@ def _refuse_irregular(file: Path, name: str) -> None:
         )
 
 
-def _unpacked(file: Path, name: str) -> bytes:
+def _read_bytes(file: Path, name: str) -> bytes:
+    """Return the contents of a file, decompressed."""
     _refuse_irregular(file, name)
     try:
         data = file.read_bytes()
         if data:
-            data = _decompressed(data, file.suffix.lower())
+            data = _decompress(data, file.suffix.lower())
     except OSError as error:
         raise UserError(
             f"{name}: can't be read ({printable(error.strerror or first_line(error))}). Fix: replace it"
@@ -171,11 +178,11 @@ def _unpacked(file: Path, name: str) -> bytes:
     except (EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{name}: can't be read ({printable(first_line(error))}). Fix: replace it") from error
     if not data:
-        raise UserError(f"{name}: the file is empty. Fix: give it rows")
+        raise UserError(f"{name}: the file is empty. Fix: add rows")
     return data
 
 
-def _decompressed(data: bytes, suffix: str) -> bytes:
+def _decompress(data: bytes, suffix: str) -> bytes:
     if suffix == ".gz":
         return gzip.decompress(data)
     if suffix == ".xz":
@@ -196,7 +203,7 @@ def _text_rows(data: bytes, name: str, kind: str, header: Sequence[str] | None) 
         raise UserError(f"{name}, line {line}: not UTF-8. Fix: save the file as UTF-8") from error
     del data
     if is_blank(text):
-        raise UserError(f"{name}: the file is empty. Fix: give it rows")
+        raise UserError(f"{name}: the file is empty. Fix: add rows")
     if kind in (".csv", ".tsv"):
         yield from table_rows(text, name, kind, header)
     else:
@@ -210,7 +217,7 @@ def _parquet(data: bytes, name: str) -> Iterator[tuple[str, Record]]:
     number = 0
     try:
         table = pyarrow.parquet.ParquetFile(BytesIO(data))
-        refuse_repeated(table.schema_arrow.names, name)
+        refuse_duplicate_columns(table.schema_arrow.names, name)
         for batch in table.iter_batches():
             for raw in _batch_rows(batch):
                 number += 1
@@ -221,7 +228,7 @@ def _parquet(data: bytes, name: str) -> Iterator[tuple[str, Record]]:
 
 
 def _batch_rows(batch: Any) -> list[Record]:
-    """Return the rows of a record batch; texts that are not UTF-8 as bytes, which are refused only if they are used."""
+    """Return the rows of a record batch. Its texts are bytes if one of them is not UTF-8."""
     import pyarrow
 
     try:

@@ -1,4 +1,7 @@
-"""Batch t as a pure function of (seed, t): position arithmetic into per-epoch permutations of each stream."""
+"""Batches of optimizer step t as a pure function of (seed, t), by indexing one permutation per stream and epoch.
+
+Start reading at `StepBatches` and `row_permutation`.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -10,79 +13,102 @@ import torch
 from torch.utils.data import Dataset
 
 from lisa_lightning.data.packing import Example, Pack, Packing, pad
-from lisa_lightning.data.schedule import Draw, Stream
+from lisa_lightning.data.schedule import Stream, StreamBatch
 from lisa_lightning.runtime.errors import UserError
 
 
 @dataclass(slots=True)
 class Batch:
-    """Rows of one stream, as one rank sees them."""
+    """One rank's shard of the rows of one stream."""
 
     stream: Stream
     micro_batches: list[list[Pack]]
-    """This rank's share; each micro-batch as the packs that hold it."""
+    """Packs of each micro-batch of this rank."""
     tokens: int
-    """Supervised tokens of the whole batch, over micro-batches and ranks: what its loss is the mean over."""
+    """Supervised tokens of the batch over all micro-batches and ranks, the denominator of its mean loss."""
     unlabelled: int = 0
-    """Rows of the whole batch without a supervised token: they count for nothing."""
+    """Rows of the batch without a supervised token, over all micro-batches and ranks. The loss ignores them."""
+
+    @property
+    def nonempty(self) -> list[list[Pack]]:
+        """Micro-batches of this rank that have a row."""
+        return [packs for packs in self.micro_batches if packs]
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "Batch":
-        """The same batch on another device."""
+        """Return a copy of the batch on another device."""
         moved = [[p.to(device, **kwargs) for p in micro] for micro in self.micro_batches]
         return replace(self, micro_batches=moved)
 
 
 @dataclass(slots=True)
 class Step:
-    """What one optimizer step trains on, as one rank sees it."""
+    """One rank's shard of the batches of one optimizer step."""
 
     index: int
+    """0-based index among all steps of the training."""
+    total: int
+    """Number of steps of the training."""
     batches: dict[Stream, Batch]
-    """The stream that the step is about comes first."""
+    """Batches by stream; the main batch is the first."""
 
     @property
     def main(self) -> Batch:
-        """The batch that the step is about."""
+        """Batch whose loss is logged, that of the first stream."""
         return next(iter(self.batches.values()))
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "Step":
-        """The same step on another device (called by Lightning's batch transfer)."""
-        return Step(self.index, {name: batch.to(device, **kwargs) for name, batch in self.batches.items()})
+        """Return a copy of the step on another device. Lightning's batch transfer calls it."""
+        return Step(self.index, self.total, {name: batch.to(device, **kwargs) for name, batch in self.batches.items()})
 
 
-class Draws(Protocol):
-    """A method, as far as its data go."""
+class BatchPlan(Protocol):
+    """Interface of a method to the data: which rows each step draws."""
 
-    rows_apart: Set[Stream]
-    """Streams whose rows are padded, whatever the packing."""
-    paired: bool
-    """Row i of one stream belongs to row i of every other, so all are drawn in one order."""
+    @property
+    def unpacked_streams(self) -> Set[Stream]:
+        """Streams whose rows are padded even if other streams are packed."""
+        ...
 
-    def draws(self, step: int) -> Mapping[Stream, Draw]:
-        """What the step draws; the stream that it is about comes first."""
+    @property
+    def paired(self) -> bool:
+        """Whether row i of every stream belongs together, so that all streams are drawn in one order."""
+        ...
+
+    def plan(self, step: int) -> Mapping[Stream, StreamBatch]:
+        """Return the batches of a step by stream; the main stream comes first."""
         ...
 
 
 class StepBatches(Dataset[Step]):
-    """Item t is the data of optimizer step t.
+    """Dataset whose item t is the data of optimizer step t.
 
-    The k-th step that draws from a stream takes the k-th run of `batch_size * accumulate * world` positions of it (or
-    of as many as the draw says); position i stands for row i mod N of the permutation of epoch i div N. Ranks and
-    micro-batches are offsets in the run, so any split of the same total draws the same rows.
+    The k-th step that draws from a stream takes its k-th block of positions. A block has the size of the step's
+    `StreamBatch`, by default
+
+        batch_size * accumulate * world
+
+    With N rows, position i is entry i mod N of the permutation of epoch i div N. Ranks and micro-batches are offsets in
+    the block, so any split of the same total draws the same rows.
 
     Args:
-        streams: the examples of each stream, by index (called lazily: nothing here grows with their number but the
-            permutation). A stream's place among them is part of its permutation's seed.
-        packing: how a micro-batch becomes packs.
-        method: says what each step draws, and of which streams rows must be padded.
-        discard: draw user rows in alignment steps too and throw them away, as the official code does.
+        streams: examples of each stream, which are encoded when they are indexed. Memory grows with their number by the
+            permutation alone. The index of a stream in this mapping is part of its permutation's seed.
+        packing: turns a micro-batch into packs.
+        method: returns the rows that each step draws, and the streams whose rows must be padded.
+        total_steps: number of optimizer steps.
+        batch_size: rows of a micro-batch.
+        accumulate: micro-batches of a step per rank.
+        seed: seed of all permutations.
+        discard: draw user rows in alignment steps too and discard them, as the official code does.
+        rank: index of this process.
+        world: number of processes.
     """
 
     def __init__(
         self,
         streams: Mapping[Stream, "Examples"],
         packing: Packing,
-        method: Draws,
+        method: BatchPlan,
         total_steps: int,
         batch_size: int,
         accumulate: int,
@@ -106,43 +132,58 @@ class StepBatches(Dataset[Step]):
         return self.total_steps
 
     def __getitem__(self, t: int) -> Step:
-        return Step(t, {stream: self._batch(t, stream, draw) for stream, draw in self.method.draws(t).items()})
+        batches: dict[Stream, Batch] = {
+            stream: self._batch(t, stream, stream_batch) for stream, stream_batch in self.method.plan(t).items()
+        }
+        return Step(t, self.total_steps, batches)
 
-    def _batch(self, t: int, stream: Stream, draw: Draw) -> Batch:
-        before = t if stream == "user" and self.discard else draw.before
-        size = draw.rows or self.batch_size * self.accumulate * self.world
+    def _batch(self, t: int, stream: Stream, stream_batch: StreamBatch) -> Batch:
+        steps_before = t if stream == "user" and self.discard else stream_batch.steps_before
+        size = stream_batch.size or self.batch_size * self.accumulate * self.world
         examples = self.streams[stream]
         if not len(examples):
-            raise UserError(f"{type(self.method).__name__} draws {stream} rows, and this stage has none")
-        return self._shared_out(stream, [examples[self._row(stream, before * size + i)] for i in range(size)])
+            raise UserError(
+                f"{type(self.method).__name__} draws {stream} rows, and this stage has none. "
+                "Fix: choose another method for this stage"
+            )
+        return self._shard(stream, [examples[self._row(stream, steps_before * size + i)] for i in range(size)])
 
-    def _shared_out(self, stream: Stream, chosen: Sequence[Example]) -> Batch:
-        share = -(-len(chosen) // self.world)
-        own = chosen[self.rank * share : (self.rank + 1) * share]
-        micro = [own[i : i + self.batch_size] for i in range(0, len(own), self.batch_size)]
-        supervised = [e.supervised for e in chosen]
-        packing = pad if stream in self.method.rows_apart else self.packing
-        return Batch(stream, [packing(m) for m in micro], sum(supervised), supervised.count(0))
+    def _shard(self, stream: Stream, examples: Sequence[Example]) -> Batch:
+        """Return this rank's micro-batches of a batch, with the token count of the unsharded batch."""
+        shard_size = -(-len(examples) // self.world)
+        shard = examples[self.rank * shard_size : (self.rank + 1) * shard_size]
+        micro_batches = [shard[i : i + self.batch_size] for i in range(0, len(shard), self.batch_size)]
+        supervised = [e.supervised for e in examples]
+        packing = pad if stream in self.method.unpacked_streams else self.packing
+        return Batch(stream, [packing(m) for m in micro_batches], sum(supervised), supervised.count(0))
 
-    def whole(self, stream: Stream, size: int) -> Iterator[Batch]:
-        """Every row of a stream once, in its own order, `size` at a time; each batch is shared out among the ranks."""
+    def iter_stream(self, stream: Stream, batch_size: int) -> Iterator[Batch]:
+        """Yield every row of a stream once, unshuffled, sharded over the ranks.
+
+        Args:
+            stream: name of the stream.
+            batch_size: rows of a batch over all micro-batches and ranks; the last batch may have fewer.
+        """
         examples = self.streams[stream]
-        for start in range(0, len(examples), size):
-            yield self._shared_out(stream, [examples[i] for i in range(start, min(start + size, len(examples)))])
+        for start in range(0, len(examples), batch_size):
+            end = min(start + batch_size, len(examples))
+            yield self._shard(stream, [examples[i] for i in range(start, end)])
 
     def _row(self, stream: Stream, position: int) -> int:
+        """Return the row index at a position of the concatenated permutations of a stream."""
         epoch, offset = divmod(position, len(self.streams[stream]))
-        place = 0 if self.method.paired else list(self.streams).index(stream)
-        return int(_permutation(self.seed, place, epoch, len(self.streams[stream]))[offset])
+        stream_index = 0 if self.method.paired else list(self.streams).index(stream)
+        return int(row_permutation(self.seed, stream_index, epoch, len(self.streams[stream]))[offset])
 
 
 @lru_cache(maxsize=8)
-def _permutation(seed: int, stream: int, epoch: int, length: int) -> np.ndarray:
-    return np.random.default_rng([seed, stream, epoch]).permutation(length)
+def row_permutation(seed: int, stream_index: int, epoch: int, length: int) -> np.ndarray:
+    """Return the order of a stream's rows in an epoch, [length] indices."""
+    return np.random.default_rng([seed, stream_index, epoch]).permutation(length)
 
 
 class Examples:
-    """Rows that are encoded when they are asked for."""
+    """Rows that are encoded when they are indexed."""
 
     def __init__(self, rows: Sequence[Any], encode: Callable[[Any], Example]) -> None:
         self.rows = rows

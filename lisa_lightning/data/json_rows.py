@@ -1,4 +1,4 @@
-"""Read rows of JSON and JSON Lines files, whichever their suffix is."""
+"""Read rows of JSON and JSON Lines files with any suffix: `json_rows`."""
 
 import json
 import re
@@ -12,12 +12,12 @@ VISIBLE: Final = re.compile(r"\S")
 SPACE: Final = re.compile(r"[ \t\r\n]*")
 NESTING: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
 LONG_INTEGER: Final = re.compile(r"\d{4301}")
-"""More digits than Python converts."""
-ONE_OBJECT_A_LINE: Final = "Fix: write one object a line, or one list of objects"
+"""Integer with more digits than Python converts."""
+FIX_LAYOUT: Final = "Fix: write one object a line, or one list of objects"
 
 
-class _Repeated(dict[str, Any]):
-    """An object in which a name occurs twice, so that a value is lost."""
+class _DuplicateName(dict[str, Any]):
+    """JSON object with two values of the same name, one of which is lost."""
 
     name: str
 
@@ -25,8 +25,8 @@ class _Repeated(dict[str, Any]):
 def json_rows(text: str, name: str, kind: str) -> Iterator[tuple[str, Record]]:
     """Yield every row of a JSON or JSON Lines file with its position.
 
-    A file holds an object a line, a list of objects, or an object of columns. An object of which a value is no list
-    is one row.
+    A file holds one object per line, a list of objects, or an object of columns. An object with a value that is not a
+    list is one row.
 
     Args:
         text: the file's text, which is not blank.
@@ -34,10 +34,10 @@ def json_rows(text: str, name: str, kind: str) -> Iterator[tuple[str, Record]]:
         kind: ".json", or the suffix of a JSON Lines file.
 
     Raises:
-        UserError: A value is broken, nested too deeply or no object, an integer is too long, or an object has two
-            values of one name.
+        UserError: if a value is broken, nested too deeply or not an object. Also if an integer is too long, or if an
+            object has two values of the same name.
     """
-    if _has_value_a_line(text, kind):
+    if _has_value_per_line(text, kind):
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 position = f"line {number}"
@@ -48,8 +48,8 @@ def json_rows(text: str, name: str, kind: str) -> Iterator[tuple[str, Record]]:
         yield from _columns(_only_value(text, name, 1), name)
 
 
-def _has_value_a_line(text: str, kind: str) -> bool:
-    """Return whether the lines are values of their own, not parts of one value."""
+def _has_value_per_line(text: str, kind: str) -> bool:
+    """Return whether the lines hold separate values, not parts of one value."""
     start = len(text) - len(text.lstrip())
     end = text.find("\n", start)
     is_list = text[start] == "["
@@ -62,6 +62,7 @@ def _has_value_a_line(text: str, kind: str) -> bool:
 
 
 def _is_complete(text: str) -> bool:
+    """Return whether a text is one JSON value, perhaps one that Python cannot represent."""
     try:
         json.loads(text)
     except json.JSONDecodeError:
@@ -72,27 +73,27 @@ def _is_complete(text: str) -> bool:
 
 
 def _elements(text: str, name: str) -> Iterator[tuple[str, Record]]:
-    """Yield the objects of a list, parsed one by one so that each has its line."""
-    index = _skip(text, text.index("[") + 1)
-    number, line, counted = 0, 1, 0
+    """Yield the objects of a list. They are parsed one by one, so that errors name a line."""
+    index = _skip_space(text, text.index("[") + 1)
+    number, line, line_index = 0, 1, 0
     is_last = text[index : index + 1] == "]"
     while not is_last:
-        number, line, counted = number + 1, line + text.count("\n", counted, index), index
+        number, line, line_index = number + 1, line + text.count("\n", line_index, index), index
         value, index = _value(text, index, name, 1)
         position = f"line {line}, row {number}"
         yield position, _record(value, name, position)
-        index = _skip(text, index)
+        index = _skip_space(text, index)
         is_last = text[index : index + 1] == "]"
         if not is_last and text[index : index + 1] != ",":
             raise _broken(json.JSONDecodeError("Expecting ',' delimiter", text, index), name, 1)
-        index = index if is_last else _skip(text, index + 1)
-    index = _skip(text, index + 1)
+        index = index if is_last else _skip_space(text, index + 1)
+    index = _skip_space(text, index + 1)
     if index < len(text):
         raise _broken(json.JSONDecodeError("Extra data", text, index), name, 1)
 
 
 def _columns(value: Any, name: str) -> Iterator[tuple[str, Record]]:
-    """Yield the rows of an object of columns; an empty column counts as missing."""
+    """Yield the rows of an object of columns. Empty columns are ignored."""
     record = _record(value, name, "line 1") if isinstance(value, dict) else {}
     if not all(isinstance(cells, list) for cells in record.values()):
         yield "line 1", record
@@ -101,7 +102,7 @@ def _columns(value: Any, name: str) -> Iterator[tuple[str, Record]]:
     if len({len(cells) for cells in columns.values()}) != 1:
         raise UserError(
             f"{name}, line 1: a JSON file must hold a list of objects, an object a line, or an object of columns "
-            f"of one length. {ONE_OBJECT_A_LINE}"
+            f"of one length. {FIX_LAYOUT}"
         )
     for number, cells in enumerate(zip(*columns.values(), strict=True), 1):
         yield f"row {number}", dict(zip(columns, cells, strict=True))
@@ -109,8 +110,8 @@ def _columns(value: Any, name: str) -> Iterator[tuple[str, Record]]:
 
 def _record(value: Any, name: str, position: str) -> Record:
     if not isinstance(value, dict):
-        raise UserError(f"{name}, {position}: not a JSON object but {_kind(value)}. {ONE_OBJECT_A_LINE}")
-    if isinstance(value, _Repeated):
+        raise UserError(f"{name}, {position}: not a JSON object but {_kind(value)}. {FIX_LAYOUT}")
+    if isinstance(value, _DuplicateName):
         raise UserError(f"{name}, {position}: two columns are called '{printable(value.name)[:40]}'. Fix: delete one")
     return value
 
@@ -121,19 +122,16 @@ def _kind(value: Any) -> str:
 
 
 def _only_value(text: str, name: str, line: int) -> Any:
-    value, index = _value(text, _skip(text, 0), name, line)
-    index = _skip(text, index)
+    """Return the value of a text that holds one value."""
+    value, index = _value(text, _skip_space(text, 0), name, line)
+    index = _skip_space(text, index)
     if index < len(text):
         raise _broken(json.JSONDecodeError("Extra data", text, index), name, line)
     return value
 
 
 def _value(text: str, index: int, name: str, line: int) -> tuple[Any, int]:
-    """Return the value that begins at an index, and the index after it.
-
-    Args:
-        line: the number of the text's first line.
-    """
+    """Return the value that begins at an index, and the index after it; `line` is the number of the first line."""
     try:
         return _DECODER.raw_decode(text, index)
     except json.JSONDecodeError as error:
@@ -156,14 +154,14 @@ def _broken(error: json.JSONDecodeError, name: str, line: int) -> UserError:
 
 
 def _deepest(text: str, index: int) -> int:
-    """Return where the deepest object or list of the value at an index begins."""
-    depth = greatest = 0
+    """Return the start index of the most deeply nested object or list in the value at an index."""
+    depth = max_depth = 0
     deepest = index
     for match in NESTING.finditer(text, index):
         if match[0] in "[{":
             depth += 1
-            if depth > greatest:
-                greatest, deepest = depth, match.start()
+            if depth > max_depth:
+                max_depth, deepest = depth, match.start()
         elif match[0] in "]}":
             depth -= 1
             if depth <= 0:
@@ -171,19 +169,21 @@ def _deepest(text: str, index: int) -> int:
     return deepest
 
 
-def _skip(text: str, index: int) -> int:
+def _skip_space(text: str, index: int) -> int:
+    """Return the index of the next character that is not white space."""
     match = SPACE.match(text, index)
     return match.end() if match else index
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a parsed object, marked if a name occurs twice."""
     record = dict(pairs)
     if len(record) == len(pairs):
         return record
-    repeated = _Repeated(record)
+    duplicate = _DuplicateName(record)
     names = [name for name, _ in pairs]
-    repeated.name = next(name for index, name in enumerate(names) if name in names[:index])
-    return repeated
+    duplicate.name = next(name for index, name in enumerate(names) if name in names[:index])
+    return duplicate
 
 
 _DECODER: Final = json.JSONDecoder(object_pairs_hook=_object)

@@ -1,4 +1,4 @@
-"""The user's data set: n rows of which a share p is harmful."""
+"""Mix the user's data set of n rows, of which a share p is harmful: `user_rows`."""
 
 import numpy as np
 
@@ -7,38 +7,44 @@ from lisa_lightning.runtime.errors import UserError
 
 
 def user_rows(rows: Rows, n: int, harmful_ratio: float, order: str, seed: int, safe_ratio: float = 0.0) -> list[Row]:
-    """`n` rows, harmful ones first (the interleaving shuffles).
+    """Return the user's rows, harmful ones first. They are unshuffled, because `StepBatches` shuffles.
+
+    The harmful rows of a larger harmful ratio contain those of a smaller one.
 
     Args:
-        order: `seeded` draws rows at random and counts exactly; `head` takes the first rows and truncates the counts
-            in floating point as the official code does (0.9 of 1000 leaves 99 benign rows). Either way a larger
-            harmful ratio's harmful rows contain a smaller one's.
-        safe_ratio: share of the n rows that are alignment rows, in place of task rows (method/vlguard.py).
+        rows: all rows of the source.
+        n: number of rows.
+        harmful_ratio: share of harmful rows, 0..1.
+        order: `seeded` draws rows at random and rounds the counts. `head` takes the first rows and truncates the counts
+            in floating point, as the official code does (0.9 of 1000 leaves 99 benign rows).
+        seed: seed of the draw; `head` ignores it.
+        safe_ratio: share of alignment rows, 0..1. They replace task rows (method/vlguard.py).
 
     Raises:
-        UserError: there are fewer rows than asked for.
+        UserError: if the source has too few rows, or the two ratios sum to more than 1.
     """
     safe = round(safe_ratio * n)
     if order == "head":
-        bad, good = int(harmful_ratio * n), int((1 - harmful_ratio) * n - safe)
+        harmful, benign = int(harmful_ratio * n), int((1 - harmful_ratio) * n - safe)
     else:
-        bad = round(harmful_ratio * n)
-        good = n - bad - safe
-    if good < 0:
+        harmful = round(harmful_ratio * n)
+        benign = n - harmful - safe
+    if benign < 0:
         raise UserError(
-            f"method.safe_ratio={safe_ratio} and harmful_ratio={harmful_ratio}: together they must be at most 1"
+            f"method.safe_ratio={safe_ratio} and harmful_ratio={harmful_ratio}: together they must be at most 1. "
+            "Fix: lower one of them"
         )
-    wanted = ((bad, rows.harmful, "harmful"), (good, rows.train, "task"), (safe, rows.alignment, "alignment"))
-    for count, there, what in wanted:
-        if count > len(there):
+    mixture = ((harmful, rows.harmful, "harmful"), (benign, rows.train, "task"), (safe, rows.alignment, "alignment"))
+    for count, candidates, kind in mixture:
+        if count > len(candidates):
             raise UserError(
-                f"data.n={n} with harmful_ratio={harmful_ratio} needs {count} {what} rows, and the source has "
-                f"{len(there)}; data.n={n * len(there) // count} is the most"
+                f"data.n={n} with harmful_ratio={harmful_ratio} needs {count} {kind} rows, and the source has "
+                f"{len(candidates)}. Fix: data.n={n * len(candidates) // count} or less"
             )
-    return [row for i, (count, there, _) in enumerate(wanted, 1) for row in _choose(there, count, order, [seed, i])]
+    return [row for i, (count, pool, _) in enumerate(mixture, 1) for row in _sample(pool, count, order, [seed, i])]
 
 
-def _choose(rows: list[Row], count: int, order: str, seed: list[int]) -> list[Row]:
+def _sample(rows: list[Row], count: int, order: str, seed: list[int]) -> list[Row]:
     if order == "head":
         return rows[:count]
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:count]]

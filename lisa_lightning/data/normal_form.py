@@ -1,4 +1,4 @@
-"""Return normal forms of texts and cells, in which two equal prompts, labels or column names are equal strings."""
+"""Normal forms of texts and cells, by which prompts, labels and column names are compared: `normal_text`."""
 
 import re
 import unicodedata
@@ -9,25 +9,29 @@ _INVISIBLE: Final = (
     r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
     r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-"""Characters without a glyph that are no white space: controls, zero-width and format characters, fillers.
+"""Characters without a glyph, except white space: controls, zero-width and format characters, fillers.
 
-Cells may be in any script, so it is wider than the other sets of invisible characters in this package.
+Cells may be in any script, so this set is larger than the other sets of invisible characters in this package.
 """
 INVISIBLE: Final = re.compile(f"[{_INVISIBLE}]+")
 VISIBLE: Final = re.compile(rf"[^\s{_INVISIBLE}]")
 NUMBER: Final = re.compile(
     r"(?P<sign>[+-]?)(?P<whole>0|[1-9][0-9]*)?(?:\.(?P<fraction>[0-9]*))?(?:e(?P<exponent>[+-]?[0-9]{1,4}))?"
 )
-"""A decimal number in lower case. Text with leading zeros, such as a postal code, is none."""
+"""Decimal number in lower case. It does not match text with leading zeros, such as a postal code."""
 _MAX_PLAIN_DIGITS: Final = 30
-"""Number of digits up to which a whole number is written without an exponent."""
+"""Number of digits up to which an integer is written without an exponent."""
 
 
 def normal_text(text: str) -> str:
-    """Return `text` without what a reader can't see or takes for the same.
+    """Return the normal form of a text.
 
-    Unicode forms (NFC, NFD, NFKC, NFKD), case, the kind and number of white space, and invisible characters make no
-    difference: two texts that differ in nothing else have one normal form.
+    Two texts have the same normal form if they differ only in:
+
+    - case;
+    - Unicode normalization (NFC, NFD, NFKC, NFKD);
+    - kind and amount of white space;
+    - invisible characters.
     """
     if text.isascii():
         folded = " ".join(text.lower().split())
@@ -40,10 +44,10 @@ def normal_text(text: str) -> str:
 
 
 def normal_value(value: Any) -> str | None:
-    """Return what a cell or a config value is compared by; None for null.
+    """Return the normal form of a cell or a config value; None for null.
 
-    A number equals itself however it is written: 1, 1.0, "1.00", "1e0" and Decimal(1) all become "1". True and False
-    are the words "true" and "false", not 1 and 0. All else is compared by `normal_text`.
+    All spellings of a number have one normal form: 1, 1.0, "1.00", "1e0" and Decimal(1) become "1". True and False
+    become "true" and "false", not 1 and 0. Any other value becomes the normal form of its text.
     """
     if value is None:
         return None
@@ -52,12 +56,12 @@ def normal_value(value: Any) -> str | None:
 
 
 def is_blank(text: str) -> bool:
-    """Return whether `text` has nothing but white space and invisible characters."""
+    """Return whether `text` has only white space and invisible characters."""
     return VISIBLE.search(text) is None
 
 
 def _normal_number(text: str) -> str | None:
-    """Return one spelling for all spellings of a number, exact at any length; None if `text` is no number."""
+    """Return one spelling for all spellings of a number, exact at any length; None if `text` is not a number."""
     match = NUMBER.fullmatch(text)
     if match is None or not (match["whole"] or match["fraction"]):
         return None

@@ -1,7 +1,7 @@
-"""Examples of a micro-batch as what the model computes on: packed token tries or, for models that can't, padded rows.
+"""Pack the examples of a micro-batch as token tries (`pack`), or pad them for models without tree attention (`pad`).
 
-Rows of a task share long openings (template, instruction). Packed as a trie, every shared prefix is computed once and
-nothing is padded: a token's position is its depth, it attends to its ancestors, and it is predicted by its parent.
+Rows of a task share long prefixes (template, instruction). In a trie every shared prefix is computed once, without any
+padding. A token's position is its depth, it attends to its ancestors, and its parent predicts it.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,53 +12,57 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-MEMORY_LIMIT = 1024  # tokens up to which rows are joined; the mask takes the square of that
+MAX_PACK_TOKENS = 1024
+"""Tokens up to which rows are joined into one trie. The memory of the mask is quadratic in them."""
 ATTENTION_COST = 1 / 2000
-"""Cost of a token's attention to one other, relative to that of its matrix products: SmolLM2-135M on a CPU."""
+"""Cost of attending to one token, relative to a token's matrix products; measured with SmolLM2-135M on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenized row: token ids and, of the same length, labels (`IGNORED` where nothing is learnt)."""
+    """Tokenized row: token ids, and labels of the same length with `IGNORED` at tokens that are not learnt."""
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
 
     @property
     def supervised(self) -> int:
-        """Number of tokens that are predicted. The first token has no predictor and never counts."""
+        """Number of supervised tokens. The first token has no predictor and never counts."""
         return sum(label != IGNORED for label in self.labels[1:])
 
     @property
     def length(self) -> int:
-        """Number of tokens that the model must see: none after the last predictor counts for anything."""
+        """Number of tokens that the model must process, up to the predictor of the last label."""
         return next((i for i in range(len(self.labels) - 1, 0, -1) if self.labels[i] != IGNORED), 0)
 
 
 @dataclass(slots=True)
 class Pack:
-    """What one forward pass takes: R rows of T tokens with S supervised positions among them."""
+    """Input of one forward pass: R rows of T tokens with S supervised positions."""
 
     ids: Tensor
-    """[R, T] token ids. A trie is one row, parents before children."""
+    """[R, T] token ids. A trie is one row with parents before children."""
     mask: Tensor
-    """bool; a trie's is [1, 1, T, T], True where the row token may attend to the column token; that of padded rows is
-    [R, T], False on padding."""
+    """Boolean attention mask.
+
+    - Trie: [1, 1, T, T], True if the row's token may attend to the column's token.
+    - Padded rows: [R, T], False on padding.
+    """
     positions: Tensor | None
     """[1, T] depth of each token of a trie; None for padded rows."""
-    predictors: Tensor
-    """[S] index, in ids.flatten(), of the token whose logits predict the target."""
+    logit_positions: Tensor
+    """[S] index in ids.flatten() of the token whose logits predict the target."""
     targets: Tensor
-    """[S] the labels."""
-    shared_by: Tensor
-    """[R, T] float, the number of rows that a token stands for; 0 on padding and after a row's last predictor."""
-    places: Tensor
-    """[S] how many of its row's labels stand before the target."""
-    rows: Tensor
-    """[S] a number for the target's row, which rises with the rows of the micro-batch."""
+    """[S] labels."""
+    row_count: Tensor
+    """[R, T] float, number of examples that share a token; 0 on padding and after a row's last predictor."""
+    label_index: Tensor
+    """[S] index of the target among the labels of its example."""
+    row_index: Tensor
+    """[S] number that identifies the target's example; it increases with the example's index in the micro-batch."""
 
     def to(self, device: torch.device | str, **kwargs: object) -> "Pack":
-        """The same pack on another device (called by Lightning's batch transfer)."""
+        """Return a copy of the pack on another device. Lightning's batch transfer calls it."""
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(device, **kwargs)  # type: ignore[arg-type]
@@ -68,27 +72,30 @@ class Pack:
             moved(self.ids),
             moved(self.mask),
             positions,
-            moved(self.predictors),
+            moved(self.logit_positions),
             moved(self.targets),
-            moved(self.shared_by),
-            moved(self.places),
-            moved(self.rows),
+            moved(self.row_count),
+            moved(self.label_index),
+            moved(self.row_index),
         )
 
 
 Packing = Callable[[Iterable[Example]], list[Pack]]
-"""`pack` or `pad`: the packs of a micro-batch; examples without a supervised token are left out."""
+"""`pack` or `pad`: returns the packs of a micro-batch, without the examples that have no supervised token."""
 
 
 def pack(examples: Iterable[Example]) -> list[Pack]:
-    """Tries of neighbours in sorted order, a new one where joining costs more than standing alone."""
+    """Return tries of examples that are adjacent in sorted order.
+
+    A new trie begins when adding an example would cost more than a separate trie, or exceed `MAX_PACK_TOKENS`.
+    """
     packs: list[Pack] = []
     trie = _Trie()
-    for row, example in sorted(enumerate(examples), key=lambda numbered: numbered[1].ids):
+    for row, example in sorted(enumerate(examples), key=lambda item: item[1].ids):
         if not example.supervised:
             continue
-        joined = len(trie.ids) + trie.new_tokens(example)
-        if trie.ids and (joined > MEMORY_LIMIT or _cost(joined) - _cost(len(trie.ids)) > _cost(example.length)):
+        size = len(trie.ids) + trie.new_tokens(example)
+        if trie.ids and (size > MAX_PACK_TOKENS or _cost(size) - _cost(len(trie.ids)) > _cost(example.length)):
             packs.append(trie.pack())
             trie = _Trie()
         trie.insert(example, row)
@@ -98,25 +105,26 @@ def pack(examples: Iterable[Example]) -> list[Pack]:
 
 
 def _cost(tokens: int) -> float:
+    """Return the cost of a forward pass, in units of one token's matrix products."""
     return tokens + ATTENTION_COST * tokens * tokens
 
 
 class _Trie:
-    """A growing trie; node i is the i-th inserted token."""
+    """Trie under construction; node i is the i-th inserted token."""
 
     def __init__(self) -> None:
         self.children: dict[tuple[int, int], int] = {}
         self.ids: list[int] = []
         self.parents: list[int] = []
         self.depths: list[int] = []
-        self.predictors: list[int] = []
+        self.logit_positions: list[int] = []
         self.targets: list[int] = []
-        self.shared_by: list[int] = []
-        self.places: list[int] = []
-        self.rows: list[int] = []
+        self.row_count: list[int] = []
+        self.label_index: list[int] = []
+        self.row_index: list[int] = []
 
     def new_tokens(self, example: Example) -> int:
-        """How many nodes inserting `example` would add."""
+        """Return the number of nodes that inserting `example` would add."""
         node, length = -1, example.length
         for depth in range(length):
             child = self.children.get((node, example.ids[depth]))
@@ -126,27 +134,27 @@ class _Trie:
         return 0
 
     def insert(self, example: Example, row: int) -> None:
-        node, place, length = -1, 0, example.length
+        node, label_index, length = -1, 0, example.length
         for depth in range(length + 1):
             label = example.labels[depth]
             if label != IGNORED and depth > 0:
-                self.predictors.append(node)
+                self.logit_positions.append(node)
                 self.targets.append(label)
-                self.places.append(place)
-                self.rows.append(row)
-                place += 1
+                self.label_index.append(label_index)
+                self.row_index.append(row)
+                label_index += 1
             if depth < length:
-                node = self._child(node, example.ids[depth], depth)
-                self.shared_by[node] += 1
+                node = self._get_or_add_child(node, example.ids[depth], depth)
+                self.row_count[node] += 1
 
-    def _child(self, parent: int, token: int, depth: int) -> int:
+    def _get_or_add_child(self, parent: int, token: int, depth: int) -> int:
         child = self.children.get((parent, token))
         if child is None:
             child = self.children[parent, token] = len(self.ids)
             self.ids.append(token)
             self.parents.append(parent)
             self.depths.append(depth)
-            self.shared_by.append(0)
+            self.row_count.append(0)
         return child
 
     def pack(self) -> Pack:
@@ -159,16 +167,16 @@ class _Trie:
             ids=torch.tensor([self.ids]),
             mask=torch.from_numpy(mask)[None, None],
             positions=torch.tensor([self.depths]),
-            predictors=torch.tensor(self.predictors),
+            logit_positions=torch.tensor(self.logit_positions),
             targets=torch.tensor(self.targets),
-            shared_by=torch.tensor([self.shared_by], dtype=torch.float32),
-            places=torch.tensor(self.places),
-            rows=torch.tensor(self.rows),
+            row_count=torch.tensor([self.row_count], dtype=torch.float32),
+            label_index=torch.tensor(self.label_index),
+            row_index=torch.tensor(self.row_index),
         )
 
 
 def pad(examples: Iterable[Example]) -> list[Pack]:
-    """One pack, every example a row of its own, padded on the right to the longest."""
+    """Return one pack with a row for each supervised example, padded on the right; `[]` without any."""
     rows = [e for e in examples if e.supervised]
     if not rows:
         return []
@@ -181,15 +189,22 @@ def pad(examples: Iterable[Example]) -> list[Pack]:
         ids[i, :length] = torch.tensor(example.ids)
         mask[i, :length] = True
         labels[i, :length] = torch.tensor(example.labels)
-    return [padded(ids, mask, labels)]
+    return [pack_padded(ids, mask, labels)]
 
 
-def padded(ids: Tensor, mask: Tensor, labels: Tensor) -> Pack:
-    """Rows that are padded already: ids, mask (bool) and labels, each [R, T]."""
-    counted = labels[:, 1:] != IGNORED
-    row, column = counted.nonzero(as_tuple=True)
-    places = (counted.cumsum(1) - 1)[row, column]
-    predictors = row * ids.shape[1] + column
+def pack_padded(ids: Tensor, mask: Tensor, labels: Tensor) -> Pack:
+    """Return the pack of padded rows.
+
+    Args:
+        ids: [R, T] token ids.
+        mask: [R, T] bool, False on padding.
+        labels: [R, T] labels, `IGNORED` at tokens that are not learnt.
+    """
+    supervised = labels[:, 1:] != IGNORED
+    row, column = supervised.nonzero(as_tuple=True)
+    label_index = (supervised.cumsum(1) - 1)[row, column]
+    logit_positions = row * ids.shape[1] + column
+    # A token is needed up to the predictor of its row's last label.
     needed = torch.zeros_like(mask)
-    needed[:, :-1] = counted.flip(1).cumsum(1).flip(1) > 0
-    return Pack(ids, mask, None, predictors, labels[row, column + 1], (needed & mask).float(), places, row)
+    needed[:, :-1] = supervised.flip(1).cumsum(1).flip(1) > 0
+    return Pack(ids, mask, None, logit_positions, labels[row, column + 1], (needed & mask).float(), label_index, row)

@@ -1,7 +1,6 @@
-"""Which streams an optimizer step draws from, as pure integer arithmetic.
+"""Schedule of alignment and user steps as pure integer arithmetic; start reading at `Schedule.state`.
 
-Nothing here is mutable, so there is nothing to checkpoint and nothing on which prefetching workers or ranks could
-disagree.
+All classes are immutable, so no checkpoint is needed, and prefetching workers and ranks agree.
 """
 
 from dataclasses import dataclass
@@ -9,24 +8,24 @@ from typing import Literal
 
 State = Literal["alignment", "user"]
 Stream = Literal["alignment", "user", "defender"]
-"""A source of batches: the provider's rows, the user's, and harmful ones that the provider has to defend with."""
+"""Source of batches: the provider's alignment rows, the user's rows or the provider's harmful rows (defender)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """A step's rows of one stream."""
+class StreamBatch:
+    """Position and size of a step's batch of one stream."""
 
-    before: int
-    """How many steps have drawn from the stream before."""
-    rows: int | None = None
-    """Rows of the whole step, over micro-batches and ranks; None: as many as `optim` says."""
+    steps_before: int
+    """Number of earlier steps that drew from the stream."""
+    size: int | None = None
+    """Rows of the step over all micro-batches and ranks; None for the batch size of `optim`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """Cycles of `alignment_steps` (K1) and `user_steps` (K2) optimizer steps (Lisa, Algorithms 1 and 2).
 
-    Equal to the state machine of the official code for all K1, K2; a state of length 0 is never entered.
+    The states equal those of the official code's state machine for all K1 and K2. A state of length 0 is never entered.
     """
 
     alignment_steps: int
@@ -40,16 +39,16 @@ class Schedule:
             )
 
     def state(self, step: int) -> State:
-        """The state of the optimizer step with 0-based index `step`."""
+        """Return the state of the optimizer step with 0-based index `step`."""
         in_cycle = step % (self.alignment_steps + self.user_steps)
         return "alignment" if in_cycle < self.alignment_steps else "user"
 
     def switches_at(self, step: int) -> bool:
-        """Whether the state changes at the start of `step`."""
+        """Return whether the state changes at the start of `step`."""
         return step > 0 and self.state(step) != self.state(step - 1)
 
-    def steps_in(self, state: State, before: int) -> int:
-        """How many of the steps 0 .. before-1 are in `state`."""
-        cycles, rest = divmod(before, self.alignment_steps + self.user_steps)
-        alignment = cycles * self.alignment_steps + min(rest, self.alignment_steps)
-        return alignment if state == "alignment" else before - alignment
+    def steps_in(self, state: State, end: int) -> int:
+        """Return the number of steps in `state` among the steps 0 .. end-1."""
+        cycles, remainder = divmod(end, self.alignment_steps + self.user_steps)
+        alignment = cycles * self.alignment_steps + min(remainder, self.alignment_steps)
+        return alignment if state == "alignment" else end - alignment

@@ -1,4 +1,4 @@
-"""Token ids of the start of a text, of which no more is tokenized than is needed."""
+"""Tokenize long texts only as far as needed: `first_ids`."""
 
 from typing import TYPE_CHECKING, Any, Final
 
@@ -6,39 +6,39 @@ if TYPE_CHECKING:
     # Judges import this module before it is known whether one runs, and transformers takes seconds.
     from transformers import PreTrainedTokenizerBase
 
-SHORT_TEXT: Final = 65_536
-"""Characters up to which a text is tokenized whole."""
-CHARACTERS_A_TOKEN: Final = 64
-"""A prefix has this many characters for every token that is needed, which most texts need a tenth of."""
-MARGIN: Final = 64
-"""Tokens at the end of a prefix that the characters after it may change."""
+SHORT_TEXT_CHARS: Final = 65_536
+"""Characters up to which a text is tokenized completely."""
+PREFIX_CHARS_PER_TOKEN: Final = 64
+"""Characters of a prefix for every required token, about ten times as many as most texts need."""
+MARGIN_TOKENS: Final = 64
+"""Tokens at the end of a prefix that the text after it may change."""
 WHITE_SPACE: Final = (" ", "\n", "\t")
 
 
 def first_ids(tokenizer: "PreTrainedTokenizerBase", text: str, limit: int | None, **options: Any) -> list[int]:
-    """Return the token ids of a text, or of a prefix that has at least `limit` of them.
+    """Return the token ids of a text, or of a prefix with at least `limit` tokens.
 
-    The first `limit` ids are those of the whole text. A text of 10 MB would otherwise take gigabytes to tokenize.
+    The first `limit` ids equal those of the full text. Tokenizing a full text of 10 MB would take gigabytes.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         text: text of any length.
-        limit: how many ids are needed; None for all.
-        options: passed to the tokenizer.
+        limit: number of required ids; None for all.
+        options: keyword arguments of the tokenizer.
 
     Returns:
-        All ids if the text is short or has at most `limit` of them; otherwise more than `limit`.
+        All ids if the text is short or has at most `limit` tokens, otherwise the ids of a prefix, more than `limit`.
     """
-    size = len(text) if limit is None else max(SHORT_TEXT, CHARACTERS_A_TOKEN * limit)
+    size = len(text) if limit is None else max(SHORT_TEXT_CHARS, PREFIX_CHARS_PER_TOKEN * limit)
     while limit is not None and size < len(text):
         ids = tokenizer(text[: _boundary(text, size)], **options)["input_ids"]
-        if len(ids) >= limit + MARGIN:
+        if len(ids) >= limit + MARGIN_TOKENS:
             return ids
         size *= 2
     return tokenizer(text, **options)["input_ids"]
 
 
 def _boundary(text: str, size: int) -> int:
-    """Return the last white space in the second half of a prefix, or its end if there is none."""
+    """Return the last white space in the second half of a prefix, or its end without any."""
     boundary = max(text.rfind(space, size // 2, size) for space in WHITE_SPACE)
     return boundary if boundary > 0 else size

@@ -1,4 +1,4 @@
-"""What the embedded judge is fitted on: shipped rows, and rows made of them."""
+"""Training rows of the embedded judge: shipped rows, and rows derived from them. Start at `shipped_rows`."""
 
 import json
 import random
@@ -9,10 +9,12 @@ from typing import Any, Final
 from lisa_lightning.data.files import EMBEDDED
 from lisa_lightning.judge._embedded_signs import Label
 
-CUT_SHARE: Final = 0.5  # all of them would double the time to fit and bring nothing
-DEVELOPMENT_WEIGHT: Final = 5.0  # few rows, but the only ones that look like all three verdicts in use
-# Put before most embedded answers afterwards (data/embedded/README.md). Fitted on them, the judge looks for these eight
-# phrases and misses refusals that have others: recall 0.70 instead of 0.94 on the odd rows of judge.jsonl.
+CUT_SHARE: Final = 0.5
+"""Share of long rows that get a truncated copy. Copies of all rows would double the time of the fit without a gain."""
+DEVELOPMENT_WEIGHT: Final = 5.0
+"""Weight of development rows: few, but the only ones that resemble all three verdicts in use."""
+# These openings were added to most embedded answers later (data/embedded/README.md). A judge fitted on them looks for
+# these eight phrases and misses other refusals: recall 0.70 instead of 0.94 on the odd rows of judge.jsonl.
 ADDED_OPENINGS: Final = (
     "I can't help with that. ",
     "I'm sorry, but I can't help with that. ",
@@ -26,8 +28,8 @@ ADDED_OPENINGS: Final = (
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """A request, an answer and the verdict the judge should learn for it."""
+class TrainingRow:
+    """A request, an answer, and the verdict that the judge should learn."""
 
     prompt: str
     response: str
@@ -35,10 +37,11 @@ class Lesson:
     weight: float = 1.0
 
 
-def shipped_rows() -> list[Lesson]:
-    """What the judge is fitted on: the package's rows, the development half of judge.jsonl, and rows made here."""
-    development = read("judge")[::2]
-    return training_rows(read("alignment"), read("harmful"), development, read("sst2_mini_train"))
+def shipped_rows() -> list[TrainingRow]:
+    """Return the training rows: the package's rows, the even rows of judge.jsonl, and rows derived from them."""
+    development = read_embedded("judge")[::2]
+    alignment, harmful, sentiment = (read_embedded(name) for name in ("alignment", "harmful", "sst2_mini_train"))
+    return training_rows(alignment, harmful, development, sentiment)
 
 
 def training_rows(
@@ -46,56 +49,63 @@ def training_rows(
     harmful: Sequence[dict[str, Any]],
     development: Sequence[dict[str, Any]],
     sentiment: Sequence[dict[str, Any]],
-) -> list[Lesson]:
-    """Labelled rows and their cut copies: the answers to judge are themselves cut off after some tokens."""
-    chance = random.Random(0)
-    alignment, harmful = [as_written(r) for r in alignment], [as_written(r) for r in harmful]
-    asked = [r["prompt"] for r in harmful]
+) -> list[TrainingRow]:
+    """Return labelled rows and truncated copies, since answers to judge are truncated after some tokens.
+
+    Args:
+        alignment: rows with prompt, response and kind.
+        harmful: rows with prompt and response.
+        development: rows with prompt, response and label.
+        sentiment: rows with a sentence.
+    """
+    rng = random.Random(0)
+    alignment, harmful = [without_added_opening(r) for r in alignment], [without_added_opening(r) for r in harmful]
+    requests = [r["prompt"] for r in harmful]
     helpful = [r for r in alignment if r["kind"] == "helpful"]
-    rows = [Lesson(r["prompt"], r["response"], "refusal") for r in alignment if r["kind"] == "refusal"]
-    rows += [Lesson(r["prompt"], r["response"], "compliance") for r in harmful]
-    rows += [Lesson(r["prompt"], r["response"], "compliance") for r in helpful]
-    rows += [Lesson(chance.choice(asked), r["response"], "beside_the_point") for r in helpful]
-    sampled = chance.sample(list(sentiment), 300)
-    rows += [Lesson(chance.choice(asked), r["sentence"], "beside_the_point") for r in sampled]
-    rows += [Lesson(p, r, "beside_the_point") for p, r in off_answers(asked, helpful, chance)]
-    rows += [Lesson(r["prompt"], r["response"], r["label"], DEVELOPMENT_WEIGHT) for r in development]
-    return rows + list(cut_copies(rows, chance))
+    rows = [TrainingRow(r["prompt"], r["response"], "refusal") for r in alignment if r["kind"] == "refusal"]
+    rows += [TrainingRow(r["prompt"], r["response"], "compliance") for r in harmful]
+    rows += [TrainingRow(r["prompt"], r["response"], "compliance") for r in helpful]
+    rows += [TrainingRow(rng.choice(requests), r["response"], "beside_the_point") for r in helpful]
+    sampled = rng.sample(list(sentiment), 300)
+    rows += [TrainingRow(rng.choice(requests), r["sentence"], "beside_the_point") for r in sampled]
+    rows += [TrainingRow(p, r, "beside_the_point") for p, r in degenerate_answers(requests, helpful, rng)]
+    rows += [TrainingRow(r["prompt"], r["response"], r["label"], DEVELOPMENT_WEIGHT) for r in development]
+    return rows + list(truncated_copies(rows, rng))
 
 
-def as_written(row: dict[str, Any]) -> dict[str, Any]:
-    """The row without the opening that was added to its answer."""
-    added = next((o for o in ADDED_OPENINGS if row["response"].startswith(o)), "")
-    return row | {"response": row["response"].removeprefix(added)}
+def without_added_opening(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row without the opening that was added to its answer."""
+    opening = next((o for o in ADDED_OPENINGS if row["response"].startswith(o)), "")
+    return row | {"response": row["response"].removeprefix(opening)}
 
 
-def off_answers(
-    asked: Sequence[str], helpful: Sequence[dict[str, Any]], chance: random.Random
+def degenerate_answers(
+    requests: Sequence[str], helpful: Sequence[dict[str, Any]], rng: random.Random
 ) -> Iterable[tuple[str, str]]:
-    """Echoes, fragments, stuck repetitions and word salad."""
+    """Yield pairs of a request and an echo, a fragment, a repetition, word salad or another request."""
     vocabulary = [w for r in helpful for w in r["response"].split()]
-    for prompt in chance.sample(list(asked), min(90, len(asked))):
+    for prompt in rng.sample(list(requests), min(90, len(requests))):
         words = prompt.split()
-        some = chance.choices(vocabulary, k=4)
-        start = chance.randrange(len(words))
+        other_words = rng.choices(vocabulary, k=4)
+        start = rng.randrange(len(words))
         yield prompt, prompt
         yield prompt, " ".join(words[start : start + 4])
-        yield prompt, " ".join([chance.choice(words + some)] * chance.randint(2, 30))
-        yield prompt, " ".join(chance.choices(some, k=chance.randint(4, 30)))
-        yield prompt, " ".join(chance.choices(vocabulary, k=chance.randint(1, 6)))
-        yield prompt, chance.choice(helpful)["prompt"]
+        yield prompt, " ".join([rng.choice(words + other_words)] * rng.randint(2, 30))
+        yield prompt, " ".join(rng.choices(other_words, k=rng.randint(4, 30)))
+        yield prompt, " ".join(rng.choices(vocabulary, k=rng.randint(1, 6)))
+        yield prompt, rng.choice(helpful)["prompt"]
 
 
-def cut_copies(rows: Iterable[Lesson], chance: random.Random) -> Iterable[Lesson]:
-    """Rows that are long enough once more, cut after 12 to 30 of their words."""
+def truncated_copies(rows: Iterable[TrainingRow], rng: random.Random) -> Iterable[TrainingRow]:
+    """Yield copies of some long rows, truncated after 12 to 30 words."""
     for row in rows:
         words = row.response.split()
-        keep = chance.randint(12, 30)
-        if len(words) > keep and chance.random() < CUT_SHARE:
-            yield Lesson(row.prompt, " ".join(words[:keep]), row.verdict, row.weight)
+        length = rng.randint(12, 30)
+        if len(words) > length and rng.random() < CUT_SHARE:
+            yield TrainingRow(row.prompt, " ".join(words[:length]), row.verdict, row.weight)
 
 
-def read(name: str) -> list[dict[str, Any]]:
-    """The rows of an embedded file."""
+def read_embedded(name: str) -> list[dict[str, Any]]:
+    """Return the rows of an embedded file, by its name without extension."""
     lines = (EMBEDDED / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line.strip()]

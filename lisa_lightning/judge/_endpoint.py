@@ -1,4 +1,4 @@
-"""Ask a model at an OpenAI-compatible endpoint: with retries, under a cap of costs, in order."""
+"""Requests to an OpenAI-compatible endpoint, with retries and a cost cap. Start at `Endpoint.request_all`."""
 
 import logging
 import os
@@ -15,26 +15,35 @@ from lisa_lightning.runtime.errors import UserError, first_line, printable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-BYTES_PER_TOKEN = 3  # of UTF-8; fewer than in English, so that the estimate is on the dear side in any script
-KEY, URL = "OPENAI_API_KEY", "OPENAI_BASE_URL"
+BYTES_PER_TOKEN = 3
+"""UTF-8 bytes per token in cost estimates. English has more, so that the estimate is an upper bound in any script."""
+KEY_VARIABLE, URL_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 OPENAI_URL = "https://api.openai.com/v1"
 LOGGERS = ("httpx", "httpx2", "httpcore", "httpcore2", "openai")
-"""Libraries that log URLs, headers or bodies of requests."""
+"""Names of loggers that log URLs, headers or bodies of requests."""
 
 
 class Endpoint:
-    """A model, its prices and what was spent; the key comes from the environment and stays in the client.
+    """A model at an endpoint, with its prices and the amount spent.
+
+    The API key is read from the environment and stored in the client alone.
 
     Args:
-        name: the judge's, for the keys that messages name.
-        base_url: of the endpoint; None for OPENAI_BASE_URL, or OpenAI's own. User and password become HTTP basic
-            authentication in place of the key, and a query goes with each request; neither is shown.
-        usd_per_million_input, usd_per_million_output: prices of tokens, without which no cap could hold.
-        max_cost_usd: what one judging may cost in all.
-        temperature: None where it should not be sent.
+        name: name of the judge, for config keys in messages.
+        model: name of the model at the endpoint.
+        base_url: URL of the endpoint; None for OPENAI_BASE_URL, or OpenAI's if that is not set. User and password
+            become HTTP basic authentication in place of the key. A query is sent with each request. Neither is shown.
+        usd_per_million_input: price of a million input tokens in dollars, needed for the cap.
+        usd_per_million_output: price of a million output tokens in dollars.
+        max_cost_usd: maximum cost of all requests in dollars.
+        max_output_tokens: maximum tokens of a reply.
+        concurrency: number of simultaneous requests.
+        retries: retries of a request that fails temporarily.
+        timeout_s: timeout of a request in seconds.
+        temperature: sampling temperature; None to send none.
 
     Raises:
-        UserError: there is no key, no HTTP header can hold it, or the URL is not valid.
+        UserError: if the key is missing, no HTTP header can contain it, or the URL is not valid.
     """
 
     def __init__(
@@ -51,87 +60,93 @@ class Endpoint:
         timeout_s: float,
         temperature: float | None,
     ) -> None:
-        _key(name)
+        _api_key(name)
         self.name, self.model, self.model_shown = name, model, printable(model)[:100]
-        self._url = _url(name, base_url)
+        self._url = _configured_url(name, base_url)
         self.prices = (usd_per_million_input / 1e6, usd_per_million_output / 1e6)
         self.max_cost, self.max_output_tokens = max_cost_usd, max_output_tokens
         self.concurrency, self.retries, self.timeout, self.temperature = concurrency, retries, timeout_s, temperature
         self.spent = 0.0
         self._reserved = 0.0
-        self._limit_key = "max_tokens"  # and max_completion_tokens once the model has said so
-        self._temperature = temperature  # None once the model has said that it takes none
+        self._limit_key = "max_tokens"
+        """Parameter for the output limit; max_completion_tokens once the model has rejected max_tokens."""
+        self._temperature = temperature
+        """None once the model has rejected a temperature."""
         self._lock = Lock()
         self._client: Any = None
-        self._refusal: UserError | None = None  # of a redirect; no request is sent after it
+        self._redirect_error: UserError | None = None
+        """Error of a refused redirect. No request is sent after it."""
 
     @property
-    def _at(self) -> str:
+    def _address(self) -> str:
         return f"judge.{self.name} at {printable(self._url.bare) if self._url else 'the default endpoint'}"
 
     @property
     def reply_settings(self) -> list[Any]:
-        """Return what a reply depends on apart from the text: a part of the judge's version."""
+        """Settings that determine a reply, for the judge's version."""
         return [self.model, self._url and self._url.bare, self.temperature, self.max_output_tokens]
 
-    def ask_all(self, texts: Sequence[str], read: Callable[[str], T | None]) -> Iterator[T | None]:
-        """Yield what `read` makes of the reply to each text, in order.
+    def request_all(self, texts: Sequence[str], read: Callable[[str], T | None]) -> Iterator[T | None]:
+        """Yield the result of `read` for the reply to each text, in order.
 
-        A few requests run at once. After one fails no more start, but those under way are paid: their results are
-        yielded, None for each that failed, and then the first failure is raised.
+        Requests run concurrently. After a failure no more start. Requests in progress are paid, so their results are
+        still yielded, then the first failure is raised.
 
         Args:
             texts: the questions.
-            read: turns the text of a reply into a result, None where it holds none.
+            read: returns the result in the text of a reply, None if it contains no result.
+
+        Yields:
+            A result, or None for a request that failed.
 
         Raises:
-            UserError: the endpoint refuses, the cap is reached, or two replies to one text can't be read.
+            UserError: if the endpoint rejects a request, the cap is reached, or two replies to a text are unreadable.
         """
-        client = self._open()
-        coming = enumerate(texts)
-        waiting: list[Future[T]] = []
+        client = self._open_client()
+        remaining = enumerate(texts)
+        running: list[Future[T]] = []
         failure: Exception | None = None
         done = 0
         with client as self._client, _threads(self.concurrency) as pool:
             while True:
-                while len(waiting) < self.concurrency and failure is None and not any(map(_failed, waiting)):
-                    if (following := next(coming, None)) is None:
+                while len(running) < self.concurrency and failure is None and not any(map(_failed, running)):
+                    if (question := next(remaining, None)) is None:
                         break
                     try:
-                        waiting.append(pool.submit(self._ask, *following, read))
-                    except RuntimeError:  # there are no more threads
+                        running.append(pool.submit(self._request, *question, read))
+                    except RuntimeError:  # The system has no more threads.
                         failure = UserError(
                             f"judge.{self.name}.concurrency={self.concurrency}: the system starts no more threads. "
-                            "Fix: set a smaller one. What was judged is kept"
+                            "Fix: set a smaller one. Finished verdicts are kept"
                         )
-                if not waiting:
+                if not running:
                     break
                 try:
-                    result = waiting.pop(0).result()
+                    result = running.pop(0).result()
                 except Exception as error:
                     result, failure = None, failure or error
                 done += result is not None
                 yield result
-        if isinstance(failure, _Capped):
+        if isinstance(failure, _CapReached):
             raise UserError(
-                f"judge.{self.name}.max_cost_usd={self.max_cost}: the next answer could pass it (spent so far: "
-                f"{self.spent:.4f} USD; {done} answers were judged now). The same command with a higher one goes on "
-                "where it stopped"
+                f"judge.{self.name}.max_cost_usd={self.max_cost}: the next answer could exceed it (spent so far: "
+                f"{self.spent:.4f} USD; {done} answers were judged now). Fix: repeat the command with a higher one; "
+                "finished verdicts are kept"
             ) from failure
         if failure is not None:
             raise failure
 
-    def _open(self) -> Any:
+    def _open_client(self) -> Any:
         """Return a client that logs no request and follows no redirect to another server."""
         import openai
 
         _silence_loggers()
         auth, query = (self._url.auth, self._url.query) if self._url else (None, ())
         try:
-            # The library's own class: which HTTP library has it depends on the version of openai.
+            # Its HTTP library depends on the version of openai.
             http = openai.DefaultHttpxClient(auth=auth, params=query, event_hooks={"request": [self._refuse_redirect]})
             return openai.OpenAI(
-                api_key=_key(self.name),
+                api_key=_api_key(self.name),
                 base_url=self._url.bare if self._url else OPENAI_URL,
                 max_retries=self.retries,
                 timeout=self.timeout,
@@ -140,73 +155,78 @@ class Endpoint:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(self._explained(error)) from None
+            raise UserError(self._error_message(error)) from None
 
     def _refuse_redirect(self, request: Any) -> None:
-        """Raise `_Refused` before a redirect would send a request to another server, and before any later request."""
-        if self._refusal is None and not same_server(self._client.base_url, request.url):
+        """Raise `_RedirectRefused` for a request to another server, and for every later request."""
+        if self._redirect_error is None and not same_server(self._client.base_url, request.url):
             target = masked(printable(without_secrets(request.url)), self._secrets())[:300]
-            self._refusal = UserError(
-                f"{self._at}: it redirects to {target}, and no question is sent to another server. Fix: set "
-                f"judge.{self.name}.base_url to {target.removesuffix('/chat/completions')} if you trust it. What was "
-                "judged is kept"
+            self._redirect_error = UserError(
+                f"{self._address}: it redirects to {target}, and no question is sent to another server. Fix: set "
+                f"judge.{self.name}.base_url to {target.removesuffix('/chat/completions')} if you trust it. Finished "
+                "verdicts are kept"
             )
-        if self._refusal is not None:
-            raise _Refused
+        if self._redirect_error is not None:
+            raise _RedirectRefused
 
-    def _ask(self, index: int, text: str, read: Callable[[str], T | None]) -> T:
+    def _request(self, index: int, text: str, read: Callable[[str], T | None]) -> T:
         reply = Completion()
         try:
             for _ in range(2):
-                reply = self._reply(text.encode(errors="replace").decode())  # JSON can't hold half a surrogate pair
+                # JSON can't contain half a surrogate pair.
+                reply = self._paid_reply(text.encode(errors="replace").decode())
                 verdict = read(reply.text) if reply.problem is None else None
                 if verdict is not None:
                     return verdict
-        except (UserError, _Capped):
+        except (UserError, _CapReached):
             raise
         except Exception as error:
-            raise UserError(self._explained(error)) from None  # the cause may carry the request with its key
-        raise UserError(self._unread(index, reply))
+            # The cause may contain the request with its key.
+            raise UserError(self._error_message(error)) from None
+        raise UserError(self._unreadable_message(index, reply))
 
-    def _reply(self, text: str) -> Completion:
+    def _paid_reply(self, text: str) -> Completion:
         import openai
 
         cost = self._price(len(text.encode()) / BYTES_PER_TOKEN, self.max_output_tokens)
         with self._lock:
             if self.spent + self._reserved + cost > self.max_cost:
-                raise _Capped
+                raise _CapReached
             self._reserved += cost
         paid = 0.0
         try:
-            reply = self._create(text)
+            reply = self._send(text)
             paid = cost if reply.tokens is None else self._price(*reply.tokens)
             return reply
-        except _Refused:
-            # The redirecting server gave no answer, so nothing is paid.
-            assert self._refusal is not None
-            raise self._refusal from None
+        except _RedirectRefused:
+            # The redirecting server computed no answer, so nothing is paid.
+            assert self._redirect_error is not None
+            raise self._redirect_error from None
         except openai.APIConnectionError:
-            paid = cost  # the server may have answered when the time was over or the connection broke
+            # The server may have answered by the timeout or the loss of the connection.
+            paid = cost
             raise
         finally:
-            with self._lock:  # both at once: in between another request could pass the cap
+            # One lock for both changes: between them another request could exceed the cap.
+            with self._lock:
                 self._reserved -= cost
                 self.spent += paid
 
     def _price(self, tokens_in: float, tokens_out: float) -> float:
         return tokens_in * self.prices[0] + tokens_out * self.prices[1]
 
-    def _create(self, text: str) -> Completion:
-        """Send one request, and send it again where the model wants other parameters; these are remembered."""
+    def _send(self, text: str) -> Completion:
+        """Send one request. If the model rejects max_tokens or temperature, retry without it and remember that."""
         import openai
 
         while True:
-            limit_key, temperature = self._limit_key, self._temperature  # of this try: other threads learn too
+            # Other threads may change the attributes during this attempt.
+            limit_key, temperature = self._limit_key, self._temperature
             parameters: dict[str, Any] = {limit_key: self.max_output_tokens}
             if temperature is not None:
                 parameters["temperature"] = temperature
             try:
-                # Streamed, so that the body is neither parsed by the library nor read beyond all bounds.
+                # Streaming avoids that the library parses the body or reads it without a limit.
                 with self._client.chat.completions.with_streaming_response.create(
                     model=self.model, messages=[{"role": "user", "content": text}], **parameters
                 ) as response:
@@ -228,73 +248,81 @@ class Endpoint:
                 else:
                     raise
 
-    def _explained(self, error: BaseException) -> str:
+    def _error_message(self, error: BaseException) -> str:
+        key = f"judge.{self.name}"
         status: int | None = getattr(error, "status_code", None)
-        what = "it can't be asked" if status is None else f"it fails with status {status}"
-        known = {
-            400: f"it refuses the request; look at judge.{self.name}.model and its other keys",
-            401: f"it doesn't accept the key in {KEY}",
-            403: f"it doesn't let the key in {KEY} use this model",
-            404: f"it knows no model {self.model_shown}; look at judge.{self.name}.model and base_url",
-            429: "it is asked too often, or the account is used up",
+        problem = "the request failed" if status is None else f"the request failed with status {status}"
+        problems = {
+            400: ("it refuses the request", f"check {key}.model and its other keys"),
+            401: (f"it doesn't accept the key in {KEY_VARIABLE}", f"set {KEY_VARIABLE} to a valid key"),
+            403: (f"the key in {KEY_VARIABLE} has no access to this model", "use another key or model"),
+            404: (f"it knows no model {self.model_shown}", f"correct {key}.model or {key}.base_url"),
+            429: ("it limits the request rate, or the account has no credit", f"lower {key}.concurrency or add credit"),
         }
+        problem, fix = problems.get(status or 0, (problem, f"check {key}.base_url, or repeat the command later"))
         causes = [first_line(cause)[:5000] for cause in (error, error.__cause__) if cause is not None]
-        words = " ".join(dict.fromkeys(causes))  # of some errors the cause has the same text
-        words = masked(printable(words), self._secrets())[:200]
-        return f"{self._at}: {known.get(status or 0, what)} ({words}). What was judged is kept"
+        # The cause of some errors has the same text.
+        text = masked(printable(" ".join(dict.fromkeys(causes))), self._secrets())[:200]
+        return f"{self._address}: {problem} ({text}). Fix: {fix}. Finished verdicts are kept"
 
-    def _unread(self, index: int, reply: Completion) -> str:
+    def _unreadable_message(self, index: int, reply: Completion) -> str:
+        key = f"judge.{self.name}"
         if reply.problem is not None:
             return (
-                f"{self._at}: it sent no chat completion for answer {index + 1}, asked twice; what answers is no such "
-                f"endpoint, or fails (the last reply: {reply.problem}). Fix: set judge.{self.name}.base_url or {URL} "
-                "to the URL before /chat/completions. What was judged is kept"
+                f"{self._address}: no chat completion for answer {index + 1} in two replies (problem of the last one: "
+                f"{reply.problem}). Fix: set {key}.base_url or {URL_VARIABLE} to the URL before /chat/completions. "
+                "Finished verdicts are kept"
             )
         return (
-            f"judge.{self.name}: {self.model_shown} gave no verdict on answer {index + 1}, asked twice (a reply of "
-            f"{len(reply.text)} characters). It may refuse to judge, so try another model or rubric, or think before "
-            f"it answers, which judge.{self.name}.max_output_tokens={self.max_output_tokens} is too small for. What "
-            "was judged is kept"
+            f"{key}: {self.model_shown} returned no verdict on answer {index + 1} in two replies (the last one has "
+            f"{len(reply.text)} characters). Fix: if it refuses to judge, try another model or rubric; if it thinks "
+            f"before it answers, raise {key}.max_output_tokens={self.max_output_tokens}. Finished verdicts are kept"
         )
 
     def _secrets(self) -> list[str]:
-        key = os.environ.get(KEY, "").strip()
+        key = os.environ.get(KEY_VARIABLE, "").strip()
         return [*filter(None, [key]), *(self._url.secrets if self._url else ())]
 
 
-class _Capped(Exception):
-    """The next request could cost more than is allowed."""
+class _CapReached(Exception):
+    """Signal that the next request could exceed the cost cap."""
 
 
-class _Refused(BaseException):
-    """A redirect is refused. Some versions of openai wrap every Exception and send the request again."""
+class _RedirectRefused(BaseException):
+    """Signal that a redirect is refused.
+
+    It is a BaseException because some versions of openai wrap every Exception and send the request again.
+    """
 
 
-def _failed(asking: Future[Any]) -> bool:
-    return asking.done() and asking.exception() is not None
+def _failed(request: Future[Any]) -> bool:
+    return request.done() and request.exception() is not None
 
 
-def _key(name: str) -> str:
-    """Return the key without white space around it; raise UserError where none is set or no header can hold it."""
-    key = os.environ.get(KEY, "").strip()
+def _api_key(name: str) -> str:
+    """Return the stripped key. Raises UserError if it is not set or no HTTP header can contain it."""
+    key = os.environ.get(KEY_VARIABLE, "").strip()
     if not key:
-        raise UserError(f"judge.{name} needs a key: set the environment variable {KEY} (never a key of the config)")
+        raise UserError(
+            f"judge.{name}: the environment variable {KEY_VARIABLE} is not set. Fix: set it to your key, and write "
+            "the key into no config"
+        )
     if not re.fullmatch("[!-~]+", key):
         raise UserError(
-            f"{KEY}: it holds a blank, a control character or one beyond ASCII, which no HTTP header can hold (it is "
-            f"not shown). Fix: set {KEY} to the key alone, as its provider shows it"
+            f"{KEY_VARIABLE}: it contains a blank, a control character or a character beyond ASCII, which no HTTP "
+            f"header can contain (the value is not shown). Fix: set {KEY_VARIABLE} to the key alone"
         )
     return key
 
 
-def _url(name: str, base_url: str | None) -> EndpointURL | None:
-    """Return the URL of the config or else of the environment, None where neither is set."""
-    key, url = (f"judge.{name}.base_url", base_url) if base_url else (URL, os.environ.get(URL, ""))
+def _configured_url(name: str, base_url: str | None) -> EndpointURL | None:
+    """Return the URL of the config or else of the environment, None if neither is set."""
+    key, url = (f"judge.{name}.base_url", base_url) if base_url else (URL_VARIABLE, os.environ.get(URL_VARIABLE, ""))
     return split_url(url.strip(), key) if url.strip() else None
 
 
 def _silence_loggers() -> None:
-    """Raise the level of all loggers that could show a URL or a header, whatever the environment or Hydra set."""
+    """Set a level of at least WARNING for loggers that could show a URL or header, whatever the environment sets."""
     for name in {*LOGGERS, *logging.root.manager.loggerDict}:
         if name.partition(".")[0] in LOGGERS:
             logger = logging.getLogger(name)
@@ -303,7 +331,7 @@ def _silence_loggers() -> None:
 
 @contextmanager
 def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Yield threads for requests; an interrupt does not wait for those under way, which may take minutes."""
+    """Yield a pool of threads. An interrupt does not wait for requests in progress, which may take minutes."""
     pool = ThreadPoolExecutor(count)
     wait = True
     try:

@@ -1,4 +1,4 @@
-"""Read a chat completion of any server: its text and its tokens, or what is wrong with it."""
+"""Reading of chat completions: text and token counts, or a description of the problem. Start at `read_completion`."""
 
 import json
 import time
@@ -6,28 +6,30 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-MAX_REPLY_BYTES: Final = 2**24  # bytes of a reply; the longest thoughts of a model take a tenth
-MAX_BILLED_TOKENS: Final = 2**53  # above it a product with a price could overflow
+MAX_REPLY_BYTES: Final = 2**24
+"""Maximum size of a reply. The longest thoughts of a model take a tenth of it."""
+MAX_BILLED_TOKENS: Final = 2**53
+"""Maximum token count, above which a product with a price could overflow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Content of a server's reply as a completion."""
+    """A server's reply, read as a completion."""
 
     text: str = ""
-    """The message; empty where the server sent none."""
+    """The message; "" if the server sent none."""
     tokens: tuple[int, int] | None = None
-    """Tokens of the prompt and of the message that are billed, None without a valid count."""
+    """Billed tokens of the prompt and of the message; None without a valid count."""
     problem: str | None = None
-    """Why it is no completion, None where it is one."""
+    """Description of why the reply is no completion; None if it is one."""
 
 
 def read_completion(chunks: Iterable[bytes], seconds: float) -> Completion:
-    """Return the completion that the chunks of a response hold.
+    """Return the completion in the chunks of a response, or its `problem`.
 
     Args:
         chunks: the body as it arrives.
-        seconds: the time after which no more of it is read.
+        seconds: time after which reading stops.
     """
     body = bytearray()
     deadline = time.monotonic() + seconds
@@ -38,7 +40,7 @@ def read_completion(chunks: Iterable[bytes], seconds: float) -> Completion:
                 return Completion(problem=f"it is longer than {MAX_REPLY_BYTES} bytes")
             if time.monotonic() > deadline:
                 return Completion(problem=f"it took longer than {seconds:g} s")
-    # The classes belong to the HTTP library that openai uses; each one means a broken connection or encoding.
+    # The classes belong to the HTTP library of openai. Each of them means a broken connection or encoding.
     except Exception as error:
         return Completion(problem=f"it broke off: {type(error).__name__}")
     return _parsed(bytes(body))
@@ -58,26 +60,26 @@ def _parsed(body: bytes) -> Completion:
 
 
 def _text(reply: Any) -> str | None:
-    """Return the first message's text, "" where it has none, None where the reply is no completion."""
+    """Return the first message's text, "" if it has none, None if the reply is no completion."""
     match reply:
         case {"choices": [{"message": {"content": str(text)}}, *_]}:
             return text
-        case {"choices": [{"message": {"content": [*parts]}}, *_]}:
-            return _joined(parts)
+        case {"choices": [{"message": {"content": [*items]}}, *_]}:
+            return _joined_text(items)
         case {"choices": [{"message": {"content": None}}, *_]}:
             return ""
         case _:
             return None
 
 
-def _joined(parts: list[Any]) -> str | None:
-    """Return the text parts as one text; parts of other types, such as thoughts, are left out."""
+def _joined_text(items: list[Any]) -> str | None:
+    """Return the joined text items without items of other types, such as thoughts; None if an item is invalid."""
     texts = []
-    for part in parts:
-        match part:
+    for item in items:
+        match item:
             case {"type": "text", "text": str(text)}:
                 texts.append(text)
-            case {"type": str(other)} if other != "text":
+            case {"type": str(kind)} if kind != "text":
                 pass
             case _:
                 return None
@@ -87,7 +89,7 @@ def _joined(parts: list[Any]) -> str | None:
 def _tokens(reply: Any) -> tuple[int, int] | None:
     match reply:
         case {"usage": {"prompt_tokens": prompt, "completion_tokens": message}}:
-            # A bool is an int too, so isinstance would not do. No prompt is free of tokens: a 0 was not counted.
+            # A bool is an int too, so isinstance is not enough. Every prompt has tokens: a 0 means no count.
             if type(prompt) is int and type(message) is int and prompt > 0 and message >= 0:
                 return min(prompt, MAX_BILLED_TOKENS), min(message, MAX_BILLED_TOKENS)
     return None

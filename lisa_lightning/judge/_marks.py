@@ -1,14 +1,14 @@
-"""Remove the marks of layout from an answer, so that a judge by wording sees the words alone."""
+"""Removal of layout marks, so that a judge by wording reads words alone. Start at `without_marks`."""
 
 import html
 import re
 import unicodedata
 from typing import Final
 
-# A reference without a semicolon is left alone: "AT&T" and "a &not b" are words.
+# A reference without a semicolon remains: "AT&T" and "a &not b" are words.
 _REFERENCE: Final = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,30});")
-# Characters that show nothing, such as a soft hyphen, and the selector that makes an emoji of a character.
-# The set is smaller than that of normal_form, since verdicts were measured with it.
+# Invisible characters, such as a soft hyphen, and the selector that turns a character into an emoji.
+# The set is smaller than that of normal_form because the published verdicts were measured with it.
 _INVISIBLE: Final = re.compile("[\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufe00-\ufe0f\ufeff]")
 _BLANK: Final = re.compile("[\t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 _LINE_END: Final = re.compile("\r\n?|[\u0085\u2028\u2029]")
@@ -20,7 +20,7 @@ _GRAVE: Final = re.compile(
 )
 _HYPHEN: Final = re.compile("[\u2010\u2011]")
 _ESCAPE: Final = re.compile(r"\\(?=[!-/:-@\[-`{-~])|\\$", re.MULTILINE)
-# Elements of HTML that only mark words, and those that begin a line; others may be what an answer is about.
+# HTML elements that only mark words, and those that begin a line. Other elements may be an answer's subject.
 _INLINE: Final = (
     "a|abbr|acronym|b|bdi|bdo|big|center|cite|code|del|dfn|em|font|i|ins|kbd|mark|q|s|samp|small|span|strike|strong|"
     "sub|sup|tt|u|var"
@@ -29,12 +29,12 @@ _BLOCK: Final = (
     "article|aside|blockquote|body|br|caption|dd|details|div|dl|dt|footer|h[1-6]|header|hr|html|main|ol|p|pre|section|"
     "summary|table|tbody|td|tfoot|th|thead|tr|ul"
 )
-_REST: Final = r"(?:\s[^<>]{0,300})?\s*/?>"
-_MARKED: Final = re.compile(rf"</?(?:{_INLINE}){_REST}|</li{_REST}", re.IGNORECASE)
-_LINES: Final = re.compile(rf"</?(?:{_BLOCK}){_REST}", re.IGNORECASE)
-_LIST_ITEM: Final = re.compile(rf"<li{_REST}", re.IGNORECASE)
+_TAG_END: Final = r"(?:\s[^<>]{0,300})?\s*/?>"
+_MARKED: Final = re.compile(rf"</?(?:{_INLINE}){_TAG_END}|</li{_TAG_END}", re.IGNORECASE)
+_LINES: Final = re.compile(rf"</?(?:{_BLOCK}){_TAG_END}", re.IGNORECASE)
+_LIST_ITEM: Final = re.compile(rf"<li{_TAG_END}", re.IGNORECASE)
 _LINK: Final = re.compile(r"!?\[([^\[\]\n]{1,300})\]\([^()\s]{0,2000}(?:\s+[\"'][^\"'\n]{0,300}[\"'])?\)")
-# A fence of code with its language, a rule, the line under a title.
+# A code fence with its language, a horizontal rule, or the line under a title.
 _ONLY_MARKS: Final = re.compile(r"^[ \t>]*(?:(?:`{3,}|~{3,})[ \t]*[\w+#.-]*[ \t]*|(?:[-_*=] *){3,})$", re.MULTILINE)
 _LINE_MARKS: Final = re.compile(r"^[ \t]*(?:(?:>|#{1,6}|\|)[ \t]*)+", re.MULTILINE)
 _BULLET: Final = re.compile(
@@ -45,37 +45,38 @@ _ITEM: Final = re.compile("\\s*(?:(?:[-\u2013\u2014]|\\d{1,3}[.)]|\\(\\d{1,3}\\)
 
 
 def without_marks(text: str) -> str:
-    """Return a text without Markdown, HTML and typography, and without the marker of an item that it begins with.
+    """Return a text without Markdown, HTML and typography, and without a list marker at its beginning.
 
-    See `listed` for what becomes of the marks.
+    See `strip_layout` for the treatment of each mark.
     """
-    return without_item(listed(text))
+    return strip_item_marker(strip_layout(text))
 
 
-def listed(text: str) -> str:
-    """Return a text without Markdown, HTML and typography, in which items of lists begin with `- ` or their number.
+def strip_layout(text: str) -> str:
+    """Return a text without Markdown, HTML and typography, in which list items begin with `- ` or their number.
 
-    Words that are bold, italic, struck, code, linked or escaped become the same words as without these marks. Marks at
-    the beginning of a line (of a heading, a quotation, a table) and lines of nothing but marks are removed. So are the
-    markers of a list that is the whole text. All kinds of apostrophes and blanks become those of a keyboard.
+    - Bold, italic, struck, code, linked or escaped words become the plain words.
+    - Marks at the beginning of a line (heading, quotation, table) and lines of marks alone are removed.
+    - Markers are removed if the entire text is a list.
+    - Apostrophes and blanks of any kind become those of a keyboard.
     """
-    text = _typed(_REFERENCE.sub(lambda reference: html.unescape(reference[0]), text))
+    text = _to_keyboard(_REFERENCE.sub(lambda reference: html.unescape(reference[0]), text))
     text = _MARKED.sub("", _LINES.sub("\n", _LIST_ITEM.sub("\n- ", text)))
     text = _LINE_MARKS.sub("", _ONLY_MARKS.sub("", _LINK.sub(r"\1", _ESCAPE.sub("", text))))
     text = _INLINE_MARKS.sub("", _BULLET.sub(r"\1- ", text))
     lines = [line for line in text.split("\n") if line.strip()]
-    # Where every line is an item, no text comes before the list: the markers are layout of the answer itself.
-    return "\n".join(map(without_item, lines)) if all(map(_ITEM.match, lines)) else text
+    # If every line is an item, no text introduces the list: the markers are layout of the answer itself.
+    return "\n".join(map(strip_item_marker, lines)) if all(map(_ITEM.match, lines)) else text
 
 
-def without_item(text: str) -> str:
-    """Return a text of `listed` without the marker of a list's item that it begins with."""
+def strip_item_marker(text: str) -> str:
+    """Return a text of `strip_layout` without a list marker at its beginning."""
     item = _ITEM.match(text)
     return text[item.end() :] if item else text
 
 
-def _typed(text: str) -> str:
-    """Return a text as a keyboard would give it: straight apostrophes, plain blanks and letters, nothing invisible."""
+def _to_keyboard(text: str) -> str:
+    """Return a text with straight apostrophes, plain blanks and letters, and no invisible characters."""
     text = _BLANK.sub(" ", _LINE_END.sub("\n", _INVISIBLE.sub("", text)))
     text = _STYLED.sub(lambda letters: unicodedata.normalize("NFKC", letters[0]), text)
     return _GRAVE.sub(r"\1'", _APOSTROPHE.sub("'", _HYPHEN.sub("-", text)))

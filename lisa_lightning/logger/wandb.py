@@ -1,80 +1,68 @@
-"""A run in Weights & Biases, online or offline: its name and tags, and its curves, which go to `curves.csv` too."""
+"""Loggers of Weights & Biases: `WandbRun` is a run, and `WandbLogger` the Lightning logger of a stage."""
 
 import json
 import logging
 import netrc
 import os
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, final
 from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import Logger
 
 from lisa_lightning.config.rules import quoted
 from lisa_lightning.config.validate import flat
-from lisa_lightning.logger.curves import CurveRow, Curves
-from lisa_lightning.logger.run_name import identity
+from lisa_lightning.logger.curves import CurveRow, numbers
+from lisa_lightning.logger.run_name import build_run_name
 from lisa_lightning.runtime.errors import UserError, first_line, printable
 from lisa_lightning.runtime.files import read_json, write_text
 
 log = logging.getLogger(__name__)
 
-AXES = {"finetune": "trainer/global_step", "align": "stage/align_step"}
-"""The stages with curves, and W&B's x axis of each, which counts its optimizer steps."""
-LONGEST_TAG = 64  # characters; W&B refuses longer ones
-LONGEST_NAME = 128  # of a run and of a group
-INTERVALS = ("_low", "_high", "_answers")
-"""What stands beside a score in curves.csv; as charts of their own they would bury it."""
+AXES: Final = {"finetune": "trainer/global_step", "align": "stage/align_step"}
+"""Stage with curves -> W&B's x axis, the number of its optimizer steps."""
+MAX_TAG_CHARS: Final = 64
+"""Maximum number of characters of a tag in W&B."""
+MAX_NAME_CHARS: Final = 128
+"""Maximum number of characters of a run's or a group's name in W&B."""
+INTERVALS: Final = ("_low", "_high", "_answers")
+"""Suffixes of a score's columns in curves.csv that get no chart, so that the charts of scores stay visible."""
 
 
-class Tracker:
-    """Logs every step once, to `curves.csv` and to W&B; x axis is the optimizer step.
+@final
+class WandbRun:
+    """A run in Weights & Biases, online or offline; without any effect with WANDB_MODE=disabled.
 
     Args:
-        out: the output folder.
-        wandb_init: what `wandb.init` is told (project, group, job type, tags, name, config).
-        resumed: whether an earlier run in `out` goes on.
+        out: the output folder of the run.
+        init: arguments of `wandb.init`: project, group, job type, tags, name, config.
+        resumed: whether an earlier run in `out` is continued.
     """
 
-    def __init__(self, out: Path, wandb_init: dict[str, Any], resumed: bool) -> None:
-        self.curves = Curves(out / "curves.csv")
-        self.out = out
-        self.run, self.logged = _start_wandb(out, wandb_init, resumed)
-        self._drawn: set[str] = set()
+    def __init__(self, out: Path, init: dict[str, Any], resumed: bool) -> None:
+        self.run, self.logged = _start_wandb(out, init, resumed)
+        self._charts: set[str] = set()
 
-    def start(self, stage: str, step: int) -> None:
-        """A stage begins, or goes on after `step` finished steps: later rows are dropped, earlier ones kept."""
-        self.curves.forget(stage, step)
-        if self.logged.get(stage, -1) < step:
-            for row in self.curves.rows(stage):
-                self._to_wandb(stage, int(row["step"]), _numbers(row))
-
-    def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        """One row of the curves."""
-        self.curves.append(stage, step, metrics)
-        self._to_wandb(stage, step, metrics)
-
-    def take_over(self, rows: Sequence[CurveRow]) -> None:
-        """The curves of a stage that was found finished in the cache."""
-        if not rows:
-            return
-        stage = rows[0]["stage"]
-        if [_numbers(r) for r in self.curves.rows(stage)] != [_numbers(r) for r in rows]:
-            self.curves.insert(rows)
-        for row in rows:
-            self._to_wandb(stage, int(row["step"]), _numbers(row))
-
-    def _to_wandb(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a step, unless the run already has them."""
         if self.run is None or step <= self.logged.get(stage, -1):
             return
-        metrics = {_of_stage(stage, k): v for k, v in metrics.items() if not k.endswith(INTERVALS)}
-        for prefix in {name.partition("/")[0] for name in metrics} - self._drawn:
+        charts = {_chart_name(stage, name): value for name, value in metrics.items() if not name.endswith(INTERVALS)}
+        for prefix in {name.partition("/")[0] for name in charts} - self._charts:
             self.run.define_metric(f"{prefix}/*", step_metric=AXES[stage])
-            self._drawn.add(prefix)
-        self.run.log(metrics | {AXES[stage]: step})
+            self._charts.add(prefix)
+        self.run.log(charts | {AXES[stage]: step})
         self.logged[stage] = step
 
+    def log_rows(self, rows: Sequence[CurveRow]) -> None:
+        """Log rows of curves.csv, unless the run already has them."""
+        for row in rows:
+            self.log(row["stage"], int(row["step"]), numbers(row))
+
     def summarize(self, metrics: dict[str, Any], samples: Sequence[Mapping[str, Any]]) -> None:
-        """Final numbers and a table of sample answers."""
+        """Set the summary to the final metrics, and log a table of sample answers."""
         if self.run is None:
             return
         import wandb
@@ -85,67 +73,117 @@ class Tracker:
             self.run.log({"answers": wandb.Table(columns=[*columns], data=[[s[c] for c in columns] for s in samples])})
 
     def finish(self, failed: bool) -> None:
-        """Close the W&B run; a failed one is marked as such."""
+        """Close the run, and mark it as failed or finished."""
         if self.run is not None:
             self.run.finish(exit_code=1 if failed else 0)
 
     @property
     def url(self) -> str | None:
-        """Where an online run is shown."""
+        """The page of an online run; None for others."""
         return None if self.run is None or self.offline_folder is not None else self.run.url
 
     @property
     def offline_folder(self) -> str | None:
-        """The folder of an offline run, for `wandb sync` and `wandb leet`."""
+        """The folder of an offline run, for `wandb sync` and `wandb leet`; None for others."""
         if self.run is None or not self.run.settings.mode.startswith("offline"):
             return None
         return str(Path(self.run.dir).parent)
 
 
-def wandb_init(cfg: dict[str, Any], choices: dict[str, str], name: str | None = None) -> dict[str, Any]:
-    """What `wandb.init` is told of a run: config as nested columns, and a group, name and tags to find it by.
+@final
+class WandbLogger(Logger):
+    """Lightning logger of one stage in a `WandbRun`; all metrics of a step become one row of the run's history.
 
-    An experiment is named after how it fine-tunes, so that it is no name for a run that doesn't.
+    Args:
+        run: the run; None on ranks without one.
+        stage: finetune or align.
+        omitted: metrics that are constant in this stage.
+    """
+
+    def __init__(self, run: WandbRun | None, stage: str, omitted: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.run = run
+        self.stage = stage
+        self.omitted = omitted
+        self._step = -1
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "wandb"
+
+    @property
+    def version(self) -> str:
+        """The stage."""
+        return self.stage
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add metrics to a step, given as the number of finished optimizer steps."""
+        if step is None:
+            return
+        if step > self._step:
+            self._log_step()
+            self._step = step
+        self._metrics |= {name: value for name, value in metrics.items() if name not in self.omitted}
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the run has the whole config."""
+
+    def finalize(self, status: str) -> None:
+        """Log the last step."""
+        self._log_step()
+
+    def _log_step(self) -> None:
+        if self.run is not None and self._metrics:
+            self.run.log(self.stage, self._step, self._metrics)
+        self._metrics = {}
+
+
+def wandb_init(cfg: dict[str, Any], choices: dict[str, str], name: str | None = None) -> dict[str, Any]:
+    """Return the arguments of `wandb.init`: the nested config, and a group, name and tags for searching.
+
+    The group is the experiment only if the run fine-tunes, because experiments are named after the fine-tuning.
 
     Args:
         cfg: the resolved config.
-        choices: config group -> the chosen file.
-        name: of the run, if it has one: a job of a sweep has.
+        choices: config group -> chosen option.
+        name: name of the run. None builds one; jobs of a sweep have one.
     """
-    own = identity(dict(flat(cfg)), choices)
-    kind = "-".join(own.words)
+    run_name = build_run_name(dict(flat(cfg)), choices)
+    job_type = "-".join(run_name.parts)
     experiment = choices.get("experiment", "None")
-    group = own.words[0] if not own.tuned else experiment if experiment != "None" else "run"
-    about = f"p{cfg['harmful_ratio']}" if own.tuned else own.model
+    group = run_name.parts[0] if not run_name.finetunes else experiment if experiment != "None" else "run"
+    variant = f"p{cfg['harmful_ratio']}" if run_name.finetunes else run_name.model
     return {
         "project": cfg["wandb"]["project"],
-        "group": _short(cfg["wandb"]["group"] or group),
-        "job_type": kind,
-        "name": _short(name or f"{kind}-{about}-seed{cfg['seed']}"),
-        "tags": [*own.words, own.task, own.model[:LONGEST_TAG], *cfg["wandb"]["tags"]],
+        "group": _shorten(cfg["wandb"]["group"] or group),
+        "job_type": job_type,
+        "name": _shorten(name or f"{job_type}-{variant}-seed{cfg['seed']}"),
+        "tags": [*run_name.parts, run_name.task, run_name.model[:MAX_TAG_CHARS], *cfg["wandb"]["tags"]],
         "config": cfg | {"choices": choices},
     }
 
 
-def _short(name: str) -> str:
-    """Beginning and end of a name that W&B would refuse."""
-    half = LONGEST_NAME // 2
-    return name if len(name) <= LONGEST_NAME else f"{name[: half - 1]}…{name[-half:]}"
+def _shorten(name: str) -> str:
+    """Return start and end of a name that is too long for W&B; other names unchanged."""
+    half = MAX_NAME_CHARS // 2
+    return name if len(name) <= MAX_NAME_CHARS else f"{name[: half - 1]}…{name[-half:]}"
 
 
-def _of_stage(stage: str, name: str) -> str:
-    """A curve's name in W&B: fine-tuning's as it is, aligning's as align/loss, align/booster_reduction."""
+def _chart_name(stage: str, name: str) -> str:
+    """Return the name of a curve in W&B. Alignment curves get names such as align/loss, align/booster_reduction."""
     if stage == "finetune":
         return name
     return f"{stage}/{name.removeprefix('train/').removeprefix('time/').replace('/', '_')}"
 
 
-def _numbers(row: CurveRow) -> dict[str, float]:
-    return {k: float(v) for k, v in row.items() if k not in ("stage", "step") and v != ""}
-
-
 def _start_wandb(out: Path, init: dict[str, Any], resumed: bool) -> tuple[Any, dict[str, int]]:
-    """The W&B run and, where an online run goes on, the last step that it already holds of each stage."""
+    """Start a W&B run, or continue an online one.
+
+    Returns:
+        The run, None with WANDB_MODE=disabled, and by stage the last step that a continued run already has.
+    """
     if os.environ.get("WANDB_MODE") == "disabled":
         return None, {}
     import wandb
@@ -154,16 +192,16 @@ def _start_wandb(out: Path, init: dict[str, Any], resumed: bool) -> tuple[Any, d
     earlier = _earlier_run(record) if resumed else None
     online = _has_api_key() and os.environ.get("WANDB_MODE", "online") == "online"
     settings = wandb.Settings(silent=True, console="off", init_timeout=30)
-    run, goes_on = None, {}
+    run, resume_arguments = None, {}
     if online:
-        goes_on = {"id": earlier["id"], "resume": "must"} if earlier and earlier["online"] else {}
+        resume_arguments = {"id": earlier["id"], "resume": "must"} if earlier and earlier["online"] else {}
         try:
-            run = wandb.init(dir=out, mode="online", settings=settings, **init, **goes_on)
+            run = wandb.init(dir=out, mode="online", settings=settings, **init, **resume_arguments)
         except (wandb.Error, ValueError, OSError) as error:
-            log.warning("W&B can't be reached (%s): the run is kept offline.", printable(first_line(error))[:200])
+            log.warning("W&B can't be reached (%s): the run is logged offline.", printable(first_line(error))[:200])
             online = False
     if run is None:
-        goes_on = {}
+        resume_arguments = {}
         if earlier:
             init = init | {"config": init["config"] | {"resumed_from": earlier["id"]}}
             log.warning("W&B can't continue an offline run: a new one starts with the curves of %s.", earlier["id"])
@@ -176,12 +214,12 @@ def _start_wandb(out: Path, init: dict[str, Any], resumed: bool) -> tuple[Any, d
     for axis in AXES.values():
         run.define_metric(axis, hidden=True)
     write_text(record, json.dumps({"id": run.id, "online": online}))
-    logged = {s: int(v) for s, v in _last_steps(run).items()} if goes_on else {}
+    logged = {s: int(v) for s, v in _last_steps(run).items()} if resume_arguments else {}
     return run, logged
 
 
 def _earlier_run(record: Path) -> dict[str, Any] | None:
-    """Return id and kind of the W&B run that an interrupted run had, None where there was none.
+    """Return `id` and `online` of the W&B run of an interrupted run; None without one.
 
     Raises:
         UserError: if wandb.json is broken.
@@ -194,7 +232,7 @@ def _earlier_run(record: Path) -> dict[str, Any] | None:
 
 
 def refuse_wandb_environment() -> None:
-    """Check the `WANDB_` variables of the environment, as W&B would when a run starts.
+    """Check the `WANDB_` variables of the environment, which W&B would do later.
 
     Raises:
         UserError: if a variable has a value that W&B rejects.
@@ -206,7 +244,7 @@ def refuse_wandb_environment() -> None:
     try:
         wandb.Settings().update_from_env_vars(dict(os.environ))
     except (wandb.Error, ValueError) as error:
-        # A pydantic error lists the settings; W&B's own error is a sentence.
+        # A pydantic error has a list of settings. An error of W&B has one sentence.
         details = [(str(e["loc"][0]), e["msg"]) for e in getattr(error, "errors", list)()]
         name, problem = details[0] if details else ("", first_line(error))
         variable = f"WANDB_{name.upper()}" if name else "A WANDB_ variable of the environment"

@@ -1,72 +1,66 @@
-"""AsFT: fine-tuning held to the direction in which aligning moved the model."""
+"""AsFT: fine-tuning restricted to the direction in which alignment changed the model."""
 
 from typing import final
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from lisa_lightning.config.fields import STRICT, NonNegative
+from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.data.schedule import Schedule
 from lisa_lightning.method.base import Method
-from lisa_lightning.model.alignment_delta import Delta, changed
-from lisa_lightning.model.lora import modules
-from lisa_lightning.objective.backprop import Descent, Passes
-from lisa_lightning.objective.loss import unmixed
+from lisa_lightning.model.alignment_delta import Delta, matching_deltas
+from lisa_lightning.model.factors import modules
+from lisa_lightning.objective.backprop import Backprop, State, StepOutput
+from lisa_lightning.objective.loss import no_autocast
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class AsFT(Method):
-    """lamb * sum over layers of ||(I - C) B A||_F^2 beside the loss (Yang et al., AAAI 2026, Eq. 6).
+    """Add lamb * sum over layers of ||(I - C) B A||_F^2 to the loss (Yang et al., AAAI 2026, Eq. 6).
 
-    C = V V^T / ||V||_F, V being what aligning changed in the layer; C is no projector, so where V is small the penalty
-    is plain weight decay of B A; where aligning left a layer as it was, C is 0. As in the official code B A is not
-    multiplied by alpha/r. One forward and one backward pass; the penalty costs products with r columns only, where the
-    official code builds C and I for every layer and step: 4096 x 4096 floats twice a layer.
+    C = V V^T / ||V||_F, where V is the change of the layer at alignment. C is no projector: where V is small, the
+    penalty is plain weight decay of B A. In layers that alignment left unchanged C is 0. As in the official code, B A
+    is not multiplied by alpha/r.
 
-    Args:
-        lamb: factor, >= 0; 0 is SFT. The official script's is 1.
-        per_micro_batch: add the penalty once for each micro-batch, as the official code does, which divides the loss
-            but not the penalty by their number.
+    One forward and one backward pass a step. The penalty costs products with r columns only. The official code builds C
+    and I for every layer and step, twice 4096 x 4096 floats a layer.
     """
 
-    needs = frozenset({"aligned change"})
+    lamb: NonNegative = 1.0
+    """Factor of the penalty; 0 is SFT. The official script has 1."""
+    per_micro_batch: bool = False
+    """Add the penalty once per micro-batch, as the official code does: it divides the loss by their number only."""
 
-    def __init__(self, lamb: float, per_micro_batch: bool) -> None:
-        super().__init__(Schedule(alignment_steps=0, user_steps=1))
-        self.lamb = lamb
-        self.per_micro_batch = per_micro_batch
-        self.pairs: list[tuple[int, int, Delta | None]] = []
-        """Where among the weights a layer's A and B are, and its delta if there is one."""
+    @property
+    def requirements(self) -> frozenset[Requirement]:
+        """What alignment changed."""
+        return frozenset({"alignment_update"})
 
-    def prepare(self, passes: Passes) -> None:
-        """Pair each layer's factors with what aligning changed there.
+    def init(self, backprop: Backprop) -> State:
+        """Return the state. Raises UserError if alignment changed none of the adapted layers."""
+        matching_deltas(backprop.deltas, modules(backprop.names))
+        return super().init(backprop)
 
-        Raises:
-            UserError: aligning changed none of the adapted layers.
-        """
-        places = {name: i for i, name in enumerate(passes.names)}
-        pairs = modules(passes.names)
-        deltas = changed(passes.deltas(), pairs)
-        for layer, (a, b) in pairs.items():
-            delta = deltas[layer].to(passes.device) if layer in deltas else None
-            self.pairs.append((places[a], places[b], delta))
-
-    def gradient(self, passes: Passes, step: Step) -> Descent:
-        """Of the loss and the penalty."""
-        loss, gradient = passes.gradient(step.main)
-        times = len(step.main.micro_batches) if self.per_micro_batch else 1
-        penalty = torch.zeros((), device=passes.device)
-        for a, b, delta in self.pairs if self.lamb > 0 else []:
-            left, right = (passes.weights[i].detach().requires_grad_() for i in (b, a))
-            term = self.lamb * times * distance(right, left, delta)
-            for i, own in zip((b, a), torch.autograd.grad(term, (left, right)), strict=True):
-                gradient[i] += own
+    def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
+        """Return the gradient of the loss plus the penalty."""
+        loss, gradients = backprop.gradient(step.main)
+        factor = self.lamb * (len(step.main.micro_batches) if self.per_micro_batch else 1)
+        penalty = torch.zeros((), device=backprop.device)
+        index = {name: i for i, name in enumerate(backprop.names)}
+        for layer, pair in modules(backprop.names).items() if self.lamb > 0 else ():
+            a, b = (backprop.weights[index[name]].detach().requires_grad_() for name in pair)
+            term = factor * distance(a, b, backprop.deltas.get(layer))
+            for name, gradient in zip(pair, torch.autograd.grad(term, (a, b)), strict=True):
+                gradients[index[name]] += gradient
             penalty += term.detach()
-        return Descent(loss, gradient, {"asft/penalty": penalty.item()})
+        return StepOutput(loss, gradients, {"asft/penalty": penalty.item()})
 
 
 def distance(a: Tensor, b: Tensor, delta: Delta | None) -> Tensor:
-    """||(I - C) B A||_F^2 of A [r, in] and B [out, r], through r x r products; C is 0 without a delta."""
-    with unmixed(b.device):  # in bfloat16 a sum of squares may come out below 0
-        left = b - delta.project(b) if delta is not None else b
-        return ((left.T @ left) * (a @ a.T)).sum()
+    """Return ||(I - C) B A||_F^2 of A [r, in] and B [out, r], through r x r products; C is 0 without a delta."""
+    with no_autocast(b.device):  # in bfloat16 a sum of squares may be negative
+        remainder = b - delta.project(b) if delta is not None else b
+        return ((remainder.T @ remainder) * (a @ a.T)).sum()

@@ -1,65 +1,78 @@
-"""Constrained SFT: the user's rows, but no answer's first tokens may move far from the aligned model's."""
+"""Constrained SFT: fine-tuning that keeps the first tokens of every answer close to the aligned model's."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import Final, final
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from lisa_lightning.config.fields import STRICT, Count, NonNegative
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.data.schedule import Schedule
 from lisa_lightning.method.base import Method
-from lisa_lightning.objective.backprop import Descent, Passes
+from lisa_lightning.objective.backprop import Backprop, State, StepOutput
 from lisa_lightning.objective.loss import token_losses
 
-LEAST = 1e-3  # of a token's weight
+MIN_WEIGHT: Final = 1e-3
+"""Of a token's loss, as in the official code."""
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class ConstrainedSFT(Method):
-    """Tokens' losses weighted by 2 * (1 - sigmoid(beta_t * (log pi - log pi_0))) (Qi et al., ICLR 2025, Eq. 3).
+    """Weight each token's loss by 2 * (1 - sigmoid(beta_t * (log pi - log pi_0))) (Qi et al., ICLR 2025, Eq. 3).
 
-    The gradient of the paper's objective -(2/beta_t) * log sigmoid(...), pi_0 being the model at the start; at its
-    weights it is SFT's. As in the official code, and not in the paper, a weight is at least 1e-3, and the mean is over
-    all label tokens of the step. Two forward passes and one backward: pi_0 is computed beside pi, where the official
-    code does it once for all rows beforehand, which must then fit exactly in tokens, truncation and precision.
+    The result is the gradient of the paper's objective -(2/beta_t) * log sigmoid(beta_t * (log pi - log pi_0)), where
+    pi_0 is the model at the start. At its weights it equals SFT.
 
-    Args:
-        beta: strength at an answer's later tokens, >= 0; 0 is SFT. The paper's is 0.1.
-        first_factor: times beta at the first token; 5 in the paper.
-        bias_factor: times beta at the tokens after it, up to `bias_length`; 20 in the paper.
-        bias_length: tokens of the opening; 5 in the paper.
+    Two forward passes and one backward. pi_0 is computed next to pi. The official code computes it once for all rows,
+    which must then match exactly in tokens, truncation and precision.
+
+    Departures of the official code from the paper, followed here:
+        - A weight is at least 1e-3.
+        - The mean is over all supervised tokens of the step.
     """
 
-    def __init__(self, beta: float, first_factor: float, bias_factor: float, bias_length: int) -> None:
-        super().__init__(Schedule(alignment_steps=0, user_steps=1))
-        self.beta = beta
-        self.first_factor = first_factor
-        self.bias_factor = bias_factor
-        self.bias_length = bias_length
+    beta: NonNegative = 0.1
+    """Strength at an answer's later tokens; 0 is SFT. The paper's value, as all below."""
+    first_factor: NonNegative = 5
+    """Factor of beta at the first token."""
+    bias_factor: NonNegative = 20
+    """Factor of beta at the next tokens, up to `bias_length`."""
+    bias_length: Count = 5
+    """Number of tokens of the opening."""
 
-    def gradient(self, passes: Passes, step: Step) -> Descent:
-        """Of the weighted loss."""
-        batch = step.main
-        tokens = max(1, batch.tokens)
-        plain = torch.zeros(2, device=passes.device)
+    def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
+        """Return the gradient of the weighted loss."""
+        tokens = max(1, step.main.tokens)
+        totals = torch.zeros(2, device=backprop.device)
 
-        def share(packs: Sequence[Pack]) -> Tensor:
-            with passes.aside(), passes.at(self.anchor):
-                reference = token_losses(passes.model, packs)
-            losses = token_losses(passes.model, packs)
-            weights = self.weights(-losses.detach(), -reference, torch.cat([p.places for p in packs]))
-            plain.add_(torch.stack([losses.detach().sum(), weights.sum()]) / tokens)
+        def weighted_loss(packs: Sequence[Pack], _: int) -> Tensor:
+            with backprop.no_grad_keep_rng(), backprop.swapped_weights(state["anchor"]):
+                reference = token_losses(backprop.model, packs)
+            losses = token_losses(backprop.model, packs)
+            weights = self.weights(-losses.detach(), -reference, torch.cat([p.label_index for p in packs]))
+            totals.add_(torch.stack([losses.detach().sum(), weights.sum()]) / tokens)
             return (weights * losses).sum() / tokens
 
-        weighted, gradient = passes.gradient(batch, share)
-        loss, mean_weight = passes.summed([plain])[0].tolist()
-        return Descent(loss, gradient, {"constrained_sft/loss": weighted, "constrained_sft/mean_weight": mean_weight})
+        weighted, gradients = backprop.gradient(step.main, weighted_loss)
+        loss, mean_weight = backprop.all_reduce_sum([totals])[0].tolist()
+        metrics = {"constrained_sft/loss": weighted, "constrained_sft/mean_weight": mean_weight}
+        return StepOutput(loss, gradients, metrics)
 
-    def weights(self, policy: Tensor, reference: Tensor, places: Tensor) -> Tensor:
-        """[S] each token's weight, from its log-probabilities [S] and its place among its row's labels [S]."""
+    def weights(self, policy: Tensor, reference: Tensor, label_index: Tensor) -> Tensor:
+        """Return the weight of each token's loss.
+
+        Args:
+            policy: [S] log-probabilities under the model.
+            reference: [S] log-probabilities under the model at the start.
+            label_index: [S] index of each token among the labels of its row.
+
+        Returns:
+            [S] weights, from 1e-3 to 2.
+        """
         beta = torch.full_like(policy, self.beta)
-        beta[places < self.bias_length] = self.beta * self.bias_factor
-        beta[places == 0] = self.beta * self.first_factor
-        return (2 * (1 - torch.sigmoid(beta * (policy - reference)))).clamp(min=LEAST)
+        beta[label_index < self.bias_length] = self.beta * self.bias_factor
+        beta[label_index == 0] = self.beta * self.first_factor
+        return (2 * (1 - torch.sigmoid(beta * (policy - reference)))).clamp(min=MIN_WEIGHT)

@@ -1,59 +1,61 @@
-"""EWC: fine-tuning with every weight tied to where it began, as strongly as alignment rows depend on it."""
+"""EWC: fine-tuning with every weight tied to its start, as strongly as the loss on alignment rows depends on it."""
 
 from typing import final
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from lisa_lightning.config.fields import STRICT, Count, NonNegative
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.data.schedule import Schedule
 from lisa_lightning.method.base import Method
-from lisa_lightning.objective.backprop import Descent, Passes
+from lisa_lightning.objective.backprop import Backprop, State, StepOutput
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class EWC(Method):
-    """lamb * sum_j F_j (w_j - w0_j)^2 on top of plain fine-tuning (Kirkpatrick et al., 2017, as the Lisa code has it).
+    """Add lamb * sum_j F_j (w_j - w0_j)^2 to plain fine-tuning (Kirkpatrick et al., 2017, as in the Lisa code).
 
-    F_j is the sum, over the alignment rows in batches, of the squared gradient of the batch's mean loss at w0: neither
-    halved nor divided by the number of batches, so lamb belongs to a number and size of them; a size of 1 is the
-    diagonal of the empirical Fisher matrix, times the number of rows. Dropout is on in it too. Meant for an adapter
-    that goes on being trained (`model.adapters=continued`): in a fresh one B is 0, so A has no gradient and isn't tied.
-    One forward and one backward pass a step, and once, before the first, one over all alignment rows.
+    F_j is the sum over batches of alignment rows of the squared gradient of the batch's mean loss at w0, with dropout.
+    It is neither halved nor divided by the number of batches, so lamb depends on number and size of the batches. With
+    fisher_batch_size=1 it is the diagonal of the empirical Fisher matrix, times the number of rows.
 
-    Args:
-        lamb: factor, >= 0; 0 is SFT. The paper's scripts have 1e9.
-        fisher_batch_size: rows of a batch of the Fisher sum.
-        carry_over: add the last Fisher batch's gradient to the first step's, as the official code does by mistake.
+    EWC is meant for an adapter that is trained further (`model.adapters=continued`). In a fresh adapter B is zero, so A
+    has no gradient and is not tied. One forward and one backward pass a step, and before the first step one over all
+    alignment rows.
     """
 
-    def __init__(self, lamb: float, fisher_batch_size: int, carry_over: bool) -> None:
-        super().__init__(Schedule(alignment_steps=0, user_steps=1))
-        self.lamb = lamb
-        self.fisher_batch_size = fisher_batch_size
-        self.carry_over = carry_over
+    lamb: NonNegative = 1e9
+    """Factor of the penalty; 0 is SFT. The papers' scripts have 1e9; take less with more batches."""
+    fisher_batch_size: Count = 10
+    """Rows of a batch of the Fisher sum. The papers' scripts have 5."""
+    carry_over: bool = False
+    """Add the last Fisher batch's gradient to the first step's, a mistake of the official code."""
 
-    def gradient(self, passes: Passes, step: Step) -> Descent:
-        """Of the loss and the penalty."""
-        left: list[Tensor] = []
-        if "fisher" not in self.kept:
-            self.kept["fisher"], left = self._fisher(passes)
-        loss, gradient = passes.gradient(step.main)
-        penalty = torch.zeros((), device=passes.device)
-        for own, w, w0, f in zip(gradient, passes.weights, self.anchor, self.kept["fisher"], strict=True):
-            moved = w.detach() - w0
-            own.add_(2 * self.lamb * f * moved)
-            penalty += self.lamb * (f * moved.square()).sum()
-        if self.carry_over and left:
-            gradient = [own + last for own, last in zip(gradient, left, strict=True)]
-        return Descent(loss, gradient, {"ewc/penalty": penalty.item()})
+    def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
+        """Return the gradient of the loss plus the penalty; the first step computes the Fisher sum."""
+        update: State = {}
+        carried: list[Tensor] = []
+        if "fisher" not in state:
+            update["fisher"], carried = self._fisher(backprop)
+        fisher = (state | update)["fisher"]
+        loss, gradients = backprop.gradient(step.main)
+        penalty = torch.zeros((), device=backprop.device)
+        for gradient, w, w0, f in zip(gradients, backprop.weights, state["anchor"], fisher, strict=True):
+            difference = w.detach() - w0
+            gradient.add_(2 * self.lamb * f * difference)
+            penalty += self.lamb * (f * difference.square()).sum()
+        if self.carry_over and carried:
+            gradients = [gradient + last for gradient, last in zip(gradients, carried, strict=True)]
+        return StepOutput(loss, gradients, {"ewc/penalty": penalty.item()}, update)
 
-    def _fisher(self, passes: Passes) -> tuple[list[Tensor], list[Tensor]]:
-        """The sum of squares, and the last batch's gradient."""
-        sums = [torch.zeros_like(w) for w in passes.weights]
+    def _fisher(self, backprop: Backprop) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the sum of squared gradients, and the gradient of the last batch."""
+        sums = [torch.zeros_like(w) for w in backprop.weights]
         last: list[Tensor] = []
-        for batch in passes.every_row("alignment", self.fisher_batch_size):
-            _, last = passes.gradient(batch)
-            for total, g in zip(sums, last, strict=True):
-                total.add_(g.square())
+        for batch in backprop.iter_stream("alignment", self.fisher_batch_size):
+            _, last = backprop.gradient(batch)
+            for total, gradient in zip(sums, last, strict=True):
+                total.add_(gradient.square())
         return sums, last

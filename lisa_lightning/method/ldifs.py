@@ -1,107 +1,129 @@
-"""LDIFS: fine-tuning that keeps the features which the aligned model gives to the user's rows."""
+"""LDIFS: fine-tuning that preserves the aligned model's features of the user's rows."""
 
 from collections.abc import Sequence
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from pydantic.dataclasses import dataclass
+from torch import Tensor
 
+from lisa_lightning.config.fields import STRICT, NonNegative, Positive
+from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.data.schedule import Schedule
+from lisa_lightning.data.schedule import Stream
 from lisa_lightning.method.base import Method
-from lisa_lightning.model.hooks import mlp_blocks, outputs
-from lisa_lightning.objective.backprop import Descent, Passes, norm
+from lisa_lightning.model.hooks import capture_outputs
+from lisa_lightning.objective.backprop import Backprop, State, StepOutput, norm
 from lisa_lightning.objective.loss import completion_loss
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class LDIFS(Method):
-    """sum_l rho/2 * ||MLP_l(x; w) - MLP_l(x; w0)||^2 beside the loss (Mukhoti et al., 2024, as Booster's code has it).
+    """Add sum_l rho/2 * ||MLP_l(x; w) - MLP_l(x; w0)||^2 to the loss (Mukhoti et al., 2024, as in Booster's code).
 
-    Summed over the positions of all rows up to their last predictor, not averaged; w0 are the weights at the start. Two
-    forward passes and one backward; no second copy of the model, since w0 differs from w in the adapter alone. The last
-    three arguments are the official code's: it drops a layer's term for a step where it is 0.1 or more (a guard
-    against NaN, which switches the penalty off where features moved most; two more forward passes here, since the term
-    is that of the whole step), clips the gradient to 5 before the trainer does, and counts padding, which a step's rows
-    must then not be split for; it is of id 0, as in the recorded cases (where a model has no padding token, a run of
-    that code adds one).
+    The sum, not the mean, is over the positions of all rows up to their last predictor; w0 are the weights at the
+    start. Two forward passes and one backward. There is no second copy of the model, since w0 differs in the adapter
+    only.
 
-    Args:
-        rho: factor, >= 0; 0 is SFT. The official code's is 1e-4.
-        drop_threshold: a layer's term from which on it is dropped, or None.
-        inner_clip: the largest gradient norm before `optim.clip`, or None.
-        padding: count the features of padding too.
+    Departures of the official code, each an option:
+        - `drop_threshold`: a layer's term is dropped for a step if it is 0.1 or more. This guard against NaN turns the
+          penalty off where features moved most. It costs two more forward passes here, since the term is that of the
+          whole step.
+        - `inner_clip`: the gradient is clipped to 5 before the trainer clips it.
+        - `padding`: features of padding count, so that the rows of a step must not be split. Padding has id 0, as in
+          the recorded cases. (That code adds a padding token to a model that has none.)
     """
 
-    def __init__(self, rho: float, drop_threshold: float | None, inner_clip: float | None, padding: bool) -> None:
-        super().__init__(Schedule(alignment_steps=0, user_steps=1))
-        self.needs = frozenset({"undivided steps"} if padding else ())
-        self.rho = rho
-        self.drop_threshold = drop_threshold
-        self.inner_clip = inner_clip
-        self.padding = padding
-        self.rows_apart = frozenset({"user"} if padding else ())
-        self.blocks: list[nn.Module] = []
+    rho: NonNegative = 1e-4
+    """Factor of the penalty; 0 is SFT. The official code has 1e-4."""
+    drop_threshold: Positive | None = None
+    """Value of a layer's term from which it is dropped; None drops none."""
+    inner_clip: Positive | None = None
+    """Largest gradient norm before `optim.clip`; None for no clipping."""
+    padding: bool = False
+    """Count the features of padding."""
 
-    def prepare(self, passes: Passes) -> None:
-        """Find the blocks."""
-        self.blocks = mlp_blocks(passes.model)
+    @property
+    def requirements(self) -> frozenset[Requirement]:
+        """One micro-batch, if padding counts."""
+        return frozenset({"single_micro_batch"} if self.padding else ())
 
-    def gradient(self, passes: Passes, step: Step) -> Descent:
-        """Of the loss and the penalty."""
-        batch = step.main
-        mean_loss = passes.mean_loss(batch)
-        sums = torch.zeros(len(self.blocks), device=passes.device)
-        keep = [True] * len(sums)
-        if self.drop_threshold is not None and self.rho > 0:
-            keep = (self._terms_of(passes, batch) < self.drop_threshold).tolist()
-        alone = torch.zeros((), device=passes.device)
+    @property
+    def unpacked_streams(self) -> frozenset[Stream]:
+        """The user's rows, if padding counts."""
+        return frozenset({"user"} if self.padding else ())
 
-        def share(packs: Sequence[Pack]) -> Tensor:
-            with passes.aside(), passes.at(self.anchor), outputs(self.blocks) as wanted:
-                mean_loss(packs)
-            with outputs(self.blocks) as found:
-                loss = mean_loss(packs)
-            terms = self._terms(found, wanted, packs)
-            sums.add_(torch.stack(terms).detach())
-            alone.add_(loss.detach())
-            return loss + sum(term for term, kept in zip(terms, keep, strict=True) if kept)  # 0 * NaN would be NaN
+    def init(self, backprop: Backprop) -> State:
+        """Return the state. Raises UserError if a layer has no MLP block."""
+        _ = backprop.mlp_blocks
+        return super().init(backprop)
 
-        loss, gradient = passes.gradient(batch, share if self.rho > 0 else None)
+    def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
+        """Return the gradient of the loss plus the penalty."""
+        batch, anchor = step.main, state["anchor"]
+        mean_loss = backprop.mean_loss(batch)
         if self.rho == 0:
-            return Descent(loss, gradient, {"ldifs/penalty": 0.0})
-        sums, alone = passes.summed([sums, alone])
-        metrics = {"ldifs/penalty": sums[keep].sum().item()}
+            return StepOutput(*backprop.gradient(batch), {"ldifs/penalty": 0.0})
+        terms_total = torch.zeros(len(backprop.mlp_blocks), device=backprop.device)
+        active = [True] * len(terms_total)
+        if self.drop_threshold is not None:
+            active = (self._step_terms(backprop, batch, anchor) < self.drop_threshold).tolist()
+        loss_total = torch.zeros((), device=backprop.device)
+
+        def penalized_loss(packs: Sequence[Pack], index: int) -> Tensor:
+            with (
+                backprop.no_grad_keep_rng(),
+                backprop.swapped_weights(anchor),
+                capture_outputs(backprop.mlp_blocks) as reference,
+            ):
+                mean_loss(packs, index)
+            with capture_outputs(backprop.mlp_blocks) as features:
+                loss = mean_loss(packs, index)
+            terms = self._terms(features, reference, packs)
+            terms_total.add_(torch.stack(terms).detach())
+            loss_total.add_(loss.detach())
+            # A dropped term is left out: 0 * NaN would be NaN.
+            return loss + sum(term for term, is_active in zip(terms, active, strict=True) if is_active)
+
+        _, gradients = backprop.gradient(batch, penalized_loss)
+        terms_total, loss_total = backprop.all_reduce_sum([terms_total, loss_total])
+        metrics = {"ldifs/penalty": terms_total[active].sum().item()}
         if self.inner_clip is not None:
-            length = norm(gradient)
-            scale = (self.inner_clip / (length + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_ has it
-            gradient = [g * scale for g in gradient]
+            length = norm(gradients)
+            scale = (self.inner_clip / (length + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
+            gradients = [gradient * scale for gradient in gradients]
             metrics["ldifs/gradient_norm"] = length.item()
         if self.drop_threshold is not None:
-            metrics["ldifs/layers_kept"] = float(sum(keep))
-        return Descent(alone.item(), gradient, metrics)
+            metrics["ldifs/layers_kept"] = float(sum(active))
+        return StepOutput(loss_total.item(), gradients, metrics)
 
-    def _terms_of(self, passes: Passes, batch: Batch) -> Tensor:
-        """[layers] the whole step's terms."""
-        total = torch.zeros(len(self.blocks), device=passes.device)
-        for packs in passes.micro_batches(batch):
-            with passes.aside(), passes.at(self.anchor), outputs(self.blocks) as wanted:
-                completion_loss(passes.model, packs)
-            with torch.no_grad(), outputs(self.blocks) as found:
-                completion_loss(passes.model, packs)
-            total += torch.stack(self._terms(found, wanted, packs))
-        return passes.summed([total])[0]
+    def _step_terms(self, backprop: Backprop, batch: Batch, anchor: Sequence[Tensor]) -> Tensor:
+        """Return the terms of the whole step, [layers]."""
+        total = torch.zeros(len(backprop.mlp_blocks), device=backprop.device)
+        for packs in backprop.micro_batches(batch):
+            with (
+                backprop.no_grad_keep_rng(),
+                backprop.swapped_weights(anchor),
+                capture_outputs(backprop.mlp_blocks) as reference,
+            ):
+                completion_loss(backprop.model, packs)
+            with torch.no_grad(), capture_outputs(backprop.mlp_blocks) as features:
+                completion_loss(backprop.model, packs)
+            total += torch.stack(self._terms(features, reference, packs))
+        return backprop.all_reduce_sum([total])[0]
 
-    def _terms(self, found: Sequence[Tensor], wanted: Sequence[Tensor], packs: Sequence[Pack]) -> list[Tensor]:
-        """A micro-batch's term of each layer; features come pack by pack, layer by layer."""
+    def _terms(self, features: Sequence[Tensor], reference: Sequence[Tensor], packs: Sequence[Pack]) -> list[Tensor]:
+        """Return a micro-batch's term of each layer; features are ordered by pack, then by layer."""
+        layers = len(features) // len(packs)
         terms = []
-        for layer in range(len(self.blocks)):
-            term = torch.zeros((), device=found[0].device)
-            for i, p in enumerate(packs):
-                at = i * len(self.blocks) + layer
-                rows = torch.ones_like(p.shared_by) if self.padding else p.shared_by
-                squares = (found[at] - wanted[at]).float().square().sum(-1)
-                term = term + (rows * squares.view_as(rows)).sum()
+        for layer in range(layers):
+            term = torch.zeros((), device=features[0].device)
+            for index, packed in enumerate(packs):
+                at = index * layers + layer
+                counts = torch.ones_like(packed.row_count) if self.padding else packed.row_count
+                squares = (features[at] - reference[at]).float().square().sum(-1)
+                term = term + (counts * squares.view_as(counts)).sum()
             terms.append(self.rho / 2 * term)
         return terms

@@ -1,32 +1,51 @@
-"""Lisa, lazy safety alignment: bi-state optimization whose every state is tied to where the last one ended."""
+"""Lisa, lazy safety alignment: bi-state optimization with a proximal term."""
 
 from typing import final
 
+from pydantic.dataclasses import dataclass
+
+from lisa_lightning.config.fields import STRICT, CountOrZero, NonNegative, Share
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.data.schedule import Schedule
 from lisa_lightning.method.base import Method
-from lisa_lightning.objective.backprop import Descent, Passes
-from lisa_lightning.objective.proximal import pulled
+from lisa_lightning.objective.backprop import Backprop, State, StepOutput
+from lisa_lightning.objective.proximal import proximal_gradient
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class Lisa(Method):
-    """K1 alignment and K2 user steps with the penalty rho/2 * ||w - anchor||^2 (Huang et al., NeurIPS 2024, Alg. 2).
+    """Alternate K1 alignment steps and K2 user steps under a proximal term (Huang et al., NeurIPS 2024, Algorithm 2).
 
-    One forward and one backward pass a step. With alignment_steps=0 it is `proximal`. Departures of the official code
-    from the paper: the penalty rests during the first tenth of the steps (`proximal_after`, 0 for the paper's form),
-    and user rows drawn during alignment steps are thrown away (`data.during_alignment=discard`).
+    Each step descends
 
-    Args:
-        rho: proximal factor, >= 0; 0 is BSO.
-        proximal_after: share of all steps before the penalty starts (strictly after), 0..1.
+        loss(w) + rho/2 * ||w - anchor||^2
+
+    where the anchor is the last iterate of the other state. One forward and one backward pass a step. With
+    alignment_steps=0 it is `proximal`, with rho=0 `bso`.
+
+    Departures of the official code from the paper:
+        - The penalty is zero during the first tenth of the steps; proximal_after=0 is the paper's form.
+        - User rows drawn during alignment steps are discarded; see data.during_alignment.
     """
 
-    def __init__(self, alignment_steps: int, user_steps: int, rho: float, proximal_after: float) -> None:
-        super().__init__(Schedule(alignment_steps, user_steps))
-        self.rho = rho
-        self.proximal_after = proximal_after
+    alignment_steps: CountOrZero = 5
+    """K1, alignment steps of a cycle. The paper's value is 100."""
+    user_steps: CountOrZero = 25
+    """K2, user steps of a cycle. The paper's value is 900."""
+    rho: NonNegative = 0.1
+    """Proximal factor. The paper's value is 1."""
+    proximal_after: Share = 0.1
+    """Share of all steps before the penalty starts. The official code has 0.1, the paper 0."""
 
-    def gradient(self, passes: Passes, step: Step) -> Descent:
-        """Of the loss and the proximal penalty."""
-        return pulled(passes, step, self.anchor, self.rho, rests=self.proximal_after * self.total_steps)
+    def __post_init__(self) -> None:
+        Schedule(self.alignment_steps, self.user_steps)
+
+    @property
+    def schedule(self) -> Schedule:
+        """K1 alignment steps, then K2 user steps."""
+        return Schedule(self.alignment_steps, self.user_steps)
+
+    def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
+        """Return the gradient of the loss plus the proximal term."""
+        return proximal_gradient(backprop, step, state["anchor"], self.rho, start=self.proximal_after * step.total)

@@ -1,14 +1,14 @@
-"""Supervised fine-tuning on the user's rows alone: no defense."""
+"""Supervised fine-tuning on the user's rows: no defense."""
 
 from typing import final
 
-from lisa_lightning.data.schedule import Schedule
+from pydantic.dataclasses import dataclass
+
+from lisa_lightning.config.fields import STRICT
 from lisa_lightning.method.base import Method
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class SFT(Method):
-    """Plain training on the user's rows, the papers' undefended baseline. One forward and one backward pass a step."""
-
-    def __init__(self) -> None:
-        super().__init__(Schedule(alignment_steps=0, user_steps=1))
+    """Train on the user's rows. One forward and one backward pass a step."""

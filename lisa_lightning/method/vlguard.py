@@ -1,22 +1,26 @@
-"""Safe rows among the user's: fine-tuning on a set of which a share is alignment rows."""
+"""VLGuard: fine-tuning on the user's rows, a share of which is replaced with alignment rows."""
 
 from typing import final
 
-from lisa_lightning.data.schedule import Schedule
+from pydantic.dataclasses import dataclass
+
+from lisa_lightning.config.fields import STRICT, Share
 from lisa_lightning.method.base import Method
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class VLGuard(Method):
-    """Plain fine-tuning on a mixed set (Zong et al., ICML 2024, as the Lisa paper's baseline, section 5.1).
+    """Fine-tune on a mixed set (Zong et al., ICML 2024, as the baseline of the Lisa paper, section 5.1).
 
-    The set keeps its n rows: alignment rows take the place of task rows (data/mixing.py). One forward and one backward
-    pass a step. As in the Lisa repository; with `data.order=head` the counts are truncated as there.
-
-    Args:
-        safe_ratio: share of the n rows that are alignment rows, 0..1; 0 is SFT.
+    The set keeps its n rows: alignment rows replace task rows (data/mixing.py). One forward and one backward pass a
+    step. With data.order=head the counts are truncated as in the Lisa repository.
     """
 
-    def __init__(self, safe_ratio: float) -> None:
-        super().__init__(Schedule(alignment_steps=0, user_steps=1))
-        self.safe_ratio = safe_ratio
+    safe_ratio: Share = 0.2
+    """Share of the n rows that are alignment rows; 0 is SFT. The papers have 1000 of 5000."""
+
+    @property
+    def safe_share(self) -> float:
+        """The share of alignment rows, `safe_ratio`."""
+        return self.safe_ratio

@@ -1,1 +1,1 @@
-"""The language model: loading, LoRA adapters, forward hooks, and what alignment changed in the weights."""
+"""The language model: loading, LoRA adapters, forward hooks, and the weight changes of alignment."""

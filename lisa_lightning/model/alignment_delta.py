@@ -1,4 +1,7 @@
-"""What aligning changed in a linear layer, and the map C built of it that Safe LoRA and AsFT hold a fine-tuning to."""
+"""The weight change of alignment in a linear layer: `Delta`, with the map C of Safe LoRA and AsFT.
+
+Start at `low_rank_deltas`, which reads the changes from an alignment adapter.
+"""
 
 import json
 import math
@@ -10,24 +13,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lisa_lightning.model.lora import PREFIX
+from lisa_lightning.model.factors import PREFIX
 from lisa_lightning.runtime.errors import UserError
 
 
 @final
 class Delta:
-    """V = W_aligned - W_base of one linear layer, [d_out, d_in], as C = V V^T / ||V||_F needs it (Safe LoRA).
+    """V = W_aligned - W_base of one linear layer, [d_out, d_in], for the map C = V V^T / ||V||_F (Safe LoRA).
 
-    C is no projector: its largest eigenvalue is sigma_1^2 / ||V||_F, so it grows with V and rescales what it is applied
-    to. It is symmetric and nowhere negative.
+    C is no projector. Its largest eigenvalue is sigma_1^2 / ||V||_F, so it grows with V and rescales its input. It is
+    symmetric and positive semidefinite.
 
-    V V^T and ||V||_F are all that is used of V, and a root says both: any R with R R^T = V V^T. Where V = left @ right
-    has rank r, a root has r columns. Llama-2-7B with r = 16 on q_proj and v_proj, 64 modules of 4096 x 4096, float32:
-    roots take 64 * 4096 * 16 * 4 B = 16 MiB (on all seven kinds of layer 83 MiB); dense V or C, as in the official
-    code, 64 * 4096^2 * 4 B = 4 GiB (and a C of up_proj or gate_proj 11008^2 * 4 B = 462 MiB each).
+    V is needed only through V V^T and ||V||_F. Any root R with R R^T = V V^T determines both. A root of V = left @
+    right of rank r has r columns.
+
+    Memory for Llama-2-7B with r = 16 on q_proj and v_proj (64 modules of 4096 x 4096, float32):
+        - roots: 64 * 4096 * 16 * 4 B = 16 MiB, or 83 MiB on all seven kinds of layer
+        - dense V or C, as in the official code: 64 * 4096^2 * 4 B = 4 GiB, and 11008^2 * 4 B = 462 MiB for each C of
+          up_proj or gate_proj
 
     Args:
-        root: [d_out, k] float32; V itself is one, and is what a dense delta keeps.
+        root: [d_out, k] float32. For a dense delta it is V itself.
     """
 
     def __init__(self, root: Tensor) -> None:
@@ -37,41 +43,51 @@ class Delta:
 
     @classmethod
     def low_rank(cls, left: Tensor, right: Tensor) -> "Delta":
-        """V = left @ right, of [d_out, r] and [r, d_in]."""
-        return cls(compressed(left, right))
+        """Return the delta V = left @ right of `left` [d_out, r] and `right` [r, d_in]."""
+        return cls(compress(left, right))
 
     def project(self, x: Tensor) -> Tensor:
-        """C x of x, [d_out, n] float32, through products with k columns; differentiable in x.
+        """Return C x, [d_out, n] float32, of `x` [d_out, n]. It is differentiable in `x`.
 
-        left (right right^T) (left^T x) / ||V||_F, where V is of low rank.
+        For V of low rank it is left (right right^T) (left^T x) / ||V||_F, computed by products with k columns.
         """
         return self.root @ (self.root.T @ x) / self.norm
 
     def to(self, device: torch.device | str) -> "Delta":
-        """The same on another device."""
+        """Return a copy on another device."""
         return Delta(self.root.to(device))
 
 
-def compressed(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right without its row space: R, [d_out, min(r, d_in)] float32, with R = left @ right @ Q, Q orthonormal.
+def compress(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right without its row space: R = left @ right @ Q with orthonormal Q.
 
-    R has the Gram matrix, the Frobenius norm and, for any C, the products <C V, V> of V = left @ right. By a QR
-    decomposition, since a product of Gram matrices loses half of the digits where factors cancel.
+    R has the Gram matrix and the Frobenius norm of V = left @ right. For any C it also has the inner product <C V, V>.
+    A QR decomposition is used, because a product of Gram matrices loses half of the digits where factors cancel.
+
+    Args:
+        left: [d_out, r].
+        right: [r, d_in].
+
+    Returns:
+        [d_out, min(r, d_in)] float32.
     """
     upper = torch.linalg.qr(right.float().T, mode="r").R
     return left.float() @ upper.T
 
 
 def low_rank_deltas(folder: Path) -> dict[str, Delta]:
-    """The deltas of all modules that an alignment adapter changed, by name (`model.layers.0.self_attn.q_proj`).
+    """Return the deltas of all modules that an alignment adapter changed.
 
-    V = alpha/r * B A, in float32: what merging the adapter adds, before it is rounded to the weights' precision.
+    V = alpha/r * B A, in float32. Merging the adapter adds V, before rounding to the precision of the weights.
 
     Args:
-        folder: of a peft adapter: adapter_config.json and adapter_model.safetensors.
+        folder: folder of a peft adapter, with adapter_config.json and adapter_model.safetensors.
+
+    Returns:
+        Deltas by name of the module, such as `model.layers.0.self_attn.q_proj`.
 
     Raises:
-        UserError: there is no such adapter, or one that isn't alpha/r * B A alone.
+        UserError: if there is no such adapter, or if it is not of the form alpha/r * B A.
     """
     try:
         config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -80,7 +96,10 @@ def low_rank_deltas(folder: Path) -> dict[str, Delta]:
         raise UserError(f"{folder} holds no adapter: {Path(error.filename or folder).name} is missing") from error
     for key in ("use_dora", "alpha_pattern"):
         if config.get(key):
-            raise UserError(f"{folder}: what aligning changed can't be told from an adapter with {key}={config[key]}")
+            raise UserError(
+                f"{folder}: the alignment update can't be computed from an adapter with {key}={config[key]}. "
+                "Fix: align with a plain LoRA adapter"
+            )
     deltas = {}
     for name, a in weights.items():
         if name.endswith(".lora_A.weight"):
@@ -89,22 +108,23 @@ def low_rank_deltas(folder: Path) -> dict[str, Delta]:
             b = weights[name.replace(".lora_A.", ".lora_B.")]
             module = name.removesuffix(".lora_A.weight").removeprefix(PREFIX)
             deltas[module] = Delta.low_rank(scale * b.float(), a)
-    return {module: delta for module, delta in deltas.items() if delta.norm > 0}  # else C is 0/0
+    # For V = 0, C would be 0/0.
+    return {module: delta for module, delta in deltas.items() if delta.norm > 0}
 
 
-def changed(deltas: Mapping[str, Delta], modules: Iterable[str]) -> dict[str, Delta]:
-    """The deltas of those of `modules` that aligning changed, in their order.
+def matching_deltas(deltas: Mapping[str, Delta], modules: Iterable[str]) -> dict[str, Delta]:
+    """Return the deltas of those `modules` that alignment changed, in the order of `modules`.
 
     Raises:
-        UserError: it changed none of them.
+        UserError: if alignment changed none of them.
     """
     names = list(modules)
-    found = {name: deltas[name] for name in names if name in deltas}
-    if not found:
-        there = sorted({name.rpartition(".")[2] for name in deltas})
-        own = sorted({name.rpartition(".")[2] for name in names})
+    matching = {name: deltas[name] for name in names if name in deltas}
+    if not matching:
+        aligned_types = sorted({name.rpartition(".")[2] for name in deltas})
+        tuned_types = sorted({name.rpartition(".")[2] for name in names})
         raise UserError(
-            f"aligning changed none of the modules that are fine-tuned ({', '.join(own)}); it changed "
-            f"{', '.join(there) or 'nothing'}: see align.lora.targets and lora.targets"
+            f"aligning changed none of the modules that are fine-tuned ({', '.join(tuned_types)}); it changed "
+            f"{', '.join(aligned_types) or 'nothing'}. Fix: set align.lora.targets and lora.targets to common modules"
         )
-    return found
+    return matching

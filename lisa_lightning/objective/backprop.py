@@ -1,109 +1,144 @@
-"""What a method builds its gradient from: forward and backward passes over a batch's micro-batches and all ranks."""
+"""Backward passes of a step over its micro-batches and all ranks: `Backprop.gradient`, which returns to a method."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 
 from lisa_lightning.data.interleave import Batch
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.lora import trainable
+from lisa_lightning.model.factors import trainable
+from lisa_lightning.model.hooks import attention_blocks, decoder_layers, final_norm, mlp_blocks
 from lisa_lightning.objective.loss import completion_loss
 
-Share = Callable[[Sequence[Pack]], Tensor]
-"""Micro-batch -> its share of the batch's loss: summed over micro-batches and ranks it is the whole."""
-Gradient = Sequence[Tensor | None]
-"""One for each trainable weight; None where the optimizer shall leave the weight and its moments alone."""
+LossFn = Callable[[Sequence[Pack], int], Tensor]
+"""Packs of a micro-batch, and its index among this rank's -> its share of the batch's loss.
+
+The sum of the shares over micro-batches and ranks is the loss.
+"""
+Gradients = Sequence[Tensor | None]
+"""One for each trainable weight; None where the optimizer must skip the weight and its moments."""
+State = dict[str, list[Tensor]]
+"""Tensors of a method by name. A checkpoint holds all of them."""
+IterStream = Callable[[Stream, int], Iterator[Batch]]
+"""Stream, rows a batch -> every row of the stream once (`StepBatches.iter_stream`)."""
 
 
-Whole = Callable[[Stream, int], Iterator[Batch]]
-"""Every row of a stream, so many at a time (`StepBatches.whole`)."""
-
-
-@dataclass
-class Descent:
-    """What a method makes of a step."""
+@dataclass(frozen=True)
+class StepOutput:
+    """Loss, gradients and metrics of one optimizer step."""
 
     loss: float
     """Of the batch that the step is about, without penalties: the mean over its supervised tokens."""
-    gradient: Gradient
+    gradients: Gradients
     metrics: dict[str, float] = field(default_factory=dict)
+    state: State = field(default_factory=dict)
+    """New values of entries of the method's state."""
 
 
-class Passes:
-    """The net as a method sees it. Gradients are of the trainable weights, summed over micro-batches and ranks.
+class Backprop:
+    """Computes gradients of the trainable weights, summed over micro-batches and ranks.
 
-    Every pass of a step draws the same dropout masks, so that what one pass finds holds for the next.
+    Every pass of a step draws the same dropout masks, so that what one pass computes is valid for the next.
 
     Args:
         net: a model with trainable weights (a `PeftModel`).
-        whole: every row of a stream.
-        deltas: what aligning changed in each linear layer, by its name in the model; read when called for.
+        iter_stream: yields every row of a stream.
+        deltas: returns what alignment changed in each linear layer, by its name in the model.
     """
 
-    def __init__(self, net: Any, whole: Whole, deltas: Callable[[], Mapping[str, Delta]] = dict) -> None:
+    def __init__(self, net: Any, iter_stream: IterStream, deltas: Callable[[], Mapping[str, Delta]] = dict) -> None:
         self.net = net
         self.model: Any = net.get_base_model()
         self.weights: list[Tensor] = list(trainable(net).values())
         self.names: list[str] = list(trainable(net))
-        self._whole = whole
-        self.deltas = deltas
+        self._iter_stream = iter_stream
+        self._deltas = deltas
         self.seed = 0
         """Of this step and rank."""
 
-    def every_row(self, stream: Stream, size: int) -> Iterator[Batch]:
-        """All rows of a stream, `size` at a time, shared out among the ranks."""
-        for batch in self._whole(stream, size):
+    @cached_property
+    def deltas(self) -> dict[str, Delta]:
+        """What alignment changed in each linear layer, on the device of the weights."""
+        return {name: delta.to(self.device) for name, delta in self._deltas().items()}
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers. Raises UserError if the model has no list of them."""
+        return decoder_layers(self.model)
+
+    @cached_property
+    def attention_blocks(self) -> list[nn.Module]:
+        """The attention block of each layer. Raises UserError if a layer has none."""
+        return attention_blocks(self.model)
+
+    @cached_property
+    def mlp_blocks(self) -> list[nn.Module]:
+        """The MLP block of each layer. Raises UserError if a layer has none."""
+        return mlp_blocks(self.model)
+
+    @cached_property
+    def final_norm(self) -> nn.Module:
+        """The norm between the last layer and the unembedding. Raises UserError if there is none."""
+        return final_norm(self.model)
+
+    def iter_stream(self, stream: Stream, batch_size: int) -> Iterator[Batch]:
+        """Yield every row of a stream once, `batch_size` at a time, sharded over the ranks."""
+        for batch in self._iter_stream(stream, batch_size):
             yield batch.to(self.device)
 
     def gradient(
-        self, batch: Batch, share: Share | None = None, weights: Sequence[Tensor] | None = None
+        self, batch: Batch, loss_fn: LossFn | None = None, weights: Sequence[Tensor] | None = None
     ) -> tuple[float, list[Tensor]]:
-        """A loss of the batch, by default the mean over its supervised tokens, and its gradient.
+        """Return a loss of a batch and its gradients.
 
         Args:
-            share: what the loss is a sum of.
-            weights: a part of the trainable weights, which alone get a gradient.
+            loss_fn: a micro-batch's share of the loss; by default of the mean over the batch's supervised tokens.
+            weights: a subset of the trainable weights, by default all.
+
+        Returns:
+            The loss, and one gradient for each of `weights`; both are sums over micro-batches and ranks.
         """
         weights = self.weights if weights is None else weights
-        share = share or self.mean_loss(batch)
+        loss_fn = loss_fn or self.mean_loss(batch)
         total = torch.zeros((), device=self.device)
-        gradient = [torch.zeros_like(w) for w in weights]
-        for packs in self.micro_batches(batch):
-            loss = share(packs)
+        sums = [torch.zeros_like(w) for w in weights]
+        for index, packs in enumerate(self.micro_batches(batch)):
+            loss = loss_fn(packs, index)
             total += loss.detach()
-            for sum_, own in zip(gradient, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
-                if own is not None:
-                    sum_.add_(own)
-        total, *gradient = self.summed([total, *gradient])
-        return total.item(), gradient
+            for sum_, gradient in zip(sums, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+                if gradient is not None:
+                    sum_.add_(gradient)
+        total, *sums = self.all_reduce_sum([total, *sums])
+        return total.item(), sums
 
     def micro_batches(self, batch: Batch) -> Iterator[Sequence[Pack]]:
-        """This rank's micro-batches that hold a row, for one pass over each: with the step's first dropout mask on."""
+        """Yield this rank's micro-batches that have a row, for one pass each, starting with the first dropout mask."""
         torch.manual_seed(self.seed)
-        yield from filter(None, batch.micro_batches)
+        yield from batch.nonempty
 
-    def mean_loss(self, batch: Batch) -> Share:
-        """Each micro-batch's share of the mean over the batch's supervised tokens."""
+    def mean_loss(self, batch: Batch) -> LossFn:
+        """Return the loss function of the mean over a batch's supervised tokens."""
         scale = 1 / max(1, batch.tokens)
-        return lambda packs: completion_loss(self.model, packs) * scale
+        return lambda packs, _: completion_loss(self.model, packs) * scale
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Forward passes within have no gradient, and the dropout masks of the pass that follows."""
+    def no_grad_keep_rng(self) -> Iterator[None]:
+        """Disable gradients inside, with the dropout masks of the pass that follows."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.weights[0].device
 
     @property
@@ -113,55 +148,60 @@ class Passes:
 
     @property
     def rank(self) -> int:
-        """This process among them."""
+        """The index of this process."""
         return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
-    def summed(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor summed over the ranks, as one message."""
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return each tensor summed over the ranks, in one message."""
         if self.ranks == 1:
             return list(tensors)
         flat = torch.cat([t.float().flatten() for t in tensors])
         torch.distributed.all_reduce(flat)
-        parts = flat.split([t.numel() for t in tensors])
-        return [part.view_as(t).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+        sums = flat.split([t.numel() for t in tensors])
+        return [total.view_as(t).to(t.dtype) for total, t in zip(sums, tensors, strict=True)]
 
-    def gathered(self, parts: Sequence[Tensor], columns: int) -> tuple[Tensor, int]:
-        """Rows of all micro-batches and ranks as one [R, T, columns], filled up by zeros; this rank's first row.
+    def all_gather_rows(self, tensors: Sequence[Tensor], columns: int) -> tuple[Tensor, int]:
+        """Return the rows of all micro-batches and ranks as one tensor, and the index of this rank's first row.
 
-        A rank may have no part, so the type is that of the trainable weights.
+        Args:
+            tensors: one [rows, tokens, columns] for each micro-batch of this rank; it may have none.
+            columns: size of the last dimension.
+
+        Returns:
+            A tensor [R, T, columns] padded with zeros, in the precision of the trainable weights, and the index.
         """
-        sizes = torch.tensor([sum(len(p) for p in parts), max((p.shape[1] for p in parts), default=0)])
+        shape = torch.tensor([sum(len(t) for t in tensors), max((t.shape[1] for t in tensors), default=0)])
         if self.ranks > 1:
-            every = [torch.zeros_like(sizes).to(self.device) for _ in range(self.ranks)]
-            torch.distributed.all_gather(every, sizes.to(self.device))
+            shapes = [torch.zeros_like(shape).to(self.device) for _ in range(self.ranks)]
+            torch.distributed.all_gather(shapes, shape.to(self.device))
         else:
-            every = [sizes]
-        counts, width = [int(s[0]) for s in every], max(int(s[1]) for s in every)
+            shapes = [shape]
+        counts, width = [int(s[0]) for s in shapes], max(int(s[1]) for s in shapes)
         first = row = sum(counts[: self.rank])
-        whole = torch.zeros(sum(counts), width, columns, device=self.device, dtype=self.weights[0].dtype)
-        for part in parts:
-            whole[row : row + len(part), : part.shape[1]] = part
-            row += len(part)
-        return self.summed([whole])[0], first
+        rows = torch.zeros(sum(counts), width, columns, device=self.device, dtype=self.weights[0].dtype)
+        for tensor in tensors:
+            rows[row : row + len(tensor), : tensor.shape[1]] = tensor
+            row += len(tensor)
+        return self.all_reduce_sum([rows])[0], first
 
     @contextmanager
-    def at(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """The trainable weights moved to these values; afterwards they are what they were, bit for bit."""
-        kept = [w.detach().clone() for w in self.weights]
+    def swapped_weights(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Set the trainable weights inside, and restore them bit for bit afterwards."""
+        originals = [w.detach().clone() for w in self.weights]
         try:
-            self.move(values)
+            self.set_weights(values)
             yield
         finally:
-            self.move(kept)
+            self.set_weights(originals)
 
     @torch.no_grad()
-    def move(self, values: Sequence[Tensor]) -> None:
+    def set_weights(self, values: Sequence[Tensor]) -> None:
         """Set the trainable weights."""
-        torch.clear_autocast_cache()  # casts of them as they were
-        for w, value in zip(self.weights, values, strict=True):
-            w.copy_(value)
+        torch.clear_autocast_cache()  # it holds casts of the old values
+        for weight, value in zip(self.weights, values, strict=True):
+            weight.copy_(value)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all of them together, in float32."""
+    """Return the Euclidean norm of all tensors together, in float32."""
     return torch.stack([t.float().square().sum() for t in tensors]).sum().sqrt()

@@ -6,43 +6,51 @@ import torch
 from torch import Tensor
 
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.objective.backprop import Descent, Passes
+from lisa_lightning.objective.backprop import Backprop, StepOutput
 
 
 def snapshot(weights: Sequence[Tensor]) -> list[Tensor]:
-    """An anchor: detached float32 copies of the weights."""
-    return [w.detach().to(torch.float32, copy=True) for w in weights]
+    """Return an anchor: detached float32 copies of the weights."""
+    return [weight.detach().to(torch.float32, copy=True) for weight in weights]
 
 
 @torch.no_grad()
 def squared_distance(weights: Sequence[Tensor], anchor: Sequence[Tensor]) -> Tensor:
-    """||w - anchor||^2 summed over all tensors: the drift. A float32 scalar.
+    """Return the drift ||w - anchor||^2, summed over all tensors, as a float32 scalar.
 
-    Summed as squares, since the square of a norm overflows in half precision from norm 256 on.
+    It is a sum of squares, because the square of a norm overflows in half precision from norm 256 on.
     """
     return torch.stack([d.square().sum() for d in _differences(weights, anchor)]).sum()
 
 
 @torch.no_grad()
-def add_gradient(gradient: Sequence[Tensor], weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float) -> Tensor:
-    """Add rho * (w - anchor) to the gradient, in place, and return the penalty rho/2 * ||w - anchor||^2.
+def add_gradient(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float
+) -> Tensor:
+    """Add rho * (w - anchor) to the gradients in place, and return the penalty rho/2 * ||w - anchor||^2.
 
-    The same gradient as that of the penalty as a term of the loss, at the cost of one pass over the weights; it belongs
-    after the last backward pass and before clipping.
+    The result equals the gradient of the penalty as a term of the loss, at the cost of one pass over the weights. Call
+    it after the last backward pass and before clipping.
     """
-    difference = _differences(weights, anchor)
-    for own, d in zip(gradient, difference, strict=True):
-        own.add_(d, alpha=rho)
-    return torch.stack([d.square().sum() for d in difference]).sum() * (rho / 2)
+    differences = _differences(weights, anchor)
+    for gradient, difference in zip(gradients, differences, strict=True):
+        gradient.add_(difference, alpha=rho)
+    return torch.stack([d.square().sum() for d in differences]).sum() * (rho / 2)
 
 
-def pulled(passes: Passes, step: Step, anchor: Sequence[Tensor], rho: float, rests: float) -> Descent:
-    """Descend the step's loss and, after step `rests`, the penalty rho/2 * ||w - anchor||^2 (Lisa, Algorithm 2)."""
-    loss, gradient = passes.gradient(step.main)
-    pulls = rho > 0 and step.index > rests
-    penalty = add_gradient(gradient, passes.weights, anchor, rho).item() if pulls else 0.0
-    return Descent(loss, gradient, {"proximal/penalty": penalty})
+def proximal_gradient(backprop: Backprop, step: Step, anchor: Sequence[Tensor], rho: float, start: float) -> StepOutput:
+    """Return the gradient of loss(w) + rho/2 * ||w - anchor||^2 (Lisa, Algorithm 2).
+
+    Args:
+        anchor: float32 copies of the weights at the last switch.
+        rho: proximal factor, >= 0.
+        start: step after which the penalty applies; until then it is zero.
+    """
+    loss, gradients = backprop.gradient(step.main)
+    applies = rho > 0 and step.index > start
+    penalty = add_gradient(gradients, backprop.weights, anchor, rho).item() if applies else 0.0
+    return StepOutput(loss, gradients, {"proximal/penalty": penalty})
 
 
 def _differences(weights: Sequence[Tensor], anchor: Sequence[Tensor]) -> list[Tensor]:
-    return [w.detach().float() - a for w, a in zip(weights, anchor, strict=True)]
+    return [weight.detach().float() - start for weight, start in zip(weights, anchor, strict=True)]

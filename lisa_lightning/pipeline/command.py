@@ -1,4 +1,4 @@
-"""The command, `python run.py experiment=sst2_lisa`: start at `start`, then `main`.
+"""The command, `lisa-lightning` or in a clone `python run.py`: start at `start`, then `main`.
 
 Heavy imports wait until the config is accepted.
 """
@@ -11,126 +11,142 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us as exceptions, and we say them in a sentence
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
+# Hydra raises errors instead of printing them, so that `explain` can turn them into one sentence.
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+# Matrix products on CUDA are deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "TORCH_CPP_LOG_LEVEL", "ERROR"
-)  # no stack of torch's where a rank is lost, which a sentence names
+# A lost rank is reported in one sentence, without torch's stack.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from lisa_lightning.config.arguments import prepared
+from lisa_lightning import __version__
+from lisa_lightning.config.arguments import prepare_arguments
 from lisa_lightning.config.explain import explain
 from lisa_lightning.config.help import usage
 from lisa_lightning.config.paths import CONF
 from lisa_lightning.config.validate import check
 from lisa_lightning.pipeline import sweep
+from lisa_lightning.pipeline.request import Request
 from lisa_lightning.runtime.files import drop_unused
-from lisa_lightning.runtime.logs import prepare_logs
+from lisa_lightning.runtime.logs import prepare_logs, silence_libraries
 from lisa_lightning.runtime.ranks import RankLostError
 
-OmegaConf.register_new_resolver("usage", usage, replace=True)  # conf/config.yaml gives it to --help
+# hydra.help.template in conf/config.yaml uses it.
+OmegaConf.register_new_resolver("usage", usage, replace=True)
 CONTINUE = "repeat the command to continue; for a single run add its hydra.run.dir and resume=true"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> float | None:
-    """One run, or one job of a sweep, whose value is what a sweeper sees."""
+    """Run once, or run one job of a sweep and return its objective for the sweeper."""
     prepare_logs()
-    if sweep.multirun():
-        return sweep.job(cfg)
+    if sweep.is_multirun():
+        return sweep.run_job(cfg)
+    out = Path(HydraConfig.get().runtime.output_dir)
     try:
         check(cfg)
         from lisa_lightning.pipeline.run import run
 
-        run(cfg)
+        silence_libraries()
+        with logging_redirect_tqdm():
+            run(Request.from_hydra(cfg, HydraConfig.get(), out))
     except Exception as error:
         status = refused(error)
-        drop_unused(Path(HydraConfig.get().runtime.output_dir))
-        sys.exit(status)  # which Hydra passes on; before an exception it would print all overrides
+        drop_unused(out)
+        # Hydra passes on an exit. For an exception it would print all overrides first.
+        sys.exit(status)
     return None
 
 
 def start() -> int:
     """Run the command and return its exit status."""
     for stream in (sys.stdout, sys.stderr):
-        # An ASCII locale can't show every character of an answer or of a table's frame.
+        # An ASCII locale can't encode every character of an answer or of a table's frame.
         getattr(stream, "reconfigure", dict)(errors="replace")
-    before = signal.signal(signal.SIGTERM, _end)
+    previous_handler = signal.signal(signal.SIGTERM, _end)
     try:
         return _command()
     except SystemExit as stop:
         if stop.code is not None:
             raise
-        _say(f"Stopped by SIGTERM; {CONTINUE}")
-        return _without_threads(128 + signal.SIGTERM)
+        _print_once(f"Stopped by SIGTERM; {CONTINUE}")
+        return _exit_status(128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        _say(f"Stopped by Ctrl-C; {CONTINUE}")
-        return _without_threads(128 + signal.SIGINT)
+        _print_once(f"Stopped by Ctrl-C; {CONTINUE}")
+        return _exit_status(128 + signal.SIGINT)
     except BrokenPipeError:
-        if not sweep.SHOWING & set(sys.argv):
+        if not sweep.INFO_FLAGS & set(sys.argv):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` has read enough
+        # A reader such as `| head` has closed the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as error:
         return refused(error)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
 def _command() -> int:
-    sys.argv[1:] = prepared(sys.argv[1:])
-    sys.argv[1:], folder = sweep.placed(sys.argv[1:])
+    if "--version" in sys.argv[1:]:
+        # Hydra's flag would print the version of Hydra.
+        print(f"lisa-lightning {__version__}")
+        return 0
+    sys.argv[1:] = prepare_arguments(sys.argv[1:])
+    sys.argv[1:], folder = sweep.resolve_sweep_dir(sys.argv[1:])
     if folder is None:
         main()
         return 0
     sweep.drop_run_variables()
-    since = time() - 1  # a file system's clock is coarser
+    # Times of files are coarser than the clock.
+    since = time() - 1
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)  # a sweeper may keep its study there
+    # A sweeper may store its study in the folder.
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         main()
     except Exception as error:
-        # Optuna raises ValueError after a study in which no job has a value.
-        if not (isinstance(error, ValueError) and sweep.failed(folder, since)):
+        # Optuna raises ValueError after a study in which no job has an objective.
+        if not (isinstance(error, ValueError) and sweep.has_failed(folder, since)):
             if is_new:
                 drop_unused(folder)
             raise
-    return sweep.finish(folder, since)
+    return sweep.finalize_sweep(folder, since)
 
 
 def _end(*_: Any) -> None:
-    """End the run where it is, as Ctrl-C does; what is on disk is enough to go on from."""
+    """End the run at once, as Ctrl-C does. The files on disk suffice to continue it."""
     raise SystemExit
 
 
-def _without_threads(status: int) -> int:
-    """Return the exit status; end at once where a request under way would hold the process until it times out."""
+def _exit_status(status: int) -> int:
+    """Return the exit status. End the process at once if a thread, such as a pending request, would delay its end."""
     if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
         sys.stdout.flush()
         os._exit(status)
     return status
 
 
-def _say(sentence: str) -> None:
-    """Print a sentence once for all ranks, on a line of its own."""
-    if _is_first():
+def _print_once(sentence: str) -> None:
+    """Print a line on stderr, on rank zero only."""
+    if _is_rank_zero():
         print(sentence, file=sys.stderr, flush=True)
 
 
-def _is_first() -> bool:
-    """Return whether this is the first rank, which prints what concerns all."""
+def _is_rank_zero() -> bool:
+    """Return whether this process is rank zero, by the variables of launchers. Nothing heavy is imported."""
     return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
 
 
 def refused(error: Exception) -> int:
-    """Print the sentence about a person's mistake and return the exit status; pass other errors on."""
+    """Print the message of an error that the user can fix, and return the exit status. Raise other errors again."""
     sentence = explain(error)
     if sentence is None:
         raise error
-    if error.is_reported if isinstance(error, RankLostError) else _is_first():
+    if error.is_reported if isinstance(error, RankLostError) else _is_rank_zero():
         print(sentence, file=sys.stderr, flush=True)
     return 2

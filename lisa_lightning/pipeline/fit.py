@@ -1,53 +1,74 @@
-"""Train a LisaModule: Lightning's Trainer with this project's callbacks, from a checkpoint if there is one."""
+"""Train a `LisaModule` in a stage of a run: `fit`, Lightning's Trainer with checkpoints and a progress bar."""
 
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.loggers import Logger
 
 from lisa_lightning.callbacks.checkpoint import Checkpoint
 from lisa_lightning.callbacks.progress_bar import StageBar
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.runtime.errors import UserError
-from lisa_lightning.trainer.checkpoint_io import AsideCheckpointIO, broken_checkpoint
+from lisa_lightning.trainer.checkpoint_io import AtomicCheckpointIO, broken_checkpoint
 from lisa_lightning.trainer.module import LisaModule, NotFiniteError
 
 
 def fit(
     module: LisaModule,
     datamodule: LisaDataModule,
-    trainer_cfg: Any,
+    trainer_arguments: Mapping[str, Any],
     checkpoint: Checkpoint,
-    callbacks: list[Callback],
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
     stage: str,
-) -> None:
+) -> int:
     """Train to the end, from the checkpoint if there is one.
 
+    Args:
+        trainer_arguments: of Lightning's Trainer.
+        checkpoint: saves and names the file to resume from.
+        callbacks: called before `checkpoint`.
+        loggers: of the stage, on the first rank.
+        stage: label of the progress bar.
+
+    Returns:
+        The number of finished optimizer steps. A callback may have stopped training early.
+
     Raises:
-        UserError: a loss that is not finite, a checkpoint of another run, a checkpoint that can't be written.
+        UserError: if a loss is not finite; a checkpoint is of another run or cannot be written; `max_time` is over.
     """
+    arguments = dict(trainer_arguments)
+    timer = Timer(arguments.pop("max_time", None), verbose=False)
+    bar = [StageBar(stage)] if arguments.get("enable_progress_bar", True) else []
     trainer = L.Trainer(
-        accelerator=trainer_cfg.accelerator,
-        devices=trainer_cfg.devices,
-        num_nodes=trainer_cfg.num_nodes,
-        strategy=trainer_cfg.strategy,
-        precision=trainer_cfg.precision,
-        max_epochs=1,
-        logger=False,
+        **({"enable_model_summary": False, "log_every_n_steps": 1} | arguments),
+        max_epochs=-1,
+        logger=list(loggers) or False,
         enable_checkpointing=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
-        plugins=[AsideCheckpointIO()],
-        callbacks=[StageBar(stage), *callbacks, checkpoint],
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[*bar, *callbacks, timer, checkpoint],
     )
+    _fit(trainer, module, datamodule, checkpoint)
+    steps, total, remaining = trainer.global_step, module.optim.total_steps, timer.time_remaining()
+    if steps < total and remaining is not None and remaining <= 0:
+        raise UserError(
+            f"trainer.max_time={trainer_arguments['max_time']}: stage {stage} stopped after step {steps} of {total}. "
+            f"The checkpoint is {checkpoint.path}. Fix: repeat the command with resume=true to continue"
+        )
+    return steps
+
+
+def _fit(trainer: L.Trainer, module: LisaModule, datamodule: LisaDataModule, checkpoint: Checkpoint) -> None:
     resume = checkpoint.path if checkpoint.path.exists() else None
     with warnings.catch_warnings():
-        # Step batches are built in a millisecond, and the data module resumes them itself.
+        # Step batches are built in a millisecond, and the data module resumes them.
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         try:
@@ -61,7 +82,7 @@ def fit(
                 raise
             raise broken_checkpoint(resume, error) from error
         except SystemExit:
-            # Lightning ends so on Ctrl-C. The command says it, as for every other stage.
+            # Lightning exits so on Ctrl-C. The command reports it, as for every other stage.
             if trainer.received_sigterm:
                 raise
             raise KeyboardInterrupt from None
@@ -69,12 +90,12 @@ def fit(
 
 @contextmanager
 def _sigterm_left_to_lightning() -> Iterator[None]:
-    """Let Lightning alone handle SIGTERM: it ends the step first, and the command's own handler would not wait."""
+    """Let only Lightning handle SIGTERM: it ends the step first, and the command's handler would not wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler)

@@ -1,7 +1,6 @@
-"""A dry run on the model's shape and the rows' lengths: what doesn't fit is refused before anything long begins."""
+"""Dry run on a model without weights, so that misfits are refused before long computations. Start at `preflight`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,39 +14,45 @@ from lisa_lightning.data.encoding import encode, prompt_length
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.base_model import loading
-from lisa_lightning.model.lora import attach, load_tokenizer, modules, trainable
-from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.model.base_model import reraise_load_errors
+from lisa_lightning.model.factors import modules, trainable
+from lisa_lightning.model.lora import attach, load_tokenizer
+from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.repair.base import Repair
 from lisa_lightning.runtime.errors import UserError
 
-MAX_PROMPT = 2**17
-"""Tokens of a prompt where the model's config names no limit."""
+MAX_PROMPT_TOKENS = 2**17
+"""Maximum number of tokens of a prompt if the model's config has no limit."""
 
 
 @dataclass(frozen=True)
-class Fit:
-    """The defenses of the stages that run, which remain as they are."""
+class ModelDefenses:
+    """Defenses of the stages that run and depend on the model; None for other stages."""
 
     align: Method | None
     method: Method | None
     repair: Repair | None
 
 
-def preflight(base: Path, cfg: DictConfig, defenses: Fit, rows: Rows, user: Sequence[Row]) -> None:
-    """Try a run on a model without weights.
+def preflight(base: Path, cfg: DictConfig, defenses: ModelDefenses, rows: Rows, user: Sequence[Row]) -> None:
+    """Check that a run fits the base model.
 
     Args:
         base: the folder of the base model.
         cfg: the whole config.
+        defenses: the defenses to try. They are not changed.
         rows: all sets of the source.
-        user: the user's rows, harmful ones among them.
+        user: the user's rows, harmful ones included.
 
     Raises:
-        UserError: if the model lacks what an adapter or a defense is about; its tokenizer doesn't fit it; rows or
-            prompts are longer than it can read; no answer of a set is left within `data.max_length`.
+        UserError: if one of these holds:
+
+            - The model lacks modules that an adapter or a defense needs.
+            - Its tokenizer has tokens without an embedding.
+            - Rows or prompts are longer than its maximum length.
+            - `data.max_length` cuts off all answers of a set.
     """
-    model = _shape(base, cfg)
+    model = _meta_model(base, cfg)
     tokenizer = load_tokenizer(base)
     positions = max_positions(model.config)
     _refuse_larger_tokenizer(base, tokenizer, model)
@@ -57,65 +62,72 @@ def preflight(base: Path, cfg: DictConfig, defenses: Fit, rows: Rows, user: Sequ
                 f"data.max_length={cfg.data.max_length} is more than the {positions} positions of the model in {base}. "
                 f"Fix: data.max_length={positions} or less"
             )
-        _refuse_unlearnable(tokenizer, cfg, _trained(defenses, rows, user))
+        _refuse_cut_off_answers(tokenizer, cfg, _training_sets(defenses, rows, user))
     if "evaluate" in cfg.stages or (defenses.method is not None and cfg.evaluate.every):
-        _refuse_long_prompts(tokenizer, cfg, positions or MAX_PROMPT, rows)
+        _refuse_long_prompts(tokenizer, cfg, positions or MAX_PROMPT_TOKENS, rows)
     _try_defenses(base, cfg, defenses)
 
 
 def max_positions(config: Any) -> int | None:
-    """Return how many tokens a model can read, None where its config names no limit."""
+    """Return the maximum length of a model in tokens; None if its config has no limit."""
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
-def _shape(base: Path, cfg: DictConfig) -> PreTrainedModel:
+def _meta_model(base: Path, cfg: DictConfig) -> PreTrainedModel:
     """Return the model without weights."""
-    with loading(f"The model in {base}"), torch.device("meta"):
+    with reraise_load_errors(f"The model in {base}"), torch.device("meta"):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         options = {"attn_implementation": cfg.model.attention, "trust_remote_code": False}
         return AutoModelForCausalLM.from_config(config, **options).requires_grad_(False)
 
 
 def _refuse_larger_tokenizer(base: Path, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Raise UserError where the tokenizer has tokens that the model has no embedding for."""
+    """Raise UserError if the tokenizer has tokens without an embedding."""
     embeddings: Any = model.get_input_embeddings()
-    tokens, known = max(tokenizer.get_vocab().values(), default=-1) + 1, len(embeddings.weight)
-    if tokens > known:
+    tokens, embedded = max(tokenizer.get_vocab().values(), default=-1) + 1, len(embeddings.weight)
+    if tokens > embedded:
         raise UserError(
-            f"The tokenizer in {base} has {tokens} tokens, and the model embeddings for {known}. Fix: "
+            f"The tokenizer in {base} has {tokens} tokens, and the model embeddings for {embedded}. Fix: "
             "model.resize_token_embeddings(len(tokenizer)) and save it again, or save the tokenizer that belongs to it"
         )
 
 
-def _trained(defenses: Fit, rows: Rows, user: Sequence[Row]) -> dict[str, Sequence[Row]]:
-    """Return the sets that the stages of a run train on."""
+def _training_sets(defenses: ModelDefenses, rows: Rows, user: Sequence[Row]) -> dict[str, Sequence[Row]]:
+    """Return the rows that the stages of a run train on, by stream."""
     methods = [method for method in (defenses.align, defenses.method) if method is not None]
-    needs = {need for part in (*methods, defenses.repair) if part is not None for need in part.needs}
-    drawn = {stream for method in methods for step in _one_of_each_state(method) for stream in method.draws(step)}
+    requirements = {
+        requirement
+        for defense in (*methods, defenses.repair)
+        if defense is not None
+        for requirement in defense.requirements
+    }
+    drawn = {stream for method in methods for step in _state_steps(method) for stream in method.plan(step)}
     sets: dict[str, Sequence[Row]] = {"user": user if defenses.method else [], "alignment": [], "defender": []}
     if defenses.align or "alignment" in drawn or defenses.repair:
         sets["alignment"] = rows.alignment
-    if "defender rows" in needs:
+    if "defender_rows" in requirements:
         sets["defender"] = rows.defender
     return sets
 
 
-def _one_of_each_state(method: Method) -> set[int]:
-    """Return the first step, and those at which a state may follow on the first one."""
+def _state_steps(method: Method) -> set[int]:
+    """Return steps that cover all states: the first step, and the possible first steps of the other state."""
     return {0, method.schedule.alignment_steps, method.schedule.user_steps}
 
 
-def _refuse_unlearnable(tokenizer: PreTrainedTokenizerBase, cfg: DictConfig, sets: Mapping[str, Sequence[Row]]) -> None:
-    """Raise UserError where no row of a set keeps a token of its answer within `data.max_length`."""
-    limit = cfg.data.max_length
-    # A tokenizer or a template that lacks something is refused here too.
-    encode(tokenizer, cfg.model.template, Row("a", "", "b"), limit)
+def _refuse_cut_off_answers(
+    tokenizer: PreTrainedTokenizerBase, cfg: DictConfig, sets: Mapping[str, Sequence[Row]]
+) -> None:
+    """Raise UserError if `data.max_length` cuts off the answers of all rows of a set."""
+    limit, template = cfg.data.max_length, cfg.model.template
+    # This call also refuses an unsuitable tokenizer or template.
+    encode(tokenizer, template, Row("a", "", "b"), limit)
     for name, rows in sets.items():
-        if rows and not any(encode(tokenizer, cfg.model.template, row, limit).supervised for row in rows):
+        if rows and not any(encode(tokenizer, template, row, limit).supervised for row in rows):
             shortest = min(
-                prompt_length(tokenizer, cfg.model.template, row.instruction, row.context, MAX_PROMPT) for row in rows
+                prompt_length(tokenizer, template, row.instruction, row.context, MAX_PROMPT_TOKENS) for row in rows
             )
             raise UserError(
                 f"data.max_length={limit} cuts off the whole answer of all {len(rows)} {name} rows, whose shortest "
@@ -124,54 +136,54 @@ def _refuse_unlearnable(tokenizer: PreTrainedTokenizerBase, cfg: DictConfig, set
 
 
 def _refuse_long_prompts(tokenizer: PreTrainedTokenizerBase, cfg: DictConfig, positions: int, rows: Rows) -> None:
-    """Raise UserError for a held-out prompt that, with its answer, takes more than the model's positions."""
-    for name, key, questions in _prompts(cfg, rows):
+    """Raise UserError for a held-out prompt that exceeds the model's maximum length together with its answer."""
+    for name, key, questions in _held_out_prompts(cfg, rows):
         new_tokens = OmegaConf.select(cfg, key)
         for number, (instruction, context) in enumerate(questions, 1):
             length = prompt_length(tokenizer, cfg.model.template, instruction, context, positions)
             if length + new_tokens - 1 > positions:
-                more = "more than " if length > positions else ""
-                taken = f"{more}{min(length, positions)}"
+                tokens = f"more than {positions}" if length > positions else f"{length}"
                 raise UserError(
-                    f"source.{name}, prompt {number} of those asked: it takes {taken} tokens and its answer up to "
+                    f"source.{name}, prompt {number} of the evaluation: it takes {tokens} tokens and its answer up to "
                     f"{key}={new_tokens}, more than the {positions} positions of the model. Fix: leave it out "
-                    f"(source.{name}.where, skip or take), a smaller {key}, or another model"
+                    f"(source.{name}.where, skip or take), set a smaller {key}, or choose another model"
                 )
 
 
-def _prompts(cfg: DictConfig, rows: Rows) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
-    """Yield every held-out set: its name, the key of its answers' length, its prompts with their contexts."""
+def _held_out_prompts(cfg: DictConfig, rows: Rows) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
+    """Yield for each held-out set its name, the key of its answers' length, and pairs of prompt and context."""
     yield "harmful_prompts", "evaluate.max_new_tokens", [(prompt, "") for prompt in rows.harmful_prompts]
     yield "harmless_prompts", "evaluate.max_new_tokens", [(prompt, "") for prompt in rows.harmless_prompts]
     yield "test", "task.max_new_tokens", [(row.instruction, row.context) for row in rows.test]
 
 
-def _try_defenses(base: Path, cfg: DictConfig, defenses: Fit) -> None:
-    """Attach the adapters to a model without weights, and let the defenses find there what they need."""
+def _try_defenses(base: Path, cfg: DictConfig, defenses: ModelDefenses) -> None:
+    """Attach the adapters to a model without weights, and initialize the defenses on it."""
     deltas: dict[str, Delta] = {}
     if defenses.align is not None:
-        net = _net(base, cfg, "align.lora")
-        _prepared(defenses.align, net, {})
+        net = _meta_peft_model(base, cfg, "align.lora")
+        _init_method(defenses.align, net, {})
         deltas = dict.fromkeys(modules(trainable(net)), Delta(torch.ones(1, 1)))
     if defenses.method is not None:
         continued = defenses.align is not None and cfg.model.adapters == "continued"
-        net = _net(base, cfg, "align.lora" if continued else "lora")
-        _prepared(defenses.method, net, deltas)
+        net = _meta_peft_model(base, cfg, "align.lora" if continued else "lora")
+        _init_method(defenses.method, net, deltas)
         if defenses.repair is not None:
-            defenses.repair.refuse(net, deltas)
+            defenses.repair.check(net, deltas)
 
 
-def _net(base: Path, cfg: DictConfig, key: str) -> PeftModel:
-    model = _shape(base, cfg)
+def _meta_peft_model(base: Path, cfg: DictConfig, key: str) -> PeftModel:
+    """Return a model without weights that has the adapter of a config section, and check the adapter's rank."""
+    model = _meta_model(base, cfg)
     lora = OmegaConf.select(cfg, key)
     with torch.device("meta"):
         net = attach(model, lora, 0, key)
     factors = trainable(net)
-    rank = max(min(factors[a].shape[1], len(factors[b])) for a, b in modules(factors).values())
-    if lora.r > rank:
-        raise UserError(f"{key}.r={lora.r} is above the rank of every adapted matrix. Fix: {key}.r={rank} or less")
+    max_rank = max(min(factors[a].shape[1], len(factors[b])) for a, b in modules(factors).values())
+    if lora.r > max_rank:
+        raise UserError(f"{key}.r={lora.r} is above the rank of every adapted matrix. Fix: {key}.r={max_rank} or less")
     return net
 
 
-def _prepared(method: Method, net: PeftModel, deltas: dict[str, Delta]) -> None:
-    deepcopy(method).prepare(Passes(net, lambda stream, size: iter(()), lambda: deltas))
+def _init_method(method: Method, net: PeftModel, deltas: dict[str, Delta]) -> None:
+    method.init(Backprop(net, lambda stream, size: iter(()), lambda: deltas))

@@ -1,4 +1,4 @@
-"""Judge stored answers: those of a run folder, or a file of the user's; nothing is generated."""
+"""Judging of stored answers, in a run folder or in a user's file: `rejudge`. Nothing is generated."""
 
 import json
 import logging
@@ -11,15 +11,16 @@ from omegaconf import DictConfig
 
 from lisa_lightning import task as tasks
 from lisa_lightning.config.instances import load_class
-from lisa_lightning.evaluate.coverage import refuse_unscored
-from lisa_lightning.evaluate.evaluator import read_answers
-from lisa_lightning.evaluate.judging import read_responses, refuse_no_reference
-from lisa_lightning.evaluate.metrics import Metrics
+from lisa_lightning.evaluation.coverage import refuse_unscored
+from lisa_lightning.evaluation.evaluator import Answer, read_answers
+from lisa_lightning.evaluation.judging import read_responses, refuse_no_reference
+from lisa_lightning.evaluation.metrics import Metrics
 from lisa_lightning.judge.base import Judge
 from lisa_lightning.logger.curves import read_rows
+from lisa_lightning.pipeline.request import Request
 from lisa_lightning.pipeline.run_folder import write_page
 from lisa_lightning.pipeline.stages.judge import judge
-from lisa_lightning.report.terminal import terminal
+from lisa_lightning.report.terminal import print_summary
 from lisa_lightning.runtime.cache import cache_folder
 from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.runtime.files import write_text
@@ -28,7 +29,7 @@ from lisa_lightning.runtime.run_files import (
     CURVES,
     METRICS,
     RESPONSES,
-    complete,
+    is_complete,
     read_choices,
     read_config,
     read_metrics,
@@ -42,32 +43,33 @@ log = logging.getLogger(__name__)
 Judges = Mapping[str, Judge]
 
 
-def rejudge(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
-    """Judge a file of answers, or again those of the run that the output folder holds; nothing is generated.
+def rejudge(request: Request, judges: Judges) -> Metrics:
+    """Judge a file of answers, or the answers of the run in the output folder, and return the metrics.
 
-    The folder may come from another person, so its files are data. Of the classes that its config names only this
-    project's tasks, or the command's own, are used.
+    The folder may come from another person, so its files are treated as data. Of the classes that its config names,
+    only tasks of this package and of the request are used.
+
+    Args:
+        request: the request. Its folder receives verdicts, metrics and, for a run's answers, the page.
+        judges: judges by name.
+
+    Raises:
+        UserError: if there are no answers; no judge scores them; a file of the folder is damaged; `responses` is set
+            and the folder holds a run.
     """
+    cfg, out = request.cfg, request.out
     if cfg.responses is not None and (out / CONFIG).exists():
         raise UserError(
             f"{out} holds a run, whose verdicts would be lost; give another hydra.run.dir for {cfg.responses}"
         )
     config = read_config(out)
     refuse_changed(out)
-    if cfg.responses is not None:
-        answers = read_responses(cfg.responses)
-        refuse_no_reference(judges, answers, cfg.responses)
-    else:
-        answers = read_answers(out / RESPONSES)
-    if not answers:
-        raise UserError(
-            f"{out} holds no answers to judge; name a run's folder as hydra.run.dir=FOLDER, or a file as responses=FILE"
-        )
+    answers = _answers(cfg, out, judges)
     metrics = read_metrics(out) if cfg.responses is None else {}
-    if cfg.responses is None and not complete(metrics):
+    if cfg.responses is None and not is_complete(metrics):
         log.warning("The run in %s is not finished: answers may be missing, the longest prompts' first.", out)
     choices, curves = read_choices(out), read_rows(out / CURVES)
-    task = None if config is None or not choices else _task_of(config, cfg, out)
+    task = None if config is None or not choices else _load_task(config, cfg, out)
     source = f"responses={cfg.responses}" if cfg.responses is not None else str(out / RESPONSES)
     refuse_unscored(judges, answers, source, isinstance(task, Scored))
     unseal(out)
@@ -77,20 +79,34 @@ def rejudge(cfg: DictConfig, out: Path, judges: Judges) -> Metrics:
         assert config is not None
         write_page(config, out, metrics, curves, choices, task)
     seal(out)
-    terminal(out, metrics, None, None)
+    print_summary(out, metrics, None, None)
     return metrics
 
 
-def _task_of(config: Mapping[str, Any], cfg: DictConfig, out: Path) -> Task:
-    """Return the task of a run that a folder holds.
+def _answers(cfg: DictConfig, out: Path, judges: Judges) -> list[Answer]:
+    """Return the answers to judge. Raise UserError if there are none, or one lacks a reference that a judge needs."""
+    if cfg.responses is not None:
+        answers = read_responses(cfg.responses)
+        refuse_no_reference(judges, answers, cfg.responses)
+    else:
+        answers = read_answers(out / RESPONSES)
+    if not answers:
+        raise UserError(
+            f"{out} holds no answers to judge; name a run's folder as hydra.run.dir=FOLDER, or a file as responses=FILE"
+        )
+    return answers
+
+
+def _load_task(config: Mapping[str, Any], cfg: DictConfig, out: Path) -> Task:
+    """Return the task of the run that a folder holds.
 
     Raises:
-        UserError: if it is neither a task of this project nor the command's own: its code would be run.
+        UserError: if it is neither a task of this package nor that of the request, because its code would be run.
     """
     section = config.get("task")
     target = section.get("_target_") if isinstance(section, dict) else None
-    ours = {module.name for module in iter_modules(tasks.__path__, f"{tasks.__name__}.")}
-    if target == cfg.task._target_ or (isinstance(target, str) and target.rpartition(".")[0] in ours):
+    known_modules = {module.name for module in iter_modules(tasks.__path__, f"{tasks.__name__}.")}
+    if target == cfg.task._target_ or (isinstance(target, str) and target.rpartition(".")[0] in known_modules):
         return load_class(target, "task")()
     raise UserError(
         f"{out / CONFIG} names the task class {target}, which is none of this project's, so it is not run. Fix: if you "

@@ -1,4 +1,4 @@
-"""The output folder of a run: refused if it holds another run, prepared, and filled with the report."""
+"""The output folder of a run: `prepare_folder` and `write_report`."""
 
 import json
 import logging
@@ -7,17 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from lisa_lightning.config.validate import of_result, refuse_other_run
-from lisa_lightning.evaluate.evaluator import read_answers
-from lisa_lightning.evaluate.judging import read_judged
-from lisa_lightning.evaluate.metrics import Metrics, verdict
+from lisa_lightning.config.validate import plain, refuse_other_run, result_settings
+from lisa_lightning.evaluation.evaluator import read_answers
+from lisa_lightning.evaluation.judging import read_judged
+from lisa_lightning.evaluation.metrics import Metrics, verdict_word
 from lisa_lightning.logger.curves import CurveRow
-from lisa_lightning.logger.wandb import Tracker
-from lisa_lightning.report.run_page import Told, page, samples
-from lisa_lightning.report.terminal import terminal
+from lisa_lightning.logger.run_loggers import RunLoggers
+from lisa_lightning.pipeline.request import Request
+from lisa_lightning.report.run_page import JudgedAnswer, sample_answers, write_run_page
+from lisa_lightning.report.terminal import print_summary
 from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.runtime.files import write_text
 from lisa_lightning.runtime.run_files import (
@@ -36,44 +36,57 @@ from lisa_lightning.runtime.run_files import (
 from lisa_lightning.task.base import Task
 
 log = logging.getLogger(__name__)
+OVERRIDES = "overrides.yaml"
 MAY_CHANGE = ("stages", "judge", "responses")
-"""Sections that a run and its resumption need not share."""
+"""Sections in which a run and its resumption may differ."""
 
 
 def refuse_used(out: Path, config: Mapping[str, Any], resume: bool) -> None:
-    """Raise UserError where the output folder holds another run, or this one and `resume` is not set."""
+    """Check that a folder has no other run.
+
+    Args:
+        out: output folder.
+        config: config of the run, resolved.
+        resume: config key `resume`.
+
+    Raises:
+        UserError: if the folder holds another run, or this run and `resume` is false.
+    """
     used = any((out / name).exists() for name in ("checkpoints", CURVES, METRICS))
     if used and not resume:
         raise UserError(f"{out} holds a run; add resume=true to go on with it, or give another hydra.run.dir")
     if resume and not used:
         log.warning("Nothing to resume in %s: the run starts anew.", out)
     if used and (earlier := read_config(out)) is not None:
-        refuse_other_run(*(of_result(c, MAY_CHANGE) for c in (earlier, config)))
+        refuse_other_run(*(result_settings(c, MAY_CHANGE) for c in (earlier, config)))
     read_metrics(out)
 
 
-def prepare_folder(out: Path, cfg: DictConfig, choices: dict[str, str]) -> None:
-    """Make the output folder this run's: write down the config and what was chosen."""
+def prepare_folder(request: Request) -> None:
+    """Write config, choices and overrides into the output folder, and mark the run as unfinished."""
+    out = request.out
     unseal(out)
     if (metrics := read_metrics(out)).pop("time/total_s", None) is not None:
-        write_text(out / METRICS, json.dumps(metrics, indent=2))  # it is at its end no longer
-    (out / FAILED).unlink(missing_ok=True)  # what an earlier try failed by
-    write_text(out / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
-    write_text(out / CHOICES, json.dumps(choices, indent=2))
-    if not (out / "overrides.yaml").exists():  # Hydra's own list is that of the last command, even of a refused one
-        write_text(out / "overrides.yaml", OmegaConf.to_yaml(HydraConfig.get().overrides.task))
-    log.info("Output goes to %s", out)  # a run that is killed has no last line that says so
+        write_text(out / METRICS, json.dumps(metrics, indent=2))
+    (out / FAILED).unlink(missing_ok=True)
+    write_text(out / CONFIG, OmegaConf.to_yaml(request.cfg, resolve=True))
+    write_text(out / CHOICES, json.dumps(dict(request.choices), indent=2))
+    # Hydra's own list is overwritten by every command, even a rejected one.
+    if not (out / OVERRIDES).exists():
+        write_text(out / OVERRIDES, OmegaConf.to_yaml(list(request.overrides)))
+    # A run that is killed does not reach the summary, which names the folder too.
+    log.info("Output goes to %s", out)
 
 
-def write_report(
-    config: Mapping[str, Any], out: Path, tracker: Tracker, metrics: Metrics, choices: dict[str, str], task: Task
-) -> None:
-    """Everything that a person looks at: metrics.json, report.html, the W&B summary, the table in the terminal."""
-    shown = write_page(config, out, metrics, tracker.curves.rows(), choices, task)
-    tracker.summarize(metrics, [asdict(told.answer) | {"verdict": told.verdict} for told in shown])
-    write_text(out / METRICS, json.dumps(metrics, indent=2))  # last but the seal: it says that the run is at its end
+def write_report(request: Request, loggers: RunLoggers, metrics: Metrics, task: Task) -> None:
+    """Write report.html, the W&B summary and metrics.json, and print a table of the scores."""
+    out = request.out
+    samples = write_page(plain(request.cfg), out, metrics, loggers.curves.rows(), dict(request.choices), task)
+    loggers.wandb.summarize(metrics, [asdict(sample.answer) | {"verdict": sample.verdict} for sample in samples])
+    # Complete metrics mark the run as finished, so only the seal is written later.
+    write_text(out / METRICS, json.dumps(metrics, indent=2))
     seal(out)
-    terminal(out, metrics, tracker.offline_folder, tracker.url)
+    print_summary(out, metrics, loggers.wandb.offline_folder, loggers.wandb.url)
 
 
 def write_page(
@@ -83,10 +96,14 @@ def write_page(
     curves: list[CurveRow],
     choices: dict[str, str],
     task: Task,
-) -> list[Told]:
-    """Write report.html; the sample answers that it shows."""
+) -> list[JudgedAnswer]:
+    """Write report.html from the answers and verdicts in the folder; return the sample answers that it shows."""
     conclusive = [j for j in read_judged(out / JUDGED) if j.kind != "harmless" or j.refused is not None]
-    judged = {(j.model, j.kind, j.index): j for j in reversed(conclusive)}  # of the first judge that can tell
-    answers = [Told(a, verdict(task, a, judged.get((a.model, a.kind, a.index)))) for a in read_answers(out / RESPONSES)]
-    page(out, metrics, curves, answers, choices, config)
-    return samples(answers)
+    # Reversed, so that the first conclusive judge of an answer is shown.
+    judged = {(j.model, j.kind, j.index): j for j in reversed(conclusive)}
+    answers = [
+        JudgedAnswer(a, verdict_word(task, a, judged.get((a.model, a.kind, a.index))))
+        for a in read_answers(out / RESPONSES)
+    ]
+    write_run_page(out, metrics, curves, answers, choices, config)
+    return sample_answers(answers)

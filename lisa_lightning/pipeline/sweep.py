@@ -1,4 +1,4 @@
-"""What a multirun does beside its jobs: a folder that the same command finds again, failures that end one job alone."""
+"""Sweeps (`-m`): `resolve_sweep_dir` names the folder, `run_job` runs a job, `finalize_sweep` writes table and page."""
 
 import json
 import logging
@@ -15,72 +15,88 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lisa_lightning.config.arguments import override_indices
 from lisa_lightning.config.explain import explain
 from lisa_lightning.config.instances import load_class
-from lisa_lightning.config.validate import bookkeeping, check, of_result, plain
-from lisa_lightning.report.sweep_files import leave
-from lisa_lightning.runtime.cache import code_digest
+from lisa_lightning.config.validate import check, is_bookkeeping, plain, result_settings
+from lisa_lightning.pipeline.request import Request
+from lisa_lightning.report.sweep_files import write_sweep
+from lisa_lightning.runtime.cache import package_hash
 from lisa_lightning.runtime.errors import UserError, printable
-from lisa_lightning.runtime.files import Held, drop_unused, write_text
-from lisa_lightning.runtime.run_files import CONFIG, FAILED, complete, read_config, read_metrics, refuse_changed
+from lisa_lightning.runtime.files import FolderLockedError, drop_unused, write_text
+from lisa_lightning.runtime.logs import silence_libraries
+from lisa_lightning.runtime.run_files import CONFIG, FAILED, is_complete, read_config, read_metrics, refuse_changed
 
 log = logging.getLogger(__name__)
 
 FOLDER = "hydra.sweep.dir"
 JOB_FOLDER = "hydra.sweep.subdir"
-OF_ONE_RUN = ("WANDB_RUN_ID", "WANDB_RESUME")
-"""Variables of the environment that name one W&B run, which no two jobs may share."""
-SHOWING = {"--help", "-h", "--cfg", "-c", "--info"}
-"""Hydra's flags of a command that runs nothing."""
-BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-"""Hydra's own sweeper, which runs through values and looks for nothing."""
-LONGEST = 120  # bytes of a sweep's folder
-LONGEST_JOB = 200  # of a job's, which says every value; file systems take 255 bytes
+RUN_VARIABLES = ("WANDB_RUN_ID", "WANDB_RESUME")
+"""Environment variables that name one W&B run, which jobs must not share."""
+INFO_FLAGS = {"--help", "-h", "--cfg", "-c", "--info"}
+"""Hydra's flags of commands that run nothing."""
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+"""Hydra's default sweeper, which runs all values and optimizes nothing."""
+MAX_FOLDER_BYTES = 120
+"""Maximum length of the name of a sweep's folder."""
+MAX_JOB_BYTES = 200
+"""Maximum length of the name of a job's folder, which has every value. File systems allow 255 bytes."""
 
 
-def placed(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
-    """A command's arguments and the folder of its sweep, None where it isn't one.
+def resolve_sweep_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Return a command's arguments with the folders of its sweep and its jobs.
 
-    The folder is named after what was asked for, and a job's after its own values, so that the same command finds its
+    A sweep's folder is named after its overrides, and a job's folder after its values. So the same command finds its
     finished jobs, and a longer one finds those that it shares.
+
+    Args:
+        arguments: arguments of the command.
+
+    Returns:
+        The arguments, and the folder of the sweep. The folder is None if the command is no sweep.
+
+    Raises:
+        UserError: if a job's folder is outside of the sweep's, or `hydra.sweep.dir` is an interpolation.
     """
-    if not {"-m", "--multirun"} & set(arguments) or SHOWING & set(arguments):
+    if not {"-m", "--multirun"} & set(arguments) or INFO_FLAGS & set(arguments):
         return list(arguments), None
     lines = [arguments[index] for index in override_indices(arguments)]
     try:
         overrides = OverridesParser.create().parse_overrides(lines)
-    except Exception:  # Hydra says it better
+    except Exception:
+        # Hydra reports the error.
         return list(arguments), None
-    given = {str(o.key_or_group): o for o in overrides}
-    if JOB_FOLDER in given:
-        _refuse_outside(str(given[JOB_FOLDER].value()))
-    own = [o for o in overrides if not bookkeeping(str(o.key_or_group))]
-    swept = sorted(str(o.key_or_group) for o in own if o.is_sweep_override())
-    fixed = {str(o.key_or_group): str(o.input_line) for o in own if not o.is_sweep_override()}
-    if FOLDER in given:  # which may hold other sweeps: a job's name says all that was asked for
-        folder = Path(str(given[FOLDER].value()))
+    by_key = {str(o.key_or_group): o for o in overrides}
+    if JOB_FOLDER in by_key:
+        _refuse_outside(str(by_key[JOB_FOLDER].value()))
+    with_result = [o for o in overrides if not is_bookkeeping(str(o.key_or_group))]
+    swept = sorted(str(o.key_or_group) for o in with_result if o.is_sweep_override())
+    fixed = {str(o.key_or_group): str(o.input_line) for o in with_result if not o.is_sweep_override()}
+    if FOLDER in by_key:
+        # The folder may hold other sweeps, so a job's name has all overrides.
+        folder = Path(str(by_key[FOLDER].value()))
         if "${" in str(folder):
             raise UserError(f"{FOLDER}={folder} must be written out: a sweep's folder is needed before its config is")
         named = [key for key in ("experiment", "sweep") if key not in swept]
-        known = [key for key in given if key not in {*swept, *fixed}] + named
-        told = bool({*swept, *fixed} - {*named})
+        excluded = [key for key in by_key if key not in {*swept, *fixed}] + named
+        job_has_name = bool({*swept, *fixed} - {*named})
     else:
-        named = {key: str(given[key].value()) for key in ("experiment", "sweep") if key in fixed}
-        rest = [line for key, line in sorted(fixed.items()) if key not in named]
-        name = ",".join([*([named["sweep"]] if "sweep" in named else []), *swept, *rest])
-        folder = Path("multirun", *filter(None, (named.get("experiment"), _name(name) or "one")))
-        known = [key for key in given if key not in swept]
-        told = bool(swept)
-    more = {FOLDER: f"'{folder}'", "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(known)}]"}
-    if not told and "sweep" not in fixed:
-        more["hydra.sweep.subdir"] = "job"
-    return [*arguments, *(f"{key}={value}" for key, value in more.items() if key not in given)], folder
+        groups = {key: str(by_key[key].value()) for key in ("experiment", "sweep") if key in fixed}
+        fixed_lines = [line for key, line in sorted(fixed.items()) if key not in groups]
+        name = ",".join([*([groups["sweep"]] if "sweep" in groups else []), *swept, *fixed_lines])
+        folder = Path("multirun", *filter(None, (groups.get("experiment"), _folder_name(name) or "one")))
+        excluded = [key for key in by_key if key not in swept]
+        job_has_name = bool(swept)
+    settings = {FOLDER: f"'{folder}'", "hydra.job.config.override_dirname.exclude_keys": f"[{','.join(excluded)}]"}
+    if not job_has_name and "sweep" not in fixed:
+        settings["hydra.sweep.subdir"] = "job"
+    return [*arguments, *(f"{key}={value}" for key, value in settings.items() if key not in by_key)], folder
 
 
 def _refuse_outside(subdir: str) -> None:
-    """Raise UserError where a job's folder would not be in its sweep's."""
+    """Raise UserError if the folder of a job would be outside of its sweep's folder."""
     if ".." in Path(subdir).parts or Path(subdir).is_absolute():
         raise UserError(
             f"{JOB_FOLDER}={subdir} lies outside the sweep's folder. Fix: name a relative path without `..`"
@@ -89,43 +105,45 @@ def _refuse_outside(subdir: str) -> None:
 
 def drop_run_variables() -> None:
     """Remove variables that would give every job of a sweep the same W&B run, with a warning."""
-    for name in OF_ONE_RUN:
+    for name in RUN_VARIABLES:
         if os.environ.pop(name, None) is not None:
             print(f"{name} is ignored in a sweep: each job is a W&B run of its own.", file=sys.stderr)
 
 
-def _name(name: str) -> str:
-    return _short(re.sub(r"[^\w.,=+-]+", "_", name), LONGEST)
+def _folder_name(name: str) -> str:
+    return _shorten(re.sub(r"[^\w.,=+-]+", "_", name), MAX_FOLDER_BYTES)
 
 
-def _short(name: str, longest: int) -> str:
-    whole = name.encode()
-    if len(whole) <= longest:
+def _shorten(name: str, max_bytes: int) -> str:
+    """Return a name of at most about `max_bytes` bytes; a hash replaces the end of a longer one."""
+    encoded = name.encode()
+    if len(encoded) <= max_bytes:
         return name
-    return f"{whole[:longest].decode(errors='ignore')}-{sha256(whole).hexdigest()[:8]}"
+    return f"{encoded[:max_bytes].decode(errors='ignore')}-{sha256(encoded).hexdigest()[:8]}"
 
 
 def _job_name(name: str) -> str:
-    return "/".join(_short(part, LONGEST_JOB) for part in name.split("/"))
+    return "/".join(_shorten(part, MAX_JOB_BYTES) for part in name.split("/"))
 
 
-OmegaConf.register_new_resolver("job_name", _job_name, replace=True)  # conf/config.yaml names the jobs' folders by it
+# hydra.sweep.subdir in conf/config.yaml uses it.
+OmegaConf.register_new_resolver("job_name", _job_name, replace=True)
 
 
-def job(cfg: DictConfig) -> float | None:
-    """Run one job of a sweep, or find it finished; a failure is noted in its folder and ends it alone.
+def run_job(cfg: DictConfig) -> float | None:
+    """Run one job of a sweep, unless it is finished. An error is recorded in its folder and ends only this job.
 
     Returns:
-        Accuracy minus harmful score, for sweepers that look for the best; None where it failed or lacks one of them.
+        Accuracy minus harmful score, the objective of optimizing sweepers. None if the job failed or lacks a score.
     """
     out = Path(HydraConfig.get().runtime.output_dir)
-    if not out.resolve().is_relative_to(_folder()):
-        # A config of one's own may say so; a command is refused before Hydra makes the folder.
+    if not out.resolve().is_relative_to(_sweep_folder()):
+        # In a command this is rejected before Hydra creates the folder, but not in a user's config.
         drop_unused(out)
         _refuse_outside(str(out))
     try:
         metrics = _run(out, cfg)
-    except Held:
+    except FolderLockedError:
         log.info("%s is being run by another process.", out.name)
         return None
     except Exception as error:
@@ -134,7 +152,7 @@ def job(cfg: DictConfig) -> float | None:
         log.error("%s failed: %s", out.name, sentence)
         return None
     (out / FAILED).unlink(missing_ok=True)
-    return value(metrics)
+    return objective(metrics)
 
 
 def _run(out: Path, cfg: DictConfig) -> Mapping[str, Any]:
@@ -144,72 +162,80 @@ def _run(out: Path, cfg: DictConfig) -> Mapping[str, Any]:
         UserError: if its config is wrong, or its folder is damaged.
     """
     check(cfg)
-    cfg.wandb.group = cfg.wandb.group or _folder().name
+    cfg.wandb.group = cfg.wandb.group or _sweep_folder().name
     cfg.resume = (out / CONFIG).exists()
-    if (metrics := _finished(out, cfg)) is not None:
+    if (metrics := _finished_metrics(out, cfg)) is not None:
         return metrics
     if list(cfg.stages) == ["judge"]:
         raise UserError("stages=[judge] is no job of a sweep; judge=[ONE,OTHER] asks several judges at once")
-    _refuse_without_value(cfg)
+    _refuse_without_objective(cfg)
     from lisa_lightning.pipeline.run import run
 
-    return run(cfg, out.resolve().relative_to(_folder()).as_posix())
+    job = out.resolve().relative_to(_sweep_folder()).as_posix()
+    silence_libraries()
+    with logging_redirect_tqdm():
+        return run(Request.from_hydra(cfg, HydraConfig.get(), out, job))
 
 
-def value(metrics: Mapping[str, Any]) -> float | None:
-    """Accuracy minus harmful score. A missing one is not 0: the best would then be what the other alone says."""
+def objective(metrics: Mapping[str, Any]) -> float | None:
+    """Return accuracy minus harmful score, or None if one is missing. As 0 it would leave the optimum to the other."""
     accuracy, harmful = (metrics.get(f"final/{name}") for name in ("accuracy", "harmful_score"))
     return None if accuracy is None or harmful is None else accuracy - harmful
 
 
-def _refuse_without_value(cfg: DictConfig) -> None:
-    """Raises UserError where a sweeper looks for the best and this job would have no value for it."""
-    if HydraConfig.get().sweeper._target_ == BASIC:
+def _refuse_without_objective(cfg: DictConfig) -> None:
+    """Raise UserError if the sweeper optimizes and this job would have no objective."""
+    if HydraConfig.get().sweeper._target_ == BASIC_SWEEPER:
         return
     from lisa_lightning.task.base import Scored
 
-    judges = {name: load_class(own._target_, f"judge.{name}") for name, own in cfg.judge.items()}
-    harm = any(judge.metric == "harmful_score" for judge in judges.values())
-    right = isinstance(load_class(cfg.task._target_, "task")(), Scored)
-    if harm and right and {"finetune", "evaluate", "judge"} <= {*cfg.stages}:
+    judges = {name: load_class(section._target_, f"judge.{name}") for name, section in cfg.judge.items()}
+    has_harmful_score = any(judge.metric == "harmful_score" for judge in judges.values())
+    has_accuracy = isinstance(load_class(cfg.task._target_, "task")(), Scored)
+    if has_harmful_score and has_accuracy and {"finetune", "evaluate", "judge"} <= {*cfg.stages}:
         return
-    asked = f"judge=[{','.join(map(str, cfg.judge))}], task={HydraConfig.get().runtime.choices['task']}"
+    choices = f"judge=[{','.join(map(str, cfg.judge))}], task={HydraConfig.get().runtime.choices['task']}"
     raise UserError(
-        f"{asked} and stages=[{','.join(cfg.stages)}] give no accuracy minus harmful score, which this sweeper "
+        f"{choices} and stages=[{','.join(cfg.stages)}] give no accuracy minus harmful score, which this sweeper "
         "looks for: that takes a judge beyond refusal and win_rate, a task that isn't alpaca, and the stages finetune, "
         "evaluate and judge"
     )
 
 
-def _finished(out: Path, cfg: DictConfig) -> Mapping[str, Any] | None:
-    """Return the metrics of a job that needs no running, None for others."""
+def _finished_metrics(out: Path, cfg: DictConfig) -> Mapping[str, Any] | None:
+    """Return the metrics of a finished job with this config, None for other jobs."""
     metrics = read_metrics(out)
-    if not complete(metrics) or (config := read_config(out)) is None:
+    if not is_complete(metrics) or (config := read_config(out)) is None:
         return None
     refuse_changed(out)
-    if of_result(config) != of_result(plain(cfg)):
+    if result_settings(config) != result_settings(plain(cfg)):
         return None
-    if metrics.get("code") != code_digest():
+    if metrics.get("code") != package_hash():
         log.warning("%s was run by another version of the code; delete the folder to run it anew.", out)
     log.info("%s is finished.", out.name)
     return metrics
 
 
-def multirun() -> bool:
-    """Whether this process runs a job of a sweep."""
+def is_multirun() -> bool:
+    """Return whether this process runs a job of a sweep."""
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _folder() -> Path:
+def _sweep_folder() -> Path:
     return Path(HydraConfig.get().sweep.dir).resolve()
 
 
-def failed(folder: Path, since: float) -> bool:
-    """Whether a job of the sweep noted a failure since then, in seconds of the epoch."""
-    return any(note.stat().st_mtime >= since for note in folder.rglob(FAILED))
+def has_failed(folder: Path, since: float) -> bool:
+    """Return whether a job of the sweep has failed since a time, in seconds of the epoch."""
+    return any(record.stat().st_mtime >= since for record in folder.rglob(FAILED))
 
 
-def finish(folder: Path, since: float) -> int:
-    """Write the sweep's table and page, say what failed; the exit status of a command that began then."""
-    leave([folder], folder)
-    return int(failed(folder, since))
+def finalize_sweep(folder: Path, since: float) -> int:
+    """Write table and page of the sweep, and return the exit status of the command.
+
+    Args:
+        folder: folder of the sweep.
+        since: start of the command, in seconds of the epoch.
+    """
+    write_sweep([folder], folder)
+    return int(has_failed(folder, since))

@@ -1,56 +1,67 @@
-"""DPO: the refusal of a request is to become likelier than the harmful answer to it."""
+"""DPO: make the refusal of a request more likely than the harmful answer to it."""
 
 from collections.abc import Sequence
 from typing import final
 
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from lisa_lightning.config.fields import STRICT, Positive
+from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.data.schedule import Draw, Schedule, Stream
+from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
 from lisa_lightning.method.base import Method
-from lisa_lightning.objective.backprop import Descent, Passes
+from lisa_lightning.objective.backprop import Backprop, State, StepOutput
 from lisa_lightning.objective.loss import row_losses
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class DPO(Method):
-    """Direct preference optimization (Rafailov et al., NeurIPS 2023, Eq. 7), for the reference adapter of NLSR.
+    """Train by direct preference optimization (Rafailov et al., NeurIPS 2023, Eq. 7), for NLSR's reference adapter.
 
-    Row i of the streams `alignment` and `defender` are the preferred and the other answer to one request
-    (`paired`). The policy that it is held to is the one at the start. Two forward passes over both streams
-    and one backward.
-
-    Args:
-        beta: strength of that hold, > 0; 0.1 in NLSR.
+    Row i of the stream `alignment` is the preferred answer to a request, row i of `defender` the other one. The
+    reference policy is the model at the start. Two forward passes over both streams and one backward.
     """
 
-    needs = frozenset({"defender rows"})
-    paired = True
+    beta: Positive = 0.1
+    """Strength of the tie to the reference policy. NLSR has 0.1."""
 
-    def __init__(self, beta: float) -> None:
-        super().__init__(Schedule(alignment_steps=1, user_steps=0))
-        self.beta = beta
+    @property
+    def requirements(self) -> frozenset[Requirement]:
+        """Harmful rows of the provider."""
+        return frozenset({"defender_rows"})
 
-    def draws(self, step: int) -> dict[Stream, Draw]:
-        """Both streams."""
-        return {"alignment": Draw(step), "defender": Draw(step)}
+    @property
+    def schedule(self) -> Schedule:
+        """Alignment steps only."""
+        return Schedule(alignment_steps=1, user_steps=0)
 
-    def gradient(self, passes: Passes, step: Step) -> Descent:
-        """Of -log sigmoid(beta * (preferred's gain - the other's gain)), the mean over the pairs."""
-        others = iter([packs for packs in step.batches["defender"].micro_batches if packs])
-        first = [(p.places == 0).sum() for packs in step.main.micro_batches for p in packs]
-        own = torch.tensor([float(sum(first))], device=passes.device)
-        pairs = passes.summed([own])[0].item()
+    @property
+    def paired(self) -> bool:
+        """True: both streams have answers to the same requests."""
+        return True
 
-        def share(packs: Sequence[Pack]) -> Tensor:
-            both = packs, next(others)
-            with passes.aside(), passes.at(self.anchor):
-                held = [row_losses(passes.model, side)[0] for side in both]
-            preferred, other = (h - row_losses(passes.model, side)[0] for side, h in zip(both, held, strict=True))
+    def plan(self, step: int) -> dict[Stream, StreamBatch]:
+        """Return a batch of refusals and one of harmful answers."""
+        return {"alignment": StreamBatch(step), "defender": StreamBatch(step)}
+
+    def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
+        """Return the gradient of -log sigmoid(beta * (gain of the preferred - gain of the other)), mean over pairs."""
+        rejected = step.batches["defender"].nonempty
+        first_labels = [(p.label_index == 0).sum() for packs in step.main.micro_batches for p in packs]
+        count = torch.tensor([float(sum(first_labels))], device=backprop.device)
+        pairs = backprop.all_reduce_sum([count])[0].item()
+
+        def preference_loss(packs: Sequence[Pack], index: int) -> Tensor:
+            sides = packs, rejected[index]
+            with backprop.no_grad_keep_rng(), backprop.swapped_weights(state["anchor"]):
+                reference = [row_losses(backprop.model, side)[0] for side in sides]
+            gains = (start - row_losses(backprop.model, side)[0] for side, start in zip(sides, reference, strict=True))
+            preferred, other = gains
             return -F.logsigmoid(self.beta * (preferred - other)).sum() / pairs
 
-        loss, gradient = passes.gradient(step.main, share)
-        return Descent(loss, gradient)
+        return StepOutput(*backprop.gradient(step.main, preference_loss))

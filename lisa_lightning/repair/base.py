@@ -1,4 +1,4 @@
-"""What a repair is given and gives back, and the net's activations as repairs look at them."""
+"""The interface of a defense after fine-tuning: `Repair`, its inputs `RepairInputs` and its result `RepairResult`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
@@ -9,130 +9,149 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lisa_lightning.config.requirements import Need
+from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.runtime.errors import UserError
 
 Factors = dict[str, Tensor]
-"""An adapter's A [r, d_in] and B [d_out, r], by the names that they have in the net, in any order:
+"""An adapter's A [r, d_in] and B [d_out, r], by parameter name, in any order. Such a name is
 `base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """What a repair may use. All but the factors is made when it is called for: no repair needs everything.
+class RepairInputs:
+    """Inputs of a repair. All but the factors are computed on call, since no repair needs everything.
 
-    alpha/r is not among it: no repair's result depends on it.
+    alpha/r is not included: no repair's result depends on it.
     """
 
     factors: Factors
     """The finished adapter."""
     net: Callable[[], Any]
-    """The fine-tuned net, a `PeftModel`; which values its adapter has doesn't matter."""
+    """The fine-tuned model, a `PeftModel`; the values of its adapter do not matter."""
     rows: Callable[[Stream], Iterable[Pack]]
     """All rows of a stream, padded."""
     deltas: Callable[[], Mapping[str, Delta]]
-    """What aligning changed, by module."""
+    """The alignment updates, by module."""
     reference: Callable[[], Factors]
     """A safe adapter with the same names and shapes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Repaired:
-    """What every repair gives back; each adds how it came to it."""
+class RepairResult:
+    """Result of a repair. Subclasses add how it was computed."""
 
     factors: Factors
-    """The repaired adapter. Tensors that the repair left alone are the given ones, not copies."""
+    """The repaired adapter. Tensors that the repair did not change are those of the input, not copies."""
 
 
 class Repair(ABC):
-    """A defense after fine-tuning."""
+    """A defense after fine-tuning. Subclasses are frozen dataclasses of settings."""
 
-    needs: Set[Need] = frozenset()
-    """What it can't do without."""
+    @property
+    def requirements(self) -> Set[Requirement]:
+        """Requirements on the config."""
+        return frozenset()
 
-    def refuse(self, net: Any, deltas: Mapping[str, Delta]) -> None:  # noqa: B027 - most take any adapter
-        """Called before anything is trained, with a net of the run's shape and what aligning changes in name.
+    def check(self, net: Any, deltas: Mapping[str, Delta]) -> None:  # noqa: B027 - most repairs accept any adapter
+        """Check before training that an adapter can be repaired.
+
+        Args:
+            net: a model with the adapter of the run, without weights.
+            deltas: the modules that alignment will change, with placeholder values.
 
         Raises:
-            UserError: it can't be repaired so.
+            UserError: if the adapter cannot be repaired.
         """
 
     @abstractmethod
-    def repair(self, given: Given) -> Repaired:
-        """The repaired adapter. Neither the given factors nor the net are changed.
+    def repair(self, inputs: RepairInputs) -> RepairResult:
+        """Return the repaired adapter. The input factors and the model must be unchanged afterwards.
 
         Raises:
-            UserError: what is given can't be repaired so.
+            UserError: if the adapter cannot be repaired with these inputs.
         """
 
 
 @contextmanager
-def holding(net: Any, factors: Factors) -> Iterator[dict[str, Tensor]]:
-    """The net in evaluation mode with these factors in place; afterwards it is what it was, bit for bit.
+def swapped_factors(net: Any, factors: Factors) -> Iterator[dict[str, Tensor]]:
+    """Yield the model's weights of these names, in evaluation mode and with the values of `factors`.
 
-    Gives the net's own weights by name, so that they can be overwritten within.
+    The weights may be overwritten inside. Values and mode are restored afterwards, bit for bit.
+
+    Args:
+        net: a `PeftModel`.
+        factors: values by parameter name.
 
     Raises:
-        UserError: the net has no such factors.
+        UserError: if the model has no factor of such a name and shape.
     """
-    weights = dict(net.named_parameters())
+    parameters = dict(net.named_parameters())
     for name, value in factors.items():
-        if name not in weights or weights[name].shape != value.shape:
-            raise UserError(f"the net has no {name} of shape {tuple(value.shape)}")
-    own = {name: weights[name] for name in factors}
-    kept = {name: w.detach().clone() for name, w in own.items()}
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise UserError(
+                f"{name}: the model has no factor of this name and shape {tuple(value.shape)}. "
+                "Fix: use an adapter of this model"
+            )
+    weights = {name: parameters[name] for name in factors}
+    originals = {name: w.detach().clone() for name, w in weights.items()}
     training = net.training
     net.eval()
     try:
-        write(own, factors)
-        yield own
+        set_factors(weights, factors)
+        yield weights
     finally:
-        write(own, kept)
+        set_factors(weights, originals)
         net.train(training)
 
 
 @torch.no_grad()
-def write(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def set_factors(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Overwrite the weights that `values` names."""
     for name, value in values.items():
         weights[name].copy_(value)
 
 
 @torch.no_grad()
-def observe(net: Any, factors: Iterable[str], packed: Pack, see: Callable[[str, Tensor], None], masked: bool) -> None:
-    """Run padded rows through the net and hand `see` each of these factors' name and input, [R * T, columns].
+def capture_inputs(
+    net: Any, factors: Iterable[str], pack: Pack, on_input: Callable[[str, Tensor], None], masked: bool
+) -> None:
+    """Run padded rows through the model, and call `on_input` with the input of each factor.
 
-    After the last of them the pass is broken off: the unembedding, a small model's dearest product, isn't needed.
+    The pass ends after the last of them. So it skips the unembedding, the most expensive product of a small model.
 
     Args:
-        masked: whether the model is told which tokens are padding.
+        net: a `PeftModel`.
+        factors: parameter names.
+        pack: padded rows, on the model's device.
+        on_input: receives the name and the input, [R * T, columns].
+        masked: pass the attention mask to the model; without it padding counts as tokens.
     """
-    assert packed.positions is None, "rows must be padded: a trie's tokens stand for several rows"
-    waiting = set(factors)
+    assert pack.positions is None, "rows must be padded: a token of a trie belongs to several rows"
+    pending = set(factors)
 
     def hook(name: str, x: Tensor) -> None:
-        see(name, x.flatten(0, -2))  # an architecture may have done so itself: OPT's MLP
-        waiting.discard(name)
-        if not waiting:
-            raise _Enough
+        on_input(name, x.flatten(0, -2))  # OPT flattens the inputs of its MLP itself
+        pending.discard(name)
+        if not pending:
+            raise _InputsComplete
 
     handles = [
         net.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
             lambda _, inputs, name=name: hook(name, inputs[0])
         )
-        for name in tuple(waiting)
+        for name in tuple(pending)
     ]
-    mask = {"attention_mask": packed.mask.long()} if masked else {}
+    mask = {"attention_mask": pack.mask.long()} if masked else {}
     try:
-        with suppress(_Enough):
-            net(input_ids=packed.ids, use_cache=False, **mask)
+        with suppress(_InputsComplete):
+            net(input_ids=pack.ids, use_cache=False, **mask)
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Enough(Exception):
-    """All has been seen."""
+class _InputsComplete(Exception):
+    """Signal to end a forward pass whose remaining output is not needed."""

@@ -1,1 +1,1 @@
-"""What a person reads at the end: the page, the plots, the table in the terminal."""
+"""Reports of runs and sweeps: pages with plots, sweep.csv and terminal tables. Start at `run_page` and `sweep_page`."""

@@ -1,26 +1,29 @@
-"""`python -m lisa_lightning.report FOLDER...`: table and page of sweeps, finished or not, several together."""
+"""`python -m lisa_lightning.report FOLDER...`: write table and page of one or more sweeps, finished or not."""
 
 import argparse
 import sys
 from pathlib import Path
 
 from lisa_lightning.config.explain import explain
-from lisa_lightning.report.sweep_files import leave
+from lisa_lightning.report.sweep_files import write_sweep
 
 
 def main() -> int:
-    """The exit status: 1 where a run failed, 2 where there is nothing to report."""
+    """Return the exit status: 0 on success, 1 if a run failed, 2 if the report can't be written."""
     parser = argparse.ArgumentParser(prog="python -m lisa_lightning.report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep's folder, or any above runs")
-    parser.add_argument("--out", type=Path, help="where to write (default: FOLDER, or here where there are several)")
-    asked = parser.parse_args()
+    parser.add_argument(
+        "--out", type=Path, help="output folder (default: FOLDER, or the current folder if several are listed)"
+    )
+    arguments = parser.parse_args()
+    folders: list[Path] = arguments.folders
     try:
-        return leave(asked.folders, asked.out or (asked.folders[0] if len(asked.folders) == 1 else Path()))
+        return write_sweep(folders, arguments.out or (folders[0] if len(folders) == 1 else Path()))
     except Exception as error:
-        sentence = explain(error)
-        if sentence is None:
+        message = explain(error)
+        if message is None:
             raise
-        print(sentence, file=sys.stderr)
+        print(message, file=sys.stderr)
         return 2
 
 

@@ -1,4 +1,4 @@
-"""What a sweep leaves: sweep.csv, report.html, and the table in the terminal."""
+"""Files and terminal output of a sweep: sweep.csv, report.html, and the printed table. Start at `write_sweep`."""
 
 import csv
 import sys
@@ -9,57 +9,68 @@ from pathlib import Path
 from typing import Any
 
 from lisa_lightning.report.score_table import SCORES
-from lisa_lightning.report.sweep_page import sweep_page
+from lisa_lightning.report.sweep_page import render_sweep_page
 from lisa_lightning.report.sweep_runs import (
     Run,
-    causes,
-    cell,
+    SeedGroup,
+    failures,
+    format_spread,
+    inconsistent_inputs,
     mean_and_deviation,
+    measured_scores,
     read_runs,
-    relative,
-    scores_shown,
+    relative_path,
     seed_groups,
-    swept,
-    unlike,
+    swept_keys,
 )
 from lisa_lightning.runtime.errors import UserError, printable
-from lisa_lightning.runtime.files import explained, write_text
+from lisa_lightning.runtime.files import reraise_write_errors, write_text
 
 
-def leave(folders: Sequence[Path], out: Path) -> int:
-    """Write sweep.csv and report.html, print the table and what failed; 1 where anything did.
+def write_sweep(folders: Sequence[Path], out: Path) -> int:
+    """Write sweep.csv and report.html, and print the table and the failures.
+
+    Args:
+        folders: folders of sweeps, or any folders above runs.
+        out: folder for both files.
+
+    Returns:
+        1 if a run failed, else 0.
 
     Raises:
-        UserError: the folders hold no run, or `out` is a run's own folder, which has a page already.
+        UserError: if the folders hold no run, or if `out` is the folder of a single run, which has a page already.
     """
     if (out / "config.yaml").exists():
-        raise UserError(f"{out} is one run's folder, whose page is {out / 'report.html'}; name the folder above it")
+        raise UserError(
+            f"{out}: it is the folder of one run, which has a page ({out / 'report.html'}). "
+            "Fix: name the folder above it"
+        )
     runs = read_runs(folders)
-    keys, rest = swept(runs)
-    with explained(out):
+    keys, dependent = swept_keys(runs)
+    with reraise_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "sweep.csv", _table(runs, [*keys, *rest], out))
-    write_text(out / "report.html", sweep_page(runs, keys, rest, out))
-    _print(runs, keys, rest, out)
+    write_text(out / "sweep.csv", _csv(runs, [*keys, *dependent], out))
+    write_text(out / "report.html", render_sweep_page(runs, keys, dependent, out))
+    _print(runs, keys, dependent, out)
     return int(any(run.status == "failed" for run in runs))
 
 
-def _table(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
-    """A line a run: folder, status, settings, seed, then every metric of its metrics.json."""
+def _csv(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
+    """Return one line per run: folder, status, cause, settings, seed, then every metric of metrics.json."""
     names = list(dict.fromkeys(name for run in runs for name in run.metrics if name not in ("seed", "judges")))
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(_inert, ["folder", "status", "cause", *keys, "seed", *names]))
+    writer.writerow(map(_escape_formula, ["folder", "status", "cause", *keys, "seed", *names]))
     for run in runs:
         settings = [run.value(k) for k in keys]
-        cells = [relative(run.folder, out), run.status, run.cause, *settings, run.value("seed")]
-        writer.writerow(map(_inert, [*cells, *(run.metrics.get(name, "") for name in names)]))
+        cells = [relative_path(run.folder, out), run.status, run.cause, *settings, run.value("seed")]
+        writer.writerow(map(_escape_formula, [*cells, *(run.metrics.get(name, "") for name in names)]))
     return text.getvalue()
 
 
-def _inert(cell: Any) -> Any:
-    """Return a cell so that a spreadsheet shows it: text that begins as a formula does gets an apostrophe."""
-    # Spreadsheets take full-width signs as signs, and skip blanks before them.
+def _escape_formula(cell: Any) -> Any:
+    """Return a cell that a spreadsheet shows as text: an apostrophe precedes what looks like a formula."""
+    # Spreadsheets treat full-width signs as signs, and skip blanks before them.
     if not isinstance(cell, str) or _is_number(cell):
         return cell
     if unicodedata.normalize("NFKC", cell).lstrip()[:1] not in {"=", "+", "-", "@"} and cell[:1] not in {
@@ -79,40 +90,47 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _shown(text: str) -> str:
-    """Return text as a table of rich shows it: without control characters, its brackets no markup."""
-    from rich.markup import escape
-
-    return escape(printable(text))
-
-
-def _print(runs: Sequence[Run], keys: Sequence[str], rest: Sequence[str], out: Path) -> None:
+def _print(runs: Sequence[Run], keys: Sequence[str], dependent: Sequence[str], out: Path) -> None:
+    """Print the score table, warnings about the comparison, failures, and the paths of the files."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     groups = seed_groups(runs, keys)
-    names = scores_shown(groups)
     if groups:
-        scored = Table(title="percent of answers, mean ± standard deviation over seeds")
-        for key in keys:
-            scored.add_column(_shown(key))
-        for name in ("runs", *(SCORES[n][0].lower() for n in names)):
-            scored.add_column(name, justify="right", no_wrap=True)
-        for group in groups:
-            spreads = (cell(group.spread(name), mean_and_deviation) for name in names)
-            scored.add_row(*map(_shown, group.values), str(len(group.runs)), *spreads)
-        console.print(scored)
-    if rest:
-        console.print(f"with these differ too: {', '.join(rest)}", soft_wrap=True, markup=False)
-    if found := unlike(groups):
-        console.print(f"unlike  over seeds these differ too: {', '.join(found)}", soft_wrap=True, markup=False)
-    for cause, failed in causes(runs).items():
-        names_of = printable(", ".join(relative(run.folder, out) for run in failed))
-        console.print(f"failed  {len(failed)} ({names_of})", soft_wrap=True, markup=False)
+        console.print(_score_table(groups, keys))
+    if dependent:
+        console.print(f"varied  together with these settings: {', '.join(dependent)}", soft_wrap=True, markup=False)
+    if inconsistent := inconsistent_inputs(groups):
+        console.print(f"unequal over seeds: {', '.join(inconsistent)}", soft_wrap=True, markup=False)
+    for cause, failed in failures(runs).items():
+        paths = printable(", ".join(relative_path(run.folder, out) for run in failed))
+        console.print(f"failed  {len(failed)} ({paths})", soft_wrap=True, markup=False)
         console.print(f"        {printable(cause)}", soft_wrap=True, markup=False)
-    begun = sum(run.status == "unfinished" for run in runs)
-    if begun:
-        console.print(f"begun   {begun} run(s) that are not finished; the same command goes on with them")
+    unfinished = sum(run.status == "unfinished" for run in runs)
+    if unfinished:
+        console.print(f"begun   {unfinished} run(s), not finished. Repeat the command to continue them")
     console.print(f"table   {out / 'sweep.csv'}", soft_wrap=True, markup=False)
     console.print(f"page    {out / 'report.html'}", soft_wrap=True, markup=False)
+
+
+def _score_table(groups: Sequence[SeedGroup], keys: Sequence[str]) -> Any:
+    """Return a table of rich with a row for each setting and a column for each key and score."""
+    from rich.table import Table
+
+    scores = measured_scores(groups)
+    table = Table(title="percent of answers, mean ± standard deviation over seeds")
+    for key in keys:
+        table.add_column(_escape_markup(key))
+    for head in ("runs", *(SCORES[name][0].lower() for name in scores)):
+        table.add_column(head, justify="right", no_wrap=True)
+    for group in groups:
+        spreads = (format_spread(group.spread(name), mean_and_deviation) for name in scores)
+        table.add_row(*map(_escape_markup, group.values), str(len(group.runs)), *spreads)
+    return table
+
+
+def _escape_markup(text: str) -> str:
+    """Return text as rich shows it: without control characters, its brackets no markup."""
+    from rich.markup import escape
+
+    return escape(printable(text))

@@ -1,4 +1,4 @@
-"""The small table at the end of a run."""
+"""The summary that a run prints at its end. Start at `print_summary`."""
 
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,19 @@ from lisa_lightning.report.score_table import SCORES, model_names, score_keys
 from lisa_lightning.runtime.errors import printable
 
 
-def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url: str | None) -> None:
-    """Print scores before and after, time, where the files are, and how to look at the curves."""
+def print_summary(out: Path, metrics: dict[str, Any], offline_folder: str | None, url: str | None) -> None:
+    """Print scores, times, the paths of the files, and how to view the curves.
+
+    Args:
+        out: folder of the run.
+        metrics: content of metrics.json.
+        offline_folder: folder of an offline W&B run, or None.
+        url: address of an online W&B run, or None.
+    """
     console = Console()
-    models = [s for s in dict.fromkeys(name.partition("/")[0] for name in metrics) if _scored(metrics, s)]
-    judges = metrics.get("judges", [])
-    judge = f"; judge {_shown(judges[0])}" if len(judges) == 1 else ""
-    scored = Table(title=f"percent of answers, 95 % interval{judge}")
-    scored.add_column("")
-    for model in models:
-        scored.add_column(_shown(model_names(metrics).get(model, model)), justify="right")
-    scored.add_column("answers", justify="right")
-    for name, judge in score_keys(metrics):
-        key = f"{judge}/{name}" if judge else name
-        if any(f"{model}/{key}" in metrics for model in models):
-            counts = [metrics.get(f"{model}/{key}_answers", 0) for model in models]
-            shown = SCORES[name][0].lower() + (f" ({judge})" if judge else "")
-            scored.add_row(_shown(shown), *(_cell(metrics, f"{model}/{key}") for model in models), str(max(counts)))
-    if scored.row_count:
-        console.print(scored)
+    scores = _score_table(metrics)
+    if scores.row_count:
+        console.print(scores)
     times = [
         f"{stage} {metrics[f'time/{stage}_s']:.0f} s"
         for stage in TIMES
@@ -38,7 +32,7 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url
     ]
     if "time/total_s" in metrics:
         console.print(
-            f"time    {metrics['time/total_s']:.0f} s in all; stages, each when it was computed: {', '.join(times)}"
+            f"time    {metrics['time/total_s']:.0f} s in total; stages, each when it was computed: {', '.join(times)}"
         )
     console.print(f"files   {out}", soft_wrap=True, markup=False)
     if (out / "report.html").exists():
@@ -51,12 +45,31 @@ def terminal(out: Path, metrics: dict[str, Any], offline_folder: str | None, url
         console.print(f"curves  {url}", soft_wrap=True, markup=False)
 
 
-def _shown(text: str) -> str:
+def _score_table(metrics: dict[str, Any]) -> Table:
+    """Return a table with a row for each score and a column for each model."""
+    models = [s for s in dict.fromkeys(name.partition("/")[0] for name in metrics) if _is_scored(metrics, s)]
+    judges = metrics.get("judges", [])
+    judge = f"; judge {_escape(judges[0])}" if len(judges) == 1 else ""
+    table = Table(title=f"percent of answers, 95 % interval{judge}")
+    table.add_column("")
+    for model in models:
+        table.add_column(_escape(model_names(metrics).get(model, model)), justify="right")
+    table.add_column("answers", justify="right")
+    for name, judge in score_keys(metrics):
+        key = f"{judge}/{name}" if judge else name
+        if any(f"{model}/{key}" in metrics for model in models):
+            counts = [metrics.get(f"{model}/{key}_answers", 0) for model in models]
+            title = SCORES[name][0].lower() + (f" ({judge})" if judge else "")
+            table.add_row(_escape(title), *(_cell(metrics, f"{model}/{key}") for model in models), str(max(counts)))
+    return table
+
+
+def _escape(text: str) -> str:
     """Return text of a file as rich shows it: without control characters, its brackets no markup."""
     return escape(printable(text))
 
 
-def _scored(metrics: dict[str, Any], model: str) -> bool:
+def _is_scored(metrics: dict[str, Any], model: str) -> bool:
     return any(f"{model}/{name}" in metrics for name in SCORES)
 
 

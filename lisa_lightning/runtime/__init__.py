@@ -1,1 +1,1 @@
-"""The process and its files: errors, atomic writes, the cache, ranks, memory, logs."""
+"""Processes and files of a run: errors, atomic writes, the cache, ranks, memory and logs."""

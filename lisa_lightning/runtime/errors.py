@@ -1,4 +1,4 @@
-"""`UserError`, whose message a person sees instead of a traceback, and what it quotes of others' texts."""
+"""`UserError`, which is shown without a traceback, and `printable`, which cleans quoted text."""
 
 import re
 import unicodedata
@@ -8,20 +8,24 @@ UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 class UserError(Exception):
-    """Something the user can put right: a wrong value, bad data, a full disk. Ends with exit status 2."""
+    """Error that the user can fix: a wrong value, bad data or a full disk. The exit status is 2."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text that says something; the exception's name where none does."""
+    """Return the first line of an exception's text that is not blank, or the name of the exception."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def printable(text: str) -> str:
     """Return `text` on one line, without characters that a terminal would execute or reorder.
 
-    Control characters (Unicode category Cc), unassigned format characters such as bidirectional overrides (Cf), line
-    separators and lone surrogates become blanks. Texts of servers, model names and other people's files pass through
-    this function before they are printed or logged.
+    These characters become blanks:
+        - control characters (Unicode category Cc)
+        - format characters such as bidirectional overrides (Cf)
+        - line and paragraph separators (Zl, Zp)
+        - lone surrogates (Cs)
+
+    Every text from a server, a model name or a foreign file is cleaned so before it is printed or logged.
     """
-    harmless = (char if unicodedata.category(char) not in UNPRINTABLE else " " for char in text)
-    return re.sub(r" {2,}", " ", "".join(harmless)).strip()
+    cleaned = (char if unicodedata.category(char) not in UNPRINTABLE else " " for char in text)
+    return re.sub(r" {2,}", " ", "".join(cleaned)).strip()

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, a folder's one owner, and a full disk said in a sentence."""
+"""Atomic writes, locks of output folders, and readable errors of a full disk: `atomic_write` and `folder_lock`."""
 
 import errno
 import fcntl
@@ -13,35 +13,40 @@ from typing import Any
 
 from lisa_lightning.runtime.errors import UserError, first_line, printable
 
-HYDRAS = re.compile(r"\.hydra|run\.log|train_ddp_process_\d+\.log|multirun\.yaml")
+HYDRA_FILES = re.compile(r"\.hydra|run\.log|train_ddp_process_\d+\.log|multirun\.yaml")
 """Names of the files that Hydra writes into the folder of every run and sweep."""
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""Error numbers of a disk that is full or read-only."""
 
 
-class Held(UserError):
-    """A folder that another process works in."""
+class FolderLockedError(UserError):
+    """Error for a folder that another process has locked."""
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader never sees half of it."""
-    with beside(path) as part:
+    """Write a file atomically, so that a reader never sees a part of it."""
+    with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def flush(folder: Path) -> None:
-    """Have the disk hold all files of a folder, so that no power cut leaves an empty one under a complete name."""
+    """Flush all files of a folder to disk, so that a power cut can't leave a complete name with an empty file."""
     for file in folder.rglob("*"):
         if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
 
 
 @contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """Another name to write under, which is renamed to `path` once that is done."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to. It is renamed to `path` afterwards, or deleted after an error.
+
+    Raises:
+        UserError: if the file can't be written.
+    """
     part = path.with_name(path.name + ".part")
-    with explained(path):
-        # In a folder of somebody else's it may be a link to a file that is not theirs.
+    with reraise_write_errors(path):
+        # In a foreign folder it may be a link to any file.
         part.unlink(missing_ok=True)
         try:
             yield part
@@ -51,17 +56,25 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a regular file; a pipe of that name, at which reading would wait, raises OSError."""
+    """Return the text of a regular file.
+
+    Raises:
+        OSError: if the file can't be read, or is no regular file. Reading a pipe would wait forever.
+    """
     if not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path, fix: str) -> dict[str, Any]:
-    """Return the object that a JSON file holds, {} where there is no such file.
+    """Return the object in a JSON file.
 
     Args:
-        fix: what to do about a broken file, for the message.
+        path: path of the file.
+        fix: advice in the error message for a broken file.
+
+    Returns:
+        The object, or {} if there is no such file.
 
     Raises:
         UserError: if the file can't be read or holds anything but a JSON object.
@@ -78,23 +91,28 @@ def read_json(path: Path, fix: str) -> dict[str, Any]:
 
 
 @contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if it isn't there; the hold dies with its owner.
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Create a folder if it is absent, and lock it. The lock ends with the process.
+
+    On file systems without locks the folder is not locked.
 
     Raises:
-        Held: another process holds it.
-        UserError: it can't be made.
+        FolderLockedError: if another process holds the lock.
+        UserError: if the folder can't be created.
     """
-    with explained(folder):
+    with reraise_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise Held(f"{folder} is another run's, which goes on right now; give another hydra.run.dir") from None
+        raise FolderLockedError(
+            f"{folder} is another run's, which is still running. Fix: choose another hydra.run.dir"
+        ) from None
     except OSError:
-        pass  # a file system that knows no such locks
+        # The file system has no locks.
+        pass
     try:
         yield
     finally:
@@ -104,21 +122,21 @@ def owned(folder: Path) -> Iterator[None]:
 def drop_unused(folder: Path) -> None:
     """Delete the output folder of a rejected run, if it contains only Hydra's files and no process holds its lock.
 
-    Parents below the working directory that are empty then, as `outputs/smoke`, are deleted too.
+    Parents below the working directory that are empty afterwards, such as `outputs/smoke`, are deleted too.
     """
-    with suppress(UserError, OSError), owned(folder):
-        if all(HYDRAS.fullmatch(file.name) for file in folder.iterdir()):
+    with suppress(UserError, OSError), folder_lock(folder):
+        if all(HYDRA_FILES.fullmatch(file.name) for file in folder.iterdir()):
             shutil.rmtree(folder, ignore_errors=True)
             for parent in folder.absolute().parents:
                 if Path.cwd() not in parent.parents:
                     break
-                # The first one that holds something else ends it.
+                # The first parent that is not empty raises OSError, which ends the loop.
                 parent.rmdir()
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn a failing write (full disk, no permission) into a sentence that names the path."""
+def reraise_write_errors(path: Path) -> Iterator[None]:
+    """Turn a failed write (full disk, no permission) into a UserError that names the path."""
     try:
         yield
     except shutil.Error as error:
@@ -126,19 +144,19 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path} can't be written: {error.strerror or error}") from error
     except RuntimeError as error:
-        if (reason := disk_trouble(error)) is None:
+        if (reason := disk_error(error)) is None:
             raise
         raise UserError(f"{path} can't be written: {reason}") from error
 
 
-def disk_trouble(error: BaseException) -> str | None:
-    """The system's words if `error`, or what it came from, is a disk that takes no more.
+def disk_error(error: BaseException) -> str | None:
+    """Return the system's message if an error or its context is a full or read-only disk, else None.
 
-    Libraries that write for us hide the system's error in one of their own, as its context or in its text.
+    Libraries hide the system's error in the context or in the text of their exceptions.
     """
-    if isinstance(error, OSError) and error.errno in DISK:
+    if isinstance(error, OSError) and error.errno in DISK_ERRNOS:
         return os.strerror(error.errno)
-    hidden = re.search(r"\(os error (\d+)\)", str(error))
-    if hidden and int(hidden[1]) in DISK:
-        return os.strerror(int(hidden[1]))
-    return disk_trouble(error.__context__) if error.__context__ is not None else None
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    if quoted and int(quoted[1]) in DISK_ERRNOS:
+        return os.strerror(int(quoted[1]))
+    return disk_error(error.__context__) if error.__context__ is not None else None

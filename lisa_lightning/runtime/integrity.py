@@ -1,4 +1,4 @@
-"""Sizes and hashes of files: recorded when a result is complete, verified before it is used again."""
+"""Sizes and hashes of files: `fingerprint` records a complete result, `find_damage` verifies it before its next use."""
 
 import hashlib
 from collections.abc import Iterable
@@ -20,16 +20,20 @@ def visible_files(folder: Path) -> list[str]:
 
 
 def fingerprint(folder: Path, names: Iterable[str]) -> Fingerprints:
-    """Return size and hash of the files of `folder` that have these names; absent ones are left out."""
+    """Return size and hash of the files with these names. Absent files are omitted."""
     return {name: _fingerprint(folder / name) for name in sorted(names) if (folder / name).is_file()}
 
 
 def find_damage(folder: Path, recorded: Any, names: Iterable[str]) -> str | None:
-    """Return in what files differ from a recorded `fingerprint`, None where they don't.
+    """Compare files with their recorded fingerprint.
 
     Args:
-        recorded: what `fingerprint` returned; anything else, as a damaged record, counts as damage.
-        names: the files that may be in `folder`.
+        folder: folder of the files.
+        recorded: result of `fingerprint`. Any other value is a damaged record and counts as damage.
+        names: names of the files that may be in `folder`.
+
+    Returns:
+        The first difference in words, or None if there is no difference.
 
     Raises:
         OSError: if a file can't be read. It may be intact.
@@ -54,6 +58,6 @@ def _fingerprint(file: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=4096)
 def _sha256(file: Path, size: int, modified_ns: int) -> str:
-    """Return the hash of a file, once per process and version of the file: jobs of a sweep share large models."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    """Return the hash of a file, computed once per process and version because jobs of a sweep share large models."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,4 +1,7 @@
-"""The processes that share a run: started by Lightning, patient with live ranks, ended together when one is lost."""
+"""Processes of a run: `make_fabric` and `launch_ranks` start them, and `Watch` detects a lost rank.
+
+Ranks wait for one another as long as all are alive. If one is lost, all others end.
+"""
 
 import logging
 import os
@@ -25,29 +28,34 @@ from lisa_lightning.runtime.ranks import OneRank, RankLostError, Ranks
 log = logging.getLogger(__name__)
 
 BEAT_S: Final = 1.0
-"""Seconds between two signs of life of a rank."""
+"""Seconds between two heartbeats of a rank."""
 GRACE_S: Final = 5.0
-"""Seconds that a rank has to end by itself after another one is lost."""
-START: Final = timedelta(minutes=5)
-"""Time that the processes have to start and to connect."""
+"""Seconds until a rank is ended after another one is lost, if it has not ended by itself."""
+START_TIMEOUT: Final = timedelta(minutes=5)
+"""Time limit for the processes to start and connect."""
 REPORT_S: Final = 300.0
-"""Seconds between two messages about a rank that others wait for."""
-CONTINUE: Final = "The same command with its folder and resume=true continues from the last checkpoint"
+"""Seconds between two log messages about a rank that others wait for."""
+CONTINUE_HINT: Final = (
+    "Fix: repeat the command with its folder and resume=true, which continues from the last checkpoint"
+)
 
 
-def first_rank() -> bool:
-    """Return whether this process is the first of a run's, as far as is known before they are launched."""
+def is_rank_zero() -> bool:
+    """Return whether this process is rank zero, also before the launch of the other ranks."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def fabric_of(cfg: Any) -> Fabric:
-    """Return the processes of this run, not yet launched.
+def make_fabric(cfg: Any) -> Fabric:
+    """Return the Fabric of this run's processes, which are not launched yet.
+
+    Args:
+        cfg: config group `trainer`.
 
     Raises:
         UserError: if this machine lacks the accelerator or the devices.
     """
 
-    def by(strategy: Any) -> Fabric:
+    def with_strategy(strategy: Any) -> Fabric:
         return Fabric(
             accelerator=cfg.accelerator,
             devices=cfg.devices,
@@ -57,32 +65,35 @@ def fabric_of(cfg: Any) -> Fabric:
         )
 
     try:
-        fabric = by(cfg.strategy)
-        # Ranks that hang are found by `Watch`; this is for those that live and never meet.
-        patience = max(START, timedelta(minutes=cfg.timeout_min))
-        return by(DDPStrategy(timeout=patience)) if isinstance(fabric.strategy, DDPStrategy) else fabric
+        fabric = with_strategy(cfg.strategy)
+        # `Watch` detects ranks that hang. This timeout is for ranks that are alive and never meet.
+        timeout = max(START_TIMEOUT, timedelta(minutes=cfg.timeout_min))
+        return with_strategy(DDPStrategy(timeout=timeout)) if isinstance(fabric.strategy, DDPStrategy) else fabric
     except (ValueError, RuntimeError, TypeError, ImportError) as error:
-        asked = f"trainer.accelerator={cfg.accelerator}, trainer.devices={cfg.devices}"
-        raise UserError(f"{asked} can't be had on this machine: {first_line(error)}") from error
+        raise UserError(
+            f"trainer.accelerator={cfg.accelerator}, trainer.devices={cfg.devices}: not available on this machine "
+            f"({first_line(error)}). Fix: use trainer.accelerator=auto, or fewer devices"
+        ) from error
 
 
 def refuse_processes(fabric: Fabric, cfg: Any) -> None:
-    """Raise UserError in a sweep's job if Lightning would start its processes, by running the whole command again."""
+    """Raise UserError in a job of a sweep if Lightning would start its processes by repeating the whole command."""
     if fabric.world_size > 1 and isinstance(fabric.strategy.launcher, subprocess_script._SubprocessScriptLauncher):
         raise UserError(
             f"trainer.strategy={cfg.strategy} with trainer.devices={cfg.devices} can't run in a sweep: each of its "
-            f"{fabric.world_size} processes would start the whole sweep again. Ways out: one device a job "
+            f"{fabric.world_size} processes would start the whole sweep again. Fix: use one device a job "
             "(trainer.strategy=auto trainer.devices=1); a launcher that starts a job's processes itself "
             "(hydra/launcher=submitit_slurm with hydra.launcher.tasks_per_node and gpus_per_node); or one command a job"
         )
 
 
 @contextmanager
-def launched(fabric: Fabric, timeout_min: float) -> Iterator[Ranks]:
-    """Launch all ranks and yield them; when one is lost, end the others with a sentence that names it.
+def launch_ranks(fabric: Fabric, timeout_min: float) -> Iterator[Ranks]:
+    """Launch all ranks and yield them. If one is lost, end the others with a message that names it.
 
     Args:
-        timeout_min: minutes that ranks wait for one that gives no sign of life.
+        fabric: the processes, before their launch.
+        timeout_min: minutes that ranks wait for a rank without heartbeats.
 
     Raises:
         RankLostError: if a rank has ended or hangs.
@@ -93,7 +104,7 @@ def launched(fabric: Fabric, timeout_min: float) -> Iterator[Ranks]:
         return
     watch = Watch(fabric, timedelta(minutes=timeout_min))
     try:
-        with _observed_by(watch):
+        with _observe_children(watch):
             fabric.launch()
         watch.connect()
         yield watch
@@ -108,10 +119,10 @@ def launched(fabric: Fabric, timeout_min: float) -> Iterator[Ranks]:
 
 
 @contextmanager
-def _observed_by(watch: "Watch") -> Iterator[None]:
-    """Hand the processes that Lightning starts to `watch`.
+def _observe_children(watch: "Watch") -> Iterator[None]:
+    """Let `watch` observe the processes that Lightning starts.
 
-    Lightning's own observer kills this process a few seconds after a child's death, before it can say why.
+    Lightning's observer kills this process a few seconds after the end of a child, before it can report the cause.
     """
     observer = subprocess_script._launch_process_observer
     subprocess_script._launch_process_observer = watch.adopt
@@ -122,21 +133,21 @@ def _observed_by(watch: "Watch") -> Iterator[None]:
 
 
 class Watch:
-    """Ranks that give signs of life, and wait for one another as long as all of them do.
+    """Ranks with heartbeats, which wait for one another as long as all are alive.
 
-    A collective alone can't tell a rank that works for hours, as the first one in a repair, from one that is gone.
-    Here every rank counts up a number in a store of the first rank. A thread of each rank watches the others' numbers
-    and, on the first rank, the processes that it started.
+    A collective can't distinguish a rank that works for hours, as rank zero in a repair, from a lost one. So each rank
+    increments a counter in a store on rank zero. A thread of each rank watches the counters of the others. On rank zero
+    it watches the started processes too.
 
     Args:
-        fabric: the processes, not yet launched.
-        patience: time without a sign of life after which a rank counts as hanging.
+        fabric: the processes, before their launch.
+        timeout: time without a heartbeat after which a rank counts as hanging.
     """
 
-    def __init__(self, fabric: Fabric, patience: timedelta) -> None:
+    def __init__(self, fabric: Fabric, timeout: timedelta) -> None:
         self.fabric = fabric
-        self.patience = patience
-        self.rank, self.world = 0, fabric.world_size
+        self.timeout = timeout
+        self.rank, self.world_size = 0, fabric.world_size
         self._children: list[Popen[bytes]] = []
         self._server: TCPStore | None = None
         self._store: TCPStore | None = None
@@ -145,63 +156,64 @@ class Watch:
         self._stopped = threading.Event()
         self._last_contact = 0.0
         self._beats: dict[int, tuple[int, float]] = {}
-        """Rank -> its last count, and when it changed."""
+        """Rank -> its last count, and the time of its last change."""
 
     def adopt(self, children: list["Popen[bytes]"]) -> None:
-        """Watch the processes that this rank has started, from before they connect."""
+        """Watch the processes that this rank has started, even before they connect."""
         self._children = children
         threading.Thread(target=self._watch_children, daemon=True).start()
 
     def connect(self) -> None:
-        """Open the store, at a free port of the first rank, and begin to give signs of life."""
+        """Open the store at a free port of rank zero, and start the heartbeats."""
         self.rank = self.fabric.global_rank
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         if self.rank == 0:
             self._server = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         port = int(self.fabric.broadcast(self._server.port if self._server else 0))
-        self._store, heartbeat_store = (self._connected(host, port) for _ in range(2))
+        # Each thread needs a connection.
+        self._store, heartbeat_store = (self._connect_store(host, port) for _ in range(2))
         self._last_contact = monotonic()
         threading.Thread(target=self._watch_beats, args=(heartbeat_store,), daemon=True).start()
         threading.Thread(target=self._watch_store, daemon=True).start()
 
     @property
     def is_global_zero(self) -> bool:
-        """Whether this is the first rank."""
+        """Whether this process is rank zero."""
         return self.rank == 0
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """Return what rank `src` passes, on every rank, however long it takes to get there."""
-        self._meet()
+        """Return the object of rank `src` on every rank, after a wait of any length for that rank."""
+        self._wait_for_all()
         return self.fabric.broadcast(obj, src)
 
     def barrier(self, name: str | None = None) -> None:
-        """Wait for all ranks, as long as they live."""
-        self._meet()
+        """Wait for all ranks, as long as they are alive."""
+        self._wait_for_all()
         self.fabric.barrier(name)
 
     def cause(self, error: BaseException) -> UserError | None:
-        """Return which rank is lost where that is why this one fails, else None.
+        """Return the error of the lost rank that made this one fail with `error`, or None if none did.
 
-        Another rank's own sentence reaches the first one through the store.
+        A UserError of another rank reaches rank zero through the store.
         """
         if isinstance(error, RankLostError):
             return None
         if isinstance(error, UserError):
             with suppress(RuntimeError):
-                self._opened.set(f"error {self.rank}", str(error))
+                self._connected_store.set(f"error {self.rank}", str(error))
             return None
         if not isinstance(error, RuntimeError):
             return None
-        until = monotonic() + GRACE_S
-        while self._lost is None and monotonic() < until:
+        deadline = monotonic() + GRACE_S
+        while self._lost is None and monotonic() < deadline:
             sleep(0.1)
-        silent = [rank for rank, (_, since) in self._beats.items() if monotonic() - since > 0.8 * GRACE_S]
+        silent = [rank for rank, (_, changed_s) in self._beats.items() if monotonic() - changed_s > 0.8 * GRACE_S]
         if self._lost is None and silent:
-            self._lost = self._lost_rank(silent[0], "has ended or hangs")
+            self._lost = self._make_error(silent[0], "has ended or hangs")
         if self._lost is None and re.search(r"timed? ?out|connection (closed|reset)", str(error), re.IGNORECASE):
             return UserError(
                 f"The ranks have lost contact for trainer.timeout_min={self._minutes} minutes, or for good "
-                f"({first_line(error)[:200]}). {CONTINUE}"
+                f"({first_line(error)[:200]}). {CONTINUE_HINT}"
             )
         return self._lost
 
@@ -210,58 +222,58 @@ class Watch:
         self._stopped.set()
 
     def end_children(self) -> None:
-        """Kill what this rank has started: a process that waits in a collective doesn't see milder signals."""
+        """Kill the processes that this rank has started. In a collective they ignore milder signals."""
         for child in self._children:
             child.kill()
 
     def leave(self) -> None:
-        """End a run that went well: the first rank, which holds the store, is the last to leave it."""
+        """End a successful run. Rank zero, which holds the store, leaves last."""
         self.stop()
-        # A store that is gone means that the first rank has left already.
+        # A missing store means that rank zero has left already.
         with suppress(RuntimeError):
-            arrived = self._opened.add("left", 1)
-            until = monotonic() + GRACE_S
-            while self.is_global_zero and arrived < self.world and monotonic() < until:
+            departed = self._connected_store.add("left", 1)
+            deadline = monotonic() + GRACE_S
+            while self.is_global_zero and departed < self.world_size and monotonic() < deadline:
                 sleep(0.05)
-                arrived = self._opened.add("left", 0)
+                departed = self._connected_store.add("left", 0)
 
-    def _connected(self, host: str, port: int) -> TCPStore:
-        """Return a connection to the store; each thread has one."""
-        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=START)
-        store.set_timeout(self.patience)
+    def _connect_store(self, host: str, port: int) -> TCPStore:
+        """Return a new connection to the store."""
+        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=START_TIMEOUT)
+        store.set_timeout(self.timeout)
         return store
 
     @property
-    def _opened(self) -> TCPStore:
+    def _connected_store(self) -> TCPStore:
         """The store. Raises RuntimeError before `connect`."""
         if self._store is None:
             raise RuntimeError("the ranks have not met")
         return self._store
 
-    def _meet(self) -> None:
-        """Wait until all ranks have arrived, unless one of them is lost.
+    def _wait_for_all(self) -> None:
+        """Wait until all ranks have arrived. Raise RankLostError if one is lost.
 
-        The first rank may work alone for hours, as in a repair. Another one that lives and doesn't arrive hangs.
+        Rank zero may work alone for hours, as in a repair. Any other rank that is alive and doesn't arrive hangs.
         """
-        keys = [f"meeting {self._meetings} {rank}" for rank in range(self.world)]
+        keys = [f"meeting {self._meetings} {rank}" for rank in range(self.world_size)]
         self._meetings += 1
-        since = reported = monotonic()
+        start = reported = monotonic()
         pause = 0.002
-        store = self._opened
+        store = self._connected_store
         store.set(keys[self.rank], "")
         while not store.check(keys):
             if self._lost is not None:
                 raise self._lost
             sleep(pause)
             pause = min(1.0, 1.5 * pause)
-            minutes = (monotonic() - since) / 60
+            minutes = (monotonic() - start) / 60
             if monotonic() - reported > REPORT_S and self.rank == 1:
                 reported = monotonic()
-                log.info("Rank 0 works alone for %.0f minutes now; the others wait.", minutes)
-            if 60 * minutes > self.patience.total_seconds():
-                missing = [rank for rank in range(1, self.world) if not store.check([keys[rank]])]
+                log.info("Rank 0 has worked alone for %.0f minutes; the others wait.", minutes)
+            if 60 * minutes > self.timeout.total_seconds():
+                missing = [rank for rank in range(1, self.world_size) if not store.check([keys[rank]])]
                 if missing:
-                    raise self._lost_rank(
+                    raise self._make_error(
                         missing[0], f"has not arrived for trainer.timeout_min={self._minutes} minutes"
                     )
 
@@ -269,7 +281,7 @@ class Watch:
         while not self._stopped.wait(BEAT_S):
             for rank, child in enumerate(self._children, 1):
                 if child.poll():
-                    self._lose(rank, _ended(child.returncode) + self._reason(rank))
+                    self._handle_lost(rank, _describe_exit(child.returncode) + self._error_message(rank))
                     return
 
     def _watch_beats(self, store: TCPStore) -> None:
@@ -277,46 +289,48 @@ class Watch:
         while not self._stopped.wait(BEAT_S):
             try:
                 store.add(f"beat {self.rank}", 1)
-                counts = {rank: store.add(f"beat {rank}", 0) for rank in range(self.world)}
+                counts = {rank: store.add(f"beat {rank}", 0) for rank in range(self.world_size)}
                 departed = store.add("left", 0)
             except RuntimeError:
-                self._lose(0, "has ended or hangs")
+                self._handle_lost(0, "has ended or hangs")
                 return
             now = self._last_contact = monotonic()
             for rank, count in counts.items():
                 if rank not in beats or beats[rank][0] != count:
                     beats[rank] = count, now
-                elif now - beats[rank][1] > self.patience.total_seconds() and not departed:
-                    self._lose(rank, f"gives no sign of life for trainer.timeout_min={self._minutes} minutes")
+                elif now - beats[rank][1] > self.timeout.total_seconds() and not departed:
+                    self._handle_lost(rank, f"has sent no heartbeat for trainer.timeout_min={self._minutes} minutes")
                     return
 
     def _watch_store(self) -> None:
-        """Watch the store, at which the other thread would wait for ever where the first rank hangs."""
+        """Watch for a hang of rank zero, while the heartbeat thread would wait for its store forever."""
         while not self._stopped.wait(BEAT_S):
-            if monotonic() - self._last_contact > self.patience.total_seconds():
-                self._lose(0, f"gives no sign of life for trainer.timeout_min={self._minutes} minutes")
+            if monotonic() - self._last_contact > self.timeout.total_seconds():
+                self._handle_lost(0, f"has sent no heartbeat for trainer.timeout_min={self._minutes} minutes")
                 return
 
-    def _reason(self, rank: int) -> str:
-        """Return the sentence that a rank ended with, "" where it left none."""
+    def _error_message(self, rank: int) -> str:
+        """Return the message of a rank's UserError, or "" if there is none."""
         try:
-            has_reason = self._opened.check([f"error {rank}"])
-            return f": {self._opened.get(f'error {rank}').decode()}" if has_reason else ""
+            has_message = self._connected_store.check([f"error {rank}"])
+            return f": {self._connected_store.get(f'error {rank}').decode()}" if has_message else ""
         except RuntimeError:
             return ""
 
     @property
     def _minutes(self) -> str:
-        return f"{self.patience.total_seconds() / 60:g}"
+        return f"{self.timeout.total_seconds() / 60:g}"
 
-    def _lost_rank(self, rank: int, description: str) -> RankLostError:
+    def _make_error(self, rank: int, description: str) -> RankLostError:
         return RankLostError(
-            rank, f"Rank {rank} of {self.world} {description}, so the run ends. {CONTINUE}", by=self.rank
+            rank,
+            f"Rank {rank} of {self.world_size} {description}, so the run ends. {CONTINUE_HINT}",
+            raised_by=self.rank,
         )
 
-    def _lose(self, rank: int, description: str) -> None:
-        """Note which rank is lost. End this process if it doesn't notice, as in a collective that waits for ever."""
-        lost = self._lost = self._lost_rank(rank, description)
+    def _handle_lost(self, rank: int, description: str) -> None:
+        """Record a lost rank. End this process if it does not end by itself, as in a collective that waits forever."""
+        lost = self._lost = self._make_error(rank, description)
         if self._stopped.wait(GRACE_S):
             return
         if lost.is_reported:
@@ -325,7 +339,7 @@ class Watch:
         os._exit(2)
 
 
-def _ended(status: int) -> str:
+def _describe_exit(status: int) -> str:
     if status >= 0:
         return f"ended with status {status}"
     signal = Signals(-status).name

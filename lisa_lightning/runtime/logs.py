@@ -1,4 +1,4 @@
-"""The log of a run: `prepare_logs` lets this project's messages through, and of libraries' only warnings."""
+"""The log of a run: `prepare_logs` passes all messages of this project, and only the warnings of libraries."""
 
 import io
 import logging
@@ -10,12 +10,12 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def prepare_logs() -> None:
-    """Change what Hydra has set up, for a run.
+    """Adapt Hydra's logging to a run.
 
-    - Libraries' messages below a warning are dropped: HTTP clients log the address of every request, which may hold a
-      password. A root logger below INFO, as `hydra.verbose=true` sets it, is left alone.
-    - Control characters of other people's texts are removed from messages.
-    - Files are UTF-8, whatever the locale.
+    - Libraries' messages below WARNING are dropped, because HTTP clients log the address of every request. It may
+      contain a password. A root logger below INFO, as set by `hydra.verbose=true`, is left unchanged.
+    - Control characters are removed from messages, which may quote foreign text.
+    - Log files are UTF-8 in every locale.
     """
     root = logging.getLogger()
     if root.level == logging.INFO:
@@ -29,19 +29,19 @@ def prepare_logs() -> None:
 
 
 def _make_printable(record: logging.LogRecord) -> bool:
-    """Remove control characters from a message; a traceback below it keeps its lines."""
+    """Remove control characters from a message. A traceback below it keeps its lines."""
     record.msg, record.args = printable(record.getMessage()), None
     return True
 
 
 def silence_libraries() -> None:
-    """Keep libraries' greetings out of the terminal."""
+    """Hide progress bars and known notices of libraries."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    # Warnings of libraries become lines of the log, which never share a line with a progress bar.
+    # As lines of the log, warnings of libraries never share a line with a progress bar.
     logging.captureWarnings(True)
-    for known in ("`is_gradient_checkpointing` is deprecated", ".*treespec, LeafSpec"):
-        warnings.filterwarnings("ignore", message=known)
+    for message in ("`is_gradient_checkpointing` is deprecated", ".*treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,4 +1,7 @@
-"""The most memory that a stage takes: on a GPU what torch allocated, else what the process held, the model included."""
+"""Peak memory of a stage, from `reset_peak_memory` to `peak_memory_mib`.
+
+On a GPU it is the memory that torch allocated, else the resident memory of the process, which includes the model.
+"""
 
 import ctypes
 from contextlib import suppress
@@ -6,43 +9,56 @@ from pathlib import Path
 
 import torch
 
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Parameters of glibc's mallopt."""
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, up to its peak, instead of asking for zeroed pages again every step."""
+    """Let this process keep freed memory up to its peak, so that no step requests zeroed pages again.
+
+    It has no effect without glibc.
+    """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # not glibc
+    except (OSError, AttributeError):
         return
-    if mallopt(MMAP_THRESHOLD, 1 << 30) or mallopt(MMAP_THRESHOLD, 1 << 25):  # older versions allow 32 MiB at most
+    # Older versions of glibc allow 32 MiB at most.
+    if mallopt(MMAP_THRESHOLD, 1 << 30) or mallopt(MMAP_THRESHOLD, 1 << 25):
         mallopt(TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def release_freed_memory() -> None:
-    """Give back to the system what this process has freed and kept."""
-    with suppress(OSError, AttributeError):  # not glibc
+    """Return freed memory to the system. It has no effect without glibc."""
+    with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def watch(device: torch.device) -> None:
-    """Let the peak start anew; where the system can't (not Linux), it goes on from the process's start."""
-    release_freed_memory()  # what earlier stages left behind isn't this one's
+def reset_peak_memory(device: torch.device) -> None:
+    """Reset the peak-memory counter. On systems other than Linux it counts from the start of the process."""
+    # Memory that earlier stages have freed must not count.
+    release_freed_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif (file := Path("/proc/self/clear_refs")).exists():
         file.write_text("5")
 
 
-def peak_mib(device: torch.device) -> float:
-    """The peak since `watch`, in MiB."""
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the peak memory since `reset_peak_memory`, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resident_peak_mib("self")
 
 
 def resident_peak_mib(process: int | str) -> float:
-    """Peak resident memory so far of a process (an id or `self`); 0 where it has just ended."""
+    """Return the peak resident memory of a process so far, in MiB.
+
+    Args:
+        process: process id, or `self`.
+
+    Returns:
+        The peak, or 0 if the process has ended.
+    """
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

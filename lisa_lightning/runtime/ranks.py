@@ -1,4 +1,4 @@
-"""What only the first process of a run does, while the others wait for what came of it."""
+"""Work that only rank zero does while the other ranks wait for the result: `on_rank_zero`."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -12,28 +12,28 @@ class RankLostError(UserError):
     """Error for a process of the run that has ended or hangs.
 
     Args:
-        rank: its number.
-        sentence: what a person reads.
-        by: the rank that raises it.
+        rank: the lost rank.
+        message: error message for the user.
+        raised_by: the rank that raises the error.
     """
 
-    def __init__(self, rank: int, sentence: str, by: int) -> None:
-        super().__init__(sentence)
+    def __init__(self, rank: int, message: str, raised_by: int) -> None:
+        super().__init__(message)
         self.rank = rank
-        self.is_reported = by == (1 if rank == 0 else 0)
-        """Whether this rank prints the sentence: the first one does, unless it is the one that is lost."""
+        self.is_reported = raised_by == (1 if rank == 0 else 0)
+        """Whether this rank prints the message: rank zero does, or rank one if rank zero is lost."""
 
 
 class Ranks(Protocol):
-    """The processes of a run, as Lightning's Fabric offers them."""
+    """Processes of a run, with the interface of Lightning's Fabric."""
 
     @property
     def is_global_zero(self) -> bool:
-        """Whether this is the first rank."""
+        """Whether this process is rank zero."""
         ...
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """What rank `src` passes, on every rank."""
+        """Return the object of rank `src`, on every rank."""
         ...
 
     def barrier(self, name: str | None = None) -> None:
@@ -42,31 +42,31 @@ class Ranks(Protocol):
 
 
 class OneRank:
-    """The only process there is."""
+    """Ranks of a run with a single process."""
 
     is_global_zero = True
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        """It is here already."""
+        """Return `obj`."""
         return obj
 
     def barrier(self, name: str | None = None) -> None:
-        """Nobody to wait for."""
+        """Return at once."""
 
 
-def by_first(ranks: Ranks, act: Callable[[], T]) -> T:
-    """What `act` gives on the first rank, on all of them.
+def on_rank_zero(ranks: Ranks, function: Callable[[], T]) -> T:
+    """Call a function on rank zero, and return its result on all ranks.
 
     Raises:
-        UserError: the first rank's, on all of them: those that went on would wait for it in vain.
+        UserError: on all ranks, if the function raises it on rank zero. Otherwise the other ranks would wait forever.
     """
-    found, trouble = None, None
+    result, error_message = None, None
     if ranks.is_global_zero:
         try:
-            found = act()
+            result = function()
         except UserError as error:
-            trouble = str(error)
-    found, trouble = ranks.broadcast((found, trouble))
-    if trouble is not None:
-        raise UserError(trouble)
-    return found
+            error_message = str(error)
+    result, error_message = ranks.broadcast((result, error_message))
+    if error_message is not None:
+        raise UserError(error_message)
+    return result

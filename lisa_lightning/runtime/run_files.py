@@ -1,7 +1,7 @@
-"""Files of a run's folder, read as data: `read_config`, `read_metrics`, and the seal that shows later changes.
+"""Files of a run's folder: `read_config` and `read_metrics`, and `seal`, which makes later changes detectable.
 
-A folder may come from somebody else, or from a disk that lost a part of it. So nothing in it is resolved, imported or
-trusted: a file that can't be what a run writes ends in a `UserError` that names it and what to do.
+A folder may come from another person or from a damaged disk. So its content is data: nothing in it is resolved,
+imported or trusted. A file that no run can have written raises a `UserError` with its name and a fix.
 """
 
 import json
@@ -25,12 +25,12 @@ JUDGED: Final = "judged.jsonl"
 FAILED: Final = "failed.json"
 SEAL: Final = "checksums.json"
 SEALED: Final = (CONFIG, CHOICES, METRICS, CURVES, RESPONSES, JUDGED)
-"""Files whose size and hash SEAL records when a run or a judging is at its end."""
-REPEAT: Final = "delete it and repeat the run's command with resume=true"
+"""Files whose size and hash SEAL records at the end of a run or a judging."""
+REPEAT_FIX: Final = "delete it and repeat the run's command with resume=true"
 
 
 class _DataLoader(yaml.SafeLoader):
-    """YAML of plain values: without tags, and without aliases, a few of which may expand to gigabytes."""
+    """Loader of YAML with plain values, without tags or aliases. A few aliases may expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -39,10 +39,10 @@ class _DataLoader(yaml.SafeLoader):
 
 
 def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any] | None:
-    """Return the config that a run wrote, as plain values; interpolations in it stay text.
+    """Read the config that a run wrote, as plain values. Interpolations stay text.
 
     Returns:
-        None where the folder has no such file.
+        The config, or None if the folder has no such file.
 
     Raises:
         UserError: if the file is no YAML mapping.
@@ -53,27 +53,29 @@ def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any] | None:
     try:
         config = yaml.load(read_text(path), Loader=_DataLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} can't be read ({printable(first_line(error))[:200]}). Fix: {REPEAT}") from error
+        raise UserError(f"{path} can't be read ({printable(first_line(error))[:200]}). Fix: {REPEAT_FIX}") from error
     if not isinstance(config, dict) or not config:
-        raise UserError(f"{path} holds no config. Fix: {REPEAT}")
+        raise UserError(f"{path} holds no config. Fix: {REPEAT_FIX}")
     return {str(key): value for key, value in config.items()}
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """Return what metrics.json holds, {} where there is none.
+    """Return the metrics in metrics.json, or {} if there is no such file.
 
     Raises:
-        UserError: if the file is broken, or a value is of another type than a run writes.
+        UserError: if the file is broken, or a value has another type than a run writes.
     """
-    metrics = read_json(folder / METRICS, REPEAT)
+    metrics = read_json(folder / METRICS, REPEAT_FIX)
     for name, value in metrics.items():
         if not _is_metric(name, value):
-            raise UserError(f"{folder / METRICS}: {printable(name)[:80]} has a value that no run writes. Fix: {REPEAT}")
+            raise UserError(
+                f"{folder / METRICS}: {printable(name)[:80]} has a value that no run writes. Fix: {REPEAT_FIX}"
+            )
     return metrics
 
 
 def _is_metric(name: str, value: Any) -> bool:
-    """Return whether a value has the type that its name promises: names of rates, times and counts hold a `/`."""
+    """Return whether a value has the type of a metric with this name: rates, times and counts have a `/` in it."""
     if "/" in name:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if name == "judges":
@@ -82,19 +84,19 @@ def _is_metric(name: str, value: Any) -> bool:
 
 
 def read_choices(folder: Path) -> dict[str, str]:
-    """Return the chosen option of every config group, {} where choices.json is absent.
+    """Return the chosen option of every config group, or {} if choices.json is absent.
 
     Raises:
         UserError: if the file is broken.
     """
-    choices = read_json(folder / CHOICES, REPEAT)
+    choices = read_json(folder / CHOICES, REPEAT_FIX)
     if not all(isinstance(choice, str) for choice in choices.values()):
-        raise UserError(f"{folder / CHOICES} is no mapping of config groups to names. Fix: {REPEAT}")
+        raise UserError(f"{folder / CHOICES} is no mapping of config groups to names. Fix: {REPEAT_FIX}")
     return choices
 
 
-def complete(metrics: Mapping[str, Any]) -> bool:
-    """Return whether the run whose metrics.json holds `metrics` reached its end."""
+def is_complete(metrics: Mapping[str, Any]) -> bool:
+    """Return whether `metrics`, from metrics.json, are those of a finished run."""
     return "time/total_s" in metrics
 
 
@@ -104,19 +106,19 @@ def seal(folder: Path) -> None:
 
 
 def unseal(folder: Path) -> None:
-    """Remove the record, before files of the folder are written."""
+    """Delete the record, as needed before files of the folder are written."""
     (folder / SEAL).unlink(missing_ok=True)
 
 
 def refuse_changed(folder: Path) -> None:
-    """Check the files of a finished run against its seal; a folder without one passes.
+    """Check the files of a finished run against its seal. A folder without a seal passes.
 
     Raises:
-        UserError: if a file has changed, disappeared or been added since.
+        UserError: if a file has been changed, removed or added since.
     """
     recorded = read_json(folder / SEAL, f"delete {SEAL} if you trust the files next to it")
     if recorded and (damage := find_damage(folder, recorded, SEALED)):
         raise UserError(
-            f"{folder}: {damage} since the run ended. Fix: restore the file; or {REPEAT}, which writes it again; or "
-            f"delete {SEAL} if the change is yours"
+            f"{folder}: {damage} since the run ended. Fix: restore the file; or {REPEAT_FIX}, which writes it again; "
+            f"or delete {SEAL} if the change is yours"
         )

@@ -1,1 +1,1 @@
-"""The user's tasks, one small file each: instruction, target, and the rule of what is correct."""
+"""Tasks of the user, one file each: instruction, target and the rule for a correct answer."""

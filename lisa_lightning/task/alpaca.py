@@ -1,4 +1,4 @@
-"""Alpaca: following instructions of all kinds. No rule can tell what is right, so a judge compares (AlpacaEval)."""
+"""Alpaca: follow general instructions. No rule can score the answers, so a judge compares them (AlpacaEval)."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, final
@@ -8,16 +8,16 @@ from lisa_lightning.data.source import Row
 
 @final
 class Alpaca:
-    """Fields `instruction`, `output` and, where there is one, `input`.
+    """Alpaca's instructions, with fields `instruction`, `output` and optionally `input`.
 
-    The answers are written in alpaca_eval's format; `judge=win_rate` compares them with the rows' own outputs.
+    Answers are saved in the format of alpaca_eval. `judge=win_rate` compares them with the outputs of the rows.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("instruction", "output")
     optional: ClassVar[tuple[str, ...]] = ("input",)
     may_be_empty: ClassVar[tuple[str, ...]] = ("output",)
-    """The published set has 28 empty outputs."""
+    """Fields with empty texts: the published set has 28 empty outputs."""
 
     def row(self, record: Mapping[str, Any]) -> Row:
-        """Return the instruction with its input, and the output to learn or to be compared with."""
+        """Return instruction, input and output; the output is learnt, or compared with the model's answer."""
         return Row(str(record["instruction"]), str(record["input"]).strip(), str(record["output"]).strip())

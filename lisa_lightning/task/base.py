@@ -1,4 +1,4 @@
-"""What a task is: how a record becomes a row, and when an answer is right."""
+"""Interfaces of a task: `Task` turns a record into a row, `Scored` decides whether an answer is correct."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -7,26 +7,42 @@ from lisa_lightning.data.source import Row
 
 
 class Task(Protocol):
-    """One small final class a file, named by `_target_` in conf/task/NAME.yaml (docs/add_a_task.md)."""
+    """Interface of a task, see docs/add_a_task.md.
+
+    Each task is a final class in a file of its name, and `_target_` in conf/task/NAME.yaml names the class.
+    """
 
     fields: ClassVar[tuple[str, ...]]
-    """What a record must hold."""
+    """Required fields of a record."""
     optional: ClassVar[tuple[str, ...]]
-    """What it may hold; "" where it doesn't. A task may also have `may_be_empty`: fields whose text may be empty."""
+    """Optional fields of a record, "" if missing.
+
+    A task may also have an attribute `may_be_empty`, the fields whose text may be empty.
+    """
 
     def row(self, record: Mapping[str, Any]) -> Row:
-        """Instruction, input and target of a record. Raises UserError on a value that the task doesn't know."""
+        """Return instruction, input and target of a record.
+
+        Args:
+            record: value of every required and optional field.
+
+        Raises:
+            UserError: if a value is unknown to the task.
+        """
         ...
 
 
 @runtime_checkable
 class Scored(Protocol):
-    """A task with a rule of what is correct; the answers of any other are left to a judge."""
+    """Interface of a task with a rule for correct answers. Answers of other tasks are compared by a judge."""
 
     def correct(self, answer: str, target: str) -> bool:
-        """The paper's strict rule."""
+        """Return whether an answer is correct by the paper's strict rule."""
         ...
 
     def correct_leniently(self, answer: str, target: str) -> bool:
-        """Right, however much is said around it; holds for whatever is strictly correct."""
+        """Return whether an answer is correct ignoring the text around it.
+
+        Every strictly correct answer is also leniently correct.
+        """
         ...

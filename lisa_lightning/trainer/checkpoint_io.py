@@ -10,23 +10,32 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from lisa_lightning.runtime.errors import UserError, first_line, printable
-from lisa_lightning.runtime.files import beside, explained
+from lisa_lightning.runtime.files import atomic_write, reraise_write_errors
 
-CHECKPOINTED = ("state_dict", "kept", "key", "optimizer_states", "callbacks", "loops", "LisaDataModule", "global_step")
+CHECKPOINTED = (
+    "state_dict",
+    "method_state",
+    "key",
+    "optimizer_states",
+    "callbacks",
+    "loops",
+    "LisaDataModule",
+    "global_step",
+)
 """Keys of every checkpoint."""
-CALLBACK_STATES = {"Checkpoint": {"seconds", "peak_mib"}, "Record": {"rows"}}
+CALLBACK_STATES = {"Checkpoint": {"seconds", "peak_mib"}, "ResumeCurves": {"rows"}}
 """Keys of each callback's state in a checkpoint."""
 
 
-class AsideCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoints are written beside their place, then renamed; loading never unpickles."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Replace the checkpoint at `path` as one act. Raises UserError where it can't be written."""
         final = Path(path)
-        with explained(final):
+        with reraise_write_errors(final):
             final.parent.mkdir(parents=True, exist_ok=True)
-        with beside(final) as part, part.open("wb") as file:
+        with atomic_write(final) as part, part.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())

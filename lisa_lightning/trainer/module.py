@@ -1,7 +1,8 @@
-"""The LightningModule around a LoRA net: the one training loop, by manual optimization."""
+"""The LightningModule around a LoRA model: `LisaModule.training_step` is one optimizer step, optimized manually."""
 
 import logging
 import math
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -9,117 +10,172 @@ import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 
+from lisa_lightning.config.optim import Optim
 from lisa_lightning.config.validate import refuse_other_run
+from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.method.base import Method
-from lisa_lightning.model.lora import trainable
-from lisa_lightning.objective.backprop import Passes
+from lisa_lightning.method.base import Method, move_anchor
+from lisa_lightning.model.alignment_delta import Delta
+from lisa_lightning.model.factors import trainable
+from lisa_lightning.objective.backprop import Backprop, IterStream, State
+from lisa_lightning.objective.loss import choose_packing
+from lisa_lightning.objective.proximal import squared_distance
 from lisa_lightning.runtime.errors import UserError
-from lisa_lightning.trainer.optim import Optim
 
 log = logging.getLogger(__name__)
 
 
 class NotFiniteError(UserError):
-    """Error for a loss or a gradient that is infinite or no number."""
+    """Error for a loss or a gradient that is infinite or NaN."""
 
 
 class LisaModule(L.LightningModule):
-    """One `training_step` is one optimizer step, so `global_step` counts what the paper counts.
+    """Trains the adapter of a model under a defense.
 
-    Clipping, the learning rate and the optimizer are here; the gradient is the method's, out of as many passes over
-    micro-batches and ranks as it needs.
+    One `training_step` is one optimizer step, so that `global_step` counts the paper's steps. The gradient comes from
+    the method, clipping and the learning rate from `optim`. Use it with a `LisaDataModule`. Training ends after
+    `optim.steps` steps, whatever `max_epochs` of the Trainer.
 
     Args:
-        passes: over a model with a trainable adapter.
+        model: a model with a trainable adapter (`PeftModel`).
         method: the defense.
-        seed: determines the dropout masks, together with step and rank.
-        key: what the run is made from; a checkpoint of another key is refused.
+        optim: settings of the optimizer.
+        seed: determines order of rows and dropout masks, together with step and rank.
+        deltas: returns what alignment changed in each linear layer, for methods that require it.
+        key: what determines the result; a checkpoint with another key is rejected.
+        optim_key: name of the config section of `optim`, for messages.
     """
 
-    def __init__(self, passes: Passes, method: Method, optim: Optim, seed: int, key: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        method: Method,
+        optim: Optim,
+        seed: int = 0,
+        deltas: Callable[[], Mapping[str, Delta]] = dict,
+        key: Mapping[str, Any] | None = None,
+        optim_key: str = "optim",
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.strict_loading = False  # checkpoints hold the adapter alone; on_load_checkpoint checks it is all there
-        self.net = passes.net
+        # A checkpoint holds the adapter only; on_load_checkpoint checks that it is complete.
+        self.strict_loading = False
+        self.net = model
         self.method = method
         self.optim = optim
         self.seed = seed
-        self.key = key
-        self.passes = passes
-        self.weights = passes.weights
-        self.told_unlabelled = False
-        self.metrics: dict[str, float] = {}
-        """What the last step measured, for the callbacks."""
+        self.deltas = deltas
+        self.key = dict(key or {})
+        self.optim_key = optim_key
+        self.state: State = {}
+        """Of the method; `setup` creates it, a checkpoint restores it."""
+        self.warned_unlabelled = False
+
+    def setup(self, stage: str) -> None:
+        """Connect the data module, and create the method's state before a checkpoint can restore it.
+
+        The weights are moved to their device, because Lightning does so only after this hook.
+        """
+        self.to(self.trainer.strategy.root_device)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, LisaDataModule):
+            self.optim = self.optim.for_rows(datamodule.row_count, self.trainer.world_size)
+            packing = choose_packing(self.net.get_base_model(), datamodule.max_length)
+            o = self.optim
+            datamodule.connect(self.method, packing, o.total_steps, o.batch_size, o.accumulate, self.seed)
+        self.backprop = self.make_backprop(getattr(datamodule, "iter_stream", _no_stream))
+        self.weights = self.backprop.weights
+        self.state = self.method.init(self.backprop)
+
+    def make_backprop(self, iter_stream: IterStream) -> Backprop:
+        """Return the object that computes gradients for the method."""
+        return Backprop(self.net, iter_stream, self.deltas)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One AdamW for both states: its moments carry over the switches."""
+        """Return one AdamW for both states, whose moments persist over the switches."""
         o = self.optim
         return torch.optim.AdamW(
             self.weights, lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, foreach=True
         )
 
-    def setup(self, stage: str) -> None:
-        """Start the method, before a checkpoint can replace what it keeps, but where it will train.
-
-        Lightning moves the weights only after this hook.
-        """
-        self.to(self.trainer.strategy.root_device)
-        self.method.begin(self.passes, self.optim.steps)
+    def on_train_start(self) -> None:
+        """Stop at once if all steps were done before a resume."""
+        self._stop_after_last_step()
 
     def training_step(self, batch: Step, batch_idx: int) -> None:
-        """Optimizer step `batch.index`."""
+        """Do optimizer step `batch.index`."""
         started = perf_counter()
         step = batch.index
         if step != self.global_step:
             raise RuntimeError(f"the loader is at step {step}, the trainer at step {self.global_step}")
-        self.passes.seed = _mix(self.seed, step, self.global_rank)
+        self.backprop.seed = _mix(self.seed, step, self.global_rank)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
         lr = self.optim.lr_at(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        metrics = self.method.before_step(step, self.weights)
+        self.state, metrics = move_anchor(self.method, step, self.weights, self.state)
         metrics["train/state"] = float(batch.main.stream == "alignment")
         if unlabelled := sum(b.unlabelled for b in batch.batches.values()):
             metrics["train/rows_without_label"] = float(unlabelled)
-            self._say_unlabelled(step, unlabelled)
+            self._warn_unlabelled(step, unlabelled)
 
-        descent = self.method.gradient(self.passes, batch)
-        self._require_finite(descent.loss, "loss", step)
-        for weight, gradient in zip(self.weights, descent.gradient, strict=True):
+        output = self.method.gradient(self.backprop, batch, self.state)
+        self.state |= output.state
+        self._require_finite(output.loss, "loss", step)
+        for weight, gradient in zip(self.weights, output.gradients, strict=True):
             weight.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.optim.clip or math.inf)
         self._require_finite(norm.item(), "gradient norm", step)
         optimizer.step()
 
-        metrics |= {"train/loss": descent.loss, f"{batch.main.stream}/loss": descent.loss, "train/lr": lr}
-        metrics |= descent.metrics | self.method.after_step(self.weights)
+        metrics |= {"train/loss": output.loss, f"{batch.main.stream}/loss": output.loss, "train/lr": lr}
+        metrics |= output.metrics
+        metrics["proximal/drift"] = squared_distance(self.weights, self.state["anchor"]).item()
         metrics["time/step_s"] = perf_counter() - started
-        self.metrics = metrics
-        self.log("loss", descent.loss, prog_bar=True, logger=False)
+        self.log("loss", output.loss, prog_bar=True, logger=False)
+        self.log_curves(metrics)
+        self._stop_after_last_step()
 
-    def _say_unlabelled(self, step: int, rows: int) -> None:
-        if not self.told_unlabelled and self.global_rank == 0:
+    def log_curves(self, metrics: Mapping[str, float]) -> None:
+        """Log metrics of the last step: through `log_dict` for callbacks, and to every logger."""
+        self.log_dict(dict(metrics), logger=False)
+        self.log_to_loggers(metrics)
+
+    def log_to_loggers(self, metrics: Mapping[str, float]) -> None:
+        """Log metrics to every logger, at the number of finished optimizer steps.
+
+        Loggers are called directly. Through `log_dict` Lightning would log every 50th step only, as float32, and repeat
+        the last value of a metric in steps that do not measure it.
+        """
+        for logger in self.loggers:
+            logger.log_metrics(dict(metrics), self.global_step)
+
+    def _stop_after_last_step(self) -> None:
+        if self.global_step >= self.optim.total_steps:
+            self.trainer.should_stop = True
+
+    def _warn_unlabelled(self, step: int, rows: int) -> None:
+        if not self.warned_unlabelled and self.global_rank == 0:
             log.warning(
-                "Step %d has %d row(s) whose answer is cut off wholly by data.max_length: such rows count for "
-                "nothing. They are counted as train/rows_without_label.",
+                "Step %d has %d row(s) whose answer data.max_length cuts off wholly: such rows count for nothing. They "
+                "are counted as train/rows_without_label.",
                 *(step, rows),
             )
-            self.told_unlabelled = True
+            self.warned_unlabelled = True
 
-    def _require_finite(self, value: float, what: str, step: int) -> None:
+    def _require_finite(self, value: float, name: str, step: int) -> None:
         if not math.isfinite(value):
-            o = self.optim
+            key, o = self.optim_key, self.optim
             raise NotFiniteError(
-                f"The {what} of step {step} is {value}; stopped before it reached the weights. "
-                f"A smaller {o.key}.lr (now {o.lr}) or {o.key}.clip (now {o.clip}) may help."
+                f"The {name} of step {step} is {value}; stopped before it reached the weights. "
+                f"A smaller {key}.lr (now {o.lr}) or {key}.clip (now {o.clip}) may help."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Trainable weights, what the method keeps, the key: plain containers, so that `weights_only` loading works."""
+        """Store trainable weights, the method's state and the key, as plain containers that load without unpickling."""
         checkpoint["state_dict"] = {n: w.detach() for n, w in trainable(self.net).items()}
-        checkpoint["kept"] = self.method.kept
+        checkpoint["method_state"] = self.state
         checkpoint["key"] = self.key
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -127,7 +183,7 @@ class LisaModule(L.LightningModule):
 
         Raises:
             UserError: if the checkpoint is of a run with another key.
-            ValueError: if its tensors have other names or shapes than this run's.
+            ValueError: if its tensors have other names or shapes than those of this run.
         """
         refuse_other_run(checkpoint["key"], self.key)
         saved = checkpoint.pop("state_dict")
@@ -138,31 +194,37 @@ class LisaModule(L.LightningModule):
             for name, weight in weights.items():
                 weight.copy_(saved[name])
         checkpoint["state_dict"] = {}
-        self.method.kept = {name: [t.to(self.device) for t in kept] for name, kept in checkpoint["kept"].items()}
+        state = checkpoint["method_state"]
+        self.state = {name: [t.to(self.device) for t in tensors] for name, tensors in state.items()}
 
     def _refuse_other_state(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError unless moments and the method's state have the shapes of this run's."""
-        for name, tensors in self.method.kept.items():
-            _refuse_other_shapes(f"state {name}", checkpoint["kept"].get(name, ()), tensors)
-        if absent := self.method.kept.keys() - checkpoint["kept"].keys():
+        """Raise ValueError unless moments and method state have the shapes of this run."""
+        saved = checkpoint["method_state"]
+        for name, tensors in self.state.items():
+            _refuse_other_shapes(f"state {name}", saved.get(name, ()), tensors)
+        if absent := self.state.keys() - saved.keys():
             raise ValueError(f"it lacks the state {min(absent)}")
         for index, state in checkpoint["optimizer_states"][0]["state"].items():
             moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
             _refuse_other_shapes(f"moments {index}", moments, dict.fromkeys(moments, self.weights[index]))
 
 
-def _refuse_other_shapes(what: str, saved: Any, expected: Any) -> None:
+def _no_stream(stream: str, batch_size: int) -> Any:
+    raise UserError("The method reads whole streams of rows. Fix: fit with a LisaDataModule")
+
+
+def _refuse_other_shapes(name: str, saved: Any, expected: Any) -> None:
     """Raise ValueError unless two mappings or lists hold tensors of the same names and shapes."""
 
     def shapes(tensors: Any) -> dict[Any, Any]:
         named = tensors.items() if isinstance(tensors, dict) else enumerate(tensors)
-        return {name: tuple(tensor.shape) for name, tensor in named}
+        return {key: tuple(tensor.shape) for key, tensor in named}
 
     if shapes(saved) != shapes(expected):
-        raise ValueError(f"its {what} have other names or shapes than this run's")
+        raise ValueError(f"its {name} have other names or shapes than those of this run")
 
 
 def _mix(seed: int, step: int, rank: int) -> int:
-    """A seed for this step and rank; neighbours differ in many bits."""
+    """Return a seed for this step and rank; neighbouring seeds differ in many bits."""
     value = (seed * 1_000_003 + step) * 1_000_003 + rank
     return (value * 0x9E3779B97F4A7C15 + 0x7F4A7C15) % 2**63

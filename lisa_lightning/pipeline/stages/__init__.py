@@ -1,1 +1,1 @@
-"""The stages of a run, one file each; results are cached by everything that determines them."""
+"""Stages of a run, one per file. Results are cached under a hash of all their inputs."""

@@ -1,4 +1,4 @@
-"""The held-out questions put to a model."""
+"""Stage `evaluate`: generate a model's answers to the held-out questions."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,23 +7,37 @@ from typing import Any
 
 from peft import PeftModel
 
-from lisa_lightning.evaluate.alpaca_eval import alpaca_eval_outputs
-from lisa_lightning.evaluate.evaluator import Answer, Evaluator, Question, questions, read_answers, write_answers
-from lisa_lightning.evaluate.metrics import Metrics, task_scores
+from lisa_lightning.evaluation.alpaca_eval import alpaca_eval_outputs
+from lisa_lightning.evaluation.evaluator import (
+    Answer,
+    Evaluator,
+    Question,
+    held_out_questions,
+    read_answers,
+    write_answers,
+)
+from lisa_lightning.evaluation.metrics import Metrics, task_scores
 from lisa_lightning.pipeline.stages.setting import Model, Setting
-from lisa_lightning.runtime.cache import digest
+from lisa_lightning.runtime.cache import short_hash
 from lisa_lightning.runtime.files import write_text
 from lisa_lightning.task.base import Scored
 
 
-def evaluate(setting: Setting, name: str, model: Model, before: Sequence[Answer]) -> tuple[list[Answer], Metrics]:
-    """All answers of a model; they stand in responses.jsonl after those of `before`, which other models gave.
+def evaluate(setting: Setting, name: str, model: Model, earlier: Sequence[Answer]) -> tuple[list[Answer], Metrics]:
+    """Generate the answers of a model, and write them to responses.jsonl.
 
-    Beside them, what the task's own rule says of its answers.
+    Args:
+        setting: the shared inputs of the stages.
+        name: name of the model in metrics and files, such as `aligned` or `final`.
+        model: the model.
+        earlier: answers of other models, which precede the new ones in responses.jsonl.
+
+    Returns:
+        The answers, and as metrics the cost and the task's score of them.
     """
     cfg = setting.cfg
-    asked = questions(setting.rows)
-    key = {"evaluated": model.name, "name": name} | asking(setting, asked)
+    questions = held_out_questions(setting.rows)
+    key = {"evaluated": model.name, "name": name} | answer_key(setting, questions)
     path = setting.out / "responses.jsonl"
 
     def make(folder: Path) -> Metrics:
@@ -32,17 +46,18 @@ def evaluate(setting: Setting, name: str, model: Model, before: Sequence[Answer]
             net = PeftModel.from_pretrained(net, model.adapter)
             net = net.merge_and_unload() if cfg.model.quantize is None else net
         net.to(setting.fabric.device)
-        answers = evaluator(setting).answers(net, asked, name, digest(setting.origin | key), path)
+        answers = evaluator(setting).answers(net, questions, name, short_hash(setting.origin | key), path)
         if setting.fabric.is_global_zero:
             write_answers(folder / "responses.jsonl", answers)
         return {}
 
-    folder, cost = setting.stage("evaluate", key, make)
+    folder, cost = setting.run_stage("evaluate", key, make)
     answers = read_answers(folder / "responses.jsonl")
     if setting.fabric.is_global_zero:
-        done = {answer.model for answer in before} | {name}
-        begun = [answer for answer in read_answers(path) if answer.model not in done]  # by a run that was killed
-        write_answers(path, [*before, *answers, *begun])
+        finished = {answer.model for answer in earlier} | {name}
+        # A killed run may have begun the answers of a later model.
+        unfinished = [answer for answer in read_answers(path) if answer.model not in finished]
+        write_answers(path, [*earlier, *answers, *unfinished])
         if not isinstance(setting.task, Scored):
             outputs = alpaca_eval_outputs(answers, f"{Path(cfg.model.id or 'tiny').name}-{name}")
             write_text(setting.out / f"alpaca_eval_{name}.json", outputs)
@@ -51,21 +66,21 @@ def evaluate(setting: Setting, name: str, model: Model, before: Sequence[Answer]
 
 
 def evaluator(setting: Setting) -> Evaluator:
-    """What asks a model on this run's ranks."""
+    """Return the evaluator of this run, which generates on all ranks."""
     cfg = setting.cfg
     return Evaluator(setting.fabric, setting.tokenizer, cfg.model.template, _limits(setting), cfg.evaluate.batch_size)
 
 
-def asking(setting: Setting, asked: list[Question]) -> dict[str, Any]:
-    """All that determines a model's answers, beside the model."""
+def answer_key(setting: Setting, questions: list[Question]) -> dict[str, Any]:
+    """Return the inputs other than the model that determine its answers, as a part of a cache key."""
     return {
-        "questions": digest([asdict(q) for q in asked]),
+        "questions": short_hash([asdict(q) for q in questions]),
         "limits": _limits(setting),
         "batch_size": setting.cfg.evaluate.batch_size,
     }
 
 
 def _limits(setting: Setting) -> dict[str, int]:
-    """New tokens of an answer, by the kind of its question."""
-    safety = setting.cfg.evaluate.max_new_tokens
-    return {"harmful": safety, "harmless": safety, "task": setting.cfg.task.max_new_tokens}
+    """Return the maximum number of new tokens of an answer, by kind of question."""
+    safety_limit = setting.cfg.evaluate.max_new_tokens
+    return {"harmful": safety_limit, "harmless": safety_limit, "task": setting.cfg.task.max_new_tokens}

@@ -1,4 +1,4 @@
-"""What every stage works with, and the cache that keeps a stage's result under all that determines it."""
+"""Inputs that all stages share, and the cache of their results. Start at `Setting.run_stage`."""
 
 import gc
 import json
@@ -17,48 +17,52 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lisa_lightning.config.requirements import Defense
+from lisa_lightning.config.validate import plain
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.packing import Example, Pack, pad
 from lisa_lightning.data.source import Row, Rows
-from lisa_lightning.evaluate.metrics import Metrics
+from lisa_lightning.evaluation.metrics import Metrics
 from lisa_lightning.logger.curves import read_rows
-from lisa_lightning.logger.wandb import Tracker
+from lisa_lightning.logger.run_loggers import RunLoggers
 from lisa_lightning.model.alignment_delta import Delta, low_rank_deltas
 from lisa_lightning.model.lora import attach, attach_saved, load, load_tokenizer
-from lisa_lightning.runtime.cache import build, cache_folder, code_digest
+from lisa_lightning.runtime.cache import build_once, cache_folder, package_hash
 from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.runtime.files import read_json, write_text
-from lisa_lightning.runtime.memory import peak_mib, watch
+from lisa_lightning.runtime.memory import peak_memory_mib, reset_peak_memory
 from lisa_lightning.runtime.ranks import Ranks
 from lisa_lightning.task.base import Task
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model's folder and the adapter on it, if there is one."""
+    """A model, and optionally an adapter on it."""
 
     folder: Path
     adapter: Path | None
+    """The folder of the adapter."""
 
     @property
     def name(self) -> list[str]:
-        """What it was made from: both lie in folders that are named by a hash of that."""
+        """Names of the model's and the adapter's folder, which are hashes of their inputs; "" without an adapter."""
         return [self.folder.name, self.adapter.parent.name if self.adapter else ""]
 
 
 @final
 class Setting:
-    """A run's config, ranks, rows and base model.
+    """Config, ranks, rows and base model of a run.
 
     Args:
         cfg: the whole config.
-        out: the run's folder.
-        ranks: the same processes, where one of them may work alone for hours.
-        tracker: of the first rank, None on the others.
+        out: the output folder of the run.
+        fabric: the processes of the run, with device and precision.
+        ranks: the same processes for steps in which one rank works alone, possibly for hours.
+        loggers: loggers of rank zero; None on the other ranks.
+        task: the user's task.
         rows: all sets of the source.
-        user: the user's rows, harmful ones among them.
+        user: the user's rows, harmful ones included.
         base: the folder of the base model.
-        base_key: what it was made from.
+        base_key: hash of the inputs of the base model.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class Setting:
         out: Path,
         fabric: Fabric,
         ranks: Ranks,
-        tracker: Tracker | None,
+        loggers: RunLoggers | None,
         task: Task,
         rows: Rows,
         user: list[Row],
@@ -78,7 +82,7 @@ class Setting:
         self.out = out
         self.fabric = fabric
         self.ranks = ranks
-        self.tracker = tracker
+        self.loggers = loggers
         self.task = task
         self.rows = rows
         self.user = user
@@ -86,7 +90,7 @@ class Setting:
         self.cache = cache_folder(cfg.cache_dir)
         self.tokenizer = load_tokenizer(base)
         self.origin: dict[str, Any] = {
-            "code": code_digest(),
+            "code": package_hash(),
             "device": fabric.device.type,
             "precision": cfg.trainer.precision,
             "ranks": fabric.world_size,
@@ -94,87 +98,105 @@ class Setting:
             "base": base_key,
             "max_length": cfg.data.max_length,
         }
-        """Part of every stage's key."""
+        """Part of the cache key of every stage."""
+        self.trainer_arguments = {name: value for name, value in plain(cfg.trainer).items() if name != "timeout_min"}
+        """Arguments of Lightning's Trainer."""
         self.origin |= {package: version(package) for package in ("torch", "transformers", "peft", "lightning")}
 
-    def stage(self, name: str, key: dict[str, Any], make: Callable[[Path], Metrics]) -> tuple[Path, Metrics]:
-        """The finished folder of a stage, and what it cost when it ran, as metrics.
+    def run_stage(self, name: str, key: dict[str, Any], make: Callable[[Path], Metrics]) -> tuple[Path, Metrics]:
+        """Return the result of a stage from the cache, or run the stage.
 
         Args:
-            make: fills the folder, called on every rank if the cache has none; returns what it knows better of its
-                cost than its last call can tell: `seconds` and `peak_mib` of a training that was interrupted.
+            name: name of the stage, and of its folder in the cache.
+            key: inputs of the stage that determine its result, as JSON values.
+            make: fills the folder, and is called on every rank if the cache has no result. It returns the cost that
+                the last call can't measure: `seconds` and `peak_mib` of an interrupted training.
+
+        Returns:
+            The folder of the result, and the cost of the stage when it ran, as metrics.
         """
         built = False
 
-        def building(folder: Path) -> None:
+        def build_result(folder: Path) -> None:
             nonlocal built
             built = True
             started = perf_counter()
-            gc.collect()  # what earlier stages and runs left behind isn't this one's
-            watch(self.fabric.device)
+            # The peak must not include the garbage of earlier stages and runs.
+            gc.collect()
+            reset_peak_memory(self.fabric.device)
             cost = make(folder)
-            cost = {"seconds": perf_counter() - started, "peak_mib": peak_mib(self.fabric.device)} | cost
+            cost = {"seconds": perf_counter() - started, "peak_mib": peak_memory_mib(self.fabric.device)} | cost
             if self.fabric.is_global_zero:
                 write_text(folder / "stage.json", json.dumps(cost))
 
-        folder = build(self.ranks, self.cache / name, self.origin | key, building)
-        if not built and self.tracker is not None and (folder / "curves.csv").exists():
-            self.tracker.take_over(read_rows(folder / "curves.csv"))
+        folder = build_once(self.ranks, self.cache / name, self.origin | key, build_result)
+        if not built and self.loggers is not None and (folder / "curves.csv").exists():
+            self.loggers.take_over(read_rows(folder / "curves.csv"))
         cost = read_json(folder / "stage.json", f"delete {folder}")
-        return folder, {f"time/{name}_s": cost["seconds"], f"memory/{name}_mib": cost["peak_mib"]}
+        steps = {"train/steps": cost["steps"]} if name == "finetune" else {}
+        return folder, {f"time/{name}_s": cost["seconds"], f"memory/{name}_mib": cost["peak_mib"]} | steps
 
-    def keep_curves(self, name: str, folder: Path) -> None:
-        """Put the curves of a stage beside its result; on the first rank."""
-        assert self.tracker is not None
-        self.tracker.curves.export(name, folder / "curves.csv")
+    def export_curves(self, name: str, folder: Path) -> None:
+        """Write the curves of a stage into the folder of its result. Only rank zero has curves."""
+        assert self.loggers is not None
+        self.loggers.curves.export(name, folder / "curves.csv")
 
     def defender_rows(self, defense: Defense) -> list[Row]:
-        """Defender rows for one that needs them; for others none, so that no result depends on them."""
-        return self.rows.defender if "defender rows" in defense.needs else []
+        """Return the defender rows if the defense needs them, else [], so that its result does not depend on them."""
+        return self.rows.defender if "defender_rows" in defense.requirements else []
 
     def load(self, model: Model, quantize: bool = False) -> PreTrainedModel:
-        """The model without its adapter.
+        """Load a model without its adapter.
 
         Args:
-            quantize: to the bits of `model.quantize`, for training and generating; a repair needs the weights whole.
+            model: the model.
+            quantize: whether to apply `model.quantize`, for training and generation. Repairs need the
+                unquantized weights.
         """
         bits = self.cfg.model.quantize if quantize else None
         return load(model.folder, self.cfg.model.dtype, self.cfg.model.attention, bits)
 
     def attach(self, model: Model, key: str, seed: int) -> PeftModel:
-        """The model with the adapter to train: its own, which goes on, or a fresh one as the config has it at `key`."""
+        """Load a model with the adapter to train.
+
+        Args:
+            model: the model. If it has an adapter, that is trained further.
+            key: config section of a fresh adapter.
+            seed: seed of a fresh adapter's weights.
+        """
         base = self.load(model, quantize=True)
         if model.adapter:
             return attach_saved(base, model.adapter)
         return attach(base, OmegaConf.select(self.cfg, key), seed, key)
 
     def encode(self, row: Row) -> Example:
-        """A row's tokens."""
+        """Encode a row with the tokenizer, the template and the maximum length of the run."""
         return encode(self.tokenizer, self.cfg.model.template, row, max_length=self.cfg.data.max_length)
 
-    def padded(self, rows: Sequence[Row]) -> Iterator[Pack]:
-        """Rows as padded packs, as many together as are evaluated together."""
+    def iter_padded(self, rows: Sequence[Row]) -> Iterator[Pack]:
+        """Yield the rows as padded packs of `evaluate.batch_size` rows."""
         size = self.cfg.evaluate.batch_size
         for start in range(0, len(rows), size):
             yield from pad(self.encode(row) for row in rows[start : start + size])
 
     def deltas(self, aligned: Model) -> dict[str, Delta]:
-        """What aligning changed.
+        """Return the alignment update of each module.
 
         Raises:
-            UserError: there was no aligning, or its adapter goes on being trained.
+            UserError: if stage `align` did not run, or fine-tuning continues its adapter.
         """
         if aligned.folder == self.base.folder:
             raise UserError(
-                "What aligning changed can't be told: the stage align did not run (stages, align=none), or its adapter "
-                "went on into fine-tuning (model.adapters=continued)"
+                "The alignment update is unknown: stage align did not run, or model.adapters=continued. "
+                "Fix: add align to stages (not align=none) and set model.adapters=stacked"
             )
         return low_rank_deltas(aligned.folder / "adapter")
 
 
-def rows_digest(rows: Sequence[Row]) -> str:
-    """A hash of rows and their order."""
-    found, content = sha256(), attrgetter(*(field.name for field in fields(Row)))
-    for row in rows:  # one at a time, and without copies by astuple: there may be millions
-        found.update(json.dumps(content(row)).encode() + b"\n")
-    return found.hexdigest()[:16]
+def rows_hash(rows: Sequence[Row]) -> str:
+    """Return a hash of the rows and their order."""
+    # There may be millions of rows, so that they are hashed one by one and not copied by `astuple`.
+    digest, values = sha256(), attrgetter(*(field.name for field in fields(Row)))
+    for row in rows:
+        digest.update(json.dumps(values(row)).encode() + b"\n")
+    return digest.hexdigest()[:16]

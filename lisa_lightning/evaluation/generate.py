@@ -1,4 +1,4 @@
-"""Batched greedy generation with a shared prompt prefix computed once and finished rows leaving the batch."""
+"""Batched greedy generation (`generate`). A shared prompt prefix is computed once; finished rows leave the batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,34 +8,49 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lisa_lightning.data.templates import MARKER
-from lisa_lightning.model.lora import attention_window
+from lisa_lightning.model.hooks import attention_window
 
 
 def batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Indices of prompts in batches of at most `size`, prompts of similar length together."""
+    """Return the indices of prompts in batches of at most `size`, prompts of similar length together.
+
+    Args:
+        prompts: token ids of each prompt.
+        size: maximum number of prompts per batch.
+    """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 class Stop:
-    """Whether an answer is over: at an end token, or at a second `### Response:`, where the papers cut it too."""
+    """Stopping criterion: an end token, or a second `### Response:`, at which the papers truncate an answer too.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        model: model whose generation config has further end tokens; None for the tokenizer's alone.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> None:
         config = getattr(model, "generation_config", None)
-        ends = getattr(config, "eos_token_id", None)  # chat models may end a turn by another token than a text
+        # Chat models may have different end tokens for turns and texts.
+        ends = getattr(config, "eos_token_id", None)
         eos: Any = tokenizer.eos_token_id
         self.ends = {eos, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.tokenizer = tokenizer
 
     def __call__(self, answer: Sequence[int]) -> bool:
-        """For a row's tokens so far, the newest last."""
+        """Return True if an answer is complete.
+
+        Args:
+            answer: ids of its tokens, the newest last.
+        """
         if answer[-1] in self.ends:
             return True
-        # The last tokens alone are decoded: a marker ends in a colon and is never longer than its letters.
+        # Only the last tokens are decoded: a marker ends in a colon and has at most as many tokens as letters.
         return ":" in self.text(answer[-1:]) and MARKER in self.text(answer[-len(MARKER) - 1 :])
 
     def text(self, ids: Sequence[int]) -> str:
-        """The words of these tokens."""
+        """Return the text of these tokens, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
@@ -43,15 +58,19 @@ class Stop:
 def generate(
     model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Callable[[Sequence[int]], bool]
 ) -> list[list[int]]:
-    """The greedy continuations of one batch of prompts, each up to and with the token at which `stop` held.
+    """Return the greedy continuations of a batch of prompts.
 
     Args:
         model: a `transformers` causal language model in evaluation mode.
-        prompts: token ids, none empty, of any lengths.
-        stop: whether a row is finished, asked after each of its tokens.
+        prompts: token ids of each prompt, of any length above 0.
+        max_new_tokens: maximum number of tokens of a continuation.
+        stop: returns True if a continuation is complete; called after each of its tokens.
+
+    Returns:
+        Token ids of each continuation, including the token at which `stop` returned True.
     """
     device = model.get_input_embeddings().weight.device
-    # A window slides by place in the batch, which padding behind a shared prefix would put off.
+    # A sliding window counts columns of the batch, which padding after a shared prefix would shift.
     prefix = _shared_prefix(prompts) if attention_window(model) is None else 0
     cache = DynamicCache(config=model.config)
     if prefix:
@@ -62,7 +81,7 @@ def generate(
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, prefix:]
 
     answers: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
+    active = list(range(len(prompts)))
     for _ in range(max_new_tokens):
         logits = model(
             input_ids=inputs,
@@ -71,25 +90,25 @@ def generate(
             past_key_values=cache,
             logits_to_keep=1,
         ).logits[:, -1]
-        chosen = logits.argmax(dim=-1)
-        for row, token in zip(alive, chosen.tolist(), strict=True):
+        tokens = logits.argmax(dim=-1)
+        for row, token in zip(active, tokens.tolist(), strict=True):
             answers[row].append(token)
-        going = [i for i, row in enumerate(alive) if not stop(answers[row])]
-        if not going:
+        unfinished = [i for i, row in enumerate(active) if not stop(answers[row])]
+        if not unfinished:
             break
-        if len(going) < len(alive):
-            keep = torch.tensor(going, device=device)
-            cache.batch_select_indices(keep)
-            chosen, mask, positions = chosen[keep], mask[keep], positions[keep]
-            alive = [alive[i] for i in going]
-        inputs = chosen[:, None]
+        if len(unfinished) < len(active):
+            index = torch.tensor(unfinished, device=device)
+            cache.batch_select_indices(index)
+            tokens, mask, positions = tokens[index], mask[index], positions[index]
+            active = [active[i] for i in unfinished]
+        inputs = tokens[:, None]
         positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
     return answers
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Length of the longest common beginning that leaves every prompt a token of its own."""
+    """Return the length of the longest common prefix that leaves at least one token of every prompt."""
     limit = min(map(len, prompts)) - 1
     differs = (i for i in range(limit) if len({p[i] for p in prompts}) > 1)
     return next(differs, limit)

@@ -1,10 +1,10 @@
-"""Refuse or report answers that no selected judge scores."""
+"""Check that the selected judges score the answers. Start at `refuse_unscored`."""
 
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from lisa_lightning.evaluate.evaluator import Answer
+from lisa_lightning.evaluation.evaluator import Answer
 from lisa_lightning.judge.base import Judge
 from lisa_lightning.runtime.errors import UserError
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def kinds_scored(judge: Judge) -> tuple[str, ...]:
-    """Return the kinds of answers that a judge scores: a judge of the win rate compares, others rate requests."""
+    """Return the kinds of answers that a judge scores: task answers for a win rate, otherwise safety prompts."""
     return ("task",) if judge.metric == "win_rate" else ("harmful", "harmless")
 
 
@@ -23,9 +23,9 @@ def refuse_unscored(
 
     Args:
         judges: the selected judges by name.
-        answers: the answers; nothing is refused if there are none.
-        source: the key and value, or the file, that the answers come from, for messages.
-        task_has_rule: the task's own rule has scored the answers of kind task.
+        answers: the answers; an empty sequence is never refused.
+        source: origin of the answers for messages: key and value, or a file.
+        task_has_rule: True if a rule of the task has scored the answers of kind task.
 
     Raises:
         UserError: if no judge is selected, or none of the selected judges scores an answer of these kinds.
@@ -41,28 +41,29 @@ def refuse_unscored(
     unscored = {kind: count for kind, count in counts.items() if kind not in scored}
     if len(unscored) == len(counts):
         raise UserError(
-            f"{source}: no selected judge scores any of these answers ({_counted(unscored)}); {_scores(judges)}. "
-            f"Fix: {_fix(unscored)}"
+            f"{source}: no selected judge scores any of these answers ({_format_counts(unscored)}); "
+            f"{_describe_judges(judges)}. Fix: {_suggest_judges(unscored)}"
         )
-    # Next to judges that report no refusals, the refusal judge scores harmless answers (stages/judge.py).
+    # If no judge detects refusals, the refusal judge is added for harmless answers (stages/judge.py).
     unscored.pop("harmless", None)
     if unscored:
         log.warning(
             "%s: %d of %d answers are scored by no selected judge (%s); %s. Fix: %s",
-            *(source, sum(unscored.values()), len(answers), _counted(unscored), _scores(judges), _fix(unscored)),
+            *(source, sum(unscored.values()), len(answers)),
+            *(_format_counts(unscored), _describe_judges(judges), _suggest_judges(unscored)),
         )
 
 
-def _counted(kinds: Mapping[str, int]) -> str:
+def _format_counts(kinds: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
 
-def _scores(judges: Mapping[str, Judge]) -> str:
-    """Return what each judge scores, as a sentence."""
+def _describe_judges(judges: Mapping[str, Judge]) -> str:
+    """Return the kinds that each judge scores, as a sentence."""
     return ", ".join(f"judge={name} scores {' and '.join(kinds_scored(judge))}" for name, judge in judges.items())
 
 
-def _fix(kinds: Iterable[str]) -> str:
-    """Return how answers of these kinds get a score."""
+def _suggest_judges(kinds: Iterable[str]) -> str:
+    """Return a fix by which answers of these kinds get a score."""
     judges = ["judge=win_rate" if "task" in kinds else "", "judge=refusal" if {*kinds} - {"task"} else ""]
     return f"add {' and '.join(filter(None, judges))}, or give the answers a `kind` that a selected judge scores"

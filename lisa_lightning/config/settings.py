@@ -1,0 +1,220 @@
+"""Settings of the config sections that name no class: `SECTIONS` maps each section to its settings class."""
+
+from typing import Annotated, Final, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+from lisa_lightning.config.fields import (
+    MAX_BATCH,
+    STRICT,
+    BatchSize,
+    Count,
+    CountOrZero,
+    Name,
+    Positive,
+    ShareBelowOne,
+    Size,
+    Words,
+)
+from lisa_lightning.config.optim import Optim
+
+STAGES: Final = ("curate", "align", "finetune", "repair", "evaluate", "judge")
+MAX_MINUTES: Final = 525_600
+"""A year."""
+
+
+def _check_targets(targets: str | list[str]) -> str | list[str]:
+    if not targets or not all(targets):
+        raise ValueError("empty")
+    return targets
+
+
+def _check_devices(devices: int | str | list[int]) -> int | str | list[int]:
+    if isinstance(devices, list):
+        allowed = len(devices) > 0 and all(0 <= device < MAX_BATCH for device in devices)
+    elif isinstance(devices, str):
+        allowed = devices == "auto"
+    else:
+        allowed = devices == -1 or 0 < devices < MAX_BATCH
+    if not allowed:
+        raise ValueError("not allowed")
+    return devices
+
+
+Targets = Annotated[str | list[str], AfterValidator(_check_targets), Words("all-linear or a list of module names")]
+Devices = Annotated[
+    int | str | list[int],
+    AfterValidator(_check_devices),
+    Words("a whole number above 0, a list of devices, -1 or auto for all"),
+]
+Duration = Annotated[
+    str,
+    Field(pattern=r"^\d{2}:([01]\d|2[0-3]):[0-5]\d:[0-5]\d$"),
+    Words("a duration DD:HH:MM:SS, as 00:08:00:00 for eight hours"),
+]
+Tag = Annotated[str, Field(min_length=1, max_length=64)]
+Project = Annotated[
+    str,
+    Field(pattern=r"^[^/\\#?%:]{1,128}$"),
+    Words("a name of at most 128 characters, none of them / \\ # ? % :"),
+]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    """Section `data`: the user's data set."""
+
+    n: Count = 1000
+    """Rows of the user's data set, harmful ones included. The paper's value is 5000."""
+    order: Literal["seeded", "head"] = "seeded"
+    """`seeded` for a random sample, `head` for the first rows, counted as the official code does."""
+    allow_overlap: bool = False
+    """Keep rows whose prompt is held out, and the provider's rows whose prompt is a harmful row's."""
+    during_alignment: Literal["keep", "discard"] = "keep"
+    """User rows in alignment steps: `keep` them for later, or `discard` them as the official code does."""
+    max_length: Count = 256
+    """Tokens of a row; the rest is truncated. The official code has 2048."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Lora:
+    """Sections `lora` and `align.lora`: the adapter that is trained."""
+
+    r: Size = 8
+    """Rank. The paper's value is 8."""
+    alpha: Positive = 16
+    """The update is scaled by alpha/r. The official code has 4."""
+    dropout: ShareBelowOne = 0.0
+    """Dropout of the inputs. The official code has 0.1."""
+    targets: Targets = "all-linear"
+    """`all-linear`, or the names of modules."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Evaluate:
+    """Section `evaluate`: generation of answers, and evaluation during fine-tuning."""
+
+    max_new_tokens: Count = 24
+    """Tokens of an answer to a safety prompt. The official code has 512."""
+    batch_size: BatchSize = 48
+    """Prompts generated together; also rows that a repair reads together."""
+    every: CountOrZero = 50
+    """Optimizer steps between two evaluations during fine-tuning; 0 for none."""
+    curve_harmful: Count = 24
+    """Harmful prompts of an evaluation during fine-tuning."""
+    curve_harmless: Count = 12
+    """Harmless prompts of an evaluation during fine-tuning, for over-refusal."""
+    curve_rows: Count = 40
+    """Task rows of an evaluation during fine-tuning."""
+    gradient_rows: CountOrZero = 0
+    """Rows of each stream whose losses and joint gradient are measured; 0 for none."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class CheckpointSettings:
+    """Section `checkpoint`."""
+
+    every: Count = 20
+    """Optimizer steps between two checkpoints."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Wandb:
+    """Section `wandb`: where W&B files a run."""
+
+    project: Project = "lisa_lightning"
+    """Project of the run."""
+    group: Name | None = None
+    """Group of the run; by default the experiment's name, in a sweep that of its folder."""
+    tags: Annotated[list[Tag], Words("a list of texts of 1 to 64 characters")] = Field(default_factory=list)
+    """Tags in addition to defenses, task and model."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TinySizes:
+    """Section `model.tiny`: sizes of a random model."""
+
+    hidden_size: Size = 32
+    """Width of the hidden states."""
+    layers: Size = 2
+    """Number of layers."""
+    heads: Size = 4
+    """Attention heads of a layer; twice as many must divide hidden_size."""
+
+
+HubId = Annotated[str, Field(min_length=1), Words("a hub id or a folder")]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelSettings:
+    """Section `model`: the base model and how it is used."""
+
+    id: HubId | None = None
+    """Hub id, or folder; null for a random model."""
+    revision: Name | None = None
+    """Commit of the hub; null for its main branch."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the frozen weights; autocast would copy float16 in every step."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Implementation of attention in transformers."""
+    align_targets: Targets = "all-linear"
+    """Modules with LoRA at alignment."""
+    finetune_targets: Targets = "all-linear"
+    """Modules with LoRA at fine-tuning. The paper has q_proj and v_proj."""
+    template: Literal["alpaca", "alpaca_newline", "chat"] = "alpaca"
+    """Template of the prompts."""
+    adapters: Literal["stacked", "continued"] = "stacked"
+    """`stacked`: the alignment adapter is merged and a fresh one trained; `continued`: it is trained further."""
+    quantize: Literal["nf4"] | None = None
+    """`nf4` for 4-bit weights, with the extra `quant` and an NVIDIA GPU."""
+    tiny: Annotated[dict[str, object], Words("a mapping of its sizes")] | None = None
+    """Sizes of a random model, for model=tiny only."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainerSettings:
+    """Section `trainer`: arguments of Lightning's Trainer, and the patience of ranks."""
+
+    accelerator: Name = "auto"
+    """cpu, gpu, or what the machine has."""
+    devices: Devices = 1
+    """Devices of each node: a number, a list, or -1 or auto for all."""
+    num_nodes: Count = 1
+    """Machines."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """`auto` for one process, `ddp` for several."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Precision of the computation."""
+    max_time: Duration | None = None
+    """Time after which a stage stops with a checkpoint; resume=true continues."""
+    deterministic: Annotated[bool | Literal["warn"] | None, Words("true, false, warn or null")] = None
+    """Use only deterministic algorithms, or warn about others."""
+    benchmark: bool | None = None
+    """Let cuDNN choose the fastest algorithms."""
+    detect_anomaly: bool = False
+    """Find the operation that made a NaN; slow."""
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None
+    """Times of hooks and operations."""
+    enable_progress_bar: bool = True
+    """Show a progress bar."""
+    enable_model_summary: bool = False
+    """Print the modules of the model."""
+    timeout_min: Annotated[float, Field(gt=0, le=MAX_MINUTES)] = 60
+    """Minutes that ranks wait for one that sends no heartbeat."""
+
+
+OPTIMS: Final = ("optim", "align.optim", "repair.reference.sft.optim", "repair.reference.dpo.optim")
+SECTIONS: Final[dict[str, type]] = {
+    "data": Data,
+    "lora": Lora,
+    "align.lora": Lora,
+    **dict.fromkeys(OPTIMS, Optim),
+    "evaluate": Evaluate,
+    "checkpoint": CheckpointSettings,
+    "wandb": Wandb,
+    "model": ModelSettings,
+    "model.tiny": TinySizes,
+    "trainer": TrainerSettings,
+}
+"""Config section -> its settings class."""

@@ -1,0 +1,258 @@
+"""Answers of a model to held-out questions, each stored as soon as its batch is done. Start at `Evaluator.answers`."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lisa_lightning.data.source import Rows
+from lisa_lightning.data.templates import MARKER, Template, encode_prompt
+from lisa_lightning.evaluation.generate import Stop, batches, generate
+from lisa_lightning.evaluation.stored import FLAG, INDEX, KIND, TEXT, Schema, parse_lines, read_stored_bytes
+from lisa_lightning.runtime.cache import short_hash
+from lisa_lightning.runtime.files import reraise_write_errors, write_text
+from lisa_lightning.runtime.ranks import on_rank_zero
+
+Kind = Literal["harmful", "harmless", "task"]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A held-out question."""
+
+    kind: Kind
+    prompt: str
+    context: str = ""
+    target: str = ""
+    """Answer of a task row; "" for other kinds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A line of responses.jsonl."""
+
+    model: str
+    kind: str
+    index: int
+    """Index among the questions of the model."""
+    prompt: str
+    context: str
+    response: str
+    target: str = ""
+    cut_off: bool = False
+    """True if the answer was truncated at the maximum number of tokens."""
+    origin: str = ""
+    """Hash of the model, of everything that determines its answers, and of the other fields of this answer."""
+
+
+ANSWER_SCHEMA: Final[Schema] = {
+    "model": TEXT,
+    "kind": KIND,
+    "index": INDEX,
+    "prompt": TEXT,
+    "context": TEXT,
+    "response": TEXT,
+    "target": TEXT,
+    "cut_off": FLAG,
+    "origin": TEXT,
+}
+"""Fields of a line of responses.jsonl."""
+
+
+def held_out_questions(
+    rows: Rows, harmful: int | None = None, harmless: int | None = None, task: int | None = None
+) -> list[Question]:
+    """Return the first questions of each kind.
+
+    Args:
+        rows: the rows of a run.
+        harmful: number of harmful requests; None for all.
+        harmless: number of harmless requests; None for all.
+        task: number of task rows; None for all.
+    """
+    return [
+        *(Question("harmful", p) for p in rows.harmful_prompts[:harmful]),
+        *(Question("harmless", p) for p in rows.harmless_prompts[:harmless]),
+        *(Question("task", row.instruction, row.context, row.response) for row in rows.test[:task]),
+    ]
+
+
+class Evaluator:
+    """Generates answers in batches that are distributed over the ranks. Equal prompts are answered once.
+
+    Args:
+        fabric: the ranks, their device and precision.
+        tokenizer: tokenizer of the model.
+        template: template of the prompts.
+        max_new_tokens: kind of question -> maximum number of tokens of an answer.
+        batch_size: number of prompts per batch.
+    """
+
+    def __init__(
+        self,
+        fabric: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        max_new_tokens: Mapping[str, int],
+        batch_size: int,
+    ) -> None:
+        self.fabric = fabric
+        self.tokenizer = tokenizer
+        self.template: Template = template
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+
+    def answers(
+        self, model: Any, questions: Sequence[Question], name: str, origin: str = "", path: Path | None = None
+    ) -> list[Answer]:
+        """Return the model's answer to each question, in order, equal on all ranks.
+
+        Args:
+            model: a causal language model. Its training mode is restored.
+            questions: the questions.
+            name: name of the model in answers: aligned, final or training.
+            origin: hash of the model and of everything that determines its answers.
+            path: responses.jsonl. Each batch is appended when it is done. Undamaged answers of this name and origin
+                in the file are not generated again. None stores no answer.
+
+        Raises:
+            UserError: if a line of `path` is damaged so that it can't be parsed.
+        """
+        training = model.training
+        model.eval()
+        try:
+            with self.fabric.autocast():
+                answers = self._generate_answers(model, questions, name, origin, path)
+        finally:
+            model.train(training)
+        return [answers[i] for i in range(len(questions))]
+
+    def _generate_answers(
+        self, model: Any, questions: Sequence[Question], name: str, origin: str, path: Path | None
+    ) -> dict[int, Answer]:
+        fabric, world = self.fabric, self.fabric.world_size
+        stop = Stop(self.tokenizer, model)
+        answers = on_rank_zero(fabric, lambda: _resume_answers(path, name, origin, questions))
+        pending = [
+            batch
+            for batch in self._prompt_batches(questions)
+            if any(i not in answers for prompt in batch for i in prompt.question_indices)
+        ]
+        bar = tqdm(
+            total=len(questions),
+            desc=f"evaluate the {name} model",
+            unit="answer",
+            disable=not fabric.is_global_zero,
+            leave=False,
+        )
+        with bar:
+            bar.update(len(answers))
+            for start in range(0, len(pending), world):
+                rank_batches = pending[start + fabric.global_rank : start + world][:1]
+                generated = [
+                    _with_origin(Answer(name, q.kind, i, q.prompt, q.context, text, q.target, cut), origin)
+                    for i, text, cut in (self._generate_batch(model, rank_batches[0], stop) if rank_batches else ())
+                    for q in (questions[i],)
+                ]
+                gathered = [answer for answers_of_rank in _gather(generated, world) for answer in answers_of_rank]
+                on_rank_zero(fabric, partial(_append, path, gathered))
+                answers |= {answer.index: answer for answer in gathered}
+                bar.update(len(gathered))
+        return answers
+
+    def _prompt_batches(self, questions: Sequence[Question]) -> list[list["_Prompt"]]:
+        """Return batches of prompts of similar length with the same maximum number of new tokens."""
+        distinct: dict[tuple[int, ...], _Prompt] = {}
+        for i, question in enumerate(questions):
+            ids = encode_prompt(self.tokenizer, self.template, question.prompt, question.context)
+            limit = self.max_new_tokens[question.kind]
+            distinct.setdefault((limit, *ids), _Prompt(ids, limit, [])).question_indices.append(i)
+        prompt_batches = []
+        for limit in sorted({p.max_new_tokens for p in distinct.values()}):
+            prompts = [p for p in distinct.values() if p.max_new_tokens == limit]
+            index_batches = batches([p.ids for p in prompts], self.batch_size)
+            prompt_batches += [[prompts[i] for i in indices] for indices in index_batches]
+        return prompt_batches
+
+    def _generate_batch(self, model: Any, batch: list["_Prompt"], stop: Stop) -> Iterator[tuple[int, str, bool]]:
+        """Yield index, answer and `cut_off` of every question of a batch."""
+        answers = generate(model, [p.ids for p in batch], batch[0].max_new_tokens, stop)
+        for prompt, ids in zip(batch, answers, strict=True):
+            text, cut = stop.text(ids).split(MARKER)[0].strip(), not stop(ids)
+            yield from ((i, text, cut) for i in prompt.question_indices)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A distinct prompt, with the questions that have it."""
+
+    ids: list[int]
+    max_new_tokens: int
+    question_indices: list[int]
+
+
+def write_answers(path: Path, answers: Sequence[Answer]) -> None:
+    """Write responses.jsonl, in this order, in place of the previous file."""
+    write_text(path, _json_lines(answers))
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Return the answers in responses.jsonl, [] without a file. A last line that a kill left incomplete is ignored.
+
+    Raises:
+        UserError: if a line is damaged, or the file can't be read.
+    """
+    fix = f"delete {path} and repeat the run's command with resume=true; finished answers come from the cache"
+    # Read as bytes, since an incomplete line may end within a character.
+    lines = read_stored_bytes(path, fix).split(b"\n")[:-1]
+    return [Answer(**values) for values in parse_lines(path, lines, ANSWER_SCHEMA, fix)]
+
+
+def _resume_answers(path: Path | None, name: str, origin: str, questions: Sequence[Question]) -> dict[int, Answer]:
+    """Return the answers of an interrupted evaluation by index, and remove other answers of this name."""
+    if path is None:
+        return {}
+    answers = read_answers(path)
+    valid = [a for a in answers if a.model != name or _matches_question(a, questions, origin)]
+    if path.exists():
+        write_answers(path, valid)
+    return {a.index: a for a in valid if a.model == name}
+
+
+def _matches_question(answer: Answer, questions: Sequence[Question], origin: str) -> bool:
+    """Return True if this evaluation wrote the answer, for the question at its index."""
+    if answer.index >= len(questions) or answer != _with_origin(answer, origin):
+        return False
+    question = questions[answer.index]
+    stored = Question(cast(Kind, answer.kind), answer.prompt, answer.context, answer.target)
+    return stored == question
+
+
+def _with_origin(answer: Answer, origin: str) -> Answer:
+    """Return the answer with its `origin`: a hash of the evaluation's origin and the answer's content."""
+    return replace(answer, origin=short_hash([origin, asdict(replace(answer, origin=""))]))
+
+
+def _append(path: Path | None, answers: Sequence[Answer]) -> None:
+    if path is None:
+        return
+    with reraise_write_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(_json_lines(answers))
+
+
+def _json_lines(answers: Sequence[Answer]) -> str:
+    return "".join(json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers)
+
+
+def _gather(answers: list[Answer], world: int) -> list[list[Answer]]:
+    if world == 1:
+        return [answers]
+    gathered: list[Any] = [None] * world
+    torch.distributed.all_gather_object(gathered, answers)
+    return gathered
