@@ -1,0 +1,116 @@
+"""Scores of a model from Python: `evaluate`, exported as `lisa_lightning.evaluate`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lisa_lightning.data.templates import Template
+from lisa_lightning.evaluation.coverage import kinds_scored
+from lisa_lightning.evaluation.evaluator import Evaluator, Question
+from lisa_lightning.evaluation.judging import judge_answers
+from lisa_lightning.evaluation.metrics import judged_scores
+from lisa_lightning.judge.base import Judge
+from lisa_lightning.runtime.cache import cache_folder
+from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.runtime.ranks import OneRank
+
+
+def evaluate(
+    model: PreTrainedModel | Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    judges: Sequence[Judge] | Mapping[str, Judge],
+    *,
+    max_new_tokens: int = 256,
+    template: Template = "chat",
+    batch_size: int = 16,
+    kind: Literal["harmful", "harmless"] = "harmful",
+    cache_dir: str | Path | None = None,
+) -> dict[str, float]:
+    """Answer the prompts greedily, and return the scores of every judge.
+
+    Args:
+        model: a causal language model of transformers or a `PeftModel`, on its device. Its training mode is restored.
+        tokenizer: tokenizer of the model.
+        prompts: requests without a template.
+        judges: judges, or a mapping of names to judges. A judge of this package is named as its config, such as
+            `refusal` or `llama_guard`, any other judge as its class.
+        max_new_tokens: maximum number of tokens of an answer.
+        template: template of the prompts: chat, alpaca or alpaca_newline.
+        batch_size: prompts that are answered together.
+        kind: kind of the prompts. Answers to harmless ones have the score `over_refusal`.
+        cache_dir: folder in which verdicts are stored, so that no answer is judged twice; None stores nothing.
+
+    Returns:
+        Scores in percent, named as in metrics.json: `JUDGE/harmful_score`, `JUDGE/refusal_rate` or
+        `JUDGE/over_refusal`. Each has a 95 % interval from NAME_low to NAME_high and a number NAME_answers.
+
+    Raises:
+        UserError: if there are no prompts or judges; a judge cannot score this kind, or fails; the tokenizer has no
+            chat template.
+    """
+    _refuse_invalid(prompts, template, kind)
+    by_name = _name_judges(judges)
+    for name, judge in by_name.items():
+        if kind not in kinds_scored(judge):
+            raise UserError(f"judge {name}: it scores no {kind} prompts. Fix: leave it out")
+    questions = [Question(kind, prompt) for prompt in prompts]
+    evaluator = Evaluator(_SingleProcess(), tokenizer, template, {kind: max_new_tokens}, batch_size)
+    answers = evaluator.answers(model, questions, "current")
+    with TemporaryDirectory() as temporary:
+        cache = Path(temporary) if cache_dir is None else cache_folder(str(cache_dir))
+        judged = judge_answers(by_name, answers, Path(temporary), cache)
+    return {
+        f"{name}/{metric}": value
+        for name in by_name
+        for metric, value in judged_scores([line for line in judged if line.judge == name]).items()
+    }
+
+
+class _SingleProcess(OneRank):
+    """Interface of Lightning's Fabric that `Evaluator` needs, for one process."""
+
+    world_size = 1
+    global_rank = 0
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return a context without effect. A surrounding `torch.autocast` remains active."""
+        return nullcontext()
+
+
+def _refuse_invalid(prompts: Sequence[str], template: str, kind: str) -> None:
+    """Raise UserError if there are no prompts, or template or kind is unknown."""
+    if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError("prompts: it must be a list of texts with at least one. Fix: pass [PROMPT, ...]")
+    for name, value, allowed in (
+        ("template", template, get_args(Template)),
+        ("kind", kind, ("harmful", "harmless")),
+    ):
+        if value not in allowed:
+            raise UserError(f"{name}={value}: it must be one of {', '.join(allowed)}")
+
+
+def _name_judges(judges: Sequence[Judge] | Mapping[str, Judge]) -> dict[str, Judge]:
+    """Return the judges by name. Raise UserError if there is none, or a name is ambiguous or unusable in a path."""
+    by_name: dict[str, Judge] = {}
+    named = judges.items() if isinstance(judges, Mapping) else ((_default_name(judge), judge) for judge in judges)
+    for name, judge in named:
+        if name in by_name:
+            raise UserError(f"judges: two of them have the name {name}. Fix: pass a mapping of names to judges")
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"judges: {name!r} is no name. Fix: use letters, digits and underscores")
+        by_name[name] = judge
+    if not by_name:
+        raise UserError("judges: there is none. Fix: pass at least one, such as RefusalJudge()")
+    return by_name
+
+
+def _default_name(judge: Judge) -> str:
+    """Return the name of the judge's config for a class of this package, else the name of its class."""
+    package, _, module = type(judge).__module__.rpartition(".")
+    return module if package == "lisa_lightning.judge" else type(judge).__name__
