@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from composing import composed
@@ -17,8 +18,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES += sorted((ROOT / "experiments").rglob("README.md"))
 BEYOND = ("experiment=paper/", "model=llama2_7b", "model=qwen2_5_0_5b", "--cfg")
 """What needs the hub, a GPU or nothing but the config: these are composed and accepted."""
-OWN_TESTS = ("method=projected", "task=letters", "judge=[promises", "--help")
-"""Pages that test_docs.py follows whole; test_wrong_input.py looks at the help."""
+OWN_TESTS = ("method=projected", "task=letters", "judge=[promises", "--help", "--version")
+"""Pages that test_docs.py follows whole; test_wrong_input.py looks at the help, test_wheel.py at the version."""
 SMALL = [
     *("model=tiny", "data.n=20", "data.max_length=768", "optim.batch_size=2", "align.optim.batch_size=1"),
     *("optim.steps=2", "align.optim.steps=2", "evaluate.every=0", "evaluate.max_new_tokens=2", "task.max_new_tokens=2"),
@@ -36,9 +37,11 @@ THE_REST = [
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 """Of a page: its language, none where commands stand in it, and its lines."""
-COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )?(?:make|python|\.venv/bin/python) ")
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )?(?:make|python|\.venv/bin/python|lisa-lightning) ")
+STARTS = ("python run.py ", "lisa-lightning ")
+"""In a clone, and installed."""
 OTHERS = (
-    *("python3.11 -m venv ", "pip install ", "touch .venv/complete", "pre-commit install"),
+    *("python3.11 -m venv ", "pip install ", "pip wheel ", "touch .venv/complete", "pre-commit install"),
     *("wandb leet ", "wandb sync ", "wandb login", "IS_ALPACA_EVAL_2=False alpaca_eval "),
 )
 """What sets up and what others bring: needs an index or an account."""
@@ -54,7 +57,7 @@ def typed(page: Path) -> list[str]:
     return [" ".join(line.partition(" #")[0].split()) for line in [*blocks, *inline]]
 
 
-RUNS = sorted({c.removeprefix("python run.py ") for p in PAGES for c in typed(p) if c.startswith("python run.py ")})
+RUNS = sorted({c.removeprefix(s) for p in PAGES for c in typed(p) for s in STARTS if c.startswith(s)})
 
 
 def test_every_line_of_a_block_is_known() -> None:
@@ -127,13 +130,37 @@ def test_a_pages_python_reads_an_adapter_and_asks_or_merges_the_model(
     words = ["experiment=sst2_lisa", *SMALL, "stages=[align,finetune]", "cache_dir=cache"]
     run(composed(words, tmp_path / "outputs" / "mine"))
     text = (ROOT / page).read_text(encoding="utf-8")
-    (block,) = (block for language, block in BLOCK.findall(text) if language == "python")
+    blocks = [block for language, block in BLOCK.findall(text) if language == "python"]
+    (block,) = (block for block in blocks if "AutoPeftModel" in block)
     capsys.readouterr()
     exec(block, {})
     if page == "README.md":
         assert "Name three kinds of tea." in capsys.readouterr().out
     else:
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in Path("after").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:`max_epochs` was not set")
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+def test_the_python_of_the_readme_trains_evaluates_and_runs(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("LISA_CACHE", str(tmp_path / "cache"))
+    blocks = [block for language, block in BLOCK.findall((ROOT / "README.md").read_text()) if language == "python"]
+    (block,) = (block for block in blocks if "LisaDataModule" in block)
+    block = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny)).replace("steps=150", "steps=3")
+    # The tiny model's tokenizer has no chat template.
+    block = block.replace("batch_size=6)", 'batch_size=6, template="alpaca")')
+    block = block.replace("[RefusalJudge()])", '[RefusalJudge()], template="alpaca", max_new_tokens=3)')
+    rows = [{"instruction": f"request {i}", "response": "no"} for i in range(4)]
+    values: dict[str, Any] = {"user_rows": rows, "alignment_rows": rows, "prompts": ["request"]}
+    exec(block, values)
+    assert values["scores"]
+    assert values["metrics"]["train/steps"] == 36
+    assert (tmp_path / "outputs" / "mine" / "report.html").exists()
 
 
 def test_targets_of_make_and_scripts_are_there() -> None:
