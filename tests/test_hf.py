@@ -244,18 +244,30 @@ def test_a_second_training_starts_with_a_new_anchor(tiny: Path, tmp_path: Path) 
 def two_ranks(tiny: Path, tmp_path: Path) -> Callable[[], None]:
     """Return a function that runs this file on two gloo ranks."""
 
-    def run() -> None:
+    def start() -> list[subprocess.Popen[bytes]]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, str(tiny), str(tmp_path)]
-        started = [
+        return [
             subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(2)
         ]
-        assert [process.wait(timeout=200) for process in started] == [0, 0]
+
+    def run() -> None:
+        for _ in range(2):
+            processes = start()
+            try:
+                assert [process.wait(timeout=120) for process in processes] == [0, 0]
+                return
+            except subprocess.TimeoutExpired:
+                # Another process may have taken the port in the meantime, which leaves a rank waiting.
+                for process in processes:
+                    process.kill()
+                    process.wait()
+        raise AssertionError("the two ranks did not end")
 
     return run
 
