@@ -78,9 +78,9 @@ def main(work: Path) -> None:
     report: dict[str, Any] = {}
     for index, (name, (_, patch)) in enumerate(moments().items()):
         folder = work / str(index)
-        own = [*SHORT, f"cache_dir={folder / 'cache'}", f"hydra.run.dir={folder / 'out'}"]
-        status, output = run(folder, own, patch)
-        again = run(folder, [*own, "resume=true"], None)[0] if name.startswith("evaluating") else 0
+        arguments = [*SHORT, f"cache_dir={folder / 'cache'}", f"hydra.run.dir={folder / 'out'}"]
+        status, output = run(folder, arguments, patch)
+        again = run(folder, [*arguments, "resume=true"], None)[0] if name.startswith("evaluating") else 0
         report[name] = {"status": status, "output": output, "again": again}
     folder = work / "diverging"
     lr = [

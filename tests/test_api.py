@@ -259,9 +259,9 @@ def test_evaluate_scores_what_the_model_answers(tiny: Path, tmp_path: Path) -> N
     generated = model.eval().generate(**ids, max_new_tokens=5, do_sample=False)[0, ids["input_ids"].shape[1] :]
     (third,) = {pair.response for pair in answers if pair.prompt == "third"}
     assert third == str(tokenizer.decode(generated, skip_special_tokens=True)).strip()
-    asked = len(answers)
+    answer_count = len(answers)
     scores(model, tokenizer, PROMPTS, by_name, **options)
-    assert len(answers) == asked  # the verdicts are stored
+    assert len(answers) == answer_count  # the verdicts are stored
 
 
 def test_harmless_prompts_have_an_over_refusal(tiny: Path) -> None:

@@ -152,9 +152,9 @@ def test_the_selector_is_autograds(
     ours = backprop()
     before = [w.detach().clone() for w in ours.weights]
     loss = unlikelihood if isinstance(curate, Pharmacist) else lambda losses: losses
-    found = curate.fit_weights(ours, pack, examples(candidates), examples(upper), loss)
-    torch.testing.assert_close(found, by_autograd(curate, candidates, upper), atol=2e-5, rtol=0)
-    assert found.std() > 1e-3
+    weights = curate.fit_weights(ours, pack, examples(candidates), examples(upper), loss)
+    torch.testing.assert_close(weights, by_autograd(curate, candidates, upper), atol=2e-5, rtol=0)
+    assert weights.std() > 1e-3
     assert all(torch.equal(w, b) for w, b in zip(ours.weights, before, strict=True))
 
 

@@ -49,8 +49,8 @@ def test_a_run_elsewhere_is_a_run_on_the_cpu(tmp_path: Path, monkeypatch: pytest
         request = composed(
             ["experiment=smoke", "model.attention=eager", f"cache_dir={tmp_path / name}-cache", *small, *words], out
         )
-        found = run(request)
-        scores = {k: v for k, v in found.items() if not k.startswith(("time/", "memory/"))}
+        metrics = run(request)
+        scores = {k: v for k, v in metrics.items() if not k.startswith(("time/", "memory/"))}
         return scores, load_file(out / "adapter" / "adapter_model.safetensors")
 
     scores, adapter = ran("here")

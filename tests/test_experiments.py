@@ -82,8 +82,8 @@ def test_the_readmes_tables_are_those_of_the_numbers() -> None:
 def test_the_benchmark_names_the_passes_of_every_defense() -> None:
     rows = json.loads((ROOT / "benchmarks" / "results" / "amd-epyc.json").read_text())["results"]
     notes = {row["what"]: row["note"] for row in rows if row["what"].endswith("of SFT's")}
-    wanted = {f"{name}: a step, of SFT's": backprop for name, (backprop, _) in METHODS.items()}
-    assert wanted | dict.fromkeys((f"{name}: a step, of SFT's" for name in CURATES), "2F 2B") == {
+    passes = {f"{name}: a step, of SFT's": cost for name, (cost, _) in METHODS.items()}
+    assert passes | dict.fromkeys((f"{name}: a step, of SFT's" for name in CURATES), "2F 2B") == {
         what: note.partition(f"; {re.findall(r'[0-9.]+ to [0-9.]+ in', note)[0]}")[0] for what, note in notes.items()
     }
     assert {f"{name}: the repair, of SFT's step" for name in REPAIRS} <= {row["what"] for row in rows}

@@ -52,17 +52,23 @@ def below_heading(folder: Path) -> str:
 def test_a_run_is_called_by_what_it_does(tmp_path: Path, overrides: str) -> None:
     request = composed(overrides.split(), tmp_path)
     cfg, choices = request.cfg, dict(request.choices)
-    told = wandb_init(plain(cfg), choices)
+    arguments = wandb_init(plain(cfg), choices)
     write_run_page(tmp_path, {}, [], [], choices, plain(cfg))
     heading = (tmp_path / "report.html").read_text().partition("<h1>")[2].partition("</h1>")[0]
-    assert (told["job_type"], told["name"], told["group"], " ".join(told["tags"]), heading) == NAMES[overrides]
-    assert ("harmful ratio" in below_heading(tmp_path)) == ("-p0" in told["name"])
+    assert (
+        arguments["job_type"],
+        arguments["name"],
+        arguments["group"],
+        " ".join(arguments["tags"]),
+        heading,
+    ) == NAMES[overrides]
+    assert ("harmful ratio" in below_heading(tmp_path)) == ("-p0" in arguments["name"])
 
 
 def test_long_names_are_cut_to_what_wandb_takes(tmp_path: Path) -> None:
     request = composed([f"model.id={'long' * 40}"], tmp_path)
-    told = wandb_init(plain(request.cfg), dict(request.choices), name=f"job={'long' * 40},seed=7")
-    assert max(map(len, told["tags"])) == 64
-    assert len(told["name"]) == 128
-    assert told["name"].startswith("job=long")
-    assert told["name"].endswith("long,seed=7")
+    arguments = wandb_init(plain(request.cfg), dict(request.choices), name=f"job={'long' * 40},seed=7")
+    assert max(map(len, arguments["tags"])) == 64
+    assert len(arguments["name"]) == 128
+    assert arguments["name"].startswith("job=long")
+    assert arguments["name"].endswith("long,seed=7")

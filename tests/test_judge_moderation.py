@@ -153,10 +153,10 @@ def test_a_long_answer_has_the_verdict_of_its_beginning(classifier: Path, monkey
     monkeypatch.setattr(judge, "_tokenizer", Counting())
     for words in ("a b ", "word", "\n", "\u00e9"):
         short, long = Pair("request 1", words * 300), Pair("request 1", words * 1_000_000)
-        wanted, verdict = judge.verdicts([short, long])
-        assert (verdict.partly, wanted.partly) == (True, True)
-        assert verdict.score == pytest.approx(wanted.score, abs=1e-6)
-        assert verdict.categories == wanted.categories
+        expected, verdict = judge.verdicts([short, long])
+        assert (verdict.partly, expected.partly) == (True, True)
+        assert verdict.score == pytest.approx(expected.score, abs=1e-6)
+        assert verdict.categories == expected.categories
     assert max(lengths) < 100_000
 
 

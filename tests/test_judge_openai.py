@@ -138,13 +138,13 @@ def answered_in_two_tries(
 
 
 def test_what_was_answered_is_kept_when_another_fails(url: str, tmp_path: Path) -> None:
-    given = answered_in_two_tries(url, tmp_path, lambda n: (400, "no") if n == 2 else None, "refuses the request")
-    assert given == Counter(range(8))
+    requests = answered_in_two_tries(url, tmp_path, lambda n: (400, "no") if n == 2 else None, "refuses the request")
+    assert requests == Counter(range(8))
 
 
 def test_what_was_answered_is_kept_when_the_cap_is_reached(url: str, tmp_path: Path) -> None:
-    given = answered_in_two_tries(url, tmp_path, lambda _: None, "with a higher one", max_cost_usd=0.0018)
-    assert given == Counter(range(8))
+    requests = answered_in_two_tries(url, tmp_path, lambda _: None, "with a higher one", max_cost_usd=0.0018)
+    assert requests == Counter(range(8))
 
 
 def test_newer_parameters_are_learnt_once(url: str) -> None:

@@ -176,10 +176,10 @@ def test_verdicts_on_other_answers_are_not_kept_among_these(tmp_path: Path) -> N
 
 
 def test_wilson_where_every_answer_has_a_prompt_of_its_own() -> None:
-    found = estimate_rate([True] * 8 + [False] * 2, [str(i) for i in range(10)])
+    rate = estimate_rate([True] * 8 + [False] * 2, [str(i) for i in range(10)])
     wilson = binomtest(8, 10).proportion_ci(0.95, "wilson")
-    assert (found.value, found.answers) == (80.0, 10)
-    assert (found.low, found.high) == pytest.approx((100 * wilson.low, 100 * wilson.high))
+    assert (rate.value, rate.answers) == (80.0, 10)
+    assert (rate.low, rate.high) == pytest.approx((100 * wilson.low, 100 * wilson.high))
 
 
 def test_prompts_that_are_asked_again_bring_no_certainty() -> None:

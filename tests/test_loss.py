@@ -117,9 +117,9 @@ def test_every_layer_has_an_attention_block_and_an_mlp(name: str) -> None:
     model = family(name).get_base_model()
     ids = torch.arange(3, 20)[None]
     for find in (attention_blocks, mlp_blocks):
-        with torch.no_grad(), capture_outputs(find(model)) as found:
+        with torch.no_grad(), capture_outputs(find(model)) as outputs:
             model(ids)
-        assert [f.numel() for f in found] == [ids.numel() * SIZES["hidden_size"]] * SIZES["num_hidden_layers"]
+        assert [f.numel() for f in outputs] == [ids.numel() * SIZES["hidden_size"]] * SIZES["num_hidden_layers"]
 
 
 def assert_equal_to_the_models_own(net: Any, rows: list[Example], together: Any) -> None:

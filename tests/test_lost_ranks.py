@@ -26,7 +26,7 @@ Work = Callable[[Ranks, int], object]
 
 
 class Lightning:
-    """What `launch_ranks` needs of Fabric: two processes that exist already, and a broadcast through a pipe."""
+    """Stand-in for Fabric in `launch_ranks`: two processes that exist already, and a broadcast through a pipe."""
 
     def __init__(self, rank: int, children: list[Any], pipe: Connection) -> None:
         self.global_rank, self.world_size, self.is_global_zero = rank, 2, rank == 0

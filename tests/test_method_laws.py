@@ -195,9 +195,9 @@ def test_repnoise_is_what_the_models_own_passes_say(train: Train, tiny: Path, mo
             tokenizer(text, add_special_tokens=False)["input_ids"] for text in (row.instruction, row.response)
         )
         ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
-        with torch.no_grad(), capture_outputs(mlp_blocks(model)) as found:
+        with torch.no_grad(), capture_outputs(mlp_blocks(model)) as outputs:
             states = model(input_ids=ids, output_hidden_states=True).hidden_states
-        activations.append([f[0, len(prompt) : -1] for f in found])
+        activations.append([f[0, len(prompt) : -1] for f in outputs])
         norm = final_norm(model)
         logits = torch.stack([model.lm_head(h[0, len(prompt) - 1 : -1]) for h in (*map(norm, states[:-1]), states[-1])])
         expected = ids[0, len(prompt) :].expand(len(logits), -1)

@@ -131,19 +131,19 @@ def test_blocks_are_found_by_structure_with_an_adapter_or_without(
         for find in (attention_blocks, mlp_blocks):
             blocks = find(model)
             assert len({id(b) for b in blocks}) == SMALL["num_hidden_layers"]
-            with capture_outputs(blocks) as found:
+            with capture_outputs(blocks) as outputs:
                 plain = model(ids).logits
-            assert [f.numel() for f in found] == [ids.numel() * SMALL["hidden_size"]] * len(blocks)
-            noise = [torch.zeros_like(found[0]), torch.randn_like(found[1])]
+            assert [f.numel() for f in outputs] == [ids.numel() * SMALL["hidden_size"]] * len(blocks)
+            noise = [torch.zeros_like(outputs[0]), torch.randn_like(outputs[1])]
             with add_to_outputs(blocks, noise):
                 assert not torch.allclose(model(ids).logits, plain)
-        with capture_outputs([final_norm(model)]) as found:
+        with capture_outputs([final_norm(model)]) as outputs:
             states = model(ids, output_hidden_states=True).hidden_states
-        assert torch.equal(found[0], states[-1])
-        first, given = decoder_layers(model)[:1], []
-        with forward_hooks(first, lambda _, out, given=given: given.append(out)):
+        assert torch.equal(outputs[0], states[-1])
+        first, layer_outputs = decoder_layers(model)[:1], []
+        with forward_hooks(first, lambda _, out, layer_outputs=layer_outputs: layer_outputs.append(out)):
             model(ids)
-        with skip_forward(first, given[0]):
+        with skip_forward(first, layer_outputs[0]):
             assert torch.equal(model(ids + 1).logits, plain)
         assert not torch.allclose(model(ids + 1).logits, plain)
 
@@ -164,8 +164,8 @@ def test_finding_no_block_is_an_error(tiny: Path, find: Callable[[Any], Any]) ->
 
 @pytest.mark.parametrize("targets", [["q_proj", "nope"], ["proj"], "nope"])
 def test_a_target_that_matches_nothing_is_refused(tiny: Path, targets: Any) -> None:
-    said = r"align\.lora\.targets: the model has no module '(nope|proj)'\. Fix: choose from .*q_proj"
-    with pytest.raises(UserError, match=said):
+    message = r"align\.lora\.targets: the model has no module '(nope|proj)'\. Fix: choose from .*q_proj"
+    with pytest.raises(UserError, match=message):
         attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=targets), 0, "align.lora")
 
 

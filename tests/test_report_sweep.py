@@ -91,8 +91,8 @@ def test_models_asked_as_they_are_stand_side_by_side(tmp_path: Path) -> None:
         (run / "metrics.json").write_text(json.dumps({k.replace("final/", "aligned/"): v for k, v in own.items()}))
     runs = read_runs([tmp_path])
     assert swept_keys(runs) == (["method", "model"], [])
-    found = [(g.values, g.spread("harmful_score")) for g in seed_groups(runs, swept_keys(runs)[0])]
-    assert [(values, s.mean, s.low) for values, s in found if s] == [
+    spreads = [(g.values, g.spread("harmful_score")) for g in seed_groups(runs, swept_keys(runs)[0])]
+    assert [(values, s.mean, s.low) for values, s in spreads if s] == [
         (("–", "after"), 60.0, 59.0),
         (("–", "before"), 10.0, 9.0),
     ]

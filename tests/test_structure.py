@@ -30,7 +30,7 @@ def test_every_group_that_names_a_class_has_a_folder_of_code() -> None:
 
 @pytest.mark.parametrize("group", CHOICES)
 def test_a_choice_is_the_file_of_its_name(group: str) -> None:
-    """What begins with an underscore is no choice, in either folder; base.py says what a choice is."""
+    """Names that begin with an underscore are no choices, in either folder; base.py defines a choice."""
     conf = {f.stem: f.read_text() for f in (ROOT / "conf" / group).glob("[!_]*.yaml") if f.stem != "none"}
     code = {f.stem for f in (ROOT / "lisa_lightning" / group).glob("[!_]*.py")} - {"base"}
     assert set(conf) == code

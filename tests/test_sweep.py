@@ -43,9 +43,9 @@ SMALL = ["experiment=smoke", "optim.steps=6", "align.optim.steps=4", "evaluate.e
     ],
 )
 def test_the_same_sweep_has_the_same_folder(arguments: list[str], folder: str) -> None:
-    more, found = resolve_sweep_dir(arguments)
-    assert found == Path(folder)
-    assert more[: len(arguments)] == arguments
+    resolved, sweep_dir = resolve_sweep_dir(arguments)
+    assert sweep_dir == Path(folder)
+    assert resolved[: len(arguments)] == arguments
 
 
 def test_a_jobs_name_says_what_its_folder_does_not() -> None:

@@ -94,7 +94,7 @@ class RepNoise(Method):
 
     @property
     def unpacked_streams(self) -> frozenset[Stream]:
-        """Both streams, for the official masks."""
+        """Alignment and harmful rows, for the official masks."""
         return frozenset({"defender", "alignment"} if self.official else ())
 
     def plan(self, step: int) -> dict[Stream, StreamBatch]:
@@ -179,14 +179,14 @@ class RepNoise(Method):
     ) -> tuple[Features, Tensor]:
         """Return the features of a micro-batch, and the labels' cross-entropies, summed and averaged over depths."""
         features, sums = [], []
-        for pack, own in zip(packs, positions, strict=True):
+        for pack, labels in zip(packs, positions, strict=True):
             with capture_outputs(backprop.mlp_blocks) as outputs:
                 out = forward(backprop.model, pack, 0 if self.official else 1, output_hidden_states=True)
-            features.append(_compared(outputs, own))
-            hidden_states = [h.flatten(0, 1)[own.logit_positions] for h in out.hidden_states]
-            entropies = self._entropies(backprop, hidden_states, own)
+            features.append(_compared(outputs, labels))
+            hidden_states = [h.flatten(0, 1)[labels.logit_positions] for h in out.hidden_states]
+            entropies = self._entropies(backprop, hidden_states, labels)
             if self.official:
-                entropies.append(_cross_entropy(out.logits.flatten(0, 1)[own.logit_positions], own))
+                entropies.append(_cross_entropy(out.logits.flatten(0, 1)[labels.logit_positions], labels))
             sums.append(torch.stack(entropies).sum() / len(hidden_states))
         return _concatenated(features), torch.stack(sums).sum()
 
@@ -205,10 +205,10 @@ class RepNoise(Method):
     def _features(self, backprop: Backprop, packs: Sequence[Pack], positions: Sequence[LabelPositions]) -> Features:
         """Return the features of a micro-batch."""
         features = []
-        for pack, own in zip(packs, positions, strict=True):
+        for pack, labels in zip(packs, positions, strict=True):
             with capture_outputs(backprop.mlp_blocks) as outputs:
                 forward(backprop.model, pack, 1)
-            features.append(_compared(outputs, own))
+            features.append(_compared(outputs, labels))
         return _concatenated(features)
 
     def _noise_gradients(
@@ -229,8 +229,8 @@ class RepNoise(Method):
         compared = [torch.cat([p.compared for p in micro_batch])[:, None] for micro_batch in positions]
         mask, first = backprop.all_gather_rows([_scattered(c, *at) for c, at in zip(compared, indices, strict=True)], 1)
         for layer in range(len(backprop.mlp_blocks)):
-            own = [_scattered(micro_batch[layer], *at) for micro_batch, at in zip(features, indices, strict=True)]
-            rows, _ = backprop.all_gather_rows(own, width)
+            local = [_scattered(micro_batch[layer], *at) for micro_batch, at in zip(features, indices, strict=True)]
+            rows, _ = backprop.all_gather_rows(local, width)
             noise = self.noise(step, layer, rows.shape).to(rows) * mask
             with torch.enable_grad():
                 distance = mmd(rows.requires_grad_().flatten(1), noise.flatten(1))

@@ -55,12 +55,12 @@ class LisaDataModule(L.LightningDataModule):
         """Number of finished steps."""
         self._encode = partial(encode, tokenizer, template, max_length=max_length)
         rows: dict[Stream, Sequence[Any]] = {"alignment": alignment, "user": user, "defender": defender}
-        # The place of a stream is part of the seed of its order. At alignment, without user rows, recorded runs have
+        # The index of a stream is part of the seed of its order. At alignment, without user rows, recorded runs have
         # the alignment rows in second place.
-        places: tuple[Stream, ...] = (
+        order: tuple[Stream, ...] = (
             ("alignment", "user", "defender") if len(user) else ("user", "alignment", "defender")
         )
-        self.streams: dict[Stream, Examples] = {name: Examples(rows[name], self._example) for name in places}
+        self.streams: dict[Stream, Examples] = {name: Examples(rows[name], self._example) for name in order}
         self._steps: StepBatches | None = None
 
     def _example(self, row: Row | Mapping[str, Any]) -> Example:

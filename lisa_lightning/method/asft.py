@@ -36,7 +36,7 @@ class AsFT(Method):
 
     @property
     def requirements(self) -> frozenset[Requirement]:
-        """What alignment changed."""
+        """The change of the weights at alignment."""
         return frozenset({"alignment_update"})
 
     def init(self, backprop: Backprop) -> State:

@@ -21,7 +21,7 @@ class Method:
 
     @property
     def requirements(self) -> Set[Requirement]:
-        """What the config must provide."""
+        """Inputs that the config must provide."""
         return frozenset()
 
     @property
@@ -41,7 +41,7 @@ class Method:
 
     @property
     def paired(self) -> bool:
-        """Whether row i of one stream belongs to row i of the others, so that all are drawn in one order."""
+        """True if row i of one stream belongs to row i of the others, so that all are drawn in one order."""
         return False
 
     def plan(self, step: int) -> Mapping[Stream, StreamBatch]:

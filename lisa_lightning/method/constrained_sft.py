@@ -15,7 +15,7 @@ from lisa_lightning.objective.backprop import Backprop, State, StepOutput
 from lisa_lightning.objective.loss import token_losses
 
 MIN_WEIGHT: Final = 1e-3
-"""Of a token's loss, as in the official code."""
+"""Smallest weight of a token's loss, as in the official code."""
 
 
 @final

@@ -36,7 +36,7 @@ class StepOutput:
     """Loss, gradients and metrics of one optimizer step."""
 
     loss: float
-    """Of the batch that the step is about, without penalties: the mean over its supervised tokens."""
+    """Mean loss over the supervised tokens of the main batch, without penalties."""
     gradients: Gradients
     metrics: dict[str, float] = field(default_factory=dict)
     state: State = field(default_factory=dict)
@@ -62,11 +62,11 @@ class Backprop:
         self._iter_stream = iter_stream
         self._deltas = deltas
         self.seed = 0
-        """Of this step and rank."""
+        """Seed of the dropout masks, for this step and rank."""
 
     @cached_property
     def deltas(self) -> dict[str, Delta]:
-        """What alignment changed in each linear layer, on the device of the weights."""
+        """Change of each linear layer at alignment, on the device of the weights."""
         return {name: delta.to(self.device) for name, delta in self._deltas().items()}
 
     @cached_property

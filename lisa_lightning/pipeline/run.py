@@ -212,7 +212,7 @@ def _stages(setting: Setting, defenses: Defenses) -> tuple[Metrics, list[Answer]
     _copy_adapter(setting, final)
     if "evaluate" in cfg.stages:
         final_answers, evaluate_metrics = evaluate(setting, "final", final, answers)
-        # Both evaluations count as one stage.
+        # The two evaluations count as one stage.
         evaluate_metrics["time/evaluate_s"] += metrics["time/evaluate_s"]
         peaks_mib = [m["memory/evaluate_mib"] for m in (evaluate_metrics, metrics)]
         metrics |= evaluate_metrics | {"memory/evaluate_mib": max(peaks_mib)}

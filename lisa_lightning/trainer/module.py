@@ -68,7 +68,7 @@ class LisaModule(L.LightningModule):
         self.key = dict(key or {})
         self.optim_key = optim_key
         self.state: State = {}
-        """Of the method; `setup` creates it, a checkpoint restores it."""
+        """State of the method; `setup` creates it, a checkpoint restores it."""
         self.warned_unlabelled = False
 
     def setup(self, stage: str) -> None:
