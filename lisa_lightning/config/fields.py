@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
+from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+Check = tuple[Callable[[Any], bool], str]
+"""Test of a value, and the allowed values in words."""
 STRICT: Final = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 """Reject unknown keys, text in place of a number, true in place of 1, infinities and NaN."""
 ADAPTER: Final = ConfigDict(strict=True, allow_inf_nan=False)
+BOUNDS: Final = (Ge, Gt, Le, Lt)
 MAX_NUMBER: Final = 1e30
 """Squares of larger numbers overflow float32."""
 MAX_COUNT: Final = 2**31 - 1
@@ -31,8 +35,14 @@ class Words:
     text: str
 
 
-Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER)]
-NonNegative = Annotated[float, Field(ge=0, le=MAX_NUMBER)]
+def _fits_tensor(value: Any) -> Any:
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("a larger integer does not fit into a tensor")
+    return value
+
+
+Positive = Annotated[float, BeforeValidator(_fits_tensor), Field(gt=0, le=MAX_NUMBER)]
+NonNegative = Annotated[float, BeforeValidator(_fits_tensor), Field(ge=0, le=MAX_NUMBER)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
@@ -74,7 +84,7 @@ def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
 
 
 def _describe_number(kind: str, metadata: Sequence[Any]) -> str:
-    bounds = {type(bound).__name__: getattr(bound, type(bound).__name__.lower()) for bound in metadata}
+    bounds = {type(m).__name__: getattr(m, type(m).__name__.lower()) for m in metadata if isinstance(m, BOUNDS)}
     low, high = bounds.get("Ge"), bounds.get("Le")
     above, below = bounds.get("Gt"), bounds.get("Lt")
     high = None if high == MAX_NUMBER else high
@@ -90,16 +100,18 @@ def _describe_number(kind: str, metadata: Sequence[Any]) -> str:
     return f"{kind}{start}{end}"
 
 
-def field_checks(kind: type[Any]) -> dict[str, tuple[Callable[[Any], bool], str]]:
-    """Return for each field of a settings class whether a value is allowed, and what is allowed in words."""
-    return {
-        name: (_is_allowed(field.annotation, field.metadata), describe(field.annotation, field.metadata))
-        for name, field in kind.__pydantic_fields__.items()
-    }
+def field_checks(kind: type[Any]) -> dict[str, Check]:
+    """Return the check of each field of a settings class."""
+    return {name: check_of(field.annotation, field.metadata) for name, field in kind.__pydantic_fields__.items()}
 
 
-def _is_allowed(annotation: Any, metadata: Sequence[Any]) -> Callable[[Any], bool]:
-    """Return a test of values; values of the config are converted to plain lists and dictionaries."""
+def check_of(annotation: Any, metadata: Sequence[Any] = ()) -> Check:
+    """Return a test whether a value of the config is of a type, and a description of the allowed values.
+
+    Args:
+        annotation: a type with its bounds.
+        metadata: bounds that pydantic has moved out of the annotation.
+    """
     annotated: Any = Annotated
     annotated = annotated[(annotation, *metadata)] if metadata else annotation
     adapter = TypeAdapter(annotated, config=ADAPTER)
@@ -112,4 +124,4 @@ def _is_allowed(annotation: Any, metadata: Sequence[Any]) -> Callable[[Any], boo
             return False
         return True
 
-    return is_allowed
+    return is_allowed, describe(annotation, metadata)

@@ -1,25 +1,26 @@
 """Allowed values of the config keys: `RULES` has a test for each key, and a description for error messages."""
 
 import re
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from pydantic import Field
 
-from lisa_lightning.config.fields import field_checks
+from lisa_lightning.config.fields import (
+    Check,
+    Count,
+    CountOrZero,
+    NonNegative,
+    OpenShare,
+    Positive,
+    Seed,
+    Share,
+    Words,
+    check_of,
+    field_checks,
+)
 from lisa_lightning.config.settings import SECTIONS, STAGES, TrainerSettings
 from lisa_lightning.runtime.errors import UserError, printable
-
-Check = tuple[Callable[[Any], bool], str]
-
-
-def _is_number(value: Any) -> bool:
-    # Larger integers do not fit into a tensor.
-    return isinstance(value, float) or (_is_int(value) and abs(value) < 2**63)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_filled(value: Any) -> bool:
@@ -35,19 +36,8 @@ def _are_stages(value: Any) -> bool:
     return all_exist and len(set(value)) == len(value)
 
 
-MAX_NUMBER = 1e30
-"""Squares of larger numbers overflow float32."""
-MAX_COUNT = 2**31 - 1
 MAX_QUOTED_CHARS = 120
 """Maximum number of characters of a value in an error message."""
-POSITIVE: Check = (lambda v: _is_number(v) and 0 < v <= MAX_NUMBER, "a number above 0")
-NOT_NEGATIVE: Check = (lambda v: _is_number(v) and 0 <= v <= MAX_NUMBER, "a number of at least 0")
-SHARE: Check = (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
-OPEN_SHARE: Check = (lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")
-COUNT: Check = (lambda v: _is_int(v) and 0 < v <= MAX_COUNT, f"a whole number above 0, up to {MAX_COUNT}")
-COUNT_OR_0: Check = (lambda v: _is_int(v) and 0 <= v <= MAX_COUNT, f"a whole number of at least 0, up to {MAX_COUNT}")
-SEED: Check = (lambda v: _is_int(v) and 0 <= v < 2**63, "a whole number of at least 0, below 2^63")
-SWITCH: Check = (lambda v: isinstance(v, bool), "true or false")
 
 
 def _optional(check: Check) -> Check:
@@ -69,12 +59,12 @@ SET_RULES: dict[str, Check] = {
     "split": TEXT,
     "revision": _optional(TEXT),
     "files": _optional(TEXT),
-    "rows": _optional(COUNT),
+    "rows": _optional(check_of(Count)),
     "columns": _optional(MAPPING),
     "labels": _optional(MAPPING),
     "where": _optional(MAPPING),
-    "skip": COUNT_OR_0,
-    "take": _optional(COUNT),
+    "skip": check_of(CountOrZero),
+    "take": _optional(check_of(Count)),
 }
 """Rules of a set of a source, which is a file or a hub data set."""
 LOCAL_SET_KEYS = ("path", "header", "columns", "labels", "where", "skip", "take")
@@ -89,14 +79,14 @@ ENDPOINT_RULES: dict[str, Check] = {
         (_is_public_url, "http(s)://... without @, ? and #; an address with a password belongs into OPENAI_BASE_URL")
     ),
     "rubric": PHRASE,
-    "usd_per_million_input": NOT_NEGATIVE,
-    "usd_per_million_output": NOT_NEGATIVE,
-    "max_cost_usd": POSITIVE,
-    "max_output_tokens": COUNT,
-    "concurrency": (lambda v: _is_int(v) and 0 < v <= 1024, "a whole number above 0, up to 1024"),
-    "retries": (lambda v: _is_int(v) and 0 <= v <= 100, "a whole number of at least 0, up to 100"),
-    "timeout_s": (lambda v: _is_number(v) and 0 < v <= 86400, "a number above 0, up to 86400"),
-    "temperature": _optional((lambda v: _is_number(v) and 0 <= v <= 2, "a number from 0 to 2")),
+    "usd_per_million_input": check_of(NonNegative),
+    "usd_per_million_output": check_of(NonNegative),
+    "max_cost_usd": check_of(Positive),
+    "max_output_tokens": check_of(Count),
+    "concurrency": check_of(Annotated[int, Field(gt=0, le=1024)]),
+    "retries": check_of(Annotated[int, Field(ge=0, le=100)]),
+    "timeout_s": check_of(Annotated[float, Field(gt=0, le=86400)]),
+    "temperature": _optional(check_of(Annotated[float, Field(ge=0, le=2)])),
 }
 ID: Check = (_is_filled, "a hub id or a folder")
 STRING: Check = (lambda v: isinstance(v, str), "a text")
@@ -107,10 +97,10 @@ JUDGES: dict[str, dict[str, Check]] = {
         "revision": _optional(TEXT),
         "dtype": DTYPE,
         "text": PHRASE,
-        "max_length": COUNT,
-        "threshold": OPEN_SHARE,
+        "max_length": check_of(Count),
+        "threshold": check_of(OpenShare),
         "harmful_labels": _optional((lambda v: isinstance(v, ListConfig) and len(v) > 0, "a list of labels")),
-        "batch_size": COUNT,
+        "batch_size": check_of(Count),
     },
     "llama_guard": {
         "id": ID,
@@ -119,9 +109,9 @@ JUDGES: dict[str, dict[str, Check]] = {
         "before": STRING,
         "safe": TEXT,
         "unsafe": TEXT,
-        "max_length": COUNT,
+        "max_length": check_of(Count),
     },
-    "openai": ENDPOINT_RULES | {"flag_from": (lambda v: _is_int(v) and 2 <= v <= 5, "2, 3, 4 or 5")},
+    "openai": ENDPOINT_RULES | {"flag_from": check_of(Annotated[int, Field(ge=2, le=5), Words("2, 3, 4 or 5")])},
     "win_rate": ENDPOINT_RULES,
     "linear": {
         "rows": (lambda v: isinstance(v, DictConfig), "a mapping with path and more"),
@@ -130,15 +120,15 @@ JUDGES: dict[str, dict[str, Check]] = {
     },
 }
 RULES: dict[str, Check] = {
-    "seed": SEED,
-    "harmful_ratio": SHARE,
+    "seed": check_of(Seed),
+    "harmful_ratio": check_of(Share),
     "stages": (_are_stages, f"a list of {', '.join(STAGES)}, each once"),
-    "resume": SWITCH,
+    "resume": check_of(bool),
     "cache_dir": (lambda v: isinstance(v, str) and v != "", "the path of a folder"),
-    "align.seed": SEED,
-    "repair.reference.extrapolation": NOT_NEGATIVE,
+    "align.seed": check_of(Seed),
+    "repair.reference.extrapolation": check_of(NonNegative),
     **{f"{section}.{name}": check for section, kind in SECTIONS.items() for name, check in field_checks(kind).items()},
-    "task.max_new_tokens": COUNT,
+    "task.max_new_tokens": check_of(Count),
     **{f"judge.{name}.{key}": rule for name, rules in JUDGES.items() for key, rule in rules.items()},
     "responses": _optional((lambda v: isinstance(v, str), "the path of a file")),
     **{f"source.{name}": (lambda v: isinstance(v, DictConfig), "a mapping with path and more") for name in SETS},
