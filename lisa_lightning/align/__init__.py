@@ -1,1 +1,1 @@
-"""Ways of aligning, one file each: conf/align/NAME.yaml names the class, a `lisa_lightning.method.base.Method`."""
+"""Defenses of alignment, one file each: conf/align/NAME.yaml names the class, an `Aligner`."""

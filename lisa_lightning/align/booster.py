@@ -4,18 +4,18 @@ from typing import final
 
 from pydantic.dataclasses import dataclass
 
+from lisa_lightning.align.base import Aligner
 from lisa_lightning.align.vaccine import EPSILON, perturbed_gradient
 from lisa_lightning.config.fields import STRICT, NonNegative
 from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
-from lisa_lightning.method.base import Method
+from lisa_lightning.data.schedule import Stream, StreamBatch
 from lisa_lightning.objective.backprop import Backprop, State, StepOutput, norm
 
 
 @final
 @dataclass(frozen=True, config=STRICT)
-class Booster(Method):
+class Booster(Aligner):
     """Descend f(w) + lamb * (h(w) - h(w - alpha * grad h(w) / ||grad h(w)||)) (Huang et al., ICLR 2025, Eq. 1 and 3).
 
     f is the loss on alignment rows and h the loss on harmful rows, both on batches of the same size. Second derivatives
@@ -40,11 +40,6 @@ class Booster(Method):
     def requirements(self) -> frozenset[Requirement]:
         """Harmful rows of the provider."""
         return frozenset({"defender_rows"})
-
-    @property
-    def schedule(self) -> Schedule:
-        """Alignment steps only."""
-        return Schedule(alignment_steps=1, user_steps=0)
 
     @property
     def unpacked_streams(self) -> frozenset[Stream]:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from lisa_lightning.align.base import Aligner
 from lisa_lightning.config.fields import STRICT, NonNegative, Seed
 from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
-from lisa_lightning.method.base import Method
+from lisa_lightning.data.schedule import Stream, StreamBatch
 from lisa_lightning.model.hooks import capture_outputs
 from lisa_lightning.objective.backprop import Backprop, State, StepOutput
 from lisa_lightning.objective.loss import forward, logits_at, unembed
@@ -49,7 +49,7 @@ Features = list[Tensor]
 
 @final
 @dataclass(frozen=True, config=STRICT)
-class RepNoise(Method):
+class RepNoise(Aligner):
     """Descend CE(harmless) + beta * N - alpha * log H (Rosati et al., NeurIPS 2024, Eq. 4 and 5; port in Booster).
 
     N is the mean over layers of the maximum mean discrepancy (five Gaussian kernels) between noise and the MLP outputs
@@ -86,11 +86,6 @@ class RepNoise(Method):
     def requirements(self) -> frozenset[Requirement]:
         """Harmful rows of the provider; for the official masks also undivided steps."""
         return frozenset({"defender_rows", "single_micro_batch"} if self.official else {"defender_rows"})
-
-    @property
-    def schedule(self) -> Schedule:
-        """Alignment steps only."""
-        return Schedule(alignment_steps=1, user_steps=0)
 
     @property
     def unpacked_streams(self) -> frozenset[Stream]:

@@ -7,19 +7,19 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from lisa_lightning.align.base import Aligner
 from lisa_lightning.align.vaccine import output_gradients, perturbed_gradient
 from lisa_lightning.config.fields import STRICT, Count, NonNegative, Seed
 from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.interleave import Step
-from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
-from lisa_lightning.method.base import Method
+from lisa_lightning.data.schedule import Stream, StreamBatch
 from lisa_lightning.objective.backprop import Backprop, State, StepOutput
 from lisa_lightning.runtime.errors import UserError
 
 
 @final
 @dataclass(frozen=True, config=STRICT)
-class TVaccine(Method):
+class TVaccine(Aligner):
     """Perturb and train `active_layers` layers at a time, as Vaccine does (Liu et al., 2024, Algorithm 1).
 
     Every `probability_steps` steps one harmful row gives each layer the probability
@@ -56,11 +56,6 @@ class TVaccine(Method):
     def requirements(self) -> frozenset[Requirement]:
         """Harmful rows of the provider."""
         return frozenset({"defender_rows"})
-
-    @property
-    def schedule(self) -> Schedule:
-        """Alignment steps only."""
-        return Schedule(alignment_steps=1, user_steps=0)
 
     @property
     def unpacked_streams(self) -> frozenset[Stream]:

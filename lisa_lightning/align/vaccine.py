@@ -7,11 +7,11 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from lisa_lightning.align.base import Aligner
 from lisa_lightning.config.fields import STRICT, NonNegative
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.data.schedule import Schedule, Stream
-from lisa_lightning.method.base import Method
+from lisa_lightning.data.schedule import Stream
 from lisa_lightning.model.hooks import add_to_outputs, output_probes
 from lisa_lightning.objective.backprop import Backprop, State, StepOutput
 
@@ -21,7 +21,7 @@ EPSILON: Final = 1e-7
 
 @final
 @dataclass(frozen=True, config=STRICT)
-class Vaccine(Method):
+class Vaccine(Aligner):
     """Descend max_{||eps|| <= rho} L(w, e + eps), e being attention outputs (Huang et al., NeurIPS 2024).
 
     Two forward and two backward passes a step (Algorithm 1). The first computes g_l = dL/de_l. The second descends with
@@ -37,11 +37,6 @@ class Vaccine(Method):
 
     rho: NonNegative = 2.0
     """Norm of the perturbation; 0 is SFT on alignment rows. The paper's value is 2."""
-
-    @property
-    def schedule(self) -> Schedule:
-        """Alignment steps only."""
-        return Schedule(alignment_steps=1, user_steps=0)
 
     @property
     def unpacked_streams(self) -> frozenset[Stream]:

@@ -61,21 +61,16 @@ def parse(cls: type[T], values: Mapping[str, Any], key: str) -> T:
     try:
         return cls(**values)
     except ValidationError as error:
-        raise _value_error(cls, error, key) from error
+        raise _value_error(cls, error, values, key) from error
 
 
-def _value_error(cls: type[Any], error: ValidationError, key: str) -> UserError:
+def _value_error(cls: type[Any], error: ValidationError, values: Mapping[str, Any], key: str) -> UserError:
     details = error.errors()[0]
     if not details["loc"]:
         return UserError(f"{key}: {details['ctx']['error']}" if "ctx" in details else f"{key}: {details['msg']}")
     name = str(details["loc"][0])
-    field = cls.__pydantic_fields__.get(name)
-    if field is None:
-        return UserError(f"{key}.{name} is not a key of {cls.__name__}; {suggest(name, cls.__pydantic_fields__)}")
-    if details["type"] in ("missing", "missing_argument"):
-        return UserError(f"{key}.{name} is missing. Fix: add +{key}.{name}=..., or don't delete it")
-    value = details["input"]
-    return not_allowed(f"{key}.{name}", value, describe(field.annotation, field.metadata))
+    field = cls.__pydantic_fields__[name]
+    return not_allowed(f"{key}.{name}", values[name], describe(field.annotation, field.metadata))
 
 
 def refuse_unknown_arguments(config: Mapping[str, Any]) -> None:

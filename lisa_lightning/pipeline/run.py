@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from lightning.fabric import Fabric
 from omegaconf import DictConfig
 
-from lisa_lightning.config.instances import load_class, refuse_unknown_arguments
+from lisa_lightning.config.instances import build, load_class
 from lisa_lightning.config.requirements import Defense, active_defenses, check_requirements
 from lisa_lightning.config.validate import flat, plain
 from lisa_lightning.curate.base import Selector
@@ -64,7 +64,6 @@ def run(request: Request) -> Metrics:
     """
     started = perf_counter()
     with folder_lock(request.out) if is_rank_zero() else nullcontext():
-        refuse_unknown_arguments(plain(request.cfg))
         judges = _judges(request.cfg)
         if list(request.cfg.stages) == ["judge"]:
             return rejudge(request, judges)
@@ -156,12 +155,12 @@ def _load_inputs(request: Request) -> Inputs:
 
 def _defenses(cfg: DictConfig) -> Defenses:
     """Create the defenses of the stages that run."""
-    sections: dict[str, Any] = {group: cfg[group] for group in active_defenses(dict(flat(plain(cfg))))}
+    config = plain(cfg)
+    sections = {group: config[group] for group in active_defenses(dict(flat(config)))}
+    keys = {group: "align.method" if group == "align" else group for group in sections}
     if "align" in sections:
-        sections["align"] = cfg.align.method
-    if "repair" in sections:
-        sections["repair"] = {name: value for name, value in plain(cfg.repair).items() if name != "reference"}
-    return Defenses(**{group: instantiate(section) for group, section in sections.items()})
+        sections["align"] = sections["align"]["method"]
+    return Defenses(**{group: build(section, keys[group]) for group, section in sections.items()})
 
 
 def _make_setting(request: Request, inputs: Inputs, ranks: Ranks, closing: ExitStack) -> Setting:

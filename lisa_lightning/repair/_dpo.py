@@ -8,19 +8,19 @@ import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from lisa_lightning.align.base import Aligner
 from lisa_lightning.config.fields import STRICT, Positive
 from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.data.packing import Pack
-from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
-from lisa_lightning.method.base import Method
+from lisa_lightning.data.schedule import Stream, StreamBatch
 from lisa_lightning.objective.backprop import Backprop, State, StepOutput
 from lisa_lightning.objective.loss import row_losses
 
 
 @final
 @dataclass(frozen=True, config=STRICT)
-class DPO(Method):
+class DPO(Aligner):
     """Train by direct preference optimization (Rafailov et al., NeurIPS 2023, Eq. 7), for NLSR's reference adapter.
 
     Row i of the stream `alignment` is the preferred answer to a request, row i of `defender` the other one. The
@@ -34,11 +34,6 @@ class DPO(Method):
     def requirements(self) -> frozenset[Requirement]:
         """Harmful rows of the provider."""
         return frozenset({"defender_rows"})
-
-    @property
-    def schedule(self) -> Schedule:
-        """Alignment steps only."""
-        return Schedule(alignment_steps=1, user_steps=0)
 
     @property
     def paired(self) -> bool:

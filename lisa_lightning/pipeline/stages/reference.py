@@ -4,9 +4,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.utils import instantiate
 from safetensors.torch import save_file
 
+from lisa_lightning.config.instances import build
 from lisa_lightning.config.optim import Optim
 from lisa_lightning.config.validate import plain
 from lisa_lightning.data.schedule import Stream
@@ -33,7 +33,7 @@ def reference_adapter(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
     """
     cfg, seed = setting.cfg.repair.reference, setting.cfg.align.seed
     preferred, rejected = preference_pairs(setting.rows)
-    methods = {name: instantiate(cfg[name].method) for name in ("sft", "dpo")}
+    methods = {name: build(plain(cfg[name].method), f"repair.reference.{name}.method") for name in ("sft", "dpo")}
     key = {
         "aligned": aligned.name,
         "reference": plain(cfg),
