@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from chat_server import url  # noqa: F401  # a fixture
-from forking import Forked
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-ROOT = Path(__file__).parents[1]
+from helpers.chat_server import url  # noqa: F401  # a fixture
+from helpers.forking import Forked
+from helpers.paths import ROOT
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fixtures that import torch, where tests run: not in the process that hands them out, which others wait for."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        for name in ("judge_models", "training"):
+        for name in ("helpers.judge_models", "helpers.training"):
             config.pluginmanager.import_plugin(name)
 
 

@@ -1,10 +1,11 @@
-"""Faults put into the code by hand, each of which a test must catch: how much the tests are worth.
+"""Put faults into the code by hand, each of which a test must catch.
 
     python tests/faults.py [WORD ...]
 
-Each fault is one replaced piece of one file, in a copy of the project; the tests beside it must fail there. With words,
-only faults of files that have one in their names. Prints what survives and the share that is caught; exit status 1
-where something survives. `test_faults.py` holds the list to the code.
+Each fault replaces one piece of one file in a copy of the project, where its tests must fail. With words, only faults
+of files that have one in their names are tried. Prints the survivors and the share that is caught.
+
+Exit status 1: a fault survives, or a list names a piece or a test that does not exist. All lists are checked first.
 """
 
 import importlib
@@ -16,11 +17,12 @@ import traceback
 from pathlib import Path
 
 import pytest
-from fault import Fault
-from fault_list import FAULTS as IN_TRAINING
-from fault_list_runs import FAULTS as IN_RUNS
 
-ROOT = Path(__file__).parents[1]
+from fault_lists.fault import Fault
+from fault_lists.runs import FAULTS as IN_RUNS
+from fault_lists.training import FAULTS as IN_TRAINING
+from helpers.paths import ROOT, TESTS
+
 LIBRARIES = ("torch", "lightning", "transformers", "peft", "datasets", "sklearn.linear_model", "hydra")
 QUIETLY = ("-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 COPIED = ("lisa_lightning", "conf", "tests", "experiments", "benchmarks", "docs", "run.py", "pyproject.toml")
@@ -55,8 +57,21 @@ def caught(fault: Fault, copy: Path) -> bool:
         file.write_text(good, encoding="utf-8")
 
 
+def stale(fault: Fault) -> str:
+    """Return which piece or test of a fault does not exist, or ""."""
+    if fault.old not in (ROOT / "lisa_lightning" / fault.file).read_text(encoding="utf-8"):
+        return f"{fault.file} has no {fault.old!r}"
+    for test in fault.tests.split():
+        file, _, name = test.partition("::")
+        if not (TESTS / file).exists() or f"def {name}" not in (TESTS / file).read_text(encoding="utf-8"):
+            return f"{fault.file}: no test {test}"
+    return ""
+
+
 def main(words: list[str]) -> int:
-    """Try all faults, print; 1 where one survives."""
+    """Try the faults, and print the survivors; 1 if there is one."""
+    problems = [problem for fault in [*IN_TRAINING, *IN_RUNS] if (problem := stale(fault))]
+    print(*problems, sep="\n", end="\n" if problems else "")
     for name in LIBRARIES:
         importlib.import_module(name)
     sys.path = [folder for folder in sys.path if Path(folder).resolve() not in (ROOT, ROOT / "tests")]
@@ -67,8 +82,8 @@ def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in COPIED:
-            own = ROOT / name
-            (shutil.copytree if own.is_dir() else shutil.copy)(own, copy / name)
+            source = ROOT / name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy / name)
         for i, fault in enumerate(chosen, 1):
             if not caught(fault, copy):
                 survivors.append(fault)
@@ -77,7 +92,7 @@ def main(words: list[str]) -> int:
                 print(f"{i} of {len(chosen)}", end="\r", flush=True)
     share = 100 * (1 - len(survivors) / max(1, len(chosen)))
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults caught ({share:.0f} %)")
-    return int(bool(survivors) or not chosen)
+    return int(bool(survivors or problems) or not chosen)
 
 
 if __name__ == "__main__":

@@ -1,62 +1,8 @@
-"""Replays golden cases (what the official implementations did, batch by batch) through this project's own code.
+"""Command of tests/golden/replay.py: `python tests/replay.py [CASE ...]`."""
 
-    python tests/replay.py [PATH/TO/lisa PATH/TO/booster ...]
-
-A case is the path of a golden file without its ending, all of tests/golden where none is named; its JSON names the
-method. One line a case: name, then the largest error of each thing that the case records; exit status 1 where one
-exceeds the case's tolerance.
-"""
-
-import json
 import sys
-import warnings
-from pathlib import Path
 
-from replay_errors import Errors
-from replay_repairs import REPAIRS
-from replay_training import token_weights, train
-from safetensors.torch import load_file
-
-GOLDEN = Path(__file__).parent / "golden"
-TOLERANCES = {"booster": 3e-5, "repnoise": 5e-6, "ldifs": 5e-5, "nlsr": 2e-6}
-"""Of weights, absolute; of everything else relative to max(1, value), since a loss near 5, recorded in float32 under an
-older transformers, is met to 1.5e-6 at best, in float32 and in float64 alike. Others have 1e-6."""
-
-OF_TERMS = {"layer entropies": 1.5e-5}
-"""Of what goes through bfloat16 on its way: a sum's last bit can turn a rounding."""
-
-
-def replay(case: Path) -> Errors:
-    """Run the recorded batches of `case` (a path without its ending) and compare."""
-    facts = json.loads(case.with_name(case.name + ".json").read_text())
-    tensors = load_file(case.with_name(case.name + ".safetensors"))
-    name = facts["method"]
-    errors = Errors(TOLERANCES.get(name, 1e-6), OF_TERMS)
-    if name in REPAIRS:
-        REPAIRS[name](facts, tensors, errors)
-    elif name == "constrained_sft":
-        token_weights(facts, tensors, errors)
-    else:
-        train(facts, tensors, errors)
-    return errors
-
-
-def main(cases: list[str]) -> int:
-    """Replay and print; 1 where any case fails."""
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft's call
-    failed = False
-    for case in cases or sorted(str(file.with_suffix("")) for file in GOLDEN.glob("*.json")):
-        try:
-            errors = replay(Path(case))
-        except Exception as error:  # which shall not hide what the other cases say
-            failed = True
-            print(f"{Path(case).name}  FAILED ({type(error).__name__}: {error})")
-            continue
-        failed |= not errors.passed
-        said = "  ".join(f"{name} {error:.1e}" for name, error in errors.found.items())
-        print(f"{Path(case).name}  {said}" + ("" if errors.passed else f"  FAILED (tolerance {errors.tolerance:.0e})"))
-    return int(failed)
-
+from golden.replay import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from composing import composed
 
 from experiments.__main__ import CLAIMS
+from helpers.composing import composed
+from helpers.paths import ROOT
 from lisa_lightning.pipeline.run import run
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "experiments").rglob("README.md"))
 BEYOND = ("experiment=paper/", "model=llama2_7b", "model=qwen2_5_0_5b", "--cfg")

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forking import Forked
 
-ROOT = Path(__file__).parents[1]
+from helpers.forking import Forked
+from helpers.paths import ROOT
 
 
 def blocks(page: str) -> tuple[dict[str, str], list[str]]:

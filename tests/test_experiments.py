@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forking import Forked
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
@@ -15,10 +14,11 @@ from benchmarks.defenses import CURATES, METHODS, REPAIRS
 from experiments import __main__ as experiments
 from experiments import tuned
 from experiments.tables import SCORES, format_table, read, spread
+from helpers.forking import Forked
+from helpers.paths import ROOT
 from lisa_lightning.config.validate import check
 from lisa_lightning.runtime.errors import UserError
 
-ROOT = Path(__file__).parents[1]
 TINY = [
     "model=tiny",
     "align.optim.steps=2",

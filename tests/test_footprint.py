@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from counting_memory import Live, adapted, autocast_of_a_gpu, model_of, packs_of, saved_bytes
 from omegaconf import DictConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,11 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks import footprint
 from benchmarks.footprint import BATCH, SHAPES, Lora, Shape, Step, training_memory
+from helpers.counting_memory import Live, adapted, autocast_of_a_gpu, model_of, packs_of, saved_bytes
+from helpers.paths import ROOT
 from lisa_lightning.data.packing import IGNORED, Example, pack
 from lisa_lightning.objective.loss import completion_loss
 from lisa_lightning.objective.proximal import snapshot
 
-ROOT = Path(__file__).parents[1]
 PUBLISHED = {
     "smollm2_135m": 134_515_008,
     "qwen2_5_0_5b": 494_032_768,

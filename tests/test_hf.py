@@ -21,15 +21,16 @@ import lightning as L
 import pytest
 import torch
 from datasets import Dataset
-from recording import Recording
-from replay_case import Rates, method_of, tiny_net
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import SequentialSampler
-from training import ALIGNMENT, USER
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lisa_lightning.trainer.module
+from golden.case import Rates, method_of, tiny_net
+from helpers.paths import ROOT
+from helpers.recording import Recording
+from helpers.training import ALIGNMENT, USER
 from lisa_lightning.config.optim import Optim
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
@@ -45,7 +46,6 @@ from lisa_lightning.model.lora import attach, load, load_tokenizer
 from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.trainer.module import LisaModule
 
-ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 STEPS = 11
 """Two cycles of 2 alignment and 3 user steps, and the switch after them."""

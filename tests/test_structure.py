@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from helpers.paths import ROOT
 from lisa_lightning.config.rules import RULES
 from lisa_lightning.config.validate import flat
 from lisa_lightning.runtime.cache import code_files
 
-ROOT = Path(__file__).parents[1]
 CHOICES = ("align", "curate", "judge", "method", "repair", "task")
 LIGHTNING = ("callbacks", "logger")
 """Config groups whose files name classes of Lightning too."""

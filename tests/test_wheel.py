@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 from zipfile import ZipFile
 
 import pytest
-from forking import environment
 
+from helpers.forking import environment
+from helpers.paths import ROOT
 from lisa_lightning import __version__
 
-ROOT = Path(__file__).parents[1]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("hatchling") is None, reason="hatchling builds the wheel"),

@@ -1,0 +1,200 @@
+"""Reads a golden case: its model, method, optimizer, batches and rows, as this project has them.
+
+`facts` is the case's JSON, `tensors` its safetensors.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from helpers.paths import CONF
+from lisa_lightning.config.fields import STRICT
+from lisa_lightning.config.optim import Optim
+from lisa_lightning.data.interleave import Batch, Step
+from lisa_lightning.data.packing import IGNORED, Example, Pack, pack, pack_padded
+from lisa_lightning.data.schedule import Stream
+from lisa_lightning.method.base import Method
+from lisa_lightning.model.alignment_delta import Delta
+from lisa_lightning.model.factors import PREFIX, trainable
+from lisa_lightning.model.lora import attach
+
+
+def tiny_net(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """The case's Llama with its adapter, the LoRA factors as they were at the start."""
+    sizes = dict(facts["model"])
+    theta = sizes.pop("rope_theta", 10000.0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters={"rope_type": "default", "rope_theta": theta}))
+    whole = "aligned." if "aligned.lm_head.weight" in tensors else "base."
+    model.load_state_dict({k.removeprefix(whole): v for k, v in tensors.items() if k.startswith(whole)}, strict=True)
+    lora = facts["lora"]
+    targets = list(lora["targets"])
+    net = attach(
+        model, SimpleNamespace(r=lora["r"], alpha=lora["alpha"], dropout=lora.get("dropout", 0.0), targets=targets), 0
+    )
+    initial = {k.removeprefix("init."): v for k, v in tensors.items() if k.startswith("init.")}
+    own = trainable(net)
+    if own.keys() != initial.keys():
+        raise ValueError(f"adapter weights differ: {sorted(own.keys() ^ initial.keys())[:4]}")
+    with torch.no_grad():
+        for name, value in initial.items():
+            own[name].copy_(value)
+    return net
+
+
+ELSEWHERE = {
+    "lamb": ("lamb", "lambda_reg"),
+    "safe_rows": ("alignment_batch_size",),
+    "rho": ("rho",),
+    "seed": ("seed",),
+    "first_factor": ("first_token_bias_factor",),
+}
+"""Argument -> what a case may call it, where that is another name."""
+OFFICIAL = {"carry_over": True, "official": True, "padding": True, "per_micro_batch": True, "add_back": True}
+"""The switches that turn on what only the official code does, where a case does not say otherwise."""
+
+
+def method_of(facts: dict[str, Any]) -> Method:
+    """The method by the case's own name, through conf/ as a run finds it."""
+    name = {"tvaccine": "t_vaccine"}.get(facts["method"], facts["method"])
+    stage = "method" if (CONF / "method" / f"{name}.yaml").exists() else "align"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = compose("config", [f"{stage}={name}"])
+    cfg = whole.method if stage == "method" else whole.align.method
+    given = {}
+    for key in cfg:
+        for called in ELSEWHERE.get(key, (key,)):
+            if called in facts:
+                given[key] = facts[called]
+    if name == "booster":
+        given["rho"] *= facts.get("perturb_aware", False)  # else the case's rho is of the trainer's other methods
+    return instantiate(cfg, **({k: v for k, v in OFFICIAL.items() if k in cfg} | given))
+
+
+@dataclass(frozen=True, config=STRICT)
+class Rates(Optim):
+    """A case's optimizer; AsFT's rate falls by gamma after each epoch."""
+
+    gamma: float = 1.0
+    epoch: int = 1
+
+    @classmethod
+    def of_case(cls, facts: dict[str, Any], steps: int) -> "Rates":
+        """From the case's JSON."""
+        schedule = facts.get("lr_scheduler", "constant")
+        if schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"lr_scheduler={schedule} is none that this project has")
+        return cls(
+            lr=facts["lr"],
+            steps=steps,
+            batch_size=facts["batch_size"],
+            accumulate=1,
+            clip=facts["max_grad_norm"],
+            schedule=schedule,
+            warmup_ratio=facts.get("lr_warmup_ratio", 0.0),
+            weight_decay=facts["weight_decay"],
+            betas=tuple(facts["betas"]),
+            eps=facts["eps"],
+            gamma=facts.get("gamma", 1.0),
+            epoch=-(-facts.get("steps_per_epoch", steps) // accumulated(facts)),
+        )
+
+    def lr_at(self, step: int) -> float:
+        """Of a 0-based step."""
+        return super().lr_at(step) * self.gamma ** (step // self.epoch)
+
+
+def accumulated(facts: dict[str, Any]) -> int:
+    return facts.get("gradient_accumulation", 1)
+
+
+def groups_of(facts: dict[str, Any]) -> list[list[int]]:
+    """The recorded batches of each optimizer step: an epoch's last step may have fewer."""
+    count = facts.get("total_steps") or len(facts["steps"])
+    epoch, size = facts.get("steps_per_epoch", count), accumulated(facts)
+    starts = [start + i for start in range(0, count, epoch) for i in range(0, min(epoch, count - start), size)]
+    ends = [min(start + size, (start // epoch + 1) * epoch, count) for start in starts]
+    return [list(range(start, end)) for start, end in zip(starts, ends, strict=True)]
+
+
+def step_of(tensors: dict[str, Tensor], t: int, total: int, batches: list[int], method: Method) -> Step:
+    recorded = {"alignment": "alignment", "user": "user", "defender": "harmful"}
+    return Step(
+        t,
+        total,
+        {
+            name: _batch(tensors, [f"step{i:03d}.{recorded[name]}" for i in batches], name, method)
+            for name in method.plan(t)
+        },
+    )
+
+
+def _batch(tensors: dict[str, Tensor], prefixes: list[str], stream: Stream, method: Method) -> Batch:
+    micro, tokens = [], 0
+    for prefix in prefixes:
+        ids, labels, mask = (tensors[f"{prefix}.{name}"] for name in ("input_ids", "labels", "attention_mask"))
+        tokens += int((labels[:, 1:] != IGNORED).sum())
+        if stream in method.unpacked_streams:  # padding as it was recorded
+            micro.append([pack_padded(ids, mask.bool(), labels)])
+        else:
+            micro.append(pack(examples(ids, labels, mask.bool())))
+    return Batch(stream, micro, tokens)
+
+
+def examples(ids: Tensor, labels: Tensor, mask: Tensor) -> list[Example]:
+    """Rows without their padding."""
+    return [
+        Example(tuple(i[m].tolist()), tuple(label[m].tolist())) for i, label, m in zip(ids, labels, mask, strict=True)
+    ]
+
+
+def fisher_batches(tensors: dict[str, Tensor]) -> Callable[[Stream, int], Iterator[Batch]]:
+    prefixes = sorted({k.rpartition(".")[0] for k in tensors if k.startswith("fisher") and k.endswith(".input_ids")})
+    names = ("input_ids", "labels", "attention_mask")
+
+    def whole(stream: Stream, size: int) -> Iterator[Batch]:
+        for prefix in prefixes:
+            ids, labels, mask = (tensors[f"{prefix}.{name}"] for name in names)
+            yield Batch(stream, [pack(examples(ids, labels, mask.bool()))], int((labels[:, 1:] != IGNORED).sum()))
+
+    return whole
+
+
+def deltas_of(tensors: dict[str, Tensor]) -> dict[str, Delta]:
+    """V of every adapted matrix, from both models' weights; nothing where the case has one model."""
+    if not any(k.startswith("aligned.") for k in tensors):
+        return {}
+    before, after = (
+        {k.removeprefix(f"{which}."): v for k, v in tensors.items() if k.startswith(f"{which}.")}
+        for which in ("base", "aligned")
+    )
+    names = {k.partition(".lora_")[0].removeprefix(f"init.{PREFIX}") for k in tensors if k.startswith("init.")}
+    return dense_deltas(after, before, names)
+
+
+def dense_deltas(aligned: dict[str, Tensor], base: dict[str, Tensor], modules: Iterable[str]) -> dict[str, Delta]:
+    """The deltas, as [d_out, d_in], of those of `modules` that the state dicts of two models tell apart."""
+    names = {module: f"{module}.weight" for module in modules}
+    found = {m: Delta(aligned[n].float() - base[n].float()) for m, n in names.items() if n in aligned and n in base}
+    return {module: delta for module, delta in found.items() if delta.norm > 0}
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors behind a prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def rows_of(tensors: dict[str, Tensor], stream: str) -> list[Pack]:
+    names = sorted(name.removesuffix(".input_ids") for name in tensors if name.endswith(f".{stream}.input_ids"))
+    found = []
+    for name in names:
+        ids, labels = tensors[f"{name}.input_ids"], tensors[f"{name}.labels"]
+        mask = tensors.get(f"{name}.attention_mask", torch.ones_like(ids)).bool()
+        found.append(pack_padded(ids, mask, labels))
+    return found

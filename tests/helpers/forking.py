@@ -1,0 +1,206 @@
+"""Commands in forks of one process that has imported everything, so that a run costs what it does, not what Python,
+torch and the judge's fit cost to start.
+
+    python -m helpers.forking        one request a line in, one answer a line out (both JSON)
+
+`conftest.py` gives tests the process as the fixture `forked`; `killing.py` forks by itself. Needs OMP_NUM_THREADS=1:
+a thread pool does not survive a fork.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+from helpers.paths import ROOT, TESTS
+
+HEAVY = (
+    *(
+        "lisa_lightning.pipeline.run",
+        "lisa_lightning.trainer.module",
+        "lisa_lightning.pipeline.fit",
+        "lisa_lightning.data.datamodule",
+    ),
+    *(
+        "lisa_lightning.report.run_page",
+        "lisa_lightning.report.sweep_runs",
+        "matplotlib.figure",
+        "sklearn.linear_model",
+        "peft",
+    ),
+    *("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "datasets"),
+)
+
+
+def import_everything() -> None:
+    """What every run would spend seconds on, the fit of the embedded judge included."""
+    sys.path.insert(0, str(ROOT))
+    for name in HEAVY:
+        importlib.import_module(name)
+    importlib.import_module("lisa_lightning.judge.embedded").fitted_classifier()
+    gc.collect()
+    gc.freeze()  # else every collection in a child goes through all of it again
+
+
+def fork(arguments: list[str], log: Path, patch: Callable[[], object] | None = None) -> int:
+    """Start `python run.py ARGUMENTS` in a child that writes into LOG.out and LOG.err; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        for stream, end in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{log}.{end}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        if patch is not None:
+            patch()
+        sys.path[:0] = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+        sys.argv = [str(ROOT / "run.py"), *arguments]
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+        rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", "0"))  # type: ignore[attr-defined]  # as its import would find it
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(child: int) -> int:
+    """The exit status of a child, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class Forked:
+    """The process, as a test sees it: what `subprocess` does with `python run.py`, in a fork."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "helpers.forking"],
+            cwd=TESTS,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment({}),
+        )
+        self._logs: dict[int, Path] = {}
+
+    def start(self, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> int:
+        """The process id of the command, which runs on."""
+        log = cwd / f"forked-{len(self._logs)}"
+        child = self._ask(arguments=arguments, cwd=str(cwd), env=environment(env), log=str(log))
+        self._logs[child] = log
+        return child
+
+    def wait(self, child: int) -> "subprocess.CompletedProcess[str]":
+        """How the command ended, and what it printed."""
+        status, log = self._ask(wait=child), self._logs[child]
+        said = [Path(f"{log}.{end}").read_text(encoding="utf-8") for end in ("out", "err")]
+        return subprocess.CompletedProcess([], status, *said)
+
+    def run(self, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+        """Start, and wait."""
+        return self.wait(self.start(arguments, cwd, env))
+
+    def run_ranks(self, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+        """Both of two ranks, as torchrun starts them; how the first ended."""
+        with socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = {"MASTER_PORT": str(free.getsockname()[1])}
+        second = [*arguments, "hydra.output_subdir=null"]
+        first, other = (
+            self.start(own, cwd, {**env, **port, "LOCAL_RANK": str(rank)})
+            for rank, own in enumerate((arguments, second))
+        )
+        done = self.wait(first)
+        if done.returncode:
+            os.kill(other, signal.SIGKILL)  # it might wait for the first
+        self.wait(other)
+        return done
+
+    def close(self) -> None:
+        """The process ends with its input."""
+        self._process.communicate()
+
+    def _ask(self, **request: Any) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Ours without W&B's settings, which a test has to choose."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"} | dict(more)
+
+
+def started(arguments: list[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    """The command in a process of its own, as a user starts it; it must succeed."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        cwd=cwd,
+        env=environment(env),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def run_helper(name: str, *arguments: str, timeout: float) -> dict[str, Any]:
+    """Run `python -m helpers.NAME ARGUMENTS`, and return the JSON of its last line."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"helpers.{name}", *arguments],
+        cwd=TESTS,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command without W&B, with a cache in its folder."""
+    return forked.run([*arguments], cwd, {"WANDB_MODE": "disabled", "LISA_CACHE": str(cwd / "cache")})
+
+
+def serve() -> None:
+    """Answer requests until there are none: a start with the process id, a wait with the exit status."""
+    import_everything()
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = wait(request["wait"])
+        else:
+            os.environ.clear()
+            os.environ.update(request["env"])
+            os.chdir(request["cwd"])
+            answer = fork(request["arguments"], Path(request["log"]))
+        answers.write(f"{answer}\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

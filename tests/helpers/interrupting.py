@@ -1,0 +1,102 @@
+"""Interrupts real runs at chosen moments, as Ctrl-C and SIGTERM do, and reports how they end; for test_interrupted.py.
+
+    python -m helpers.interrupting FOLDER    (in tests/)
+
+Prints a JSON object: moment -> {status, err, again}, where `again` is the status of the same command resumed.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from helpers.forking import fork, import_everything, wait
+from helpers.killing import nth
+
+SHORT = ["experiment=smoke", "optim.steps=4", "align.optim.steps=3", "evaluate.every=3", "checkpoint.every=2"]
+
+
+def at_call(owner: Any, name: str, number: signal.Signals, call: int = 1) -> None:
+    """Replace a function by one that sends this process a signal before its n-th call."""
+    original, due = getattr(owner, name), nth(call)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if due():
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, interrupted)
+
+
+def moments() -> dict[str, tuple[signal.Signals, Callable[[], None]]]:
+    """Return the signal of each moment, and what sends it."""
+    from lisa_lightning.evaluation import evaluator, judging
+    from lisa_lightning.model import base_model
+    from lisa_lightning.pipeline import preflight, run_folder
+    from lisa_lightning.trainer import module
+
+    places: dict[str, tuple[Any, str, int]] = {
+        "making the model": (base_model, "_save_tiny_model", 1),
+        "the dry run": (preflight, "_try_defenses", 1),
+        "aligning": (module, "move_anchor", 2),
+        "fine-tuning": (module, "move_anchor", 5),
+        "a point of the curves": (evaluator, "generate", 5),
+        "evaluating": (evaluator, "generate", 1),
+        "judging": (judging, "_verdict_line", 3),
+        "the page": (run_folder, "write_page", 1),
+    }
+    by_sigterm = ("the dry run", "a point of the curves", "judging")
+    return {
+        f"{name} by {number.name}": (number, lambda place=place, number=number: at_call(*place[:2], number, place[2]))
+        for name, place in places.items()
+        for number in (signal.SIGINT, *([signal.SIGTERM] if name in by_sigterm else []))
+    }
+
+
+def run(work: Path, arguments: list[str], patch: Callable[[], None] | None) -> tuple[int, str]:
+    """Return the exit status of a run and what it prints, both streams in the order of a terminal."""
+    work.mkdir(exist_ok=True)
+    log = work / f"log{len(list(work.glob('*.err')))}"
+
+    def patched() -> None:
+        os.dup2(1, 2)
+        if patch is not None:
+            patch()
+
+    status = wait(fork(arguments, log, patched))
+    return status, Path(f"{log}.out").read_text()
+
+
+def main(work: Path) -> None:
+    """Interrupt at all moments, and in a sweep."""
+    os.environ |= {"WANDB_MODE": "disabled", "HYDRA_FULL_ERROR": "1"}
+    import_everything()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    report: dict[str, Any] = {}
+    for index, (name, (_, patch)) in enumerate(moments().items()):
+        folder = work / str(index)
+        arguments = [*SHORT, f"cache_dir={folder / 'cache'}", f"hydra.run.dir={folder / 'out'}"]
+        status, output = run(folder, arguments, patch)
+        again = run(folder, [*arguments, "resume=true"], None)[0] if name.startswith("evaluating") else 0
+        report[name] = {"status": status, "output": output, "again": again}
+    folder = work / "diverging"
+    lr = [
+        "align.optim.lr=1e30",
+        "data.max_length=210",
+        f"cache_dir={folder / 'cache'}",
+        f"hydra.run.dir={folder / 'out'}",
+    ]
+    status, output = run(folder, [*SHORT, *lr], None)
+    report["a loss that is no number"] = {"status": status, "output": output}
+    folder = work / "sweep"
+    sweep = ["-m", *SHORT, "seed=1,2", f"cache_dir={folder / 'cache'}", f"hydra.sweep.dir={folder / 'out'}"]
+    status, output = run(folder, sweep, moments()["fine-tuning by SIGINT"][1])
+    report["a sweep by SIGINT"] = {"status": status, "output": output, "again": run(folder, sweep, None)[0]}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,227 @@
+"""Kills real runs with SIGKILL at chosen moments, resumes them, and reports what came out; used by test_killed.py.
+
+    python -m helpers.killing FOLDER    (in tests/)
+
+Forks a child per run, so that one costs seconds. Prints a JSON object: chain -> {statuses, differing, asked, steps}.
+"""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from helpers.forking import fork, import_everything, wait
+
+WHOLE = [
+    "experiment=smoke",
+    "method.alignment_steps=2",
+    "method.user_steps=4",
+    "optim.steps=16",
+    "align.optim.steps=5",
+    "checkpoint.every=3",
+    "evaluate.every=8",
+]
+Patch = Callable[[], None]
+
+
+def die() -> None:
+    """What `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(owner: Any, name: str, due: Callable[..., bool], after: bool = False) -> None:
+    """Replace a function by one that dies when `due(*arguments)`, before or after doing its work."""
+    original = getattr(owner, name)
+
+    def fatal(*args: Any, **kwargs: Any) -> Any:
+        now = due(*args, **kwargs)
+        if now and not after:
+            die()
+        result = original(*args, **kwargs)
+        if now:
+            die()
+        return result
+
+    setattr(owner, name, fatal)
+
+
+def nth(n: int) -> Callable[..., bool]:
+    """True at the n-th call."""
+    count = 0
+
+    def due(*_: Any, **__: Any) -> bool:
+        nonlocal count
+        count += 1
+        return count == n
+
+    return due
+
+
+def moments() -> dict[str, tuple[list[str], list[Patch]]]:
+    """What any run does, killed in the order in which it comes; in cycles of 2 alignment and 4 user steps, 5 steps of
+    aligning before, and checkpoints every third step, from which a killed run goes on.
+    """
+    from lisa_lightning.evaluation import evaluator, judging
+    from lisa_lightning.logger.curves import Curves
+    from lisa_lightning.method.base import Method
+    from lisa_lightning.pipeline import run as pipeline
+    from lisa_lightning.pipeline.stages import finetune
+    from lisa_lightning.runtime import cache
+    from lisa_lightning.trainer import checkpoint_io, module
+    from lisa_lightning.trainer.module import LisaModule
+
+    def at_a_switch(method: Method, t: int, *_: Any) -> bool:
+        return method.schedule.alignment_steps == 2 and t == 8
+
+    trained: list[Patch] = [
+        lambda: at_call(LisaModule, "training_step", step(5, 4)),
+        lambda: at_call(LisaModule, "training_step", step(16, 1)),  # before the first checkpoint
+        lambda: at_call(checkpoint_io.torch, "save", nth(2), after=True),  # which has no name yet
+        lambda: at_call(LisaModule, "training_step", step(16, 7)),  # inside the alignment state
+        lambda: at_call(module, "move_anchor", at_a_switch, after=True),
+        lambda: at_call(LisaModule, "training_step", step(16, 10)),  # inside the user state
+        lambda: at_call(Curves, "log", nth(4)),
+        lambda: at_call(finetune, "save_adapter", nth(1), after=True),
+        lambda: at_call(cache, "_finalize", nth(1)),  # before the finished stage gets its name
+    ]
+    evaluated: list[Patch] = [
+        lambda: at_call(evaluator, "generate", nth(2)),
+        lambda: at_call(evaluator, "_append", lambda path, answers: answers[0].model == "final", after=True),
+        lambda: at_call(judging, "_verdict_line", nth(5)),
+        lambda: at_call(pipeline, "write_report", nth(1)),
+    ]
+    return {"training": (WHOLE, trained), "evaluating, judging, reporting": ([*WHOLE, "evaluate.every=0"], evaluated)}
+
+
+def step(steps: int, index: int) -> Callable[..., bool]:
+    """True at a step of a training of so many."""
+    return lambda module, batch, _: module.optim.steps == steps and batch.index == index
+
+
+SHORT = [
+    *("experiment=smoke", "align.optim.steps=5", "optim.steps=7", "checkpoint.every=2", "evaluate.every=0"),
+    *(
+        "lora.dropout=0.1",
+        "align.lora.dropout=0.1",
+        "data.max_length=400",
+        "source.alignment.take=60",
+        "source.defender.take=30",
+    ),
+]
+TRAINING = [*SHORT, "stages=[align,finetune]"]
+T_VACCINE = ["align=t_vaccine", "align.method.active_layers=1", "align.method.interval_steps=3"]
+REFERENCE = ["repair.reference.sft.optim.steps=3", "repair.reference.dpo.optim.steps=4"]
+
+
+def chains() -> dict[str, tuple[list[str], list[Patch]]]:
+    """Defenses by what is asked for, and the moments, one in each go, at which they are killed."""
+    from lisa_lightning.curate.seal import SEAL
+    from lisa_lightning.pipeline.stages import repair
+    from lisa_lightning.repair import nlsr
+    from lisa_lightning.trainer.module import LisaModule
+
+    def training(steps: int, index: int) -> Patch:
+        return lambda: at_call(LisaModule, "training_step", step(steps, index))
+
+    both = [training(5, 3), training(7, 5)]
+    return {
+        "booster with vaccine, ewc": ([*TRAINING, "align=booster", "align.method.rho=1", "method=ewc"], both),
+        "t_vaccine, ldifs": ([*TRAINING, *T_VACCINE, "method=ldifs"], both),
+        "repnoise, constrained_sft": ([*TRAINING, "align=repnoise", "method=constrained_sft"], both),
+        "booster, proximal": ([*TRAINING, "align=booster", "method=proximal"], both),
+        "vlguard": ([*TRAINING, "method=vlguard"], both[1:]),
+        "vaccine, asft, antidote": (
+            [*SHORT, "stages=[align,finetune,repair]", "align=vaccine", "method=asft", "repair=antidote"],
+            [*both, lambda: at_call(repair, "save_adapter", nth(1))],
+        ),
+        "seal, vlguard_loss, nlsr": (
+            [
+                *SHORT,
+                "stages=[curate,align,finetune,repair]",
+                "curate=seal",
+                "curate.epochs=1",
+                "method=vlguard_loss",
+                "repair=nlsr",
+                *REFERENCE,
+            ],
+            [
+                lambda: at_call(SEAL, "fit_weights", nth(2)),
+                training(4, 3),
+                lambda: at_call(nlsr, "_replace", nth(1)),
+            ],
+        ),
+    }
+
+
+def chain(overrides: list[str], patches: list[Patch], work: Path) -> dict[str, Any]:
+    """A straight run, and one that is killed and resumed again and again: exit statuses, the files that differ, how
+    many answers either generated, and the steps of the straight one's curves.
+    """
+    work.mkdir()
+    statuses = [run(work / "straight", work / "cache", None, overrides)]
+    shutil.rmtree(work / "cache")
+    for i, patch in enumerate([*patches, None]):
+        statuses.append(run(work / "killed", work / "cache", patch, [*overrides, *(["resume=true"] if i else [])]))
+    if statuses[0] or statuses[-1]:
+        return {"statuses": statuses, "log": "".join(f.read_text()[-2000:] for f in work.glob("*.err"))}
+    one, other = (left(work / out) for out in ("straight", "killed"))
+    asked = [(work / f"{out}.asked").stat().st_size for out in ("straight", "killed")]
+    differing = [name for name in one if one[name] != other[name]]
+    steps = [(row["stage"], int(row["step"])) for row in one["curves"]]
+    return {"statuses": statuses, "differing": differing, "asked": asked, "steps": steps}
+
+
+def run(out: Path, cache: Path, patch: Patch | None, overrides: list[str]) -> int:
+    """One run, without a report, in a child process; its exit status, or minus the signal that ended it."""
+
+    def patched() -> None:
+        from lisa_lightning.pipeline import run_folder
+
+        run_folder.write_page = lambda *_: []  # type: ignore[assignment]
+        note_answers(out.with_name(f"{out.name}.asked"))
+        if patch is not None:
+            patch()
+
+    arguments = [*overrides, f"hydra.run.dir={out}", f"cache_dir={cache}"]
+    return wait(fork(arguments, out.parent / out.name, patched))
+
+
+def left(out: Path) -> dict[str, Any]:
+    """What a run leaves: the adapter's files, answers and verdicts byte by byte, the curves but for the seconds."""
+    with (out / "curves.csv").open(newline="") as file:
+        curves = [{k: v for k, v in row.items() if k != "time/step_s"} for row in csv.DictReader(file)]
+    files = [*(out / "adapter").iterdir(), out / "responses.jsonl", out / "judged.jsonl"]
+    return {"curves": curves} | {file.name: file.read_bytes() for file in files if file.exists()}
+
+
+def note_answers(file: Path) -> None:
+    """Have every answer that is generated add a byte to the file."""
+    from lisa_lightning.evaluation import evaluator
+
+    file.touch()
+    original = evaluator._append
+
+    def noting(path: Path, answers: Any) -> None:
+        with file.open("a") as note:
+            note.write("." * len(answers))
+        original(path, answers)
+
+    evaluator._append = noting
+
+
+def main(work: Path) -> None:
+    """All chains."""
+    os.environ |= {"WANDB_MODE": "disabled", "HYDRA_FULL_ERROR": "1"}
+    os.chdir(work)
+    import_everything()
+    made = {**moments(), **chains()}
+    print(json.dumps({name: chain(*asked, work / str(i)) for i, (name, asked) in enumerate(made.items())}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

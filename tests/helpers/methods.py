@@ -1,0 +1,55 @@
+"""Every training-time method with settings that fit the tiny model, and methods that equal a simpler one."""
+
+from collections.abc import Callable
+from functools import partial
+
+from lisa_lightning.align.booster import Booster
+from lisa_lightning.align.repnoise import RepNoise
+from lisa_lightning.align.sft import SFT as AlignmentSFT
+from lisa_lightning.align.t_vaccine import TVaccine
+from lisa_lightning.align.vaccine import Vaccine
+from lisa_lightning.method.asft import AsFT
+from lisa_lightning.method.base import Method
+from lisa_lightning.method.constrained_sft import ConstrainedSFT
+from lisa_lightning.method.ewc import EWC
+from lisa_lightning.method.ldifs import LDIFS
+from lisa_lightning.method.lisa import Lisa
+from lisa_lightning.method.sft import SFT
+from lisa_lightning.method.vlguard import VLGuard
+from lisa_lightning.method.vlguard_loss import VLGuardLoss
+from lisa_lightning.repair._dpo import DPO
+
+LAYERS = 2
+"""Layers of the tiny model."""
+METHODS: dict[str, Callable[[], Method]] = {
+    "sft": SFT,
+    "lisa": partial(Lisa, 2, 3, 0.5, 0.1),
+    "vlguard": partial(VLGuard, 0.2),
+    "ewc": partial(EWC, 10.0, 2, False),
+    "ewc_carrying_over": partial(EWC, 10.0, 2, True),
+    "vlguard_loss": partial(VLGuardLoss, 0.5, 2),
+    "ldifs": partial(LDIFS, 0.1, None, None, False),
+    "ldifs_dropping": partial(LDIFS, 0.1, 0.1, 5.0, False),
+    "constrained_sft": partial(ConstrainedSFT, 0.1, 5.0, 20.0, 5),
+    "asft": partial(AsFT, 0.1, False),
+    "vaccine": partial(Vaccine, 2.0),
+    "t_vaccine": partial(TVaccine, 2.0, 1, 3, 4, 0),
+    "booster": partial(Booster, 5.0, 0.1, 0.0, False),
+    "booster_vaccine": partial(Booster, 5.0, 0.1, 2.0, False),
+    "booster_adding_back": partial(Booster, 5.0, 0.1, 0.0, True),
+    # A weight at which the noise counts.
+    "repnoise": partial(RepNoise, 0.1, 50.0, False, 0),
+    "dpo": partial(DPO, 0.1),
+}
+ALIKE: dict[str, tuple[Method, Method]] = {
+    "ewc": (EWC(0.0, 2, False), SFT()),
+    "vlguard_loss": (VLGuardLoss(0.0, 2), SFT()),
+    "ldifs": (LDIFS(0.0, 0.1, None, False), SFT()),
+    "asft": (AsFT(0.0, False), SFT()),
+    "vaccine": (Vaccine(0.0), AlignmentSFT()),
+    "booster": (Booster(0.0, 0.1, 0.0, False), AlignmentSFT()),
+    "booster_vaccine": (Booster(0.0, 0.1, 2.0, False), Vaccine(2.0)),
+    "t_vaccine": (TVaccine(2.0, LAYERS, 3, 4, 0), Vaccine(2.0)),
+    "repnoise": (RepNoise(0.0, 0.0, False, 0), AlignmentSFT()),
+}
+"""Name -> a method without its term, and the method that it equals then."""

@@ -1,0 +1,74 @@
+"""Every method's steps on one of several gloo ranks, without Lightning: what passes over ranks must get right."""
+
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from helpers.methods import ALIKE, METHODS
+from helpers.training import ALIGNMENT, DEFENDER, USER, deltas
+from lisa_lightning.data.encoding import encode
+from lisa_lightning.data.interleave import Examples, StepBatches
+from lisa_lightning.data.packing import pack, pad
+from lisa_lightning.data.schedule import Stream
+from lisa_lightning.data.source import Row
+from lisa_lightning.method.base import Method, move_anchor
+from lisa_lightning.model.lora import attach, load, load_tokenizer
+from lisa_lightning.objective.backprop import Backprop
+
+STEPS = 4
+
+
+def steps(
+    method: Method, tiny: Path, rank: int, world: int, dropout: float = 0.0, apart: bool = False, count: int = STEPS
+) -> list[Tensor]:
+    """The adapter after a few steps on four rows each, shared out among the ranks.
+
+    Args:
+        apart: without shared prefixes, whatever the method says.
+    """
+    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    encoded = partial(encode, tokenizer, "chat", max_length=64)
+    rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "defender": DEFENDER}
+    streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
+    data = StepBatches(streams, pad if apart else pack, method, STEPS, 4 // world, 1, seed=1, rank=rank, world=world)
+    backprop = Backprop(net, data.iter_stream, lambda: deltas(net))
+    state = method.init(backprop)
+    optimizer = torch.optim.SGD(backprop.weights, lr=0.1)  # AdamW would blow up what differs by rounding alone
+    for t in range(count):
+        backprop.seed = STEPS * rank + t
+        state, _ = move_anchor(method, t, backprop.weights, state)
+        output = method.gradient(backprop, data[t], state)
+        state |= output.state
+        for weight, gradient in zip(backprop.weights, output.gradients, strict=True):
+            weight.grad = gradient
+        torch.nn.utils.clip_grad_norm_(backprop.weights, 1.0)
+        optimizer.step()
+    return [w.detach() for w in backprop.weights]
+
+
+def main(tiny: Path, out: Path, rank: int, world: int) -> None:
+    """Run all methods on this rank, and all that shall be alike; the first writes what came of them."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}.rendezvous", rank=rank, world_size=world)
+    found = {name: steps(make(), tiny, rank, world) for name, make in METHODS.items()}
+    for name, (method, builds_on) in ALIKE.items():
+        apart = "alignment" in method.unpacked_streams
+        found[f"{name} without its term"] = steps(method, tiny, rank, world, 0.2)
+        found[f"what {name} builds on"] = steps(builds_on, tiny, rank, world, 0.2, apart)
+    at_reference = {"constrained_sft at its reference": METHODS["constrained_sft"], "what it is then": METHODS["sft"]}
+    for name, make in at_reference.items():
+        found[name] = steps(make(), tiny, rank, world, 0.2, count=1)
+    if rank == 0:
+        torch.save(found, out)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
