@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 
+from lisa_lightning.config.settings import Lora
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.files import read_records
 from lisa_lightning.data.packing import Example
@@ -27,7 +27,7 @@ from lisa_lightning.task.sst2 import SST2
 ROOT = Path(__file__).parents[1]
 PUBLIC_ROWS = Path(os.environ.get("PUBLIC_ROWS", ROOT.parent / "shared" / "data")).absolute()
 """Folder of the published data sets, one subfolder each; it may be absent. Tests read them too."""
-LORA = SimpleNamespace(r=8, alpha=16, dropout=0.0, targets=["q_proj", "v_proj"])
+LORA = Lora(r=8, alpha=16, dropout=0.0, targets=["q_proj", "v_proj"])
 RHO = 0.1
 REPETITIONS = 7
 

@@ -59,7 +59,8 @@ def caught(fault: Fault, copy: Path) -> bool:
 
 def stale(fault: Fault) -> str:
     """Return which piece or test of a fault does not exist, or ""."""
-    if fault.old not in (ROOT / "lisa_lightning" / fault.file).read_text(encoding="utf-8"):
+    source = ROOT / "lisa_lightning" / fault.file
+    if not source.exists() or fault.old not in source.read_text(encoding="utf-8"):
         return f"{fault.file} has no {fault.old!r}"
     for test in fault.tests.split():
         file, _, name = test.partition("::")

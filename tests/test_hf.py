@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -32,6 +31,7 @@ from helpers.paths import ROOT
 from helpers.recording import Recording
 from helpers.training import ALIGNMENT, USER
 from lisa_lightning.config.optim import Optim
+from lisa_lightning.config.settings import Lora
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
@@ -80,7 +80,7 @@ class PlainTrainer(Trainer):
 
 def network(tiny: Path) -> Any:
     """Return the tiny model in float64, because AdamW amplifies rounding of gradients near 0."""
-    lora = SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear")
+    lora = Lora(r=4, alpha=8, dropout=0.0, targets="all-linear")
     return attach(load(tiny, "float32"), lora, 0).double()
 
 

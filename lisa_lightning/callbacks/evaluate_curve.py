@@ -48,4 +48,4 @@ class EvaluateCurve(Callback):
     def _scores(self, module: LisaModule) -> dict[str, float]:
         answers = self.evaluator.answers(module.net, self.questions, "training")
         scores = curve_scores(self.judge, self.task, answers)
-        return {f"eval/{name}": float(value) for name, value in scores.items()}
+        return {name: float(value) for score in scores for name, value in score.entries("eval/").items()}

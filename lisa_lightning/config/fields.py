@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
 
 Check = tuple[Callable[[Any], bool], str]
 """Test of a value, and the allowed values in words."""
@@ -101,8 +102,16 @@ def _describe_number(kind: str, metadata: Sequence[Any]) -> str:
 
 
 def field_checks(kind: type[Any]) -> dict[str, Check]:
-    """Return the check of each field of a settings class."""
-    return {name: check_of(field.annotation, field.metadata) for name, field in kind.__pydantic_fields__.items()}
+    """Return the check of each field of a settings class, without fields that are sections themselves."""
+    fields = kind.__pydantic_fields__.items()
+    return {n: check_of(f.annotation, f.metadata) for n, f in fields if section_class(f.annotation) is None}
+
+
+def section_class(annotation: Any) -> type[Any] | None:
+    """Return the settings class of a field that is a section, or a mapping of sections; None for any other field."""
+    if is_pydantic_dataclass(annotation):
+        return annotation
+    return next((kind for option in get_args(annotation) if (kind := section_class(option)) is not None), None)
 
 
 def check_of(annotation: Any, metadata: Sequence[Any] = ()) -> Check:

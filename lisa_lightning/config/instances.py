@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from importlib import import_module
 from typing import Any, Final, TypeVar
 
@@ -25,6 +26,8 @@ INTERFACES: Final = {
     "callbacks": ("on_train_start", "on_train_batch_end"),
 }
 """Config group -> attributes that its classes must have, custom ones included."""
+DEFENSES: Final = ("curate", "align", "method", "repair")
+"""Config groups whose classes are dataclasses of settings."""
 NO_ARGUMENTS: Final = {"repair": ("reference",)}
 """Config group -> keys of its section that are not arguments of its class."""
 STAGE_ARGUMENTS: Final = {"logger": ("save_dir",)}
@@ -150,6 +153,9 @@ def load_class(target: Any, key: str) -> type[Any]:
         problem = f"lacks {', '.join(missing)}" if isinstance(cls, type) else "is not a class"
         fix = f"name a class of the config group {_group(key)} (docs/architecture.md)"
         raise UserError(f"{setting} {problem}. Fix: {fix}")
+    if _group(key) in DEFENSES and not is_dataclass(cls):
+        # Its fields are a part of the cache key.
+        raise UserError(f"{setting} is no dataclass. Fix: decorate the class with @dataclass(frozen=True)")
     return cls
 
 

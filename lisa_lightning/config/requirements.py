@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Set
 from typing import Any, Literal, Protocol
 
-from omegaconf import OmegaConf
-
+from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.runtime.errors import UserError
 
 Requirement = Literal["defender_rows", "alignment_update", "stacked_adapters", "single_micro_batch"]
@@ -45,54 +44,56 @@ def active_defenses(config: Mapping[str, Any]) -> list[str]:
     return [group for group, runs in active.items() if runs]
 
 
-def check_requirements(defenses: Mapping[str, Defense], choices: Mapping[str, str], cfg: Any, processes: int) -> None:
+def check_requirements(
+    defenses: Mapping[str, Defense], choices: Mapping[str, str], settings: RunSettings, processes: int
+) -> None:
     """Check that the config meets the requirements of the defenses.
 
     Args:
         defenses: config group -> defense, of the stages that run.
         choices: config group -> chosen option.
-        cfg: the whole config.
+        settings: the settings of the run.
         processes: number of processes, among which the rows of a step are sharded.
 
     Raises:
         UserError: if a requirement is not met, with the setting that meets it.
     """
-    if "curate" in cfg.stages and cfg.curate and "curate" not in defenses:
+    if "curate" in settings.stages and choices["curate"] != "none" and "curate" not in defenses:
         raise UserError(
             f"curate={choices['curate']}: selects rows for stage align, which does not run. "
             "Fix: run stage align (not align=none)"
         )
-    if "repair" in cfg.stages and cfg.repair and "repair" not in defenses:
+    if "repair" in settings.stages and choices["repair"] != "none" and "repair" not in defenses:
         raise UserError(
             f"repair={choices['repair']}: repairs the adapter of stage finetune, which does not run. "
             "Fix: add finetune to stages"
         )
-    if "method" in defenses and "align" not in defenses and cfg.model.adapters == "continued":
+    if "method" in defenses and "align" not in defenses and settings.model.adapters == "continued":
         raise UserError(
             "model.adapters=continued: continues the adapter of stage align, which does not run. "
             "Fix: run stage align (not align=none), or set model.adapters=stacked for a fresh adapter"
         )
-    defender = cfg.source.defender
+    defender = settings.source["defender"]
     for group, defense in defenses.items():
         choice = f"{group}={choices[group]}"
-        if "defender_rows" in defense.requirements and defender.path is None and defender.get("hub") is None:
+        if "defender_rows" in defense.requirements and defender.path is None and defender.hub is None:
             raise UserError(
                 f"{choice}: needs defender rows, and source.defender has none. "
                 "Fix: set source.defender.path to a file with prompt and response"
             )
         if "alignment_update" in defense.requirements and (
-            "align" not in defenses or cfg.model.adapters == "continued"
+            "align" not in defenses or settings.model.adapters == "continued"
         ):
             raise UserError(
                 f"{choice}: needs the alignment update. "
-                f"Fix: run stage align (not align=none) with model.adapters=stacked (now {cfg.model.adapters})"
+                f"Fix: run stage align (not align=none) with model.adapters=stacked (now {settings.model.adapters})"
             )
-        if "stacked_adapters" in defense.requirements and cfg.model.adapters == "continued":
+        if "stacked_adapters" in defense.requirements and settings.model.adapters == "continued":
             raise UserError(
                 f"{choice}: compares adapters on the aligned model. Fix: set model.adapters=stacked (now continued)"
             )
         optim = "align.optim" if group == "align" else "optim"
-        micro_batches = OmegaConf.select(cfg, f"{optim}.accumulate", default=1)
+        micro_batches = (settings.align.optim if group == "align" else settings.optim).accumulate
         if "single_micro_batch" in defense.requirements and micro_batches * processes > 1:
             raise UserError(
                 f"{choice}: needs all rows of a step in one micro-batch. "

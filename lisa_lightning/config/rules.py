@@ -9,17 +9,14 @@ from pydantic import Field
 from lisa_lightning.config.fields import (
     Check,
     Count,
-    CountOrZero,
     NonNegative,
     OpenShare,
     Positive,
-    Seed,
-    Share,
     Words,
     check_of,
     field_checks,
 )
-from lisa_lightning.config.settings import SECTIONS, STAGES, TrainerSettings
+from lisa_lightning.config.settings import SECTIONS, SETS, RowSet, TrainerSettings
 from lisa_lightning.runtime.errors import UserError, printable
 
 
@@ -29,11 +26,6 @@ def _is_filled(value: Any) -> bool:
 
 def _is_public_url(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(rf"https?://[^{PRIVATE_CHARACTERS}\s]+", value) is not None
-
-
-def _are_stages(value: Any) -> bool:
-    all_exist = isinstance(value, ListConfig) and len(value) > 0 and all(stage in STAGES for stage in value)
-    return all_exist and len(set(value)) == len(value)
 
 
 MAX_QUOTED_CHARS = 120
@@ -48,28 +40,12 @@ def _one_of(*values: str) -> Check:
     return (lambda v: v in values, " or ".join(values))
 
 
-MAPPING: Check = (lambda v: isinstance(v, DictConfig), "a mapping such as {field: column}")
 TEXT: Check = (_is_filled, "a name")
 PHRASE: Check = (_is_filled, "a text")
-SET_RULES: dict[str, Check] = {
-    "path": _optional((lambda v: isinstance(v, str), "the path of a file")),
-    "header": _optional((lambda v: isinstance(v, ListConfig) and len(v) > 0, "a list of column names")),
-    "hub": _optional((lambda v: isinstance(v, str), "the id of a hub data set, or a folder in the hub's layout")),
-    "config": _optional(TEXT),
-    "split": TEXT,
-    "revision": _optional(TEXT),
-    "files": _optional(TEXT),
-    "rows": _optional(check_of(Count)),
-    "columns": _optional(MAPPING),
-    "labels": _optional(MAPPING),
-    "where": _optional(MAPPING),
-    "skip": check_of(CountOrZero),
-    "take": _optional(check_of(Count)),
-}
+SET_RULES = field_checks(RowSet)
 """Rules of a set of a source, which is a file or a hub data set."""
 LOCAL_SET_KEYS = ("path", "header", "columns", "labels", "where", "skip", "take")
 """Keys that every set has. The other keys belong to a hub data set."""
-SETS = ("train", "test", "alignment", "harmful", "defender", "harmful_prompts", "harmless_prompts")
 PRIVATE_CHARACTERS = "@?#"
 """Characters that start a password, a query or a fragment of a URL. Messages, files and folder names must not contain
 these parts."""
@@ -120,19 +96,13 @@ JUDGES: dict[str, dict[str, Check]] = {
     },
 }
 RULES: dict[str, Check] = {
-    "seed": check_of(Seed),
-    "harmful_ratio": check_of(Share),
-    "stages": (_are_stages, f"a list of {', '.join(STAGES)}, each once"),
-    "resume": check_of(bool),
-    "cache_dir": (lambda v: isinstance(v, str) and v != "", "the path of a folder"),
-    "align.seed": check_of(Seed),
-    "repair.reference.extrapolation": check_of(NonNegative),
-    **{f"{section}.{name}": check for section, kind in SECTIONS.items() for name, check in field_checks(kind).items()},
-    "task.max_new_tokens": check_of(Count),
+    **{
+        f"{section}.{name}".removeprefix("."): check
+        for section, kind in SECTIONS.items()
+        for name, check in field_checks(kind).items()
+    },
     **{f"judge.{name}.{key}": rule for name, rules in JUDGES.items() for key, rule in rules.items()},
-    "responses": _optional((lambda v: isinstance(v, str), "the path of a file")),
     **{f"source.{name}": (lambda v: isinstance(v, DictConfig), "a mapping with path and more") for name in SETS},
-    **{f"source.{name}.{key}": rule for name in SETS for key, rule in SET_RULES.items()},
 }
 TRAINER_ALTERNATIVES = {
     "accumulate_grad_batches": "optim.accumulate",

@@ -1,6 +1,6 @@
 """Settings of the config sections that name no class: `SECTIONS` maps each section to its settings class."""
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
@@ -12,7 +12,10 @@ from lisa_lightning.config.fields import (
     Count,
     CountOrZero,
     Name,
+    NonNegative,
     Positive,
+    Seed,
+    Share,
     ShareBelowOne,
     Size,
     Words,
@@ -42,6 +45,21 @@ def _check_devices(devices: int | str | list[int]) -> int | str | list[int]:
     return devices
 
 
+def _check_stages(stages: list[str]) -> list[str]:
+    if len(set(stages)) < len(stages):
+        raise ValueError("a stage occurs twice")
+    return stages
+
+
+Stages = Annotated[
+    list[Literal["curate", "align", "finetune", "repair", "evaluate", "judge"]],
+    Field(min_length=1),
+    AfterValidator(_check_stages),
+    Words(f"a list of {', '.join(STAGES)}, each once"),
+]
+FilePath = Annotated[str, Words("the path of a file")]
+ColumnNames = Annotated[list[Any], Field(min_length=1), Words("a list of column names")]
+Mapping = Annotated[dict[Any, Any], Words("a mapping such as {field: column}")]
 Targets = Annotated[str | list[str], AfterValidator(_check_targets), Words("all-linear or a list of module names")]
 Devices = Annotated[
     int | str | list[int],
@@ -204,8 +222,112 @@ class TrainerSettings:
     """Minutes that ranks wait for one that sends no heartbeat."""
 
 
+@dataclass(frozen=True, config=STRICT)
+class TaskSettings:
+    """Keys of section `task` that stages read. The class of the task is built separately."""
+
+    max_new_tokens: Count
+    """Tokens of an answer. The papers have 200."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class RowSet:
+    """Section `source.SET`: a set of rows, which is a file or a hub data set."""
+
+    path: FilePath | None = None
+    """Path of a file; null for a hub data set."""
+    header: ColumnNames | None = None
+    """Column names of a table without a header line."""
+    columns: Mapping | None = None
+    """Field -> column, or list of columns to try in order."""
+    labels: Mapping | None = None
+    """Field -> mapping of raw values to labels."""
+    where: Mapping | None = None
+    """Column -> value, or list of values, of the rows to read."""
+    skip: CountOrZero = 0
+    """Rows to leave out at the start."""
+    take: Count | None = None
+    """Rows to read; null for all."""
+    hub: Annotated[str, Words("the id of a hub data set, or a folder in the hub's layout")] | None = None
+    """Id of a hub data set, or a folder in the hub's layout."""
+    config: Name | None = None
+    """Configuration of the hub data set."""
+    split: Name = "train"
+    """Split of the hub data set."""
+    revision: Name | None = None
+    """Commit of the hub data set."""
+    files: Name | None = None
+    """Pattern of the files to read, instead of the split's."""
+    rows: Count | None = None
+    """Number of rows that the split must have."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class AdapterTraining:
+    """Training of an adapter: the keys of section `align` besides its method, and those of fine-tuning."""
+
+    seed: Seed
+    """Seed of the initial adapter, the order of the rows, and dropout."""
+    lora: Lora
+    optim: Optim
+
+
+@dataclass(frozen=True, config=STRICT)
+class Reference:
+    """Section `repair.reference`: the safe reference adapter of NLSR."""
+
+    extrapolation: NonNegative
+    """The reference is w_dpo + extrapolation * (w_dpo - w_sft). The official code has 0.9."""
+    sft: Optim
+    """Optimizer of SFT on alignment rows."""
+    dpo: Optim
+    """Optimizer of DPO on refusals and harmful answers to the same requests."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunSettings:
+    """All settings of a run but its classes: defenses, task, judges, callbacks and loggers."""
+
+    seed: Seed
+    """Seed of the user's rows, their order, the initial adapter and dropout; `align.seed` is separate."""
+    harmful_ratio: Share
+    """Share p of harmful rows among the user's n rows."""
+    stages: Stages
+    """Stages to run, in this order."""
+    responses: FilePath | None
+    """File of answers to judge, for stages=[judge]; null for those of the run in hydra.run.dir."""
+    resume: bool
+    """Continue the interrupted run in hydra.run.dir."""
+    cache_dir: Annotated[str, Field(min_length=1), Words("the path of a folder")]
+    """Folder of finished stages, verdicts and converted models."""
+    data: Data
+    model: ModelSettings
+    lora: Lora
+    optim: Optim
+    align: AdapterTraining
+    reference: Reference | None
+    """Settings of `repair.reference`; None without NLSR."""
+    task: TaskSettings
+    source: dict[str, RowSet]
+    evaluate: Evaluate
+    checkpoint: CheckpointSettings
+    wandb: Wandb
+    trainer: TrainerSettings
+
+    @property
+    def finetune(self) -> AdapterTraining:
+        """The training of the fine-tuning adapter."""
+        return AdapterTraining(self.seed, self.lora, self.optim)
+
+
 OPTIMS: Final = ("optim", "align.optim", "repair.reference.sft.optim", "repair.reference.dpo.optim")
+SETS: Final = ("train", "test", "alignment", "harmful", "defender", "harmful_prompts", "harmless_prompts")
 SECTIONS: Final[dict[str, type]] = {
+    "": RunSettings,
+    "align": AdapterTraining,
+    "repair.reference": Reference,
+    "task": TaskSettings,
+    **{f"source.{name}": RowSet for name in SETS},
     "data": Data,
     "lora": Lora,
     "align.lora": Lora,
@@ -217,4 +339,4 @@ SECTIONS: Final[dict[str, type]] = {
     "model.tiny": TinySizes,
     "trainer": TrainerSettings,
 }
-"""Config section -> its settings class."""
+"""Config section -> its settings class; "" for the keys without a section."""

@@ -11,25 +11,17 @@ from lisa_lightning.config.rules import (
     LOCAL_SET_KEYS,
     RULES,
     SET_RULES,
-    SETS,
     TRAINER_ALTERNATIVES,
     TRAINER_KEYS,
     not_allowed,
     quoted,
 )
-from lisa_lightning.config.settings import OPTIMS
+from lisa_lightning.config.settings import OPTIMS, SETS
 from lisa_lightning.config.suggest import suggest
 from lisa_lightning.runtime.errors import UserError
 
-BOOKKEEPING_SECTIONS = ("resume", "cache_dir", "wandb", "checkpoint", "logger")
-"""Sections that do not change a result. They may differ between a finished run and a requested one."""
 CLASS_MAPPINGS: Final = ("judge", "logger", "callbacks")
 """Sections that map names to classes. Several classes may be chosen."""
-BOOKKEEPING_TRAINER_KEYS: Final = (
-    *("trainer.timeout_min", "trainer.max_time", "trainer.detect_anomaly", "trainer.profiler"),
-    *("trainer.enable_progress_bar", "trainer.enable_model_summary"),
-)
-"""Trainer arguments that do not change a result."""
 CLASS_SECTIONS: Final = ("method", "align.method", "curate", "repair", *CLASS_MAPPINGS)
 """Sections whose keys are the arguments of the chosen class. The module `instances` checks them."""
 OPTIONAL_KEYS: Final = re.compile(rf"({'|'.join(map(re.escape, CLASS_SECTIONS))}|source|model\.tiny)\..*")
@@ -205,23 +197,6 @@ def trainer_alternative(name: str) -> str:
     return f"this is none of the supported Trainer arguments: {', '.join(TRAINER_KEYS)}"
 
 
-def is_bookkeeping(key: str) -> bool:
-    """Return whether a key does not change a result."""
-    section = key.partition(".")[0].partition("/")[0]
-    return key in BOOKKEEPING_TRAINER_KEYS or section in ("hydra", *BOOKKEEPING_SECTIONS)
-
-
-def result_settings(config: Mapping[Any, Any], excluded: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the settings that determine a result, by key with dots.
-
-    Args:
-        config: the nested config.
-        excluded: further sections to leave out.
-    """
-    settings = {key: value for key, value in flat(config) if not is_bookkeeping(key)}
-    return {key: value for key, value in settings.items() if key.partition(".")[0] not in excluded}
-
-
 def plain(cfg: Any) -> dict[str, Any]:
     """Return a section of the config as a dictionary, resolved."""
     container = OmegaConf.to_container(cfg, resolve=True)
@@ -236,23 +211,3 @@ def flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def refuse_other_run(stored: Mapping[Any, Any], requested: Mapping[Any, Any]) -> None:
-    """Check that stored files are of the requested run.
-
-    Args:
-        stored: nested settings of the run that wrote the files.
-        requested: nested settings of this run.
-
-    Raises:
-        UserError: if a setting differs, with the first three that do.
-    """
-    old, new = dict(flat(stored)), dict(flat(requested))
-    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    if differing:
-        shown = "; ".join(f"{key}: {old.get(key)} stored, {new.get(key)} requested" for key in differing[:3])
-        raise UserError(
-            f"The output folder is of another run ({shown}). "
-            "Fix: set another hydra.run.dir; if a sweep chose the folder, delete it"
-        )

@@ -1,13 +1,12 @@
 """The LightningDataModule: `LisaDataModule` interleaves the streams by state, and resumes at any step."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader, Sampler
 
-from lisa_lightning.data.encoding import encode
+from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.interleave import Batch, BatchPlan, Examples, StepBatches
 from lisa_lightning.data.packing import Example, Packing
 from lisa_lightning.data.schedule import Stream
@@ -53,7 +52,7 @@ class LisaDataModule(L.LightningDataModule):
         self.discard = discard
         self.position = 0
         """Number of finished steps."""
-        self._encode = partial(encode, tokenizer, template, max_length=max_length)
+        self._encode = Encoder(tokenizer, template, max_length)
         rows: dict[Stream, Sequence[Any]] = {"alignment": alignment, "user": user, "defender": defender}
         # The index of a stream is part of the seed of its order. At alignment, without user rows, recorded runs have
         # the alignment rows in second place.

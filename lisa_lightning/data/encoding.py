@@ -1,4 +1,7 @@
-"""Encode rows as token ids and labels: `encode`."""
+"""Encode rows as token ids and labels: `encode`, and `Encoder` with its settings."""
+
+from dataclasses import dataclass
+from typing import final
 
 from transformers import PreTrainedTokenizerBase
 
@@ -7,6 +10,21 @@ from lisa_lightning.data.source import Row
 from lisa_lightning.data.templates import Template, encode_prompt
 from lisa_lightning.data.tokens import first_ids
 from lisa_lightning.runtime.errors import UserError
+
+
+@final
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes rows for one tokenizer, template and maximum length."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    max_length: int
+    """Tokens of an example; the rest is truncated."""
+
+    def __call__(self, row: Row) -> Example:
+        """Return the example of a row; see `encode`."""
+        return encode(self.tokenizer, self.template, row, self.max_length)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, template: Template, row: Row, max_length: int) -> Example:

@@ -65,11 +65,7 @@ def evaluate(
     with TemporaryDirectory() as temporary:
         cache = Path(temporary) if cache_dir is None else cache_folder(str(cache_dir))
         judged = judge_answers(by_name, answers, Path(temporary), cache)
-    return {
-        f"{name}/{metric}": value
-        for name in by_name
-        for metric, value in judged_scores([line for line in judged if line.judge == name]).items()
-    }
+    return {name: value for s in judged_scores(judged) for name, value in s.entries(f"{s.judge}/").items()}
 
 
 class _SingleProcess(OneRank):

@@ -133,6 +133,14 @@ class Evaluator:
             model.train(training)
         return [answers[i] for i in range(len(questions))]
 
+    def key(self, questions: Sequence[Question]) -> dict[str, Any]:
+        """Return the inputs other than the model that determine its answers, as a part of a cache key."""
+        return {
+            "questions": short_hash([asdict(question) for question in questions]),
+            "limits": dict(self.max_new_tokens),
+            "batch_size": self.batch_size,
+        }
+
     def _generate_answers(
         self, model: Any, questions: Sequence[Question], name: str, origin: str, path: Path | None
     ) -> dict[int, Answer]:

@@ -8,11 +8,14 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from lisa_lightning.config.instances import parse
+from lisa_lightning.config.settings import ModelSettings, TinySizes
 from lisa_lightning.runtime.cache import build_once, short_hash
 from lisa_lightning.runtime.errors import UserError, first_line
 from lisa_lightning.runtime.files import read_json
@@ -32,34 +35,34 @@ TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
-def base_model(ranks: Ranks, cfg: Any, cache: Path) -> tuple[Path, str]:
+def base_model(ranks: Ranks, settings: ModelSettings, cache: Path) -> tuple[Path, str]:
     """Return the folder of the base model, and its cache key. Rank zero builds the folder on first use.
 
     Args:
         ranks: processes of the run.
-        cfg: config group `model` (conf/model).
+        settings: section `model`.
         cache: cache folder.
 
     Raises:
         UserError: if no wheel, hub repository or folder has the model, or if the folder is incomplete.
     """
-    if cfg.id is None:
-        if cfg.tiny is None:
+    if settings.id is None:
+        if settings.tiny is None:
             raise UserError("model.id=null is not allowed; it must be a hub id or a folder that holds a model")
         if ranks.is_global_zero:
             log.warning("model.id=null is a random model, whose scores mean nothing.")
-        sizes = {name: int(cfg.tiny[name]) for name in ("hidden_size", "layers", "heads")}
-        key = {"tiny": sizes, "format": CACHE_FORMAT}
-        folder = _build_cached(ranks, cache, key, lambda out: _save_tiny_model(cfg.tiny, out))
+        sizes = parse(TinySizes, settings.tiny, "model.tiny")
+        key = {"tiny": asdict(sizes), "format": CACHE_FORMAT}
+        folder = _build_cached(ranks, cache, key, lambda out: _save_tiny_model(sizes, out))
         return folder, folder.name
-    error_prefix = f"model.id={cfg.id}"
-    user_folder = local_folder(error_prefix, cfg.id)
-    gguf_file = _find_gguf(WHEELS.get(cfg.id))
-    if user_folder is None and gguf_file is not None and cfg.revision is None:
+    error_prefix = f"model.id={settings.id}"
+    user_folder = local_folder(error_prefix, settings.id)
+    gguf_file = _find_gguf(WHEELS.get(settings.id))
+    if user_folder is None and gguf_file is not None and settings.revision is None:
         key = {"file": gguf_file.name, "bytes": gguf_file.stat().st_size, "format": CACHE_FORMAT}
         folder = _build_cached(ranks, cache, key, lambda out: _convert_gguf(gguf_file, out))
         return folder, folder.name
-    folder, version = locate_weights(error_prefix, cfg.id, cfg.revision)
+    folder, version = locate_weights(error_prefix, settings.id, settings.revision)
     if user_folder is None:
         return folder, "@".join(version)
     # The path enters the key, because an adapter names the folder of its base model.
@@ -232,7 +235,7 @@ def _download(error_prefix: str, hub_id: str, revision: str | None) -> Path:
         ) from error
 
 
-def _save_tiny_model(cfg: Any, out: Path) -> None:
+def _save_tiny_model(sizes: TinySizes, out: Path) -> None:
     """Save a random Llama of a few thousand weights with a byte tokenizer, for tests and demonstrations."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -251,11 +254,11 @@ def _save_tiny_model(cfg: Any, out: Path) -> None:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=TINY_VOCAB_SIZE,
-            hidden_size=cfg.hidden_size,
-            intermediate_size=2 * cfg.hidden_size,
-            num_hidden_layers=cfg.layers,
-            num_attention_heads=cfg.heads,
-            num_key_value_heads=cfg.heads,
+            hidden_size=sizes.hidden_size,
+            intermediate_size=2 * sizes.hidden_size,
+            num_hidden_layers=sizes.layers,
+            num_attention_heads=sizes.heads,
+            num_key_value_heads=sizes.heads,
             max_position_embeddings=1024,
             bos_token_id=None,
             eos_token_id=0,

@@ -5,13 +5,14 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lisa_lightning.config.instances import parse
+from lisa_lightning.config.settings import Lora, ModelSettings
 from lisa_lightning.model.base_model import base_model, load_pretrained, reraise_load_errors
 from lisa_lightning.model.frozen_linear import use_onednn
 from lisa_lightning.runtime.cache import cache_folder
@@ -79,12 +80,12 @@ def load_tokenizer(folder: Path, error_prefix: str | None = None) -> PreTrainedT
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def attach(model: PreTrainedModel, lora: Any, seed: int, key: str = "lora") -> PeftModel:
+def attach(model: PreTrainedModel, lora: Lora, seed: int, key: str = "lora") -> PeftModel:
     """Attach a new LoRA adapter with float32 factors, and return the model in training mode.
 
     Args:
         model: a frozen model.
-        lora: r, alpha, dropout and targets (conf/config.yaml). Targets are "all-linear" or module names.
+        lora: settings of the adapter.
         seed: seed of the initial factors.
         key: config key of `lora`, for error messages.
 
@@ -98,7 +99,8 @@ def attach(model: PreTrainedModel, lora: Any, seed: int, key: str = "lora") -> P
         _refuse_tied(model, target, key)
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        # The saved config shall have 16 rather than 16.0.
+        lora_alpha=int(lora.alpha) if lora.alpha % 1 == 0 else lora.alpha,  # type: ignore[arg-type]  # peft accepts it
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -142,12 +144,10 @@ def load_lora_model(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype}: it must be one of {', '.join(DTYPES)}")
-    if not (r >= 1 and 0 <= dropout < 1):
-        raise UserError(f"r={r}, dropout={dropout}: r must be above 0, and dropout from 0 to below 1")
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    lora = parse(Lora, {"r": r, "alpha": alpha, "dropout": dropout, "targets": targets}, "lora")
     cache = cache_folder(os.environ.get("LISA_CACHE", DEFAULT_CACHE))
-    source = SimpleNamespace(id=str(model), revision=None, tiny=None)
-    folder, _ = base_model(OneRank(), source, cache)
-    lora = SimpleNamespace(r=r, alpha=alpha, dropout=dropout, targets=target_modules)
+    folder, _ = base_model(OneRank(), ModelSettings(id=str(model)), cache)
     tokenizer = load_tokenizer(folder)
     with torch.random.fork_rng(devices=[]):
         net = attach(load(folder, dtype), lora, seed)

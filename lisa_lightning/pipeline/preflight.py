@@ -1,15 +1,14 @@
 """Dry run on a model without weights, so that misfits are refused before long computations. Start at `preflight`."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from lisa_lightning.config.settings import Lora, RunSettings
 from lisa_lightning.data.encoding import encode, prompt_length
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.method.base import Method
@@ -18,28 +17,19 @@ from lisa_lightning.model.base_model import reraise_load_errors
 from lisa_lightning.model.factors import modules, trainable
 from lisa_lightning.model.lora import attach, load_tokenizer
 from lisa_lightning.objective.backprop import Backprop
-from lisa_lightning.repair.base import Repair
+from lisa_lightning.pipeline.stage_sequence import Defenses
 from lisa_lightning.runtime.errors import UserError
 
 MAX_PROMPT_TOKENS = 2**17
 """Maximum number of tokens of a prompt if the model's config has no limit."""
 
 
-@dataclass(frozen=True)
-class ModelDefenses:
-    """Defenses of the stages that run and depend on the model; None for other stages."""
-
-    align: Method | None
-    method: Method | None
-    repair: Repair | None
-
-
-def preflight(base: Path, cfg: DictConfig, defenses: ModelDefenses, rows: Rows, user: Sequence[Row]) -> None:
+def preflight(base: Path, settings: RunSettings, defenses: Defenses, rows: Rows, user: Sequence[Row]) -> None:
     """Check that a run fits the base model.
 
     Args:
         base: the folder of the base model.
-        cfg: the whole config.
+        settings: the settings of the run.
         defenses: the defenses to try. They are not changed.
         rows: all sets of the source.
         user: the user's rows, harmful ones included.
@@ -52,20 +42,20 @@ def preflight(base: Path, cfg: DictConfig, defenses: ModelDefenses, rows: Rows, 
             - Rows or prompts are longer than its maximum length.
             - `data.max_length` cuts off all answers of a set.
     """
-    model = _meta_model(base, cfg)
+    model = _meta_model(base, settings)
     tokenizer = load_tokenizer(base)
     positions = max_positions(model.config)
     _refuse_larger_tokenizer(base, tokenizer, model)
-    if {"curate", "align", "finetune"} & {*cfg.stages}:
-        if positions is not None and cfg.data.max_length > positions:
+    if {"curate", "align", "finetune"} & {*settings.stages}:
+        if positions is not None and settings.data.max_length > positions:
             raise UserError(
-                f"data.max_length={cfg.data.max_length} is more than the {positions} positions of the model in {base}. "
-                f"Fix: data.max_length={positions} or less"
+                f"data.max_length={settings.data.max_length} is more than the {positions} positions of the model in "
+                f"{base}. Fix: data.max_length={positions} or less"
             )
-        _refuse_cut_off_answers(tokenizer, cfg, _training_sets(defenses, rows, user))
-    if "evaluate" in cfg.stages or (defenses.method is not None and cfg.evaluate.every):
-        _refuse_long_prompts(tokenizer, cfg, positions or MAX_PROMPT_TOKENS, rows)
-    _try_defenses(base, cfg, defenses)
+        _refuse_cut_off_answers(tokenizer, settings, _training_sets(defenses, rows, user))
+    if "evaluate" in settings.stages or (defenses.method is not None and settings.evaluate.every):
+        _refuse_long_prompts(tokenizer, settings, positions or MAX_PROMPT_TOKENS, rows)
+    _try_defenses(base, settings, defenses)
 
 
 def max_positions(config: Any) -> int | None:
@@ -75,11 +65,11 @@ def max_positions(config: Any) -> int | None:
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
-def _meta_model(base: Path, cfg: DictConfig) -> PreTrainedModel:
+def _meta_model(base: Path, settings: RunSettings) -> PreTrainedModel:
     """Return the model without weights."""
     with reraise_load_errors(f"The model in {base}"), torch.device("meta"):
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        options = {"attn_implementation": cfg.model.attention, "trust_remote_code": False}
+        options = {"attn_implementation": settings.model.attention, "trust_remote_code": False}
         return AutoModelForCausalLM.from_config(config, **options).requires_grad_(False)
 
 
@@ -94,7 +84,7 @@ def _refuse_larger_tokenizer(base: Path, tokenizer: PreTrainedTokenizerBase, mod
         )
 
 
-def _training_sets(defenses: ModelDefenses, rows: Rows, user: Sequence[Row]) -> dict[str, Sequence[Row]]:
+def _training_sets(defenses: Defenses, rows: Rows, user: Sequence[Row]) -> dict[str, Sequence[Row]]:
     """Return the rows that the stages of a run train on, by stream."""
     methods = [method for method in (defenses.align, defenses.method) if method is not None]
     requirements = {
@@ -118,10 +108,10 @@ def _state_steps(method: Method) -> set[int]:
 
 
 def _refuse_cut_off_answers(
-    tokenizer: PreTrainedTokenizerBase, cfg: DictConfig, sets: Mapping[str, Sequence[Row]]
+    tokenizer: PreTrainedTokenizerBase, settings: RunSettings, sets: Mapping[str, Sequence[Row]]
 ) -> None:
     """Raise UserError if `data.max_length` cuts off the answers of all rows of a set."""
-    limit, template = cfg.data.max_length, cfg.model.template
+    limit, template = settings.data.max_length, settings.model.template
     # This call also refuses an unsuitable tokenizer or template.
     encode(tokenizer, template, Row("a", "", "b"), limit)
     for name, rows in sets.items():
@@ -135,12 +125,11 @@ def _refuse_cut_off_answers(
             )
 
 
-def _refuse_long_prompts(tokenizer: PreTrainedTokenizerBase, cfg: DictConfig, positions: int, rows: Rows) -> None:
+def _refuse_long_prompts(tokenizer: PreTrainedTokenizerBase, settings: RunSettings, positions: int, rows: Rows) -> None:
     """Raise UserError for a held-out prompt that exceeds the model's maximum length together with its answer."""
-    for name, key, questions in _held_out_prompts(cfg, rows):
-        new_tokens = OmegaConf.select(cfg, key)
+    for name, key, new_tokens, questions in _held_out_prompts(settings, rows):
         for number, (instruction, context) in enumerate(questions, 1):
-            length = prompt_length(tokenizer, cfg.model.template, instruction, context, positions)
+            length = prompt_length(tokenizer, settings.model.template, instruction, context, positions)
             if length + new_tokens - 1 > positions:
                 tokens = f"more than {positions}" if length > positions else f"{length}"
                 raise UserError(
@@ -150,32 +139,34 @@ def _refuse_long_prompts(tokenizer: PreTrainedTokenizerBase, cfg: DictConfig, po
                 )
 
 
-def _held_out_prompts(cfg: DictConfig, rows: Rows) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
-    """Yield for each held-out set its name, the key of its answers' length, and pairs of prompt and context."""
-    yield "harmful_prompts", "evaluate.max_new_tokens", [(prompt, "") for prompt in rows.harmful_prompts]
-    yield "harmless_prompts", "evaluate.max_new_tokens", [(prompt, "") for prompt in rows.harmless_prompts]
-    yield "test", "task.max_new_tokens", [(row.instruction, row.context) for row in rows.test]
+def _held_out_prompts(settings: RunSettings, rows: Rows) -> Iterator[tuple[str, str, int, list[tuple[str, str]]]]:
+    """Yield for each held-out set its name, key and value of its answers' length, and pairs of prompt and context."""
+    safety = ("evaluate.max_new_tokens", settings.evaluate.max_new_tokens)
+    yield "harmful_prompts", *safety, [(prompt, "") for prompt in rows.harmful_prompts]
+    yield "harmless_prompts", *safety, [(prompt, "") for prompt in rows.harmless_prompts]
+    test = [(row.instruction, row.context) for row in rows.test]
+    yield "test", "task.max_new_tokens", settings.task.max_new_tokens, test
 
 
-def _try_defenses(base: Path, cfg: DictConfig, defenses: ModelDefenses) -> None:
+def _try_defenses(base: Path, settings: RunSettings, defenses: Defenses) -> None:
     """Attach the adapters to a model without weights, and initialize the defenses on it."""
     deltas: dict[str, Delta] = {}
     if defenses.align is not None:
-        net = _meta_peft_model(base, cfg, "align.lora")
+        net = _meta_peft_model(base, settings, settings.align.lora, "align.lora")
         _init_method(defenses.align, net, {})
         deltas = dict.fromkeys(modules(trainable(net)), Delta(torch.ones(1, 1)))
     if defenses.method is not None:
-        continued = defenses.align is not None and cfg.model.adapters == "continued"
-        net = _meta_peft_model(base, cfg, "align.lora" if continued else "lora")
+        continued = defenses.align is not None and settings.model.adapters == "continued"
+        lora, key = (settings.align.lora, "align.lora") if continued else (settings.lora, "lora")
+        net = _meta_peft_model(base, settings, lora, key)
         _init_method(defenses.method, net, deltas)
         if defenses.repair is not None:
             defenses.repair.check(net, deltas)
 
 
-def _meta_peft_model(base: Path, cfg: DictConfig, key: str) -> PeftModel:
+def _meta_peft_model(base: Path, settings: RunSettings, lora: Lora, key: str) -> PeftModel:
     """Return a model without weights that has the adapter of a config section, and check the adapter's rank."""
-    model = _meta_model(base, cfg)
-    lora = OmegaConf.select(cfg, key)
+    model = _meta_model(base, settings)
     with torch.device("meta"):
         net = attach(model, lora, 0, key)
     factors = trainable(net)

@@ -14,11 +14,11 @@ from lisa_lightning.config.instances import load_class
 from lisa_lightning.evaluation.coverage import refuse_unscored
 from lisa_lightning.evaluation.evaluator import Answer, read_answers
 from lisa_lightning.evaluation.judging import read_responses, refuse_no_reference
-from lisa_lightning.evaluation.metrics import Metrics
+from lisa_lightning.evaluation.scores import Metrics, read_scores, score_metrics
 from lisa_lightning.judge.base import Judge
 from lisa_lightning.logger.curves import read_rows
 from lisa_lightning.pipeline.request import Request
-from lisa_lightning.pipeline.run_folder import write_page
+from lisa_lightning.pipeline.run_folder import Results, write_page
 from lisa_lightning.pipeline.stages.judge import judge
 from lisa_lightning.report.terminal import print_summary
 from lisa_lightning.runtime.cache import cache_folder
@@ -73,13 +73,15 @@ def rejudge(request: Request, judges: Judges) -> Metrics:
     source = f"responses={cfg.responses}" if cfg.responses is not None else str(out / RESPONSES)
     refuse_unscored(judges, answers, source, isinstance(task, Scored))
     unseal(out)
-    metrics |= judge(judges, answers, out, cache_folder(cfg.cache_dir))
+    judgment = judge(judges, answers, out, cache_folder(cfg.cache_dir))
+    metrics |= score_metrics(judgment.scores) | judgment.metrics
     write_text(out / METRICS, json.dumps(metrics, indent=2))
+    scores = read_scores(metrics)
     if task is not None:
         assert config is not None
-        write_page(config, out, metrics, curves, choices, task)
+        write_page(config, out, Results(metrics, scores, answers, judgment.judged), curves, choices, task)
     seal(out)
-    print_summary(out, metrics, None, None)
+    print_summary(out, metrics, scores, None, None)
     return metrics
 
 

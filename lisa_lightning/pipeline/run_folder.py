@@ -3,16 +3,18 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from lisa_lightning.config.validate import plain, refuse_other_run, result_settings
-from lisa_lightning.evaluation.evaluator import read_answers
-from lisa_lightning.evaluation.judging import read_judged
-from lisa_lightning.evaluation.metrics import Metrics, verdict_word
+from lisa_lightning.config.same_run import refuse_other_run, result_settings
+from lisa_lightning.config.validate import plain
+from lisa_lightning.evaluation.evaluator import Answer
+from lisa_lightning.evaluation.judging import Judged
+from lisa_lightning.evaluation.metrics import verdict_word
+from lisa_lightning.evaluation.scores import Metrics, Score
 from lisa_lightning.logger.curves import CurveRow
 from lisa_lightning.logger.run_loggers import RunLoggers
 from lisa_lightning.pipeline.request import Request
@@ -25,9 +27,7 @@ from lisa_lightning.runtime.run_files import (
     CONFIG,
     CURVES,
     FAILED,
-    JUDGED,
     METRICS,
-    RESPONSES,
     read_config,
     read_metrics,
     seal,
@@ -37,8 +37,17 @@ from lisa_lightning.task.base import Task
 
 log = logging.getLogger(__name__)
 OVERRIDES = "overrides.yaml"
-MAY_CHANGE = ("stages", "judge", "responses")
-"""Sections in which a run and its resumption may differ."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results of a run or of a judging, which the report shows."""
+
+    metrics: Metrics
+    """Content of metrics.json."""
+    scores: list[Score]
+    answers: list[Answer]
+    judged: list[Judged]
 
 
 def refuse_used(out: Path, config: Mapping[str, Any], resume: bool) -> None:
@@ -58,7 +67,7 @@ def refuse_used(out: Path, config: Mapping[str, Any], resume: bool) -> None:
     if resume and not used:
         log.warning("Nothing to resume in %s: the run starts anew.", out)
     if used and (earlier := read_config(out)) is not None:
-        refuse_other_run(*(result_settings(c, MAY_CHANGE) for c in (earlier, config)))
+        refuse_other_run(*(result_settings(c, resumable=True) for c in (earlier, config)))
     read_metrics(out)
 
 
@@ -78,32 +87,29 @@ def prepare_folder(request: Request) -> None:
     log.info("Output goes to %s", out)
 
 
-def write_report(request: Request, loggers: RunLoggers, metrics: Metrics, task: Task) -> None:
+def write_report(request: Request, loggers: RunLoggers, results: Results, task: Task) -> None:
     """Write report.html, the W&B summary and metrics.json, and print a table of the scores."""
-    out = request.out
-    samples = write_page(plain(request.cfg), out, metrics, loggers.curves.rows(), dict(request.choices), task)
+    out, metrics = request.out, results.metrics
+    samples = write_page(plain(request.cfg), out, results, loggers.curves.rows(), dict(request.choices), task)
     loggers.wandb.summarize(metrics, [asdict(sample.answer) | {"verdict": sample.verdict} for sample in samples])
     # Complete metrics mark the run as finished, so only the seal is written later.
     write_text(out / METRICS, json.dumps(metrics, indent=2))
     seal(out)
-    print_summary(out, metrics, loggers.wandb.offline_folder, loggers.wandb.url)
+    print_summary(out, metrics, results.scores, loggers.wandb.offline_folder, loggers.wandb.url)
 
 
 def write_page(
     config: Mapping[str, Any],
     out: Path,
-    metrics: Metrics,
+    results: Results,
     curves: list[CurveRow],
     choices: dict[str, str],
     task: Task,
 ) -> list[JudgedAnswer]:
-    """Write report.html from the answers and verdicts in the folder; return the sample answers that it shows."""
-    conclusive = [j for j in read_judged(out / JUDGED) if j.kind != "harmless" or j.refused is not None]
+    """Write report.html; return the sample answers that it shows."""
+    conclusive = [j for j in results.judged if j.kind != "harmless" or j.refused is not None]
     # Reversed, so that the first conclusive judge of an answer is shown.
     judged = {(j.model, j.kind, j.index): j for j in reversed(conclusive)}
-    answers = [
-        JudgedAnswer(a, verdict_word(task, a, judged.get((a.model, a.kind, a.index))))
-        for a in read_answers(out / RESPONSES)
-    ]
-    write_run_page(out, metrics, curves, answers, choices, config)
+    answers = [JudgedAnswer(a, verdict_word(task, a, judged.get((a.model, a.kind, a.index)))) for a in results.answers]
+    write_run_page(out, results.metrics, results.scores, curves, answers, choices, config)
     return sample_answers(answers)

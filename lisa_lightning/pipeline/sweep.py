@@ -20,7 +20,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lisa_lightning.config.arguments import override_indices
 from lisa_lightning.config.explain import explain
 from lisa_lightning.config.instances import load_class
-from lisa_lightning.config.validate import check, is_bookkeeping, plain, result_settings
+from lisa_lightning.config.same_run import is_bookkeeping, result_settings
+from lisa_lightning.config.validate import check, plain
 from lisa_lightning.pipeline.request import Request
 from lisa_lightning.report.sweep_files import write_sweep
 from lisa_lightning.runtime.cache import package_hash

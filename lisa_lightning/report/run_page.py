@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from lisa_lightning.config.validate import flat
+from lisa_lightning.evaluation.scores import Score, find_score
 from lisa_lightning.logger.run_name import RunName, build_run_name
 from lisa_lightning.report.score_table import MODELS, format_percent, model_names, score_rows
 from lisa_lightning.runtime.files import write_text
@@ -99,6 +100,7 @@ def sample_answers(answers: Sequence[JudgedAnswer], limit: int = 8) -> list[Judg
 def write_run_page(
     out: Path,
     metrics: Mapping[str, Any],
+    scores: Sequence[Score],
     curves: Sequence[dict[str, str]],
     answers: Sequence[JudgedAnswer],
     choices: Mapping[str, str],
@@ -109,6 +111,7 @@ def write_run_page(
     Args:
         out: folder of the run.
         metrics: content of metrics.json. Stages that did not run have no entries.
+        scores: scores of all models, in the order of their judges.
         curves: rows of curves.csv, as text.
         answers: all answers of the run. They are untrusted text.
         choices: config group -> chosen option.
@@ -119,7 +122,7 @@ def write_run_page(
     """
     from lisa_lightning.report.run_plots import curve_figures
 
-    content = _content(metrics, answers, choices, config) | {"figures": curve_figures(curves)}
+    content = _content(metrics, scores, answers, choices, config) | {"figures": curve_figures(curves)}
     write_text(out / "report.html", render_template("page.html.j2", content))
 
 
@@ -139,22 +142,26 @@ def render_template(template: str, content: Mapping[str, Any]) -> str:
 
 
 def _content(
-    metrics: Mapping[str, Any], answers: Sequence[JudgedAnswer], choices: Mapping[str, str], config: Mapping[str, Any]
+    metrics: Mapping[str, Any],
+    scores: Sequence[Score],
+    answers: Sequence[JudgedAnswer],
+    choices: Mapping[str, str],
+    config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the variables of the template, without the plots."""
     settings = dict(flat(config))
     run_name = build_run_name(settings, choices)
-    columns = _columns(metrics, answers)
+    columns = _columns(metrics, scores, answers)
     sampled = sample_answers(answers)
     facts = _facts(run_name, settings, metrics, choices)
     return {
         "heading": run_name.heading,
         "title": ", ".join([run_name.heading, *(f"{k} {v}" for k, v in facts if k in ("harmful ratio", "seed"))]),
         "facts": facts,
-        "summary": _highlight_numbers(_summary(metrics, columns)),
+        "summary": _highlight_numbers(_summary(metrics, scores, columns)),
         "random": settings.get("model.id") is None,
         "columns": columns,
-        "scores": score_rows(metrics, columns),
+        "scores": score_rows(scores, columns),
         "judges": metrics.get("judges", []),
         "groups": _groups(sampled, answers, columns),
         "tasks": _samples(sampled, "task", columns),
@@ -166,9 +173,9 @@ def _content(
     }
 
 
-def _columns(metrics: Mapping[str, Any], answers: Sequence[JudgedAnswer]) -> dict[str, str]:
+def _columns(metrics: Mapping[str, Any], scores: Sequence[Score], answers: Sequence[JudgedAnswer]) -> dict[str, str]:
     """Return the models that answered, each with its column head."""
-    present = {name.split("/")[0] for name in metrics} | {judged.answer.model for judged in answers}
+    present = {score.model for score in scores} | {judged.answer.model for judged in answers}
     return {model: head for model, head in model_names(metrics).items() if model in MODELS and model in present}
 
 
@@ -189,16 +196,16 @@ def _facts(
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "None")]
 
 
-def _summary(metrics: Mapping[str, Any], columns: dict[str, str]) -> str:
+def _summary(metrics: Mapping[str, Any], scores: Sequence[Score], columns: dict[str, str]) -> str:
     """Return the main scores of the run as one sentence."""
     harmful = [
-        f"{format_percent(value)} {head}"
+        f"{format_percent(score.value)} {head}"
         for model, head in columns.items()
-        if (value := metrics.get(f"{model}/harmful_score")) is not None
+        if (score := find_score(scores, model, "harmful_score")) is not None
     ]
-    accuracy = next((v for s in reversed(MODELS) if (v := metrics.get(f"{s}/accuracy")) is not None), None)
+    accuracy = next((s for m in reversed(MODELS) if (s := find_score(scores, m, "accuracy")) is not None), None)
     clauses = [f"harmful score {', '.join(harmful)}"] if harmful else []
-    clauses += [f"accuracy {format_percent(accuracy)}"] if accuracy is not None else []
+    clauses += [f"accuracy {format_percent(accuracy.value)}"] if accuracy is not None else []
     if clauses:
         sentence = "; ".join(clauses)
         return sentence[0].upper() + sentence[1:] + "."

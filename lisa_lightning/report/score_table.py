@@ -1,8 +1,10 @@
 """Score tables: titles and meanings of all scores (`SCORES`), and the table of one run (`score_rows`)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+from lisa_lightning.evaluation.scores import Score, find_score
 
 MODELS: Final = ("aligned", "final")
 """Models whose answers are scored: `model` in responses.jsonl and judged.jsonl."""
@@ -29,7 +31,7 @@ SCORES: Final = {
 
 
 @dataclass(frozen=True)
-class Score:
+class ScoreRow:
     """A row of the table of scores."""
 
     title: str
@@ -53,63 +55,65 @@ def model_names(metrics: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def score_keys(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the scores to show, each with its judge.
+def score_keys(scores: Sequence[Score]) -> list[tuple[str, str]]:
+    """Return the metrics to show, each with its judge.
 
-    Scores of the same kind follow each other, in the order of the judges.
+    Scores of the same metric follow each other, in the order of the judges.
 
     Returns:
-        Pairs of score and judge. The judge is "" if the run has only one, and for scores without a judge.
+        Pairs of metric and judge. The judge is "" if the run has only one, and for scores without a judge.
     """
-    segments = [name.split("/") for name in metrics]
-    used = [s[1] for s in segments if len(s) == 3 and s[2] in SCORES]
-    judges = list(dict.fromkeys([j for j in metrics.get("judges", []) if j in used] + used))
-    if len(judges) < 2:
-        return [(name, "") for name in SCORES]
-    judges_of = {name: [j for j in judges if [j, name] in (s[1:] for s in segments)] for name in SCORES}
-    return [(name, judge) for name in SCORES for judge in judges_of[name] or [""]]
+    judges_by_metric = {m: list(dict.fromkeys(s.judge for s in scores if s.metric == m)) for m in SCORES}
+    if len({judge for judges in judges_by_metric.values() for judge in judges if judge}) < 2:
+        return [(metric, "") for metric in SCORES]
+    return [(metric, judge) for metric in SCORES for judge in judges_by_metric[metric]]
 
 
-def score_rows(metrics: Mapping[str, Any], columns: dict[str, str]) -> list[Score]:
+def score_rows(scores: Sequence[Score], columns: Mapping[str, str]) -> list[ScoreRow]:
     """Return the table of scores, one row for each score that a model has.
 
     Args:
-        metrics: content of metrics.json.
+        scores: scores of all models, in the order of their judges.
         columns: model -> column head.
     """
-    keys = score_keys(metrics)
-    first_judge = dict(reversed(keys))  # a score is explained in its first row only
-    rows = [_score(metrics, columns, name, judge, first_judge[name] == judge) for name, judge in keys]
+    keys = score_keys(scores)
+    # A metric is explained in its first row only.
+    first_judge = dict(reversed(keys))
+    rows = [_score_row(scores, columns, metric, judge, first_judge[metric] == judge) for metric, judge in keys]
     return [row for row in rows if row is not None]
 
 
-def _score(metrics: Mapping[str, Any], columns: dict[str, str], name: str, judge: str, explain: bool) -> Score | None:
+def _score_row(
+    scores: Sequence[Score], columns: Mapping[str, str], metric: str, judge: str, explain: bool
+) -> ScoreRow | None:
     """Return the row of a score, None if no model has it."""
-    title, meaning = SCORES[name]
-    meaning = meaning if explain else ""
-    if judge:
-        title, name = f"{title} ({judge})", f"{judge}/{name}"
-    values = [metrics.get(f"{model}/{name}") for model in columns]
-    measured = [value for value in values if value is not None]
+    title, meaning = SCORES[metric]
+    of_models = [find_score(scores, model, metric, judge) for model in columns]
+    measured = [score for score in of_models if score is not None]
     if not measured:
         return None
     # Rounded before it gets its sign, so that nothing shows as -0.0.
     change = (
-        f"{round(measured[1] - measured[0], 1) + 0.0:+.1f}".replace("-", "−") if len(measured) == len(MODELS) else ""
+        f"{round(measured[1].value - measured[0].value, 1) + 0.0:+.1f}".replace("-", "−")
+        if len(measured) == len(MODELS)
+        else ""
     )
-    counts = [n for model in columns if (n := metrics.get(f"{model}/{name}_answers"))]
+    counts = [score.answers for score in measured if score.answers]
     count = f" {max(counts)}\N{NO-BREAK SPACE}answers." if counts else ""
-    return Score(
-        title, (meaning + count).strip(), [_with_interval(metrics, f"{model}/{name}") for model in columns], change
+    return ScoreRow(
+        f"{title} ({judge})" if judge else title,
+        ((meaning if explain else "") + count).strip(),
+        [_with_interval(score) for score in of_models],
+        change,
     )
 
 
-def _with_interval(metrics: Mapping[str, Any], name: str) -> tuple[str, str]:
+def _with_interval(score: Score | None) -> tuple[str, str]:
     """Return value and 95 % interval as text."""
-    if metrics.get(name) is None:
+    if score is None:
         return "–", ""
-    low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-    return format_percent(metrics[name]), "" if low is None or high is None else f"{low:.1f} to {high:.1f}"
+    has_interval = score.low is not None and score.high is not None
+    return format_percent(score.value), f"{score.low:.1f} to {score.high:.1f}" if has_interval else ""
 
 
 def format_percent(value: float) -> str:

@@ -222,7 +222,7 @@ def _series_lines(series: Series, name: str, index: int, positions: dict[str, fl
             deviation = spread.deviation or 0.0
             low, high = max(0.0, spread.mean - deviation), min(100.0, spread.mean + deviation)
             error_bars += [(x, low), (x, high), (x, math.nan)]
-            single_runs += [(x, y) for r in group.runs if (y := r.score(name)) is not None]
+            single_runs += [(x, score.value) for r in group.runs if (score := r.score(name)) is not None]
     if not means:
         return []
     return [
@@ -238,7 +238,7 @@ def _tradeoff_plot(groups: Sequence[SeedGroup], keys: Sequence[str]) -> list[Plo
     for series in _series(groups, keys, 0) if len({g.values[0] for g in groups}) == 1 else _method_series(groups):
         colour, _, marker = series.style
         pairs = [(r.score("accuracy"), r.score("harmful_score")) for g in series.groups for r in g.runs]
-        points = sorted((x, y) for x, y in pairs if x is not None and y is not None)
+        points = sorted((x.value, y.value) for x, y in pairs if x is not None and y is not None)
         lines += [Line(points, colour, series.label or series.groups[0].values[0], "", marker)] if points else []
     if not lines:
         return []

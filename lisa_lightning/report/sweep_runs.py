@@ -11,7 +11,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Final, Literal
 
-from lisa_lightning.config.validate import flat, is_bookkeeping
+from lisa_lightning.config.same_run import is_bookkeeping
+from lisa_lightning.config.validate import flat
+from lisa_lightning.evaluation.scores import Score, find_score, read_scores
 from lisa_lightning.logger.run_name import RunName, build_run_name
 from lisa_lightning.runtime.errors import UserError, printable
 from lisa_lightning.runtime.files import read_json
@@ -86,15 +88,21 @@ class Run:
         """Names of the judges, most recent first, without the refusal judge that is added automatically."""
         configured = dict.fromkeys(key.split(".")[1] for key in self.config if key.startswith("judge."))
         names = list(self.metrics.get("judges", configured))
-        return names[:-1] if len(names) > 1 and names[-1] == "refusal" else names
+        added = "refusal" not in configured and len(names) > 1 and names[-1] == "refusal"
+        return names[:-1] if added else names
 
-    def score(self, name: str) -> float | None:
-        """Return a score in percent of the fine-tuned model, or of the only model of a run without fine-tuning.
+    @cached_property
+    def scores(self) -> list[Score]:
+        """Scores of all models, in the order of their judges."""
+        return read_scores(self.metrics)
+
+    def score(self, metric: str) -> Score | None:
+        """Return the first judge's score of the fine-tuned model, or of the only model of a run without fine-tuning.
 
         Returns:
             None if the score was not measured.
         """
-        return self.metrics.get(f"{'final' if self.run_name.finetunes else 'aligned'}/{name}")
+        return find_score(self.scores, "final" if self.run_name.finetunes else "aligned", metric)
 
 
 @dataclass(frozen=True)
@@ -117,16 +125,17 @@ class SeedGroup:
     """Values of the swept keys."""
     runs: list[Run]
 
-    def spread(self, name: str) -> Spread | None:
+    def spread(self, metric: str) -> Spread | None:
         """Return the statistics of a score over the runs that have it, None if no run has it."""
-        scored = [(run, x) for run in self.runs if (x := run.score(name)) is not None]
-        values = [x for _, x in scored]
+        scores = [score for run in self.runs if (score := run.score(metric)) is not None]
+        values = [score.value for score in scores]
         if not values:
             return None
-        ends = [[x if (y := r.score(f"{name}_{e}")) is None else y for e in ("low", "high")] for r, x in scored]
+        lows = [score.value if score.low is None else score.low for score in scores]
+        highs = [score.value if score.high is None else score.high for score in scores]
         deviation = stdev(values) if len(values) > 1 else None
         if not deviation:  # of one run, or of runs that agree by chance
-            return Spread(values[0], deviation, min(low for low, _ in ends), max(high for _, high in ends))
+            return Spread(values[0], deviation, min(lows), max(highs))
         from scipy.stats import t
 
         mean = fmean(values)

@@ -1,5 +1,6 @@
 """The summary that a run prints at its end. Start at `print_summary`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,24 +8,28 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lisa_lightning.evaluation.scores import Score, find_score
 from lisa_lightning.report.run_page import TIMES
 from lisa_lightning.report.score_table import SCORES, model_names, score_keys
 from lisa_lightning.runtime.errors import printable
 
 
-def print_summary(out: Path, metrics: dict[str, Any], offline_folder: str | None, url: str | None) -> None:
+def print_summary(
+    out: Path, metrics: dict[str, Any], scores: Sequence[Score], offline_folder: str | None, url: str | None
+) -> None:
     """Print scores, times, the paths of the files, and how to view the curves.
 
     Args:
         out: folder of the run.
         metrics: content of metrics.json.
+        scores: scores of all models, in the order of their judges.
         offline_folder: folder of an offline W&B run, or None.
         url: address of an online W&B run, or None.
     """
     console = Console()
-    scores = _score_table(metrics)
-    if scores.row_count:
-        console.print(scores)
+    table = _score_table(metrics, scores)
+    if table.row_count:
+        console.print(table)
     times = [
         f"{stage} {metrics[f'time/{stage}_s']:.0f} s"
         for stage in TIMES
@@ -45,9 +50,10 @@ def print_summary(out: Path, metrics: dict[str, Any], offline_folder: str | None
         console.print(f"curves  {url}", soft_wrap=True, markup=False)
 
 
-def _score_table(metrics: dict[str, Any]) -> Table:
+def _score_table(metrics: dict[str, Any], scores: Sequence[Score]) -> Table:
     """Return a table with a row for each score and a column for each model."""
-    models = [s for s in dict.fromkeys(name.partition("/")[0] for name in metrics) if _is_scored(metrics, s)]
+    shown = [score for score in scores if score.metric in SCORES]
+    models = list(dict.fromkeys(score.model for score in shown))
     judges = metrics.get("judges", [])
     judge = f"; judge {_escape(judges[0])}" if len(judges) == 1 else ""
     table = Table(title=f"percent of answers, 95 % interval{judge}")
@@ -55,12 +61,12 @@ def _score_table(metrics: dict[str, Any]) -> Table:
     for model in models:
         table.add_column(_escape(model_names(metrics).get(model, model)), justify="right")
     table.add_column("answers", justify="right")
-    for name, judge in score_keys(metrics):
-        key = f"{judge}/{name}" if judge else name
-        if any(f"{model}/{key}" in metrics for model in models):
-            counts = [metrics.get(f"{model}/{key}_answers", 0) for model in models]
-            title = SCORES[name][0].lower() + (f" ({judge})" if judge else "")
-            table.add_row(_escape(title), *(_cell(metrics, f"{model}/{key}") for model in models), str(max(counts)))
+    for metric, judge in score_keys(shown):
+        of_models = [find_score(shown, model, metric, judge) for model in models]
+        if any(of_models):
+            title = SCORES[metric][0].lower() + (f" ({judge})" if judge else "")
+            answers = max((score.answers or 0) for score in of_models if score is not None)
+            table.add_row(_escape(title), *map(_cell, of_models), str(answers))
     return table
 
 
@@ -69,11 +75,5 @@ def _escape(text: str) -> str:
     return escape(printable(text))
 
 
-def _is_scored(metrics: dict[str, Any], model: str) -> bool:
-    return any(f"{model}/{name}" in metrics for name in SCORES)
-
-
-def _cell(metrics: dict[str, Any], name: str) -> str:
-    if name not in metrics:
-        return ""
-    return f"{metrics[name]:.1f} ({metrics[f'{name}_low']:.1f}–{metrics[f'{name}_high']:.1f})"
+def _cell(score: Score | None) -> str:
+    return "" if score is None else f"{score.value:.1f} ({score.low:.1f}–{score.high:.1f})"

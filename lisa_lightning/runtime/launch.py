@@ -45,11 +45,11 @@ def is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def make_fabric(cfg: Any) -> Fabric:
+def make_fabric(settings: Any) -> Fabric:
     """Return the Fabric of this run's processes, which are not launched yet.
 
     Args:
-        cfg: config group `trainer`.
+        settings: section `trainer`.
 
     Raises:
         UserError: if this machine lacks the accelerator or the devices.
@@ -57,31 +57,31 @@ def make_fabric(cfg: Any) -> Fabric:
 
     def with_strategy(strategy: Any) -> Fabric:
         return Fabric(
-            accelerator=cfg.accelerator,
-            devices=cfg.devices,
-            num_nodes=cfg.num_nodes,
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            num_nodes=settings.num_nodes,
             strategy=strategy,
-            precision=cfg.precision,
+            precision=settings.precision,
         )
 
     try:
-        fabric = with_strategy(cfg.strategy)
+        fabric = with_strategy(settings.strategy)
         # `Watch` detects ranks that hang. This timeout is for ranks that are alive and never meet.
-        timeout = max(START_TIMEOUT, timedelta(minutes=cfg.timeout_min))
+        timeout = max(START_TIMEOUT, timedelta(minutes=settings.timeout_min))
         return with_strategy(DDPStrategy(timeout=timeout)) if isinstance(fabric.strategy, DDPStrategy) else fabric
     except (ValueError, RuntimeError, TypeError, ImportError) as error:
         raise UserError(
-            f"trainer.accelerator={cfg.accelerator}, trainer.devices={cfg.devices}: not available on this machine "
-            f"({first_line(error)}). Fix: use trainer.accelerator=auto, or fewer devices"
+            f"trainer.accelerator={settings.accelerator}, trainer.devices={settings.devices}: not available on this "
+            f"machine ({first_line(error)}). Fix: use trainer.accelerator=auto, or fewer devices"
         ) from error
 
 
-def refuse_processes(fabric: Fabric, cfg: Any) -> None:
+def refuse_processes(fabric: Fabric, settings: Any) -> None:
     """Raise UserError in a job of a sweep if Lightning would start its processes by repeating the whole command."""
     if fabric.world_size > 1 and isinstance(fabric.strategy.launcher, subprocess_script._SubprocessScriptLauncher):
         raise UserError(
-            f"trainer.strategy={cfg.strategy} with trainer.devices={cfg.devices} can't run in a sweep: each of its "
-            f"{fabric.world_size} processes would start the whole sweep again. Fix: use one device a job "
+            f"trainer.strategy={settings.strategy} with trainer.devices={settings.devices} can't run in a sweep: each "
+            f"of its {fabric.world_size} processes would start the whole sweep again. Fix: use one device a job "
             "(trainer.strategy=auto trainer.devices=1); a launcher that starts a job's processes itself "
             "(hydra/launcher=submitit_slurm with hydra.launcher.tasks_per_node and gpus_per_node); or one command a job"
         )

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 
 from lisa_lightning.config.optim import Optim
-from lisa_lightning.config.validate import refuse_other_run
+from lisa_lightning.config.same_run import refuse_other_run
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.method.base import Method, move_anchor

@@ -1,7 +1,6 @@
 """The laws of choosing alignment rows: what is kept, and the bilevel selector against autograd on a tiny model."""
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lisa_lightning.config.settings import Lora
 from lisa_lightning.curate._selector import _descend
 from lisa_lightning.curate.base import Candidates, Selector
 from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
@@ -56,7 +56,7 @@ def net(seed: int = 0) -> Any:
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).requires_grad_(False)
-    return attach(model, SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+    return attach(model, Lora(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
 
 
 def backprop() -> Backprop:

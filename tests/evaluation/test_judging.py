@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 from lisa_lightning.evaluation.evaluator import Answer
 from lisa_lightning.evaluation.judging import judge_answers, read_judged, read_responses, refuse_no_reference
-from lisa_lightning.evaluation.metrics import estimate_rate, judged_scores, rate_metrics, task_scores, verdict_word
+from lisa_lightning.evaluation.metrics import estimate_rate, judged_scores, task_scores, verdict_word
 from lisa_lightning.judge.base import Metric, Pair, Verdict
 from lisa_lightning.judge.refusal import RefusalJudge
 from lisa_lightning.runtime.errors import UserError
@@ -125,10 +125,12 @@ def test_each_kind_of_answer_goes_to_its_judge(tmp_path: Path) -> None:
     asked = [*answers("A"), *answers("b", kind="harmless"), *answers("long", "s", kind="task", target="mid")]
     found = judge_answers({"loud": Shouting(), "longer": Longer()}, asked, tmp_path, tmp_path)
     assert [(j.judge, j.kind) for j in found] == [("loud", "harmful"), ("loud", "harmless")] + [("longer", "task")] * 2
-    scores = judged_scores([j for j in found if j.judge == "loud"])
-    assert (scores["harmful_score"], scores["harmful_score_answers"], scores["category/loud"]) == (100.0, 1, 1)
-    assert "over_refusal" not in scores  # this judge doesn't tell
-    assert judged_scores([j for j in found if j.judge == "longer"])["win_rate"] == 50.0
+    # The loud judge detects no refusals.
+    assert [(s.judge, s.metric, s.value, s.answers) for s in judged_scores(found)] == [
+        ("loud", "harmful_score", 100.0, 1),
+        ("loud", "category/loud", 1, None),
+        ("longer", "win_rate", 50.0, 2),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -203,17 +205,18 @@ def test_an_interval_holds_its_share_and_stays_within_bounds(found: list[tuple[b
 def test_accuracy_strict_lenient_and_what_was_cut_off() -> None:
     asked = answers("positive", "It is positive", "bad", kind="task", target="positive")
     asked.append(Answer("final", "task", 3, "p", "", "The film is", "positive", cut_off=True))
-    scores = task_scores(SST2(), [*asked, *answers("x")])
-    assert [scores[n] for n in ("accuracy", "lenient_accuracy", "cut_off")] == [25.0, 50.0, 25.0]
-    assert scores["accuracy_answers"] == 4
-    assert set(task_scores(Alpaca(), asked)) == set(rate_metrics("cut_off", estimate_rate([True], [""])))
-    assert task_scores(SST2(), answers("x")) == {}
+    scores = {score.metric: score for score in task_scores(SST2(), "final", [*asked, *answers("x")])}
+    assert [scores[n].value for n in ("accuracy", "lenient_accuracy", "cut_off")] == [25.0, 50.0, 25.0]
+    assert scores["accuracy"].answers == 4
+    assert [score.metric for score in task_scores(Alpaca(), "final", asked)] == ["cut_off"]
+    assert task_scores(SST2(), "final", answers("x")) == []
 
 
 def test_every_score_comes_with_interval_and_count(tmp_path: Path) -> None:
     asked: list[Any] = [*answers("No.", "sure"), *answers("No.", "yes", "well", "sure", kind="harmless")]
     scores = judged_scores(judge_answers({"refusal": RefusalJudge()}, asked, tmp_path, tmp_path))
-    assert set(scores) == {
-        f"{name}{end}" for name in ("refusal_rate", "over_refusal") for end in ("", "_low", "_high", "_answers")
-    }
-    assert (scores["refusal_rate"], scores["over_refusal"]) == (50.0, 25.0)
+    assert [(s.model, s.judge, s.metric, s.value, s.answers) for s in scores] == [
+        ("final", "refusal", "refusal_rate", 50.0, 2),
+        ("final", "refusal", "over_refusal", 25.0, 4),
+    ]
+    assert all(s.low is not None and s.high is not None and s.low < s.value < s.high for s in scores)

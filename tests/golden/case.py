@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from helpers.paths import CONF
 from lisa_lightning.config.fields import STRICT
 from lisa_lightning.config.optim import Optim
+from lisa_lightning.config.settings import Lora
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import IGNORED, Example, Pack, pack, pack_padded
 from lisa_lightning.data.schedule import Stream
@@ -35,9 +35,7 @@ def tiny_net(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     model.load_state_dict({k.removeprefix(whole): v for k, v in tensors.items() if k.startswith(whole)}, strict=True)
     lora = facts["lora"]
     targets = list(lora["targets"])
-    net = attach(
-        model, SimpleNamespace(r=lora["r"], alpha=lora["alpha"], dropout=lora.get("dropout", 0.0), targets=targets), 0
-    )
+    net = attach(model, Lora(r=lora["r"], alpha=lora["alpha"], dropout=lora.get("dropout", 0.0), targets=targets), 0)
     initial = {k.removeprefix("init."): v for k, v in tensors.items() if k.startswith("init.")}
     own = trainable(net)
     if own.keys() != initial.keys():

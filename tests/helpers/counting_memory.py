@@ -3,7 +3,6 @@
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
 
 from benchmarks.footprint import Lora, Shape, Step
+from lisa_lightning.config.settings import Lora as LoraSettings
 from lisa_lightning.data.packing import IGNORED, Example, pack
 from lisa_lightning.model.lora import attach
 from lisa_lightning.objective.loss import completion_loss
@@ -50,7 +50,7 @@ def model_of(shape: Shape, dtype: str = "bfloat16", name: str = "") -> Any:
 
 
 def adapted(model: Any, lora: Lora) -> Any:
-    settings = SimpleNamespace(r=lora.r, alpha=4, dropout=0.1 if lora.dropout else 0.0, targets=list(lora.targets))
+    settings = LoraSettings(r=lora.r, alpha=4, dropout=0.1 if lora.dropout else 0.0, targets=list(lora.targets))
     return attach(model, settings, 0)
 
 

@@ -3,7 +3,6 @@
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from helpers.methods import ALIKE, METHODS
 from helpers.training import ALIGNMENT, DEFENDER, USER, deltas
+from lisa_lightning.config.settings import Lora
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Examples, StepBatches
 from lisa_lightning.data.packing import pack, pad
@@ -31,7 +31,7 @@ def steps(
     Args:
         apart: without shared prefixes, whatever the method says.
     """
-    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
+    net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
     tokenizer = load_tokenizer(tiny)
     tokenizer.chat_template = "{{ messages[0].content }}"
     encoded = partial(encode, tokenizer, "chat", max_length=64)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -14,6 +13,7 @@ from torch import Tensor
 from lisa_lightning.callbacks.checkpoint import Checkpoint
 from lisa_lightning.callbacks.resume_curves import ResumeCurves
 from lisa_lightning.config.optim import Optim
+from lisa_lightning.config.settings import Lora
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.packing import pad
 from lisa_lightning.data.source import Row
@@ -66,9 +66,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
             "eps": 1e-8,
         }
         o = Optim(**(settings | optim))  # type: ignore[arg-type]
-        net = attach(
-            load(tiny, "float32", attention), SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0
-        )
+        net = attach(load(tiny, "float32", attention), Lora(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
         tokenizer = load_tokenizer(tiny)
         tokenizer.chat_template = "{{ messages[0].content }}"  # short rows: nothing around the prompt
         data = (_Padded if apart else LisaDataModule)(tokenizer, USER, ALIGNMENT, DEFENDER, max_length=max_length)

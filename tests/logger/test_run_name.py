@@ -53,7 +53,7 @@ def test_a_run_is_called_by_what_it_does(tmp_path: Path, overrides: str) -> None
     request = composed(overrides.split(), tmp_path)
     cfg, choices = request.cfg, dict(request.choices)
     arguments = wandb_init(plain(cfg), choices)
-    write_run_page(tmp_path, {}, [], [], choices, plain(cfg))
+    write_run_page(tmp_path, {}, [], [], [], choices, plain(cfg))
     heading = (tmp_path / "report.html").read_text().partition("<h1>")[2].partition("</h1>")[0]
     assert (
         arguments["job_type"],

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -22,6 +21,7 @@ from helpers.recording import Recording
 from helpers.training import DEFENDER, STEPS, Train, largest_difference
 from lisa_lightning.align.repnoise import RepNoise, _differing_positions, mmd
 from lisa_lightning.align.t_vaccine import TVaccine
+from lisa_lightning.config.settings import Lora
 from lisa_lightning.data import packing
 from lisa_lightning.data.packing import Example, pad
 from lisa_lightning.data.schedule import StreamBatch
@@ -176,7 +176,7 @@ def test_a_rounded_id_behind_the_vocabulary_is_no_label_of_official_repnoise() -
 
 
 def test_moved_weights_count_though_autocast_keeps_the_casts_of_those_before(tiny: Path) -> None:
-    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+    net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
     backprop, ids = Backprop(net, lambda *_: iter(())), torch.arange(8)[None]
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
         before = net(input_ids=ids).logits

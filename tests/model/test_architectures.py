@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from helpers.paths import ROOT
 from lisa_lightning.config.optim import Optim
+from lisa_lightning.config.settings import Lora
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.source import Row
@@ -91,11 +92,9 @@ def test_trains_three_lisa_steps_and_answers(
     folder = model_folder(name)
     tokenizer, template = load_tokenizer(folder), "alpaca"
     model = load(folder, "float32", cfg.attention)
-    align = SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=cfg.align_targets)
+    align = Lora(r=4, alpha=4, dropout=0.0, targets=cfg.align_targets)
     attach(model, align, seed=0).merge_and_unload()
-    net = attach(
-        load(folder, "float32", cfg.attention), SimpleNamespace(**(vars(align) | {"targets": cfg.finetune_targets})), 0
-    )
+    net = attach(load(folder, "float32", cfg.attention), replace(align, targets=cfg.finetune_targets), 0)
     before = {n: w.clone() for n, w in trainable(net).items()}
     method = Lisa(alignment_steps=1, user_steps=1, rho=1.0, proximal_after=0.0)
     optim = Optim(lr=1e-2, steps=3, batch_size=2, schedule="constant")
@@ -124,7 +123,7 @@ def test_blocks_are_found_by_structure_with_an_adapter_or_without(
     cfg = config(f"model={name}").model
     model: Any = load(model_folder(name), "float32", cfg.attention).eval()
     ids = torch.arange(3, 20)[None]
-    lora = SimpleNamespace(r=4, alpha=4, dropout=0.0, targets="all-linear")
+    lora = Lora(r=4, alpha=4, dropout=0.0, targets="all-linear")
     for adapted in (False, True):
         if adapted:
             model = attach(model, lora, 0).eval().get_base_model()
@@ -166,7 +165,7 @@ def test_finding_no_block_is_an_error(tiny: Path, find: Callable[[Any], Any]) ->
 def test_a_target_that_matches_nothing_is_refused(tiny: Path, targets: Any) -> None:
     message = r"align\.lora\.targets: the model has no module '(nope|proj)'\. Fix: choose from .*q_proj"
     with pytest.raises(UserError, match=message):
-        attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=targets), 0, "align.lora")
+        attach(load(tiny, "float32"), Lora(r=4, alpha=4, dropout=0.0, targets=targets), 0, "align.lora")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -176,11 +175,11 @@ def test_a_matrix_that_is_also_another_modules_is_not_adapted(target: str, tied:
     sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, tie_word_embeddings=tied))
     with pytest.raises(UserError, match=r"model\.embed_tokens and lm_head are one matrix") if tied else nullcontext():
-        attach(model, SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=["q_proj", target]), 0)
+        attach(model, Lora(r=4, alpha=4, dropout=0.0, targets=["q_proj", target]), 0)
 
 
 def test_an_adapter_that_goes_on_is_the_one_that_was_saved(tiny: Path, tmp_path: Path) -> None:
-    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=4, dropout=0.0, targets=["q_proj"]), 0)
+    net = attach(load(tiny, "float32"), Lora(r=4, alpha=4, dropout=0.0, targets=["q_proj"]), 0)
     with torch.no_grad():
         for weight in trainable(net).values():
             weight.normal_()
@@ -192,7 +191,7 @@ def test_an_adapter_that_goes_on_is_the_one_that_was_saved(tiny: Path, tmp_path:
 
 def test_merging_rounds_once(tiny: Path) -> None:
     """In bfloat16 the sum of weight and update is formed in float32: no weight is further off than rounding puts it."""
-    lora = SimpleNamespace(r=4, alpha=4, dropout=0.0, targets="all-linear")
+    lora = Lora(r=4, alpha=4, dropout=0.0, targets="all-linear")
     nets = [attach(load(tiny, dtype), lora, 0) for dtype in ("bfloat16", "float32")]
     for net in nets:
         torch.manual_seed(1)
@@ -211,7 +210,7 @@ def test_merging_rounds_once(tiny: Path) -> None:
 
 
 def test_the_merged_model_answers_as_the_adapter_on_its_base(tiny: Path) -> None:
-    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=4, dropout=0.0, targets="all-linear"), 0)
+    net = attach(load(tiny, "float32"), Lora(r=4, alpha=4, dropout=0.0, targets="all-linear"), 0)
     with torch.no_grad():
         for weight in trainable(net).values():
             weight.normal_(std=0.1)

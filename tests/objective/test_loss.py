@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lisa_lightning.config.settings import Lora
 from lisa_lightning.data.packing import IGNORED, Example, pack, pad
 from lisa_lightning.model.factors import trainable
 from lisa_lightning.model.hooks import attention_blocks, capture_outputs, mlp_blocks
@@ -50,8 +50,8 @@ HEADS: dict[str, dict[str, Any]] = {"gpt2": {}, "mixtral": GROUPED | {"num_local
 """Families whose heads read more of the decoder's output than its hidden states."""
 
 
-def lora(dropout: float = 0.0) -> SimpleNamespace:
-    return SimpleNamespace(r=4, alpha=8, dropout=dropout, targets="all-linear")
+def lora(dropout: float = 0.0) -> Lora:
+    return Lora(r=4, alpha=8, dropout=dropout, targets="all-linear")
 
 
 def bare(name: str, **changed: object) -> Any:

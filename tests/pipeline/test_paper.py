@@ -10,10 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from helpers.composing import composed
 from helpers.paths import ROOT
+from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.requirements import check_requirements
-from lisa_lightning.config.validate import check
+from lisa_lightning.config.validate import check, plain
 from lisa_lightning.logger.curves import read_rows
-from lisa_lightning.pipeline.run import _defenses, run
+from lisa_lightning.pipeline.run import build_defenses, run
 
 TASKS = ("sst2", "agnews", "gsm8k", "alpaca")
 METHODS = ("sft", "bso", "lisa", "vlguard_mix")
@@ -99,7 +100,8 @@ def test_every_defense_has_its_papers_settings(config: Callable[..., DictConfig]
         cfg = config(f"experiment=paper/{name}", *needed)
         check(cfg)
         choices: dict[str, str] = dict.fromkeys(("curate", "align", "method", "repair"), name)
-        check_requirements(_defenses(cfg).by_group, choices, cfg, 1)
+        values = plain(cfg)
+        check_requirements(build_defenses(values).by_group, choices, parse_settings(values), 1)
         for group in ("curate", "align", "method", "repair"):
             file = ROOT / "conf" / group / f"{name.replace('booster_vaccine', 'booster')}.yaml"
             if file.exists():

@@ -11,12 +11,14 @@ import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.validate import flat, plain
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import Row, Rows, load_rows
-from lisa_lightning.pipeline.run import _defenses, _stages
-from lisa_lightning.pipeline.stages import setting
-from lisa_lightning.pipeline.stages.setting import Setting
+from lisa_lightning.pipeline.run import build_defenses, make_tools
+from lisa_lightning.pipeline.stage_sequence import Inputs, run_stages
+from lisa_lightning.pipeline.stages import stage_cache
+from lisa_lightning.pipeline.stages.models import Model
 from lisa_lightning.runtime.cache import short_hash
 from lisa_lightning.runtime.ranks import OneRank
 
@@ -86,10 +88,12 @@ def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
         rows["alignment"] = loaded.alignment
         user = user_rows(loaded, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, 0.0)
         fabric: Any = SimpleNamespace(device=torch.device("cpu"), world_size=1, is_global_zero=False)
-        _stages(Setting(cfg, tmp_path, fabric, OneRank(), None, task, loaded, user, tiny, "base"), _defenses(cfg))
+        config = plain(cfg)
+        inputs = Inputs(parse_settings(config), fabric, task, build_defenses(config), config["callbacks"], loaded, user)
+        run_stages(inputs, make_tools(inputs, tmp_path, OneRank(), None, Model(tiny), "base"))
         return dict(found)
 
-    monkeypatch.setattr(setting, "build_once", built)
+    monkeypatch.setattr(stage_cache, "build_once", built)
     return of
 
 

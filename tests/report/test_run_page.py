@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from helpers.paths import ROOT
 from lisa_lightning.config.validate import plain
 from lisa_lightning.evaluation.evaluator import Answer
+from lisa_lightning.evaluation.scores import read_scores
 from lisa_lightning.report.run_page import JudgedAnswer, sample_answers, write_run_page
 from lisa_lightning.report.run_plots import curve_figures
 
@@ -103,7 +104,7 @@ def made(
 ) -> str:
     """The page of a run, whole unless told otherwise."""
     curves = align_rows() + finetune_rows() if curves is None else curves
-    write_run_page(folder, metrics, curves, answers, choices, plain(config))
+    write_run_page(folder, metrics, read_scores(metrics), curves, answers, choices, plain(config))
     return (folder / "report.html").read_text(encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from helpers.training import STEPS, USER, Train, largest_difference, weights
 from lisa_lightning.callbacks.checkpoint import Checkpoint
 from lisa_lightning.callbacks.joint_gradient import JointGradient
 from lisa_lightning.config.optim import Optim
+from lisa_lightning.config.settings import Lora
 from lisa_lightning.method.base import Method
 from lisa_lightning.method.bso import BSO
 from lisa_lightning.method.lisa import Lisa
@@ -104,7 +105,7 @@ def test_lisa_differs_from_bso_and_bso_from_sft(train: Train) -> None:
 
 def test_every_adapter_weight_moves_and_nothing_else(train: Train, tiny: Path) -> None:
     module = train(Lisa(2, 3, 0.1, 0.0))
-    fresh = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+    fresh = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
     new = dict(module.net.named_parameters())
     for name, old in fresh.named_parameters():
         assert torch.equal(old, new[name]) != old.requires_grad, name
@@ -190,7 +191,7 @@ def test_rows_without_a_label_are_told_once_and_teach_nothing(
     """The first twelve bytes of every user row are its prompt."""
     cut = train(SFT(), max_length=12, weight_decay=0.0)
     assert caplog.text.count("data.max_length cuts off wholly") == 1
-    fresh = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+    fresh = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
     assert all(torch.equal(old, weights(cut)[name]) for name, old in trainable(fresh).items())
 
 
@@ -201,6 +202,6 @@ def test_learning_rate(schedule: Literal["constant", "linear"], wanted: list[flo
 
 
 def test_the_net_trains_in_training_mode_with_float32_factors(tiny: Path) -> None:
-    net = attach(load(tiny, "bfloat16"), SimpleNamespace(r=4, alpha=8, dropout=0.1, targets="all-linear"), 0)
+    net = attach(load(tiny, "bfloat16"), Lora(r=4, alpha=8, dropout=0.1, targets="all-linear"), 0)
     assert all(m.training for m in net.modules())
     assert {w.dtype for w in trainable(net).values()} == {torch.float32}

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -17,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from helpers.composing import composed
 from helpers.training import ALIGNMENT, USER, largest_difference
 from lisa_lightning.config.optim import Optim
+from lisa_lightning.config.settings import Lora
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.logger.curves import Curves, read_rows
 from lisa_lightning.logger.curves_logger import CurvesLogger
@@ -44,7 +44,7 @@ def parts(tiny: Path) -> Callable[[], tuple[LisaModule, LisaDataModule]]:
     """Return a maker of a module and its data, with dropout, in cycles of 2 alignment and 3 user steps."""
 
     def made() -> tuple[LisaModule, LisaDataModule]:
-        lora = SimpleNamespace(r=4, alpha=8, dropout=0.2, targets="all-linear")
+        lora = Lora(r=4, alpha=8, dropout=0.2, targets="all-linear")
         rows = [{"instruction": row.instruction, "response": row.response} for row in USER]
         tokenizer = load_tokenizer(tiny)
         data = LisaDataModule(tokenizer, rows, ALIGNMENT, batch_size=2, max_length=128, template="alpaca")

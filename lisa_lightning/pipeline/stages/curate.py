@@ -1,57 +1,79 @@
 """Stage `curate`: select the alignment rows of highest score."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from lightning.fabric import Fabric
 
-from lisa_lightning.config.validate import plain
+from lisa_lightning.config.settings import AdapterTraining
 from lisa_lightning.curate.base import Candidates, Selector
+from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import Packing
 from lisa_lightning.data.source import Row
-from lisa_lightning.evaluation.metrics import Metrics
+from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.objective.loss import choose_packing
-from lisa_lightning.pipeline.stages.setting import Setting, rows_hash
-from lisa_lightning.runtime.cache import user_code_hash
+from lisa_lightning.pipeline.stages.models import ModelSource
+from lisa_lightning.pipeline.stages.stage_cache import StageCache, class_key, rows_hash
 from lisa_lightning.runtime.files import read_json, write_text
 
 
-def curate(setting: Setting, selector: Selector) -> tuple[list[Row], Metrics]:
+def curate(
+    cache: StageCache,
+    models: ModelSource,
+    encoder: Encoder,
+    fabric: Fabric,
+    selector: Selector,
+    settings: AdapterTraining,
+    alignment: Sequence[Row],
+    defender: Sequence[Row],
+) -> tuple[list[Row], Metrics]:
     """Return the alignment rows that a selector keeps, and the cost.
 
     The scores are cached, so that another share `curate.keep` needs no computation.
+
+    Args:
+        cache: the cache of stage results.
+        models: loads the base model.
+        encoder: encodes the rows.
+        fabric: the processes of the run.
+        selector: the selector.
+        settings: section `align`, whose adapter the selector may train.
+        alignment: the candidate rows.
+        defender: the provider's harmful rows, for a selector that needs them.
     """
-    cfg, rows = setting.cfg, setting.rows.alignment
-    defender = setting.defender_rows(selector)
     # A share that keeps no row is refused before the scores are computed.
-    selector.count(len(rows))
+    selector.count(len(alignment))
+    selector_key = class_key(selector)
+    del selector_key["settings"]["keep"]
     key = {
-        "curate": {name: value for name, value in plain(cfg.curate).items() if name != "keep"},
-        "own_code": user_code_hash(selector),
-        "lora": plain(cfg.align.lora),
-        "seed": cfg.align.seed,
-        "rows": rows_hash(rows),
+        "curate": selector_key,
+        "lora": asdict(settings.lora),
+        "seed": settings.seed,
+        "rows": rows_hash(alignment),
         "defender_rows": rows_hash(defender),
     }
 
     def make_model() -> tuple[Backprop, Packing]:
-        net = setting.attach(setting.base, "align.lora", cfg.align.seed).to(setting.fabric.device)
-        return Backprop(net, lambda stream, size: iter(())), choose_packing(net.get_base_model(), cfg.data.max_length)
+        net = models.attach(models.base, settings.lora, "align.lora", settings.seed).to(fabric.device)
+        return Backprop(net, lambda stream, size: iter(())), choose_packing(net.get_base_model(), encoder.max_length)
 
     def make(folder: Path) -> Metrics:
-        alignment_examples, defender_examples = (Examples(r, setting.encode) for r in (rows, defender))
-        with setting.fabric.autocast(), no_autocast_cache():
+        alignment_examples, defender_examples = (Examples(rows, encoder) for rows in (alignment, defender))
+        with fabric.autocast(), no_autocast_cache():
             scores = selector.scores(Candidates(alignment_examples, defender_examples, make_model))
-        if setting.fabric.is_global_zero:
+        if fabric.is_global_zero:
             write_text(folder / "scores.json", json.dumps({"scores": scores.float().tolist()}))
         return {}
 
-    folder, cost = setting.run_stage("curate", key, make)
-    curated = [rows[i] for i in selector.selected_rows(read_json(folder / "scores.json", f"delete {folder}")["scores"])]
+    folder, cost = cache.run("curate", key, make)
+    scores = read_json(folder / "scores.json", f"delete {folder}")["scores"]
+    curated = [alignment[i] for i in selector.selected_rows(scores)]
     return curated, cost | {"rows/curated": len(curated)}
 
 

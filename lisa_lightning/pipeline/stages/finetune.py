@@ -1,95 +1,119 @@
 """Stage `finetune`: fine-tune the aligned model on the user's rows with the chosen method."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
+from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import Callback
 
 from lisa_lightning.callbacks.evaluate_curve import EvaluateCurve
 from lisa_lightning.callbacks.joint_gradient import JointGradient
-from lisa_lightning.config.optim import Optim
-from lisa_lightning.config.validate import plain
+from lisa_lightning.config.settings import AdapterTraining, Evaluate
 from lisa_lightning.data.schedule import Stream
-from lisa_lightning.data.source import Row
-from lisa_lightning.evaluation.evaluator import held_out_questions
-from lisa_lightning.evaluation.metrics import Metrics
+from lisa_lightning.data.source import Row, Rows
+from lisa_lightning.evaluation.evaluator import Evaluator, held_out_questions
+from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.lora import save_adapter
-from lisa_lightning.pipeline.stages.evaluate import answer_key, evaluator
-from lisa_lightning.pipeline.stages.setting import Model, Setting, rows_hash
-from lisa_lightning.pipeline.stages.train import train
+from lisa_lightning.pipeline.stages.models import Model, ModelSource
+from lisa_lightning.pipeline.stages.stage_cache import StageCache, class_key, stream_hashes
+from lisa_lightning.pipeline.stages.train import AdapterTrainer
 from lisa_lightning.runtime.cache import user_code_hash
+from lisa_lightning.task.base import Task
 from lisa_lightning.trainer.module import LisaModule
 
 
-def finetune(setting: Setting, aligned: Model, method: Method) -> tuple[Model, Metrics]:
+@dataclass(frozen=True)
+class CurveEvaluation:
+    """Callbacks that evaluate during fine-tuning, and their part of the cache key."""
+
+    callbacks: list[Callback] = field(default_factory=list)
+    key: dict[str, Any] | None = None
+
+
+def finetune(
+    cache: StageCache,
+    models: ModelSource,
+    trainer: AdapterTrainer,
+    fabric: Fabric,
+    aligned: Model,
+    method: Method,
+    settings: AdapterTraining,
+    rows: Mapping[Stream, Sequence[Row]],
+    *,
+    discard: bool,
+    curve: CurveEvaluation,
+    callbacks: Mapping[str, Any],
+) -> tuple[Model, Metrics]:
     """Fine-tune the aligned model on the user's rows.
 
     Args:
-        setting: the shared inputs of the stages.
+        cache: the cache of stage results.
+        models: loads the aligned model.
+        trainer: trains the adapter.
+        fabric: the processes of the run.
         aligned: the aligned model.
         method: the fine-tuning method.
+        settings: the seed, and sections `lora` and `optim`.
+        rows: user rows, alignment rows and, for a method that needs them, defender rows.
+        discard: whether alignment steps discard a user batch, as the official code does.
+        curve: evaluation during fine-tuning.
+        callbacks: config group `callbacks`: name -> `_target_` and arguments.
 
     Returns:
         The model with the fine-tuned adapter, and the cost.
     """
-    cfg = setting.cfg
-    optim = Optim(**plain(cfg.optim)).for_rows(len(setting.user), setting.fabric.world_size)
-    rows: dict[Stream, Sequence[Row]] = {
-        "alignment": setting.rows.alignment,
-        "user": setting.user,
-        "defender": setting.defender_rows(method),
-    }
-    callbacks, curve_key = curve_callbacks(setting)
-    custom_callbacks = plain(cfg.callbacks)
+    optim = settings.optim.for_rows(len(rows["user"]), fabric.world_size)
     key = {
         "aligned": aligned.name,
-        "method": plain(cfg.method),
-        "own_code": user_code_hash(method),
-        "lora": plain(cfg.lora),
-        "optim": plain(cfg.optim),
-        "seed": cfg.seed,
-        "during_alignment": cfg.data.during_alignment,
-        **{f"{name}_rows": rows_hash(stream_rows) for name, stream_rows in rows.items()},
-        "curve": curve_key,
-        **({"callbacks": custom_callbacks} if custom_callbacks else {}),
+        "method": class_key(method),
+        "finetune": asdict(settings),
+        "discard": discard,
+        "rows": stream_hashes(rows),
+        "curve": curve.key,
+        **({"callbacks": dict(callbacks)} if callbacks else {}),
     }
 
     def make(folder: Path) -> Metrics:
-        net = setting.attach(aligned, "lora", cfg.seed)
-        module = LisaModule(net, method, optim, cfg.seed, partial(setting.deltas, aligned), setting.origin | key)
-        configured = map(instantiate, custom_callbacks.values())
-        cost = train(setting, "finetune", module, rows, callbacks=[*callbacks, *configured])
-        if setting.fabric.is_global_zero:
+        net = models.attach(aligned, settings.lora, "lora", settings.seed)
+        deltas = partial(models.deltas, aligned)
+        module = LisaModule(net, method, optim, settings.seed, deltas, cache.origin | key)
+        configured = map(instantiate, callbacks.values())
+        cost = trainer.train("finetune", module, rows, callbacks=[*curve.callbacks, *configured], discard=discard)
+        if fabric.is_global_zero:
             save_adapter(net, str(aligned.folder), folder / "adapter")
-            setting.export_curves("finetune", folder)
+            trainer.export_curves("finetune", folder)
         return cost
 
-    folder, cost = setting.run_stage("finetune", key, make)
+    folder, cost = cache.run("finetune", key, make)
     return Model(aligned.folder, folder / "adapter"), cost
 
 
-def curve_callbacks(setting: Setting) -> tuple[list[Any], dict[str, Any] | None]:
-    """Return the callbacks that evaluate during fine-tuning, and their part of the cache key.
+def curve_evaluation(evaluator: Evaluator, task: Task, rows: Rows, settings: Evaluate) -> CurveEvaluation:
+    """Return the evaluation during fine-tuning.
 
-    Returns:
-        `([], None)` if `evaluate.every` is 0.
+    Args:
+        evaluator: generates the answers.
+        task: the task of the user.
+        rows: all sets of the source.
+        settings: section `evaluate`. With `every=0` there is no evaluation.
     """
-    cfg = setting.cfg.evaluate
-    if not cfg.every:
-        return [], None
-    questions = held_out_questions(setting.rows, cfg.curve_harmful, cfg.curve_harmless, cfg.curve_rows)
+    if not settings.every:
+        return CurveEvaluation()
+    questions = held_out_questions(rows, settings.curve_harmful, settings.curve_harmless, settings.curve_rows)
     judge = EmbeddedJudge()
-    callbacks: list[Any] = [EvaluateCurve(evaluator(setting), judge, setting.task, questions, cfg.every)]
-    key = answer_key(setting, questions) | {
-        "every": cfg.every,
+    callbacks: list[Callback] = [EvaluateCurve(evaluator, judge, task, questions, settings.every)]
+    key = evaluator.key(questions) | {
+        "every": settings.every,
         "judge": judge.version,
-        "own_code": user_code_hash(setting.task),
+        "task": user_code_hash(task),
     }
-    if cfg.gradient_rows:
-        callbacks.append(JointGradient(cfg.gradient_rows, cfg.every))
-        key |= {"gradient_rows": cfg.gradient_rows}
-    return callbacks, key
+    if settings.gradient_rows:
+        callbacks.append(JointGradient(settings.gradient_rows, settings.every))
+        key |= {"gradient_rows": settings.gradient_rows}
+    return CurveEvaluation(callbacks, key)

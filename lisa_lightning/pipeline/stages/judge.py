@@ -1,22 +1,34 @@
 """Stage `judge`: judge the answers of all models and compute the scores."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 from lisa_lightning.evaluation.evaluator import Answer
-from lisa_lightning.evaluation.judging import judge_answers
-from lisa_lightning.evaluation.metrics import Metrics, judged_scores
+from lisa_lightning.evaluation.judging import Judged, judge_answers
+from lisa_lightning.evaluation.metrics import judged_scores
+from lisa_lightning.evaluation.scores import Metrics, Score
 from lisa_lightning.judge.base import Documented, Judge
 from lisa_lightning.judge.refusal import RefusalJudge
 from lisa_lightning.runtime.cache import short_hash
 from lisa_lightning.runtime.files import write_text
 
 
-def judge(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cache: Path) -> Metrics:
-    """Return the scores of the answers, and write judged.jsonl and the judges' cards.
+@dataclass(frozen=True)
+class Judgment:
+    """Verdicts and scores of all models."""
 
-    A metric has the name of its judge as prefix. The first judge that computes a metric also sets it without prefix.
+    judged: list[Judged]
+    scores: list[Score]
+    """Scores in the order of the judges."""
+    metrics: Metrics
+    """Judges, their versions, and the duration."""
+
+
+def judge(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cache: Path) -> Judgment:
+    """Judge the answers, and write judged.jsonl and the judges' cards.
+
     Earlier judges whose verdicts are stored in `out` follow after the current ones.
 
     Args:
@@ -38,12 +50,7 @@ def judge(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cac
     for instance in judges.values():
         for name, text in instance.card().items() if isinstance(instance, Documented) else ():
             write_text(out / name, text)
-    metrics: Metrics = {}
-    judge_names = list(dict.fromkeys([*judges, *(j.judge for j in judged)]))
-    # The first judge comes last, so that it sets the metrics without prefix.
-    for name in reversed(judge_names):
-        for model in dict.fromkeys(j.model for j in judged):
-            scores = judged_scores([j for j in judged if (j.model, j.judge) == (model, name)])
-            metrics |= {f"{model}/{prefix}{metric}": v for prefix in (f"{name}/", "") for metric, v in scores.items()}
+    names = list(dict.fromkeys([*judges, *(j.judge for j in judged)]))
     versions = short_hash(sorted({(j.judge, j.version) for j in judged}))
-    return metrics | {"judges": judge_names, "judge_versions": versions, "time/judge_s": perf_counter() - started}
+    metrics = {"judges": names, "judge_versions": versions, "time/judge_s": perf_counter() - started}
+    return Judgment(judged, judged_scores(judged), metrics)

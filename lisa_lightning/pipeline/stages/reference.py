@@ -1,26 +1,38 @@
 """Safe reference adapter of NLSR, trained by SFT and DPO on refusals and harmful answers. Start at
 `reference_adapter`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+from lightning.fabric import Fabric
 from safetensors.torch import save_file
 
-from lisa_lightning.config.instances import build
 from lisa_lightning.config.optim import Optim
-from lisa_lightning.config.validate import plain
+from lisa_lightning.config.settings import AdapterTraining, Reference
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row, Rows
-from lisa_lightning.evaluation.metrics import Metrics
+from lisa_lightning.evaluation.scores import Metrics
+from lisa_lightning.method.base import Method
 from lisa_lightning.model.factors import trainable
-from lisa_lightning.pipeline.stages.setting import Model, Setting, rows_hash
-from lisa_lightning.pipeline.stages.train import train
-from lisa_lightning.runtime.cache import user_code_hash
+from lisa_lightning.pipeline.stages.models import Model, ModelSource
+from lisa_lightning.pipeline.stages.stage_cache import StageCache, class_key, rows_hash
+from lisa_lightning.pipeline.stages.train import AdapterTrainer
 from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.trainer.module import LisaModule
 
 
-def reference_adapter(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
+def reference_adapter(
+    cache: StageCache,
+    models: ModelSource,
+    trainer: AdapterTrainer,
+    fabric: Fabric,
+    aligned: Model,
+    methods: Mapping[str, Method],
+    settings: Reference,
+    adapter: AdapterTraining,
+    rows: Rows,
+) -> tuple[Path, Metrics]:
     """Return the folder of a safe adapter, and the cost of its training.
 
     It is extrapolated along the line from SFT on alignment rows to DPO:
@@ -28,40 +40,46 @@ def reference_adapter(setting: Setting, aligned: Model) -> tuple[Path, Metrics]:
         dpo + extrapolation * (dpo - sft)
 
     Args:
-        setting: the shared inputs of the stages.
+        cache: the cache of stage results.
+        models: loads the aligned model.
+        trainer: trains the adapter.
+        fabric: the processes of the run.
         aligned: the aligned model.
+        methods: the methods of both phases, `sft` and `dpo`.
+        settings: section `repair.reference`.
+        adapter: section `lora` of fine-tuning, with the seed of alignment.
+        rows: all sets of the source.
     """
-    cfg, seed = setting.cfg.repair.reference, setting.cfg.align.seed
-    preferred, rejected = preference_pairs(setting.rows)
-    methods = {name: build(plain(cfg[name].method), f"repair.reference.{name}.method") for name in ("sft", "dpo")}
+    preferred, rejected = preference_pairs(rows)
     key = {
         "aligned": aligned.name,
-        "reference": plain(cfg),
-        "own_code": {name: user_code_hash(method) for name, method in methods.items()},
-        "lora": plain(setting.cfg.lora),
-        "seed": seed,
-        "alignment_rows": rows_hash(setting.rows.alignment),
-        "defender_rows": rows_hash(setting.rows.defender),
+        "reference": asdict(settings),
+        "methods": {name: class_key(method) for name, method in methods.items()},
+        "lora": asdict(adapter.lora),
+        "seed": adapter.seed,
+        "alignment_rows": rows_hash(rows.alignment),
+        "defender_rows": rows_hash(rows.defender),
     }
 
     def make(folder: Path) -> Metrics:
-        net = setting.attach(aligned, "lora", seed)
+        net = models.attach(aligned, adapter.lora, "lora", adapter.seed)
 
-        def train_phase(name: str, rows: dict[Stream, Sequence[Row]]) -> Metrics:
-            optim = Optim(**plain(cfg[name].optim)).for_rows(len(rows["alignment"]), setting.fabric.world_size)
+        def train_phase(name: str, phase: Optim, phase_rows: dict[Stream, Sequence[Row]]) -> Metrics:
+            optim = phase.for_rows(len(phase_rows["alignment"]), fabric.world_size)
             optim_key = f"repair.reference.{name}.optim"
-            module = LisaModule(net, methods[name], optim, seed, key=setting.origin | key, optim_key=optim_key)
-            return train(setting, f"reference_{name}", module, rows, curves=False)
+            module = LisaModule(net, methods[name], optim, adapter.seed, key=cache.origin | key, optim_key=optim_key)
+            return trainer.train(f"reference_{name}", module, phase_rows, curves=False)
 
-        costs = [train_phase("sft", {"alignment": setting.rows.alignment})]
+        costs = [train_phase("sft", settings.sft, {"alignment": rows.alignment})]
         sft = {name: w.detach().clone() for name, w in trainable(net).items()}
-        costs.append(train_phase("dpo", {"alignment": preferred, "defender": rejected}))
-        if setting.fabric.is_global_zero:
-            extrapolated = {n: w.detach().lerp(sft[n], -cfg.extrapolation).cpu() for n, w in trainable(net).items()}
+        costs.append(train_phase("dpo", settings.dpo, {"alignment": preferred, "defender": rejected}))
+        if fabric.is_global_zero:
+            weights = trainable(net).items()
+            extrapolated = {n: w.detach().lerp(sft[n], -settings.extrapolation).cpu() for n, w in weights}
             save_file(extrapolated, folder / "reference.safetensors")
         return {"seconds": sum(c["seconds"] for c in costs), "peak_mib": max(c["peak_mib"] for c in costs)}
 
-    return setting.run_stage("reference", key, make)
+    return cache.run("reference", key, make)
 
 
 def preference_pairs(rows: Rows) -> tuple[list[Row], list[Row]]:

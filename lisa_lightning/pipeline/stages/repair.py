@@ -1,60 +1,76 @@
 """Stage `repair`: repair the fine-tuned adapter."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from lightning.fabric import Fabric
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lisa_lightning.config.validate import plain
-from lisa_lightning.evaluation.metrics import Metrics
+from lisa_lightning.data.encoding import Encoder
+from lisa_lightning.data.packing import Pack, pad
+from lisa_lightning.data.schedule import Stream
+from lisa_lightning.data.source import Row
+from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.model.factors import modules, trainable
 from lisa_lightning.model.lora import attach_saved, save_adapter
-from lisa_lightning.pipeline.stages.reference import reference_adapter
-from lisa_lightning.pipeline.stages.setting import Model, Setting, rows_hash
+from lisa_lightning.pipeline.stages.models import Model, ModelSource
+from lisa_lightning.pipeline.stages.stage_cache import StageCache, class_key, stream_hashes
 from lisa_lightning.repair.base import Factors, Repair, RepairInputs, set_factors
-from lisa_lightning.runtime.cache import user_code_hash
 from lisa_lightning.runtime.files import read_json, write_text
 
 
-def repair(setting: Setting, aligned: Model, finetuned: Model, defense: Repair) -> tuple[Model, Metrics]:
+def repair(
+    cache: StageCache,
+    models: ModelSource,
+    encoder: Encoder,
+    fabric: Fabric,
+    aligned: Model,
+    finetuned: Model,
+    defense: Repair,
+    rows: Mapping[Stream, Sequence[Row]],
+    batch_size: int,
+    reference: Path | None,
+) -> tuple[Model, Metrics]:
     """Repair the adapter of the fine-tuned model on rank zero.
 
     Args:
-        setting: the shared inputs of the stages.
+        cache: the cache of stage results.
+        models: loads the models.
+        encoder: encodes the rows.
+        fabric: the processes of the run.
         aligned: the aligned model.
         finetuned: the fine-tuned model.
         defense: the repair.
+        rows: alignment rows and, for a repair that needs them, defender rows.
+        batch_size: rows that are padded together.
+        reference: folder of the safe reference adapter; None for a repair without one.
 
     Returns:
         The model with the repaired adapter, and as metrics the cost and the share of changed entries.
     """
     assert finetuned.adapter is not None
-    cfg, adapter = setting.cfg.repair, finetuned.adapter
-    rows = {"defender": setting.defender_rows(defense), "alignment": setting.rows.alignment}
-    reference, reference_cost = reference_adapter(setting, aligned) if "reference" in cfg else (None, {})
+    adapter = finetuned.adapter
     key = {
         "tuned": finetuned.name,
-        "repair": plain(cfg),
-        "own_code": user_code_hash(defense),
+        "repair": class_key(defense),
         "reference": reference.name if reference else "",
-        # The batch size determines how `RepairInputs.rows` are padded.
-        "rows_together": setting.cfg.evaluate.batch_size,
-        **{f"{name}_rows": rows_hash(stream_rows) for name, stream_rows in rows.items()},
+        "rows_together": batch_size,
+        "rows": stream_hashes(rows),
     }
 
     def make(folder: Path) -> Metrics:
-        if setting.fabric.is_global_zero:
-            device = setting.fabric.device
-            net = attach_saved(setting.load(finetuned), adapter)
+        if fabric.is_global_zero:
+            device = fabric.device
+            net = attach_saved(models.load(finetuned), adapter)
             repaired = defense.repair(
                 RepairInputs(
                     {name: w.detach().to(device) for name, w in trainable(net).items()},
                     # The unquantized model is moved to the device only if a repair needs it.
                     net=lambda: net.to(device),
-                    rows=lambda stream: setting.iter_padded(rows[stream]),
-                    deltas=lambda: {name: delta.to(device) for name, delta in setting.deltas(aligned).items()},
+                    rows=lambda stream: _iter_padded(rows[stream], encoder, batch_size),
+                    deltas=lambda: {name: delta.to(device) for name, delta in models.deltas(aligned).items()},
                     reference=lambda: {name: w.to(device) for name, w in _load_factors(reference).items()},
                 )
             )
@@ -64,9 +80,15 @@ def repair(setting: Setting, aligned: Model, finetuned: Model, defense: Repair) 
             save_adapter(net, str(finetuned.folder), folder / "adapter")
         return {}
 
-    folder, cost = setting.run_stage("repair", key, make)
+    folder, cost = cache.run("repair", key, make)
     changes = read_json(folder / "changed.json", f"delete {folder}")
-    return Model(finetuned.folder, folder / "adapter"), cost | reference_cost | changes
+    return Model(finetuned.folder, folder / "adapter"), cost | changes
+
+
+def _iter_padded(rows: Sequence[Row], encoder: Encoder, batch_size: int) -> Iterator[Pack]:
+    """Yield the rows as padded packs of `batch_size` rows."""
+    for start in range(0, len(rows), batch_size):
+        yield from pad(encoder(row) for row in rows[start : start + batch_size])
 
 
 def _load_factors(reference: Path | None) -> Factors:

@@ -1,0 +1,91 @@
+"""Scores of a model's answers: `Score`, and the names under which metrics.json stores them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+Metrics = dict[str, Any]
+"""Content of metrics.json, or a part of it."""
+METRICS: Final = (
+    *("harmful_score", "refusal_rate", "over_refusal", "win_rate"),
+    *("accuracy", "lenient_accuracy", "cut_off", "partly_judged"),
+)
+"""Metrics with an interval. Those of a judge's categories are counts, named `category/NAME`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A metric of one model's answers: a percentage with its 95 % interval, or a count without one."""
+
+    model: str
+    """`aligned`, `final`, or the name of a model in a user's file."""
+    judge: str
+    """Name of the judge; "" for a metric of the task."""
+    metric: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    answers: int | None = None
+    """Number of answers; None for a count."""
+
+    def entries(self, prefix: str = "") -> Metrics:
+        """Return the entries of this score in metrics.json, with a prefix such as `final/embedded/`."""
+        name = f"{prefix}{self.metric}"
+        if self.low is None:
+            return {name: self.value}
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high, f"{name}_answers": self.answers}
+
+
+def score_metrics(scores: Sequence[Score]) -> Metrics:
+    """Return the entries of scores in metrics.json.
+
+    A score of a judge has the name MODEL/JUDGE/METRIC. The first judge that computes a metric also sets MODEL/METRIC,
+    which is the name of a score of the task, too.
+
+    Args:
+        scores: scores in the order of their judges.
+    """
+    metrics: Metrics = {}
+    # The first judge comes last, so that it sets the names without a judge.
+    for judge in reversed(dict.fromkeys(score.judge for score in scores)):
+        for model in dict.fromkeys(score.model for score in scores):
+            of_judge = [score for score in scores if (score.judge, score.model) == (judge, model)]
+            for prefix in (f"{model}/{judge}/", f"{model}/") if judge else (f"{model}/",):
+                for score in of_judge:
+                    metrics |= score.entries(prefix)
+    return metrics
+
+
+def read_scores(metrics: Mapping[str, Any]) -> list[Score]:
+    """Return the scores in metrics.json, in the order of their judges; the inverse of `score_metrics`.
+
+    Args:
+        metrics: content of metrics.json, in which every name with a slash has a number.
+    """
+    scores = []
+    for name, value in metrics.items():
+        model, _, rest = name.partition("/")
+        judge, _, metric = rest.partition("/")
+        if rest in METRICS or judge == "category":
+            judge, metric = "", rest
+        if metric in METRICS or metric.startswith("category/"):
+            low, high, answers = (metrics.get(f"{name}_{end}") for end in ("low", "high", "answers"))
+            scores.append(Score(model, judge, metric, value, low, high, answers))
+    judged = {(score.model, score.metric) for score in scores if score.judge}
+    # Names without a judge repeat those of the first judge.
+    scores = [score for score in scores if score.judge or (score.model, score.metric) not in judged]
+    order = {judge: index for index, judge in enumerate(metrics.get("judges", []))}
+    return sorted(scores, key=lambda score: order.get(score.judge, len(order)))
+
+
+def find_score(scores: Sequence[Score], model: str, metric: str, judge: str = "") -> Score | None:
+    """Return the score of a model; None if it was not measured.
+
+    Args:
+        scores: scores in the order of their judges.
+        model: name of the model.
+        metric: name of the metric.
+        judge: name of the judge; "" for the first one.
+    """
+    matches = (s for s in scores if (s.model, s.metric) == (model, metric) and judge in ("", s.judge))
+    return next(matches, None)

@@ -1,0 +1,232 @@
+"""The stages of a run in their order, from alignment rows to answers. Start at `run_stages`."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+
+from lisa_lightning.config.requirements import Defense
+from lisa_lightning.config.settings import RunSettings
+from lisa_lightning.curate.base import Selector
+from lisa_lightning.data.encoding import Encoder
+from lisa_lightning.data.schedule import Stream
+from lisa_lightning.data.source import Row, Rows
+from lisa_lightning.evaluation.alpaca_eval import alpaca_eval_outputs
+from lisa_lightning.evaluation.evaluator import Answer, Evaluator, held_out_questions, read_answers, write_answers
+from lisa_lightning.evaluation.metrics import task_scores
+from lisa_lightning.evaluation.scores import Metrics, Score
+from lisa_lightning.method.base import Method
+from lisa_lightning.model.lora import set_base_model_name
+from lisa_lightning.pipeline.stages.align import align
+from lisa_lightning.pipeline.stages.curate import curate
+from lisa_lightning.pipeline.stages.evaluate import evaluate
+from lisa_lightning.pipeline.stages.finetune import curve_evaluation, finetune
+from lisa_lightning.pipeline.stages.models import Model, ModelSource
+from lisa_lightning.pipeline.stages.reference import reference_adapter
+from lisa_lightning.pipeline.stages.repair import repair
+from lisa_lightning.pipeline.stages.stage_cache import StageCache
+from lisa_lightning.pipeline.stages.train import AdapterTrainer
+from lisa_lightning.repair.base import Repair
+from lisa_lightning.runtime.files import reraise_write_errors, write_text
+from lisa_lightning.runtime.run_files import RESPONSES
+from lisa_lightning.task.base import Scored, Task
+
+
+@dataclass(frozen=True)
+class Defenses:
+    """The defenses of the stages that run, by config group."""
+
+    curate: Selector | None = None
+    align: Method | None = None
+    method: Method | None = None
+    repair: Repair | None = None
+    reference: Mapping[str, Method] | None = None
+    """Methods of both phases of NLSR's reference, `sft` and `dpo`."""
+
+    @property
+    def by_group(self) -> dict[str, Defense]:
+        """Config group -> defense, without groups that have none."""
+        groups = {"curate": self.curate, "align": self.align, "method": self.method, "repair": self.repair}
+        return {group: defense for group, defense in groups.items() if defense is not None}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of the stages, which are checked and loaded before the ranks are launched."""
+
+    settings: RunSettings
+    fabric: Fabric
+    task: Task
+    defenses: Defenses
+    callbacks: Mapping[str, Any]
+    """Config group `callbacks`: name -> `_target_` and arguments."""
+    rows: Rows
+    """All sets of the source."""
+    user: list[Row]
+    """The user's rows, harmful ones included; [] without fine-tuning."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """Objects that stages work with."""
+
+    cache: StageCache
+    models: ModelSource
+    encoder: Encoder
+    trainer: AdapterTrainer
+    evaluator: Evaluator
+    out: Path
+    """The output folder of the run."""
+
+
+@dataclass(frozen=True)
+class StageResults:
+    """Results of all stages but judging."""
+
+    metrics: Metrics
+    scores: list[Score]
+    """Scores of the task."""
+    answers: list[Answer]
+
+
+def run_stages(inputs: Inputs, tools: Tools) -> StageResults:
+    """Run all stages but judging. Without the stage `align`, the base model is fine-tuned."""
+    settings, defenses = inputs.settings, inputs.defenses
+    evaluates = "evaluate" in settings.stages
+    aligned, metrics = _align(inputs, tools)
+    results = StageResults(metrics, [], [])
+    if evaluates:
+        results = _evaluate(inputs, tools, "aligned", aligned, results)
+    if defenses.method is None:
+        return results
+    final, finetune_metrics = _finetune(inputs, tools, aligned, defenses.method)
+    results.metrics.update(finetune_metrics)
+    if defenses.repair is not None:
+        final, repair_metrics = _repair(inputs, tools, aligned, final, defenses.repair)
+        results.metrics.update(repair_metrics)
+    if inputs.fabric.is_global_zero:
+        _copy_adapter(final, tools.out / "adapter")
+    return _evaluate(inputs, tools, "final", final, results) if evaluates else results
+
+
+def _align(inputs: Inputs, tools: Tools) -> tuple[Model, Metrics]:
+    """Return the aligned model, trained on the alignment rows or on those that a selector keeps."""
+    defenses, settings = inputs.defenses, inputs.settings.align
+    rows, metrics = inputs.rows.alignment, {}
+    if defenses.align is None:
+        return tools.models.base, {}
+    if defenses.curate is not None:
+        defender = _defender_rows(inputs, defenses.curate)
+        rows, metrics = curate(
+            tools.cache, tools.models, tools.encoder, inputs.fabric, defenses.curate, settings, rows, defender
+        )
+    model, align_metrics = align(
+        tools.cache,
+        tools.models,
+        tools.trainer,
+        inputs.fabric,
+        defenses.align,
+        settings,
+        {"alignment": rows, "defender": _defender_rows(inputs, defenses.align)},
+    )
+    return model, metrics | align_metrics
+
+
+def _finetune(inputs: Inputs, tools: Tools, aligned: Model, method: Method) -> tuple[Model, Metrics]:
+    settings = inputs.settings
+    rows: dict[Stream, Sequence[Row]] = {
+        "alignment": inputs.rows.alignment,
+        "user": inputs.user,
+        "defender": _defender_rows(inputs, method),
+    }
+    return finetune(
+        tools.cache,
+        tools.models,
+        tools.trainer,
+        inputs.fabric,
+        aligned,
+        method,
+        settings.finetune,
+        rows,
+        discard=settings.data.during_alignment == "discard",
+        curve=curve_evaluation(tools.evaluator, inputs.task, inputs.rows, settings.evaluate),
+        callbacks=inputs.callbacks,
+    )
+
+
+def _repair(inputs: Inputs, tools: Tools, aligned: Model, finetuned: Model, defense: Repair) -> tuple[Model, Metrics]:
+    settings, methods = inputs.settings, inputs.defenses.reference
+    reference, reference_metrics = None, {}
+    if methods is not None:
+        assert settings.reference is not None
+        reference, reference_metrics = reference_adapter(
+            tools.cache,
+            tools.models,
+            tools.trainer,
+            inputs.fabric,
+            aligned,
+            methods,
+            settings.reference,
+            replace(settings.finetune, seed=settings.align.seed),
+            inputs.rows,
+        )
+    model, metrics = repair(
+        tools.cache,
+        tools.models,
+        tools.encoder,
+        inputs.fabric,
+        aligned,
+        finetuned,
+        defense,
+        {"alignment": inputs.rows.alignment, "defender": _defender_rows(inputs, defense)},
+        settings.evaluate.batch_size,
+        reference,
+    )
+    return model, metrics | reference_metrics
+
+
+def _evaluate(inputs: Inputs, tools: Tools, name: str, model: Model, results: StageResults) -> StageResults:
+    """Return the results with the answers of a further model."""
+    questions, path = held_out_questions(inputs.rows), tools.out / RESPONSES
+    answers, cost = evaluate(tools.cache, tools.models, tools.evaluator, inputs.fabric, name, model, questions, path)
+    if inputs.fabric.is_global_zero:
+        _write_responses(path, results.answers, answers)
+        if not isinstance(inputs.task, Scored):
+            generator = f"{Path(inputs.settings.model.id or 'tiny').name}-{name}"
+            write_text(tools.out / f"alpaca_eval_{name}.json", alpaca_eval_outputs(answers, generator))
+    metrics = results.metrics | _add_cost(results.metrics, cost)
+    scores = task_scores(inputs.task, name, answers)
+    return StageResults(metrics, [*results.scores, *scores], [*results.answers, *answers])
+
+
+def _write_responses(path: Path, earlier: Sequence[Answer], answers: Sequence[Answer]) -> None:
+    """Write responses.jsonl. A killed run may have begun the answers of a later model, which stay in the file."""
+    finished = {answer.model for answer in (*earlier, *answers)}
+    unfinished = [answer for answer in read_answers(path) if answer.model not in finished]
+    write_answers(path, [*earlier, *answers, *unfinished])
+
+
+def _add_cost(metrics: Metrics, cost: Metrics) -> Metrics:
+    """Return the cost of all evaluations so far, which count as one stage."""
+    seconds, peak_mib = "time/evaluate_s", "memory/evaluate_mib"
+    return {
+        seconds: metrics.get(seconds, 0) + cost[seconds],
+        peak_mib: max(metrics.get(peak_mib, 0), cost[peak_mib]),
+    }
+
+
+def _defender_rows(inputs: Inputs, defense: Defense) -> list[Row]:
+    """Return the defender rows if the defense needs them, else [], so that its result does not depend on them."""
+    return inputs.rows.defender if "defender_rows" in defense.requirements else []
+
+
+def _copy_adapter(model: Model, folder: Path) -> None:
+    """Copy the model's adapter from the cache into the output folder."""
+    assert model.adapter is not None
+    with reraise_write_errors(folder.parent):
+        shutil.copytree(model.adapter, folder, dirs_exist_ok=True)
+        # The cache may have been moved since the adapter was trained.
+        set_base_model_name(folder, str(model.folder))

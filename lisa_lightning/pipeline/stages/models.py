@@ -1,0 +1,74 @@
+"""Models that stages load: `Model` names one in the cache, `ModelSource` loads it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from lisa_lightning.config.settings import Lora, ModelSettings
+from lisa_lightning.model.alignment_delta import Delta, low_rank_deltas
+from lisa_lightning.model.lora import attach, attach_saved, load
+from lisa_lightning.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model, and optionally an adapter on it."""
+
+    folder: Path
+    adapter: Path | None = None
+    """The folder of the adapter."""
+
+    @property
+    def name(self) -> list[str]:
+        """Names of the model's and the adapter's folder, which are hashes of their inputs; "" without an adapter."""
+        return [self.folder.name, self.adapter.parent.name if self.adapter else ""]
+
+
+@final
+@dataclass(frozen=True)
+class ModelSource:
+    """Loads the models of a run in its data type, attention and quantization."""
+
+    base: Model
+    settings: ModelSettings
+
+    def load(self, model: Model, quantize: bool = False) -> PreTrainedModel:
+        """Load a model without its adapter.
+
+        Args:
+            model: the model.
+            quantize: whether to apply `model.quantize`, for training and generation. Repairs need the
+                unquantized weights.
+        """
+        bits = self.settings.quantize if quantize else None
+        return load(model.folder, self.settings.dtype, self.settings.attention, bits)
+
+    def attach(self, model: Model, lora: Lora, key: str, seed: int) -> PeftModel:
+        """Load a model with the adapter to train.
+
+        Args:
+            model: the model. If it has an adapter, that is trained further.
+            lora: settings of a fresh adapter.
+            key: config section of `lora`, for errors.
+            seed: seed of a fresh adapter's weights.
+        """
+        base = self.load(model, quantize=True)
+        if model.adapter:
+            return attach_saved(base, model.adapter)
+        return attach(base, lora, seed, key)
+
+    def deltas(self, aligned: Model) -> dict[str, Delta]:
+        """Return the alignment update of each module.
+
+        Raises:
+            UserError: if stage `align` did not run, or fine-tuning continues its adapter.
+        """
+        if aligned.folder == self.base.folder:
+            raise UserError(
+                "The alignment update is unknown: stage align did not run, or model.adapters=continued. "
+                "Fix: add align to stages (not align=none) and set model.adapters=stacked"
+            )
+        return low_rank_deltas(aligned.folder / "adapter")
