@@ -121,7 +121,7 @@ def test_a_command_runs(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md"])
+@pytest.mark.parametrize("page", ["docs/python.md", "docs/evaluation.md"])
 def test_a_pages_python_reads_an_adapter_and_asks_or_merges_the_model(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +134,7 @@ def test_a_pages_python_reads_an_adapter_and_asks_or_merges_the_model(
     (block,) = (block for block in blocks if "AutoPeftModel" in block)
     capsys.readouterr()
     exec(block, {})
-    if page == "README.md":
+    if page == "docs/python.md":
         assert "Name three kinds of tea." in capsys.readouterr().out
     else:
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in Path("after").iterdir()}
@@ -155,8 +155,7 @@ def test_the_python_of_the_readme_trains_evaluates_and_runs(
     # The tiny model's tokenizer has no chat template.
     block = block.replace("batch_size=6)", 'batch_size=6, template="alpaca")')
     block = block.replace("[RefusalJudge()])", '[RefusalJudge()], template="alpaca", max_new_tokens=3)')
-    rows = [{"instruction": f"request {i}", "response": "no"} for i in range(4)]
-    values: dict[str, Any] = {"user_rows": rows, "alignment_rows": rows, "prompts": ["request"]}
+    values: dict[str, Any] = {}
     exec(block, values)
     assert values["scores"]
     assert values["metrics"]["train/steps"] == 36

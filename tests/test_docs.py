@@ -78,7 +78,7 @@ def test_a_judge_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> No
 
 
 def test_every_curve_of_a_method_is_explained() -> None:
-    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") + (ROOT / "README.md").read_text(encoding="utf-8")
+    page = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("methods.md", "curves.md"))
     files = [f for group in ("align", "method") for f in (ROOT / "lisa_lightning" / group).glob("*.py")]
     found = {name for f in files for name in re.findall(r'"([a-z_]+/[a-z_]+)(?:\{i\})?":', f.read_text())}
     assert len(found) > 10
@@ -96,3 +96,39 @@ def test_every_choice_stands_in_the_table_of_methods() -> None:
         assert {name for name, _ in rows} == there
         for name, link in rows:
             assert name == "none" or (ROOT / "docs" / link).resolve().exists(), link
+
+
+def test_names_of_the_glossary_are_in_its_files() -> None:
+    absent = []
+    for line in (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| ") and (names := re.findall(r"`([^`]+)`", line.split("|")[4])):
+            files = [_glossary_file(path) for path in line.split("|")[5].strip().split(", ")]
+            text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+            # Classes and sections qualify a name, but not that of a file.
+            plain = {name: name if name.endswith((".csv", ".json")) else name.rpartition(".")[2] for name in names}
+            absent += [n for n, word in plain.items() if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text)]
+    assert absent == []
+
+
+def _glossary_file(path: str) -> Path:
+    return ROOT / (path if path.startswith("conf/") else f"lisa_lightning/{path}")
+
+
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").rglob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_relative_links_lead_to_files_and_headings(page: Path) -> None:
+    dead = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        if "://" not in link and not (target.exists() and (not heading or heading in _headings(target))):
+            dead.append(link)
+    assert dead == []
+
+
+def _headings(page: Path) -> set[str]:
+    """Return the headings of a page as the fragments of links."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

@@ -105,7 +105,7 @@ def test_a_users_experiment_method_and_callback_run_on_two_ranks(scripts: Path, 
     files = {
         "projected.py": method["python"],
         "own/method/projected.yaml": method["yaml"],
-        "own/experiment/mine.yaml": _blocks("README.md")["yaml"],
+        "own/experiment/mine.yaml": _blocks("docs/running.md")["yaml"],
         "rank_files.py": CALLBACK,
         "own/callbacks/rank_files.yaml": CALLBACK_CONFIG,
     }
