@@ -48,7 +48,7 @@ def moments() -> dict[str, tuple[signal.Signals, Callable[[], None]]]:
         "judging": (judging, "_verdict_line", 3),
         "the page": (run_folder, "write_page", 1),
     }
-    by_sigterm = ("the dry run", "a point of the curves", "judging")
+    by_sigterm = ("the dry run", "a point of the curves")
     return {
         f"{name} by {number.name}": (number, lambda place=place, number=number: at_call(*place[:2], number, place[2]))
         for name, place in places.items()

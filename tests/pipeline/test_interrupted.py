@@ -11,7 +11,7 @@ from helpers.forking import run_helper
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 HINT = "repeat the command to continue; for a single run add its hydra.run.dir and resume=true"
 PLACES = ("making the model", "the dry run", "aligning", "fine-tuning", "a point of the curves", "evaluating")
-BY_SIGTERM = ("the dry run", "a point of the curves", "judging")
+BY_SIGTERM = ("the dry run", "a point of the curves")
 MOMENTS = [
     *(f"{place} by SIGINT" for place in (*PLACES, "judging", "the page", "a sweep")),
     *(f"{place} by SIGTERM" for place in BY_SIGTERM),

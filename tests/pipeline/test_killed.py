@@ -10,11 +10,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 CHAINS = {
     "training": 9,
     "evaluating, judging, reporting": 4,
-    "booster with vaccine, ewc": 2,
     "t_vaccine, ldifs": 2,
-    "repnoise, constrained_sft": 2,
-    "booster, proximal": 2,
-    "vlguard": 1,
     "vaccine, asft, antidote": 3,
     "seal, vlguard_loss, nlsr": 3,
 }

@@ -27,6 +27,10 @@ from lisa_lightning.runtime.ranks import OneRank
 pytestmark = pytest.mark.slow
 Run = Callable[..., Path]
 CYCLE = ["method.alignment_steps=2", "method.user_steps=4", "optim.steps=24"]
+EVERY_STAGE = [
+    *("curate=seal", "curate.epochs=1", "source.alignment.take=24", "align=t_vaccine", "align.method.active_layers=1"),
+    *("method=vlguard_loss", "repair=nlsr"),
+]
 IDLE = [["repair=antidote", "repair.dense_ratio=0"]]  # repairs that leave an adapter as it is
 IDLE += [["repair=safe_lora", "repair.mode=threshold", "repair.threshold=-1"]]
 
@@ -133,8 +137,7 @@ def _answers(out: Path) -> list[dict[str, Any]]:
     ("name", "defense", "idle"),
     [
         ("lisa", ["method.alignment_steps=1", "method.user_steps=2"], IDLE[0]),
-        ("loss", ["align=t_vaccine", "align.method.active_layers=1", "method=vlguard_loss"], IDLE[1]),
-        ("nlsr", ["curate=seal", "curate.epochs=1", "source.alignment.take=24", "repair=nlsr"], []),
+        ("every stage", EVERY_STAGE, []),
     ],
 )
 def test_two_processes_equal_one_at_twice_the_batch(
@@ -260,7 +263,14 @@ def test_an_adapter_that_goes_on_is_the_one_of_alignment(run: Run, out: Path) ->
 def real(run: Run) -> Path:
     """The real model, converted out of its wheel: a few steps, a few answers."""
     small = ["source.test.take=4", "source.harmful_prompts.take=4", "source.harmless_prompts.take=2"]
-    steps = ["align.optim.steps=2", "optim.steps=6", "optim.batch_size=2", "align.optim.batch_size=2", "data.n=40"]
+    steps = [
+        "align.optim.steps=2",
+        "optim.steps=6",
+        "optim.batch_size=2",
+        "align.optim.batch_size=2",
+        "data.n=40",
+        "data.max_length=96",
+    ]
     short = ["evaluate.every=0", "evaluate.max_new_tokens=4", "method.alignment_steps=1", "method.user_steps=2"]
     return run("real", *small, *steps, *short, cache="real-cache", smoke=False)
 
