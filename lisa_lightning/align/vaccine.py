@@ -87,5 +87,6 @@ def output_gradients(backprop: Backprop, batch: Batch, blocks: Sequence[nn.Modul
     for index, packs in enumerate(backprop.micro_batches(batch)):
         with output_probes(blocks) as probes:
             loss = mean_loss(packs, index)
-        gradients.append(list(torch.autograd.grad(loss, probes)))
+        gradients.append(list(backprop.differentiate(loss, probes)))
+    backprop.raise_on_overflow([gradient for micro_batch in gradients for gradient in micro_batch])
     return gradients

@@ -64,7 +64,7 @@ class JointGradient(Callback):
                 for pack in packs:  # one at a time, as in training: all of them together may not fit into memory
                     loss = completion_loss(module.net.get_base_model(), [pack]) / tokens
                     total += loss.item()
-                    for sum_, gradient in zip(joint, torch.autograd.grad(loss, module.weights), strict=True):
+                    for sum_, gradient in zip(joint, module.backprop.differentiate(loss, module.weights), strict=True):
                         sum_.add_(gradient)
                 metrics[f"eval/{state}_loss"] = total
         module.net.train()

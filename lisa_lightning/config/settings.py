@@ -202,8 +202,8 @@ class TrainerSettings:
     """Machines."""
     strategy: Literal["auto", "ddp"] = "auto"
     """`auto` for one process, `ddp` for several."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Precision of the computation."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Precision of the computation; `16-mixed` for a GPU without bfloat16, with a scaled loss."""
     max_time: Duration | None = None
     """Time after which a stage stops with a checkpoint; resume=true continues."""
     deterministic: Annotated[bool | Literal["warn"] | None, Words("true, false, warn or null")] = None

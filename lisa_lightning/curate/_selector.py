@@ -113,11 +113,15 @@ class BilevelSelector(Selector):
             for step, (c, indices, batch, upper_batch) in enumerate(self._batches(labelled, upper)):
                 backprop.seed = int(np.random.default_rng([self.seed, step, backprop.rank]).integers(2**62))
                 p = row_weights(theta, self.activation)[indices]
-                upper_level = self._level(backprop, packing, upper_batch, lambda losses, _, c=c: c * upper_loss(losses))
                 fixed_p = p.detach()
-                lower_level = self._level(
-                    backprop, packing, batch, lambda losses, rows, c=c, p=fixed_p: (1 - c) * p[rows] * losses
+                levels = self._levels(
+                    *(backprop, packing, upper_batch, batch),
+                    lambda losses, _, c=c: c * upper_loss(losses),
+                    lambda losses, rows, c=c, p=fixed_p: (1 - c) * p[rows] * losses,
                 )
+                if levels is None:
+                    continue
+                upper_level, lower_level = levels
                 gradients = zip(upper_level.gradients, lower_level.gradients, strict=True)
                 _descend(model_optimizer, backprop.weights, [a + b for a, b in gradients])
                 # The divisor is constant, since the rows of an epoch's smaller last step would fall further otherwise.
@@ -150,6 +154,23 @@ class BilevelSelector(Selector):
 
     def _order(self, level: int, epoch: int, size: int) -> list[int]:
         return np.random.default_rng([self.seed, level, epoch]).permutation(size).tolist()
+
+    def _levels(
+        self,
+        backprop: Backprop,
+        packing: Packing,
+        upper_rows: Sequence[Example],
+        lower_rows: Sequence[Example],
+        upper_objective: Objective,
+        lower_objective: Objective,
+    ) -> "tuple[_LevelOutput, _LevelOutput] | None":
+        """Return the outputs of the upper and the lower level, or None if a gradient overflows in float16."""
+        return backprop.skip_on_overflow(
+            lambda: (
+                self._level(backprop, packing, upper_rows, upper_objective),
+                self._level(backprop, packing, lower_rows, lower_objective),
+            )
+        )
 
     def _level(
         self, backprop: Backprop, packing: Packing, rows: Sequence[Example], objective: Objective

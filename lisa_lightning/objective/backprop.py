@@ -1,10 +1,11 @@
 """Backward passes of a step over its micro-batches and all ranks: `Backprop.gradient`, which returns to a method."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -17,6 +18,9 @@ from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.factors import trainable
 from lisa_lightning.model.hooks import attention_blocks, decoder_layers, final_norm, mlp_blocks
 from lisa_lightning.objective.loss import completion_loss
+from lisa_lightning.objective.loss_scale import GradientOverflowError, LossScale
+
+log = logging.getLogger(__name__)
 
 LossFn = Callable[[Sequence[Pack], int], Tensor]
 """Packs of a micro-batch, and its index among this rank's -> its share of the batch's loss.
@@ -29,6 +33,7 @@ State = dict[str, list[Tensor]]
 """Tensors of a method by name. A checkpoint holds all of them."""
 IterStream = Callable[[Stream, int], Iterator[Batch]]
 """Stream, rows a batch -> every row of the stream once (`StepBatches.iter_stream`)."""
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,23 @@ class Backprop:
         net: a model with trainable weights (a `PeftModel`).
         iter_stream: yields every row of a stream.
         deltas: returns what alignment changed in each linear layer, by its name in the model.
+        loss_scale: factor of the losses in float16; None for other precisions.
     """
 
-    def __init__(self, net: Any, iter_stream: IterStream, deltas: Callable[[], Mapping[str, Delta]] = dict) -> None:
+    def __init__(
+        self,
+        net: Any,
+        iter_stream: IterStream,
+        deltas: Callable[[], Mapping[str, Delta]] = dict,
+        loss_scale: LossScale | None = None,
+    ) -> None:
         self.net = net
         self.model: Any = net.get_base_model()
         self.weights: list[Tensor] = list(trainable(net).values())
         self.names: list[str] = list(trainable(net))
         self._iter_stream = iter_stream
         self._deltas = deltas
+        self.loss_scale = loss_scale
         self.seed = 0
         """Seed of the dropout masks, for this step and rank."""
 
@@ -105,6 +118,9 @@ class Backprop:
 
         Returns:
             The loss, and one gradient for each of `weights`; both are sums over micro-batches and ranks.
+
+        Raises:
+            GradientOverflowError: if the loss is scaled and a gradient is infinite or NaN.
         """
         weights = self.weights if weights is None else weights
         loss_fn = loss_fn or self.mean_loss(batch)
@@ -113,11 +129,52 @@ class Backprop:
         for index, packs in enumerate(self.micro_batches(batch)):
             loss = loss_fn(packs, index)
             total += loss.detach()
-            for sum_, gradient in zip(sums, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+            for sum_, gradient in zip(sums, self.differentiate(loss, weights, allow_unused=True), strict=True):
                 if gradient is not None:
                     sum_.add_(gradient)
         total, *sums = self.all_reduce_sum([total, *sums])
+        self.raise_on_overflow(sums)
         return total.item(), sums
+
+    def differentiate(self, loss: Tensor, inputs: Sequence[Tensor], allow_unused: bool = False) -> tuple[Tensor, ...]:
+        """Return the gradients of a micro-batch's loss, as `torch.autograd.grad` does.
+
+        In float16 the loss is scaled for the backward pass; the gradients are unscaled and float32.
+        """
+        if self.loss_scale is None:
+            return torch.autograd.grad(loss, inputs, allow_unused=allow_unused)
+        return self.loss_scale.gradients(loss, inputs, allow_unused)
+
+    def raise_on_overflow(self, gradients: Sequence[Tensor]) -> None:
+        """Raise GradientOverflowError on every rank if the loss is scaled and a rank's gradient is infinite or NaN."""
+        if self.loss_scale is None:
+            return
+        overflows = [(~gradient.isfinite()).any().float() for gradient in gradients]
+        count = torch.stack([torch.zeros((), device=self.device), *overflows]).sum()
+        if self.all_reduce_sum([count])[0] > 0:
+            raise GradientOverflowError
+
+    def skip_on_overflow(self, compute: Callable[[], Result]) -> Result | None:
+        """Compute the gradients of an optimizer step, and adapt the loss scale.
+
+        Returns:
+            What `compute` returns, or None if a gradient overflows and the step must be skipped.
+
+        Raises:
+            NotFiniteError: if the loss scale can't become smaller.
+        """
+        if self.loss_scale is None:
+            return compute()
+        try:
+            result = compute()
+        except GradientOverflowError:
+            result = None
+        self.loss_scale.update(skipped=result is None)
+        if result is None and self.rank == 0:
+            log.info(
+                "A gradient overflowed in float16. A step is skipped, the loss scale is %g.", self.loss_scale.value
+            )
+        return result
 
     def micro_batches(self, batch: Batch) -> Iterator[Sequence[Pack]]:
         """Yield this rank's micro-batches that have a row, for one pass each, starting with the first dropout mask."""

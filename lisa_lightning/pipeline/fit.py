@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import Logger
 from lisa_lightning.callbacks.checkpoint import Checkpoint
 from lisa_lightning.callbacks.progress_bar import StageBar
 from lisa_lightning.data.datamodule import LisaDataModule
-from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.runtime.errors import NotFiniteError, UserError
 from lisa_lightning.trainer.checkpoint_io import AtomicCheckpointIO, broken_checkpoint
-from lisa_lightning.trainer.module import LisaModule, NotFiniteError
+from lisa_lightning.trainer.module import LisaModule
 
 
 def fit(

@@ -20,6 +20,7 @@ from lisa_lightning.evaluation.metrics import task_scores
 from lisa_lightning.evaluation.scores import Metrics, Score
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.lora import set_base_model_name
+from lisa_lightning.objective.loss_scale import LossScale
 from lisa_lightning.pipeline.stages.align import align
 from lisa_lightning.pipeline.stages.curate import curate
 from lisa_lightning.pipeline.stages.evaluate import evaluate
@@ -119,9 +120,16 @@ def _align(inputs: Inputs, tools: Tools) -> tuple[Model, Metrics]:
     if defenses.align is None:
         return tools.models.base, {}
     if defenses.curate is not None:
-        defender = _defender_rows(inputs, defenses.curate)
         rows, metrics = curate(
-            tools.cache, tools.models, tools.encoder, inputs.fabric, defenses.curate, settings, rows, defender
+            tools.cache,
+            tools.models,
+            tools.encoder,
+            inputs.fabric,
+            defenses.curate,
+            settings,
+            rows,
+            _defender_rows(inputs, defenses.curate),
+            LossScale() if inputs.settings.trainer.precision == "16-mixed" else None,
         )
     model, align_metrics = align(
         tools.cache,

@@ -11,6 +11,10 @@ class UserError(Exception):
     """Error that the user can fix: a wrong value, bad data or a full disk. The exit status is 2."""
 
 
+class NotFiniteError(UserError):
+    """Error for a loss or a gradient that is infinite or NaN."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's text that is not blank, or the name of the exception."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -52,7 +53,7 @@ def make_fabric(settings: Any) -> Fabric:
         settings: section `trainer`.
 
     Raises:
-        UserError: if this machine lacks the accelerator or the devices.
+        UserError: if this machine lacks the accelerator or the devices, or the precision needs a GPU.
     """
 
     def with_strategy(strategy: Any) -> Fabric:
@@ -65,7 +66,15 @@ def make_fabric(settings: Any) -> Fabric:
         )
 
     try:
-        fabric = with_strategy(settings.strategy)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*AMP with fp16 is not supported on CPU")
+            fabric = with_strategy(settings.strategy)
+        if settings.precision == "16-mixed" and fabric.device.type == "cpu":
+            # Lightning would compute in bfloat16 instead.
+            raise UserError(
+                "trainer.precision=16-mixed: float16 needs a GPU, and this run is on the CPU. Fix: "
+                "trainer.precision=bf16-mixed or 32-true"
+            )
         # `Watch` detects ranks that hang. This timeout is for ranks that are alive and never meet.
         timeout = max(START_TIMEOUT, timedelta(minutes=settings.timeout_min))
         return with_strategy(DDPStrategy(timeout=timeout)) if isinstance(fabric.strategy, DDPStrategy) else fabric

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins import MixedPrecision
 
 from lisa_lightning.config.optim import Optim
 from lisa_lightning.config.same_run import refuse_other_run
@@ -17,16 +18,13 @@ from lisa_lightning.data.interleave import Step
 from lisa_lightning.method.base import Method, move_anchor
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.factors import trainable
-from lisa_lightning.objective.backprop import Backprop, IterStream, State
+from lisa_lightning.objective.backprop import Backprop, IterStream, State, StepOutput
 from lisa_lightning.objective.loss import choose_packing
+from lisa_lightning.objective.loss_scale import LossScale
 from lisa_lightning.objective.proximal import squared_distance
-from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.runtime.errors import NotFiniteError, UserError
 
 log = logging.getLogger(__name__)
-
-
-class NotFiniteError(UserError):
-    """Error for a loss or a gradient that is infinite or NaN."""
 
 
 class LisaModule(L.LightningModule):
@@ -35,6 +33,9 @@ class LisaModule(L.LightningModule):
     One `training_step` is one optimizer step, so that `global_step` counts the paper's steps. The gradient comes from
     the method, clipping and the learning rate from `optim`. Use it with a `LisaDataModule`. Training ends after
     `optim.steps` steps, whatever `max_epochs` of the Trainer.
+
+    With `precision="16-mixed"` a step whose gradients overflow is skipped: weights, moments and the method's state stay
+    unchanged. It counts as a step all the same, so that schedule, learning rate and batches remain those of its index.
 
     Args:
         model: a model with a trainable adapter (`PeftModel`).
@@ -89,7 +90,7 @@ class LisaModule(L.LightningModule):
 
     def make_backprop(self, iter_stream: IterStream) -> Backprop:
         """Return the object that computes gradients for the method."""
-        return Backprop(self.net, iter_stream, self.deltas)
+        return Backprop(self.net, iter_stream, self.deltas, _take_over_scaling(self.trainer))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return one AdamW for both states, whose moments persist over the switches."""
@@ -120,22 +121,36 @@ class LisaModule(L.LightningModule):
             metrics["train/rows_without_label"] = float(unlabelled)
             self._warn_unlabelled(step, unlabelled)
 
-        output = self.method.gradient(self.backprop, batch, self.state)
+        if (scale := self.backprop.loss_scale) is not None:
+            metrics["train/loss_scale"] = scale.value
+        output = self.backprop.skip_on_overflow(lambda: self.method.gradient(self.backprop, batch, self.state))
+        if output is None:
+            metrics["train/skipped"] = 1.0
+            for weight in self.weights:
+                # AdamW changes neither the weight nor its moments then, and Lightning counts the step.
+                weight.grad = None
+        else:
+            self._set_gradients(output, step)
+            metrics |= {"train/loss": output.loss, f"{batch.main.stream}/loss": output.loss}
+        optimizer.step()
+
+        metrics["train/lr"] = lr
+        if output is not None:
+            metrics |= output.metrics
+            self.log("loss", output.loss, prog_bar=True, logger=False)
+        metrics["proximal/drift"] = squared_distance(self.weights, self.state["anchor"]).item()
+        metrics["time/step_s"] = perf_counter() - started
+        self.log_curves(metrics)
+        self._stop_after_last_step()
+
+    def _set_gradients(self, output: StepOutput, step: int) -> None:
+        """Set the clipped gradients and the method's new state. Raises NotFiniteError if a value is not finite."""
         self.state |= output.state
         self._require_finite(output.loss, "loss", step)
         for weight, gradient in zip(self.weights, output.gradients, strict=True):
             weight.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.optim.clip or math.inf)
         self._require_finite(norm.item(), "gradient norm", step)
-        optimizer.step()
-
-        metrics |= {"train/loss": output.loss, f"{batch.main.stream}/loss": output.loss, "train/lr": lr}
-        metrics |= output.metrics
-        metrics["proximal/drift"] = squared_distance(self.weights, self.state["anchor"]).item()
-        metrics["time/step_s"] = perf_counter() - started
-        self.log("loss", output.loss, prog_bar=True, logger=False)
-        self.log_curves(metrics)
-        self._stop_after_last_step()
 
     def log_curves(self, metrics: Mapping[str, float]) -> None:
         """Log metrics of the last step: through `log_dict` for callbacks, and to every logger."""
@@ -177,6 +192,8 @@ class LisaModule(L.LightningModule):
         checkpoint["state_dict"] = {n: w.detach() for n, w in trainable(self.net).items()}
         checkpoint["method_state"] = self.state
         checkpoint["key"] = self.key
+        if self.backprop.loss_scale is not None:
+            checkpoint["loss_scale"] = self.backprop.loss_scale.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the adapter and the method's state.
@@ -194,6 +211,8 @@ class LisaModule(L.LightningModule):
             for name, weight in weights.items():
                 weight.copy_(saved[name])
         checkpoint["state_dict"] = {}
+        if self.backprop.loss_scale is not None:
+            self.backprop.loss_scale.load_state_dict(checkpoint["loss_scale"])
         state = checkpoint["method_state"]
         self.state = {name: [t.to(self.device) for t in tensors] for name, tensors in state.items()}
 
@@ -207,6 +226,18 @@ class LisaModule(L.LightningModule):
         for index, state in checkpoint["optimizer_states"][0]["state"].items():
             moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
             _refuse_other_shapes(f"moments {index}", moments, dict.fromkeys(moments, self.weights[index]))
+
+
+def _take_over_scaling(trainer: L.Trainer) -> LossScale | None:
+    """Return the loss scale of `precision="16-mixed"` in place of Lightning's scaler; None for other precisions.
+
+    Lightning's scaler expects one backward pass a step through `manual_backward`.
+    """
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, MixedPrecision) or plugin.precision != "16-mixed":
+        return None
+    plugin.scaler = None
+    return LossScale()
 
 
 def _no_stream(stream: str, batch_size: int) -> Any:

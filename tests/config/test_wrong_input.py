@@ -74,7 +74,7 @@ REFUSED = {
     "+trainer.gradient_clip_val=1": "optim.clip",
     "trainer.max_time=8h": "trainer.max_time=8h is not allowed; it must be a duration DD:HH:MM:SS",
     "trainer.deterministic=maybe": "true, false, warn or null",
-    "trainer.precision=16-mixed": "it must be 32-true or bf16-mixed",
+    "trainer.precision=16-true": "it must be 32-true or bf16-mixed or 16-mixed",
     "trainer.precision=bf16-true": "it must be 32-true or bf16-mixed",
     "trainer.strategy=ddp_spawn": "it must be auto or ddp",
     "optim.betas=0.9": "a list of two numbers",

@@ -12,13 +12,14 @@ from helpers.methods import ALIKE, METHODS
 from helpers.training import ALIGNMENT, DEFENDER, USER, deltas
 from lisa_lightning.config.settings import Lora
 from lisa_lightning.data.encoding import encode
-from lisa_lightning.data.interleave import Examples, StepBatches
+from lisa_lightning.data.interleave import Batch, Examples, StepBatches
 from lisa_lightning.data.packing import pack, pad
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.base import Method, move_anchor
 from lisa_lightning.model.lora import attach, load, load_tokenizer
 from lisa_lightning.objective.backprop import Backprop
+from lisa_lightning.objective.loss_scale import LossScale
 
 STEPS = 4
 
@@ -53,6 +54,19 @@ def steps(
     return [w.detach() for w in backprop.weights]
 
 
+def scale_after_overflow(tiny: Path, rank: int) -> float:
+    """The loss scale after a step whose gradients overflow on the second rank only."""
+    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+    backprop = Backprop(net, lambda *_: iter(()), loss_scale=LossScale(2.0))
+    factor = float("inf") if rank == 1 else 1.0
+    batch = Batch("user", [[torch.zeros(())]], tokens=1)  # type: ignore[list-item]
+    output = backprop.skip_on_overflow(
+        lambda: backprop.gradient(batch, lambda *_: factor * sum(w.sum() for w in backprop.weights))  # type: ignore[arg-type, return-value]
+    )
+    assert output is None
+    return backprop.loss_scale.value  # type: ignore[union-attr]
+
+
 def main(tiny: Path, out: Path, rank: int, world: int) -> None:
     """Run all methods on this rank, and all that shall be alike; the first writes what came of them."""
     torch.set_num_threads(1)
@@ -62,6 +76,7 @@ def main(tiny: Path, out: Path, rank: int, world: int) -> None:
         apart = "alignment" in method.unpacked_streams
         found[f"{name} without its term"] = steps(method, tiny, rank, world, 0.2)
         found[f"what {name} builds on"] = steps(builds_on, tiny, rank, world, 0.2, apart)
+    found["loss scale after an overflow on the other rank"] = [torch.tensor(scale_after_overflow(tiny, rank))]
     at_reference = {"constrained_sft at its reference": METHODS["constrained_sft"], "what it is then": METHODS["sft"]}
     for name, make in at_reference.items():
         found[name] = steps(make(), tiny, rank, world, 0.2, count=1)

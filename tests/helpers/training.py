@@ -8,6 +8,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from lisa_lightning.callbacks.checkpoint import Checkpoint
@@ -38,6 +40,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
     """Train the tiny model under a method; keywords change the optimizer, the adapter or the checkpoint.
 
     apart: without shared prefixes, whatever the method says.
+    float16: with the autocast of 16-mixed, which Lightning's Trainer replaces on a CPU.
     """
 
     def trained(
@@ -51,6 +54,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         apart: bool = False,
         attention: str = "sdpa",
         loggers: Sequence[Logger] = (),
+        float16: bool = False,
         **optim: object,
     ) -> LisaModule:
         settings = {
@@ -75,7 +79,11 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         callbacks: list[L.Callback] = [ResumeCurves(None, "finetune"), *more]
         if stop_after is not None:
             callbacks.append(_Stop(stop_after))
-        fit(module, data, TRAINER, checkpoint, callbacks, loggers, "finetune")
+        trainer: dict[str, Any] = TRAINER
+        if float16:
+            plugin = MixedPrecision("16-mixed", "cpu")
+            trainer = TRAINER | {"strategy": SingleDeviceStrategy("cpu", precision_plugin=plugin)}
+        fit(module, data, trainer, checkpoint, callbacks, loggers, "finetune")
         return module
 
     return trained

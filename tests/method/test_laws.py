@@ -229,4 +229,5 @@ def test_two_ranks_equal_one_that_has_their_rows_and_laws_hold_on_them(tiny: Pat
     for name in ALIKE:
         without, builds_on = two[f"{name} without its term"], two[f"what {name} builds on"]
         assert all(torch.equal(a, b) for a, b in zip(without, builds_on, strict=True)), name
+    assert two["loss scale after an overflow on the other rank"][0] == 1
     torch.testing.assert_close(two["constrained_sft at its reference"], two["what it is then"], atol=1e-6, rtol=0)

@@ -27,6 +27,7 @@ MISFITS = {
     "data.max_length=20": r"cuts off the whole answer of all 60 user rows, whose shortest prompt takes \d+ tokens",
     "evaluate.max_new_tokens=1024": r"source\.harmful_prompts, prompt 1 of the evaluation: it takes \d+ tokens and its",
     "task.max_new_tokens=2000": r"source\.test, prompt 1 .* more than the 1024 positions",
+    "trainer.precision=16-mixed": r"float16 needs a GPU, .* Fix: trainer\.precision=bf16-mixed or 32-true",
     "model.template=chat": r"this tokenizer has no chat template",
     "model.template=chat stages=[evaluate]": r"this tokenizer has no chat template",
 }

@@ -18,6 +18,7 @@ from lisa_lightning.data.source import Row
 from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.objective.loss import choose_packing
+from lisa_lightning.objective.loss_scale import LossScale
 from lisa_lightning.pipeline.stages.models import ModelSource
 from lisa_lightning.pipeline.stages.stage_cache import StageCache, class_key, rows_hash
 from lisa_lightning.runtime.files import read_json, write_text
@@ -32,6 +33,7 @@ def curate(
     settings: AdapterTraining,
     alignment: Sequence[Row],
     defender: Sequence[Row],
+    loss_scale: LossScale | None,
 ) -> tuple[list[Row], Metrics]:
     """Return the alignment rows that a selector keeps, and the cost.
 
@@ -46,6 +48,7 @@ def curate(
         settings: section `align`, whose adapter the selector may train.
         alignment: the candidate rows.
         defender: the provider's harmful rows, for a selector that needs them.
+        loss_scale: scale of losses in float16; None in other precisions.
     """
     # A share that keeps no row is refused before the scores are computed.
     selector.count(len(alignment))
@@ -61,7 +64,8 @@ def curate(
 
     def make_model() -> tuple[Backprop, Packing]:
         net = models.attach(models.base, settings.lora, "align.lora", settings.seed).to(fabric.device)
-        return Backprop(net, lambda stream, size: iter(())), choose_packing(net.get_base_model(), encoder.max_length)
+        backprop = Backprop(net, lambda stream, size: iter(()), loss_scale=loss_scale)
+        return backprop, choose_packing(net.get_base_model(), encoder.max_length)
 
     def make(folder: Path) -> Metrics:
         alignment_examples, defender_examples = (Examples(rows, encoder) for rows in (alignment, defender))
