@@ -3,7 +3,8 @@
 `python -m benchmarks.footprint` prints the tables of docs/models.md. Start at `training_memory` and `step_seconds`.
 
 - Memory is that of all tensors at the peak of a step, under bfloat16 autocast (`trainer.precision=bf16-mixed`) and
-  without gradient checkpointing. Tests compare it with real models.
+  without gradient checkpointing. Under `16-mixed`, float16 and bfloat16 change places. Tests compare it with real
+  models.
 - Time depends on the assumptions below and has not been measured.
 """
 

@@ -173,7 +173,7 @@ class ModelSettings:
     revision: Name | None = None
     """Commit of the hub; null for its main branch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Precision of the frozen weights; autocast would copy float16 in every step."""
+    """Precision of the frozen weights; with 16-mixed take float16. Autocast copies other weights in every step."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Implementation of attention in transformers."""
     align_targets: Targets = "all-linear"

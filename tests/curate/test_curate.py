@@ -20,6 +20,7 @@ from lisa_lightning.model.factors import trainable
 from lisa_lightning.model.lora import attach
 from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.objective.loss import row_losses
+from lisa_lightning.objective.loss_scale import LossScale
 from lisa_lightning.pipeline.stages.curate import no_autocast_cache
 from lisa_lightning.runtime.errors import UserError
 
@@ -205,3 +206,20 @@ def test_what_is_missing_or_not_finite_is_said() -> None:
         SEAL(**settings(keep=1.0)).scores(given(MIXED[:1]))
     with pytest.raises(UserError, match=r"curate\.lr=1e\+30: a loss of step 1 is nan\. Fix: a smaller"):
         SEAL(**settings(lr=1e30)).scores(given(MIXED))
+
+
+def test_a_selector_in_float16_skips_steps_that_overflow() -> None:
+    """A power of two changes no bit in float32, and float16 alone is near."""
+
+    def scores(loss_scale: LossScale | None) -> Tensor:
+        made = Backprop(net(), lambda stream, size: iter(()), loss_scale=loss_scale)
+        rows = examples(MIXED)
+        return SEAL(**settings(epochs=9)).scores(Candidates(rows, rows, lambda: (made, pack)))
+
+    single = scores(None)
+    assert torch.equal(single, scores(LossScale()))
+    with torch.autocast("cpu", torch.float16), no_autocast_cache():
+        torch.testing.assert_close(scores(LossScale()), single, atol=0.02, rtol=0)
+        scale = LossScale(2.0**40)
+        assert scores(scale).isfinite().all()
+    assert scale.good_steps > 0

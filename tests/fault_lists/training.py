@@ -194,6 +194,22 @@ FAULTS = [
         ("_mix(self.seed, step, self.global_rank)", "_mix(self.seed, 0, self.global_rank)"),
     ),
     *faults(
+        "objective/loss_scale.py",
+        "trainer/test_loss_scale.py",
+        ("loss * self.value", "loss"),
+        ("gradient.float() / self.value", "gradient / self.value"),
+        ("self.value /= 2", "self.value /= 4"),
+        ("0 if skipped else self.good_steps + 1", "self.good_steps + 1"),
+        ('state["value"], state["good_steps"]', 'state["value"], 0'),
+    ),
+    *faults(
+        "objective/backprop.py",
+        "trainer/test_loss_scale.py method/test_laws.py",
+        ("        self.raise_on_overflow(sums)\n", ""),
+        ("if self.all_reduce_sum([count])[0] > 0:", "if count > 0:"),
+    ),
+    *faults("trainer/module.py", "trainer/test_loss_scale.py", ("    plugin.scaler = None\n", "")),
+    *faults(
         "data/datamodule.py",
         "trainer/test_laws.py",
         ("        self.position = state_dict", "        self.start = state_dict"),
