@@ -143,7 +143,7 @@ def test_training_goes_on_after_skipped_steps_as_in_float32(
     assert 10 < len(skipped) < 25
     assert scale_of(module).value == TOO_LARGE / 2 ** len(skipped)
     assert all(("train/loss" in row) != ("train/skipped" in row) for row in recording.steps)
-    monkeypatch.setattr(trainer_module, "_take_over_scaling", lambda trainer: LossScale())
+    monkeypatch.setattr(trainer_module, "_take_over_scaling", lambda trainer: LossScale(TOO_LARGE))
     half, single = weights(module), weights(trained(_Skipping(len(skipped)), folder="single"))
     start = fresh(tiny)
     moved = flat([single[name] - start[name] for name in start])
@@ -170,9 +170,9 @@ def test_resume_equals_the_straight_run_bit_for_bit_with_its_scale(
 
 @pytest.mark.parametrize("method", [SFT(), METHODS["booster"]()])
 def test_a_run_that_diverges_ends_in_a_sentence(train: Train, initial_scale: Any, method: Method) -> None:
+    initial_scale(4.0)
     with pytest.raises(InterruptedError):
         train(method, float16=True, stop_after=5)
-    initial_scale(4.0)
     with pytest.raises(UserError, match=r"16-mixed: .* at the loss scale 1\. Fix: .* The last good checkpoint is /"):
         train(method, float16=True, lr=1e30)
 
