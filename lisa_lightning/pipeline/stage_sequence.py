@@ -21,6 +21,7 @@ from lisa_lightning.evaluation.scores import Metrics, Score
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.lora import set_base_model_name
 from lisa_lightning.objective.loss_scale import LossScale
+from lisa_lightning.pipeline.adapter_folder import complete_adapter
 from lisa_lightning.pipeline.stages.align import align
 from lisa_lightning.pipeline.stages.curate import curate
 from lisa_lightning.pipeline.stages.evaluate import evaluate
@@ -110,6 +111,7 @@ def run_stages(inputs: Inputs, tools: Tools) -> StageResults:
         results.metrics.update(repair_metrics)
     if inputs.fabric.is_global_zero:
         _copy_adapter(final, tools.out / "adapter")
+        complete_adapter(tools.out, tools.models.base.folder, settings.model.id)
     return _evaluate(inputs, tools, "final", final, results) if evaluates else results
 
 

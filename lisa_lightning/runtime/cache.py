@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lisa_lightning.runtime.errors import UserError
-from lisa_lightning.runtime.files import disk_error, flush, reraise_write_errors, write_text
+from lisa_lightning.runtime.files import apply_umask, disk_error, flush, reraise_write_errors, write_text
 from lisa_lightning.runtime.integrity import find_damage, fingerprint, visible_files
 from lisa_lightning.runtime.ranks import Ranks, on_rank_zero
 
@@ -23,6 +23,7 @@ PACKAGE = Path(__file__).parents[1]
 RESULT_NEUTRAL_MODULES = (
     *("report/", "judge/", "config/arguments.py", "config/explain.py", "config/help.py", "config/paths.py"),
     *("config/suggest.py", "pipeline/command.py", "pipeline/sweep.py", "runtime/logs.py"),
+    *("pipeline/adapter_folder.py", "pipeline/export.py", "runtime/upload.py"),
 )
 """Modules and folders that don't affect the result of a stage."""
 RECORD = "key.json"
@@ -208,10 +209,7 @@ def _finalize(part: Path, folder: Path, key: Any, error_message: str | None) -> 
     if error_message is not None:
         raise UserError(error_message)
     with reraise_write_errors(folder.parent):
-        for file in part.rglob("*"):
-            if file.is_file():
-                # The safetensors library lets only the owner read its files, whatever the umask.
-                file.chmod(part.stat().st_mode & 0o666)
+        apply_umask(part)
         record = {"key": key, "files": fingerprint(part, visible_files(part))}
         write_text(part / RECORD, json.dumps(record, indent=1, sort_keys=True))
         flush(part)

@@ -37,6 +37,16 @@ def flush(folder: Path) -> None:
                 os.fsync(handle.fileno())
 
 
+def apply_umask(folder: Path) -> None:
+    """Give all files of a new folder its own read and write permissions.
+
+    The safetensors library lets only the owner read its files, whatever the umask.
+    """
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(folder.stat().st_mode & 0o666)
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to. It is renamed to `path` afterwards, or deleted after an error.

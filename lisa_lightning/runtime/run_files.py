@@ -23,6 +23,8 @@ CURVES: Final = "curves.csv"
 RESPONSES: Final = "responses.jsonl"
 JUDGED: Final = "judged.jsonl"
 FAILED: Final = "failed.json"
+ADAPTER: Final = "adapter"
+"""Folder of the adapter, with a seal of its own."""
 SEAL: Final = "checksums.json"
 SEALED: Final = (CONFIG, CHOICES, METRICS, CURVES, RESPONSES, JUDGED)
 """Files whose size and hash SEAL records at the end of a run or a judging."""

@@ -186,9 +186,9 @@ FAULTS = [
         ('if not any(part.startswith(".") for part in path.parts)', "if path.parts"),
     ),
     *faults(
-        "runtime/cache.py",
+        "runtime/files.py",
         "runtime/test_integrity.py::test_the_cache_respects_the_umask",
-        ("file.chmod(part.stat().st_mode & 0o666)", "file.chmod(0o644)"),
+        ("file.chmod(folder.stat().st_mode & 0o666)", "file.chmod(0o644)"),
     ),
     *faults(
         "runtime/run_files.py",
