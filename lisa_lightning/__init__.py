@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lisa_lightning.method.vlguard_loss import VLGuardLoss as VLGuardLoss
     from lisa_lightning.model.lora import load_lora_model as load_lora_model
     from lisa_lightning.pipeline.api import run as run
+    from lisa_lightning.pipeline.export import export as export
     from lisa_lightning.repair.antidote import Antidote as Antidote
     from lisa_lightning.repair.nlsr import NLSR as NLSR
     from lisa_lightning.repair.safe_lora import SafeLoRA as SafeLoRA
@@ -92,6 +93,7 @@ _MODULES = {
     # Evaluation and the whole pipeline
     "UserError": "runtime.errors",
     "evaluate": "evaluation.api",
+    "export": "pipeline.export",
     "run": "pipeline.api",
 }
 """Public name -> module of this package that defines it."""

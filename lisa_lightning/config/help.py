@@ -13,6 +13,7 @@ Align a language model, fine-tune it on partly harmful rows under a defense, mea
   python run.py experiment=sst2_lisa method=sft seed=1    of other choices, GROUP=NAME, and values, KEY=VALUE
   python run.py -m experiment=sst2_lisa seed=1,2,3        a sweep
   python run.py ... hydra.run.dir=FOLDER resume=true      goes on with what was interrupted in FOLDER
+  python run.py export RUN OUT                            merges a run's adapter; OUT loads on any machine
   python run.py ... --cfg job --resolve                   every key and its value, without a run
 
 What can be chosen, GROUP=NAME (conf/GROUP/NAME.yaml); first what is chosen where nothing is said

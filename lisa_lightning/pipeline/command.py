@@ -3,10 +3,12 @@
 Heavy imports wait until the config is accepted.
 """
 
+import logging
 import os
 import signal
 import sys
 import threading
+from argparse import ArgumentParser
 from pathlib import Path
 from time import time
 from typing import Any
@@ -28,7 +30,7 @@ from lisa_lightning import __version__
 from lisa_lightning.config.arguments import prepare_arguments
 from lisa_lightning.config.explain import explain
 from lisa_lightning.config.help import usage
-from lisa_lightning.config.paths import CONF
+from lisa_lightning.config.paths import COMMAND, CONF
 from lisa_lightning.config.validate import check
 from lisa_lightning.pipeline import sweep
 from lisa_lightning.pipeline.request import Request
@@ -74,10 +76,10 @@ def start() -> int:
     except SystemExit as stop:
         if stop.code is not None:
             raise
-        _print_once(f"Stopped by SIGTERM; {CONTINUE}")
+        _print_once(f"Stopped by SIGTERM; {_continuation()}")
         return _exit_status(128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        _print_once(f"Stopped by Ctrl-C; {CONTINUE}")
+        _print_once(f"Stopped by Ctrl-C; {_continuation()}")
         return _exit_status(128 + signal.SIGINT)
     except BrokenPipeError:
         if not sweep.INFO_FLAGS & set(sys.argv):
@@ -95,6 +97,9 @@ def _command() -> int:
     if "--version" in sys.argv[1:]:
         # Hydra's flag would print the version of Hydra.
         print(f"lisa-lightning {__version__}")
+        return 0
+    if _is_export():
+        _export(sys.argv[2:])
         return 0
     sys.argv[1:] = prepare_arguments(sys.argv[1:])
     sys.argv[1:], folder = sweep.resolve_sweep_dir(sys.argv[1:])
@@ -116,6 +121,34 @@ def _command() -> int:
                 drop_unused(folder)
             raise
     return sweep.finalize_sweep(folder, since)
+
+
+def _is_export() -> bool:
+    return sys.argv[1:2] == ["export"]
+
+
+def _continuation() -> str:
+    """Return the advice after an interruption. An export starts again."""
+    return "repeat the command" if _is_export() else CONTINUE
+
+
+def _export(arguments: list[str]) -> None:
+    """Export a run: `export RUN OUT`."""
+    parser = ArgumentParser(
+        f"{COMMAND} export",
+        description="Merge the adapter of a finished run, and write a model that plain transformers loads anywhere.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run, such as outputs/mine")
+    parser.add_argument("out", metavar="OUT", help="folder to write, absent or empty")
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="upload OUT to this private repository of the hub too")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    prepare_logs()
+    from lisa_lightning.pipeline.export import export
+
+    silence_libraries()
+    export(options.run, options.out, options.push_to_hub)
 
 
 def _end(*_: Any) -> None:
