@@ -18,8 +18,9 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES += sorted((ROOT / "experiments").rglob("README.md"))
 BEYOND = ("experiment=paper/", "model=llama2_7b", "model=qwen2_5_0_5b", "--cfg")
 """What needs the hub, a GPU or nothing but the config: these are composed and accepted."""
-OWN_TESTS = ("method=projected", "task=letters", "judge=[promises", "--help", "--version")
-"""Pages that test_docs.py follows whole; test_wrong_input.py looks at the help, test_wheel.py at the version."""
+OWN_TESTS = ("method=projected", "task=letters", "judge=[promises", "--help", "--version", "export ")
+"""Pages that test_docs.py follows whole; test_wrong_input.py looks at the help, test_wheel.py at the version, and
+test_export.py exports."""
 SMALL = [
     *("model=tiny", "data.n=20", "data.max_length=768", "optim.batch_size=2", "align.optim.batch_size=1"),
     *("optim.steps=2", "align.optim.steps=2", "evaluate.every=0", "evaluate.max_new_tokens=2", "task.max_new_tokens=2"),

@@ -1,5 +1,6 @@
-"""What the hub holds of the papers' sets, made up, and a server that answers about it as the hub does."""
+"""What the hub holds of the papers' sets, made up, and servers: `Hub` answers about it, `Upload` takes a model."""
 
+import base64
 import gzip
 import json
 import re
@@ -164,3 +165,55 @@ class Hub(Quiet):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+
+class Upload(Quiet):
+    """Takes one model repository as the hub does, if the request has the token."""
+
+    token: ClassVar[str] = "hf_SECRET"
+    is_private: ClassVar[bool] = True
+    """Whether the repository is private, however it was requested."""
+    created: ClassVar[dict[str, Any]] = {}
+    """Last request to create a repository."""
+    files: ClassVar[dict[str, bytes]] = {}
+    """Uploaded files."""
+
+    @property
+    def address(self) -> str:
+        """Address of this server."""
+        return f"http://{self.headers['Host']}"
+
+    def do_GET(self) -> None:
+        id = self.path.removeprefix("/api/models/")
+        self.json({"_id": "1", "id": id, "private": self.is_private, "tags": [], "downloads": 0, "likes": 0})
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        if self.headers.get("Authorization") != f"Bearer {self.token}":
+            self.json({"error": "Invalid username or password."}, 401)
+        elif self.path == "/api/repos/create":
+            self.created.clear()
+            self.created.update(json.loads(content))
+            self.json({"url": f"{self.address}/{self.created['organization']}/{self.created['name']}", "id": "1"})
+        elif self.path == "/api/validate-yaml":
+            self.json({"errors": [], "warnings": []})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(content)["files"]]
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            self.json({"files": [{"path": name} | modes for name in names]})
+        else:
+            lines = [json.loads(line) for line in content.splitlines()]
+            added = [line["value"] for line in lines if line["key"] == "file"]
+            self.files.update({file["path"]: base64.b64decode(file["content"]) for file in added})
+            repository = "/".join(self.path.split("/")[3:5])
+            self.json(
+                {"commitUrl": f"{self.address}/{repository}/commit/{COMMIT}", "commitOid": COMMIT, "hookOutput": ""}
+            )
+
+    def json(self, value: Any, status: int = 200) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
