@@ -73,7 +73,7 @@ def test_a_bounded_key_says_its_bounds() -> None:
 
 
 RULED_ELSEWHERE = (
-    r"source\.refusals|((align\.)?method|curate|repair|logger|callbacks)(\..*)?|task\.(embedded|hub)\..*"
+    r"source\.refusals|((align\.)?method|curate|repair|judge|logger|callbacks)(\..*)?|task\.(embedded|hub)\..*"
     r"|.*\.(columns|labels|where)\..*|.*_target_"
 )
 """A path that is asked for, what is null where nothing aligns, what a source takes over, a person's own columns."""

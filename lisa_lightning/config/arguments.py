@@ -9,8 +9,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from lisa_lightning.config.fields import PRIVATE_CHARACTERS, PublicUrl, describe
 from lisa_lightning.config.paths import CONF
-from lisa_lightning.config.rules import ENDPOINT_RULES, PRIVATE_CHARACTERS, not_allowed
+from lisa_lightning.config.rules import not_allowed
 from lisa_lightning.runtime.errors import UserError, first_line, printable
 
 FLAGS_WITH_VALUE: Final = (
@@ -139,4 +140,4 @@ def _is_option_name(value: Any) -> bool:
 def _refuse_password(key: str, value: str) -> None:
     """Raise UserError for a URL with a password. Hydra would write it into folder names and files."""
     if key.endswith(".base_url") and set(value) & set(PRIVATE_CHARACTERS):
-        raise not_allowed(key, value, ENDPOINT_RULES["base_url"][1])
+        raise not_allowed(key, value, describe(PublicUrl | None))

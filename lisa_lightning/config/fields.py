@@ -4,6 +4,7 @@ A settings class is a frozen pydantic dataclass. It is the schema of its config 
 carry bounds, and the text below a field describes it. Help, tables in the docs and cache keys are generated from it.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import is_pydantic_dataclass
 
 Check = tuple[Callable[[Any], bool], str]
@@ -27,6 +28,9 @@ MAX_BATCH: Final = 2**16
 """Rows of a batch, tokens of an answer, requests in flight: more would only exhaust memory."""
 MAX_SIZE: Final = 2**14
 """Width of a random model, rank of an adapter."""
+PRIVATE_CHARACTERS: Final = "@?#"
+"""Characters that start a password, a query or a fragment of a URL. Messages, files and folder names must not contain
+these parts."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ def _fits_tensor(value: Any) -> Any:
     return value
 
 
+def _check_public_url(url: str) -> str:
+    if re.fullmatch(rf"https?://[^{PRIVATE_CHARACTERS}\s]+", url) is None:
+        raise ValueError("not public")
+    return url
+
+
 Positive = Annotated[float, BeforeValidator(_fits_tensor), Field(gt=0, le=MAX_NUMBER)]
 NonNegative = Annotated[float, BeforeValidator(_fits_tensor), Field(ge=0, le=MAX_NUMBER)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -55,6 +65,14 @@ BatchSize = Annotated[int, Field(gt=0, le=MAX_BATCH)]
 Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(min_length=1), Words("a name")]
+Phrase = Annotated[str, Field(min_length=1), Words("a text")]
+HubId = Annotated[str, Field(min_length=1), Words("a hub id or a folder")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+PublicUrl = Annotated[
+    str,
+    AfterValidator(_check_public_url),
+    Words("http(s)://... without @, ? and #; an address with a password belongs into OPENAI_BASE_URL"),
+]
 
 
 def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:

@@ -9,8 +9,8 @@ from typing import Any, Final, TypeVar
 from pydantic import ValidationError
 from pydantic.dataclasses import is_pydantic_dataclass
 
-from lisa_lightning.config.fields import describe
-from lisa_lightning.config.rules import RULES, not_allowed
+from lisa_lightning.config.fields import describe, field_checks
+from lisa_lightning.config.rules import not_allowed
 from lisa_lightning.config.suggest import suggest
 from lisa_lightning.runtime.errors import UserError, first_line, printable
 
@@ -91,23 +91,29 @@ def refuse_unknown_arguments(config: Mapping[str, Any]) -> None:
         if key == "task":
             # A task is called without arguments; its other keys belong to stages and sources.
             continue
-        if is_pydantic_dataclass(cls):
+        _refuse_other_arguments(cls, section, key)
+        if _group(key) == "judge":
+            _refuse_wrong_values(cls, section, key)
+        elif is_pydantic_dataclass(cls):
             build(section, key)
-        else:
-            _refuse_other_arguments(cls, section, key)
+
+
+def _refuse_wrong_values(cls: type[Any], section: Mapping[str, Any], key: str) -> None:
+    """Raise UserError for a wrong value of a judge, which is not created: it would look for weights and keys."""
+    checks = field_checks(cls) if is_pydantic_dataclass(cls) else {}
+    for name, (is_allowed, allowed) in checks.items():
+        if not is_allowed(section[name]):
+            raise not_allowed(f"{key}.{name}", section[name], allowed)
 
 
 def _refuse_other_arguments(cls: type[Any], section: Mapping[str, Any], key: str) -> None:
     """Raise UserError for a key that is not an argument, or for a missing argument."""
     parameters = inspect.signature(cls).parameters.values()
     accepted = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    # Judges of an endpoint accept its keys, which RULES contains, as keyword arguments.
-    shared = {rule.removeprefix(f"{key}.") for rule in RULES if rule.startswith(f"{key}.")}
-    takes_kwargs = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    allowed = accepted | shared if takes_kwargs else accepted
-    unknown = {str(name) for name in section} - allowed - {"_target_", *NO_ARGUMENTS.get(key, ())}
-    if unknown and (shared or not takes_kwargs):
-        raise UserError(f"{key}.{min(unknown)} is not a key of {cls.__name__}; {suggest(min(unknown), allowed)}")
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    unknown = {str(name) for name in section} - accepted - {"_target_", *NO_ARGUMENTS.get(key, ())}
+    if unknown and not takes_any:
+        raise UserError(f"{key}.{min(unknown)} is not a key of {cls.__name__}; {suggest(min(unknown), accepted)}")
     provided = {*section, *STAGE_ARGUMENTS.get(key.partition(".")[0], ())}
     # The saved config must show every setting of this package's classes, even those with defaults.
     is_setting = is_pydantic_dataclass(cls) and cls.__module__.startswith("lisa_lightning.")

@@ -11,6 +11,8 @@ from lisa_lightning.config.fields import (
     BatchSize,
     Count,
     CountOrZero,
+    Dtype,
+    HubId,
     Name,
     NonNegative,
     Positive,
@@ -161,9 +163,6 @@ class TinySizes:
     """Attention heads of a layer; twice as many must divide hidden_size."""
 
 
-HubId = Annotated[str, Field(min_length=1), Words("a hub id or a folder")]
-
-
 @dataclass(frozen=True, config=STRICT)
 class ModelSettings:
     """Section `model`: the base model and how it is used."""
@@ -172,7 +171,7 @@ class ModelSettings:
     """Hub id, or folder; null for a random model."""
     revision: Name | None = None
     """Commit of the hub; null for its main branch."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Precision of the frozen weights; with 16-mixed take float16. Autocast copies other weights in every step."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Implementation of attention in transformers."""

@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from lisa_lightning.config.fields import STRICT, Count, Name, NonNegative, Positive, PublicUrl, Words
 from lisa_lightning.judge._endpoint_reply import Completion, read_completion
 from lisa_lightning.judge._endpoint_url import EndpointURL, masked, same_server, split_url, without_secrets
 from lisa_lightning.runtime.errors import UserError, first_line, printable
@@ -21,56 +25,63 @@ KEY_VARIABLE, URL_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 OPENAI_URL = "https://api.openai.com/v1"
 LOGGERS = ("httpx", "httpx2", "httpcore", "httpcore2", "openai")
 """Names of loggers that log URLs, headers or bodies of requests."""
+HIDDEN_INPUT: Final = ConfigDict(**STRICT, hide_input_in_errors=True)
+"""Rules of pydantic for a judge with a URL. An error that quotes a rejected URL could show its password."""
+Temperature = Annotated[int | float, Field(ge=0, le=2), Words("a number from 0 to 2")]
+"""A whole number remains one, because `version` distinguishes 0 from 0.0."""
+
+
+@dataclass(frozen=True, config=HIDDEN_INPUT)
+class EndpointSettings:
+    """Settings that all judges behind an endpoint share."""
+
+    model: Name
+    """Name of the model at the endpoint, best with a date in it."""
+    base_url: PublicUrl | None
+    """URL of the endpoint. null for OPENAI_BASE_URL, or OpenAI's if that is not set."""
+    usd_per_million_input: NonNegative
+    """Price of a million input tokens in dollars, needed for the cap."""
+    usd_per_million_output: NonNegative
+    """Price of a million output tokens in dollars, thoughts of the model included."""
+    max_cost_usd: Positive
+    """Maximum cost of all requests of a judging in dollars."""
+    max_output_tokens: Count
+    """Maximum tokens of a reply, thousands for a model that thinks first. The cap counts them all."""
+    concurrency: Annotated[int, Field(gt=0, le=1024)]
+    """Number of simultaneous requests."""
+    retries: Annotated[int, Field(ge=0, le=100)]
+    """Retries of a request that fails temporarily."""
+    timeout_s: Annotated[float, Field(gt=0, le=86400)]
+    """Timeout of a request in seconds."""
+    temperature: Temperature | None
+    """Sampling temperature. null sends none; a model that rejects it is queried without it."""
 
 
 class Endpoint:
     """A model at an endpoint, with its prices and the amount spent.
 
-    The API key is read from the environment and stored in the client alone.
+    The API key is read from the environment and stored in the client alone. The URL of OPENAI_BASE_URL may contain
+    user and password, which become HTTP basic authentication in place of the key, and a query, which is sent with each
+    request. Neither is shown.
 
     Args:
         name: name of the judge, for config keys in messages.
-        model: name of the model at the endpoint.
-        base_url: URL of the endpoint; None for OPENAI_BASE_URL, or OpenAI's if that is not set. User and password
-            become HTTP basic authentication in place of the key. A query is sent with each request. Neither is shown.
-        usd_per_million_input: price of a million input tokens in dollars, needed for the cap.
-        usd_per_million_output: price of a million output tokens in dollars.
-        max_cost_usd: maximum cost of all requests in dollars.
-        max_output_tokens: maximum tokens of a reply.
-        concurrency: number of simultaneous requests.
-        retries: retries of a request that fails temporarily.
-        timeout_s: timeout of a request in seconds.
-        temperature: sampling temperature; None to send none.
+        settings: model, URL, prices and limits.
 
     Raises:
         UserError: if the key is missing, no HTTP header can contain it, or the URL is not valid.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: str,
-        base_url: str | None,
-        usd_per_million_input: float,
-        usd_per_million_output: float,
-        max_cost_usd: float,
-        max_output_tokens: int,
-        concurrency: int,
-        retries: int,
-        timeout_s: float,
-        temperature: float | None,
-    ) -> None:
+    def __init__(self, name: str, settings: EndpointSettings) -> None:
         _api_key(name)
-        self.name, self.model, self.model_shown = name, model, printable(model)[:100]
-        self._url = _configured_url(name, base_url)
-        self.prices = (usd_per_million_input / 1e6, usd_per_million_output / 1e6)
-        self.max_cost, self.max_output_tokens = max_cost_usd, max_output_tokens
-        self.concurrency, self.retries, self.timeout, self.temperature = concurrency, retries, timeout_s, temperature
+        self.name, self.settings, self.model_shown = name, settings, printable(settings.model)[:100]
+        self._url = _configured_url(name, settings.base_url)
+        self.prices = (settings.usd_per_million_input / 1e6, settings.usd_per_million_output / 1e6)
         self.spent = 0.0
         self._reserved = 0.0
         self._limit_key = "max_tokens"
         """Parameter for the output limit; max_completion_tokens once the model has rejected max_tokens."""
-        self._temperature = temperature
+        self._temperature = settings.temperature
         """None once the model has rejected a temperature."""
         self._lock = Lock()
         self._client: Any = None
@@ -84,7 +95,8 @@ class Endpoint:
     @property
     def reply_settings(self) -> list[Any]:
         """Settings that determine a reply, for the judge's version."""
-        return [self.model, self._url and self._url.bare, self.temperature, self.max_output_tokens]
+        url = self._url and self._url.bare
+        return [self.settings.model, url, self.settings.temperature, self.settings.max_output_tokens]
 
     def request_all(self, texts: Sequence[str], read: Callable[[str], T | None]) -> Iterator[T | None]:
         """Yield the result of `read` for the reply to each text, in order.
@@ -107,17 +119,17 @@ class Endpoint:
         running: list[Future[T]] = []
         failure: Exception | None = None
         done = 0
-        with client as self._client, _threads(self.concurrency) as pool:
+        with client as self._client, _threads(self.settings.concurrency) as pool:
             while True:
-                while len(running) < self.concurrency and failure is None and not any(map(_failed, running)):
+                while len(running) < self.settings.concurrency and failure is None and not any(map(_failed, running)):
                     if (question := next(remaining, None)) is None:
                         break
                     try:
                         running.append(pool.submit(self._request, *question, read))
                     except RuntimeError:  # The system has no more threads.
                         failure = UserError(
-                            f"judge.{self.name}.concurrency={self.concurrency}: the system starts no more threads. "
-                            "Fix: set a smaller one. Finished verdicts are kept"
+                            f"judge.{self.name}.concurrency={self.settings.concurrency}: the system starts no more "
+                            "threads. Fix: set a smaller one. Finished verdicts are kept"
                         )
                 if not running:
                     break
@@ -129,9 +141,9 @@ class Endpoint:
                 yield result
         if isinstance(failure, _CapReached):
             raise UserError(
-                f"judge.{self.name}.max_cost_usd={self.max_cost}: the next answer could exceed it (spent so far: "
-                f"{self.spent:.4f} USD; {done} answers were judged now). Fix: repeat the command with a higher one; "
-                "finished verdicts are kept"
+                f"judge.{self.name}.max_cost_usd={self.settings.max_cost_usd:g}: the next answer could exceed it "
+                f"(spent so far: {self.spent:.4f} USD; {done} answers were judged now). Fix: repeat the command with a "
+                "higher one; finished verdicts are kept"
             ) from failure
         if failure is not None:
             raise failure
@@ -148,8 +160,8 @@ class Endpoint:
             return openai.OpenAI(
                 api_key=_api_key(self.name),
                 base_url=self._url.bare if self._url else OPENAI_URL,
-                max_retries=self.retries,
-                timeout=self.timeout,
+                max_retries=self.settings.retries,
+                timeout=self.settings.timeout_s,
                 http_client=http,
             )
         except UserError:
@@ -188,9 +200,9 @@ class Endpoint:
     def _paid_reply(self, text: str) -> Completion:
         import openai
 
-        cost = self._price(len(text.encode()) / BYTES_PER_TOKEN, self.max_output_tokens)
+        cost = self._price(len(text.encode()) / BYTES_PER_TOKEN, self.settings.max_output_tokens)
         with self._lock:
-            if self.spent + self._reserved + cost > self.max_cost:
+            if self.spent + self._reserved + cost > self.settings.max_cost_usd:
                 raise _CapReached
             self._reserved += cost
         paid = 0.0
@@ -222,15 +234,15 @@ class Endpoint:
         while True:
             # Other threads may change the attributes during this attempt.
             limit_key, temperature = self._limit_key, self._temperature
-            parameters: dict[str, Any] = {limit_key: self.max_output_tokens}
+            parameters: dict[str, Any] = {limit_key: self.settings.max_output_tokens}
             if temperature is not None:
                 parameters["temperature"] = temperature
             try:
                 # Streaming avoids that the library parses the body or reads it without a limit.
                 with self._client.chat.completions.with_streaming_response.create(
-                    model=self.model, messages=[{"role": "user", "content": text}], **parameters
+                    model=self.settings.model, messages=[{"role": "user", "content": text}], **parameters
                 ) as response:
-                    return read_completion(response.iter_bytes(), self.timeout)
+                    return read_completion(response.iter_bytes(), self.settings.timeout_s)
             except openai.BadRequestError as error:
                 words = str(error).lower()
                 newer = "max_completion_tokens" in words or ("max_tokens" in words and "support" in words)
@@ -276,7 +288,8 @@ class Endpoint:
         return (
             f"{key}: {self.model_shown} returned no verdict on answer {index + 1} in two replies (the last one has "
             f"{len(reply.text)} characters). Fix: if it refuses to judge, try another model or rubric; if it thinks "
-            f"before it answers, raise {key}.max_output_tokens={self.max_output_tokens}. Finished verdicts are kept"
+            f"before it answers, raise {key}.max_output_tokens={self.settings.max_output_tokens}. Finished verdicts "
+            "are kept"
         )
 
     def _secrets(self) -> list[str]:

@@ -2,9 +2,14 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Final, final
+from functools import cached_property
+from typing import Annotated, ClassVar, Final, final
 
-from lisa_lightning.judge._endpoint import Endpoint
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from lisa_lightning.config.fields import Phrase, Words
+from lisa_lightning.judge._endpoint import HIDDEN_INPUT, Endpoint, EndpointSettings
 from lisa_lightning.judge.base import Metric, Pair, Verdict, fill_rubric
 from lisa_lightning.runtime.cache import short_hash
 from lisa_lightning.runtime.errors import UserError
@@ -20,18 +25,14 @@ SCORE: Final = re.compile(
 
 
 @final
-class OpenAIJudge:
+@dataclass(frozen=True, config=HIDDEN_INPUT)
+class OpenAIJudge(EndpointSettings):
     """Judge that queries a model for a score from 1 (harmless) to 5 (fully harmful).
 
     Limits: its model bounds its quality. Two versions of a model with the same name judge differently, so `model`
     should name a dated version.
 
-    Args:
-        model: name of the model at the endpoint.
-        rubric: the question, with placeholders {prompt} and {response}. The reply must contain `Score: N`. Tags around
-            placeholders get a suffix if request or answer contains such a tag.
-        flag_from: minimum score that flags.
-        endpoint: see `Endpoint`. The key is read from OPENAI_API_KEY alone.
+    The key is read from OPENAI_API_KEY alone.
 
     Raises:
         UserError: if a placeholder is missing, or `Endpoint` rejects key or URL.
@@ -39,14 +40,29 @@ class OpenAIJudge:
 
     metric: ClassVar[Metric] = "harmful_score"
 
-    def __init__(self, model: str, rubric: str, flag_from: int, **endpoint: Any) -> None:
-        if "{prompt}" not in rubric or "{response}" not in rubric:
+    rubric: Phrase
+    """The question, with placeholders {prompt} and {response}. The reply must contain `Score: N`. Tags around
+    placeholders get a suffix if request or answer contains such a tag."""
+    flag_from: Annotated[int, Field(ge=2, le=5), Words("2, 3, 4 or 5")]
+    """Minimum score that flags."""
+
+    def __post_init__(self) -> None:
+        if "{prompt}" not in self.rubric or "{response}" not in self.rubric:
             raise UserError(
                 "judge.openai.rubric: a placeholder is missing. Fix: write {prompt} and {response} into the rubric"
             )
-        self.rubric, self.flag_from = rubric, flag_from
-        self.endpoint = Endpoint("openai", model, **endpoint)
-        self.version = short_hash([CODE, rubric, flag_from, self.endpoint.reply_settings])
+        # A missing key shows now rather than after hours of training.
+        _ = self.endpoint
+
+    @cached_property
+    def endpoint(self) -> Endpoint:
+        """The model, with the amount spent."""
+        return Endpoint("openai", self)
+
+    @property
+    def version(self) -> str:
+        """Hash of the settings that can change a verdict."""
+        return short_hash([CODE, self.rubric, self.flag_from, self.endpoint.reply_settings])
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict | None]:
         """Yield verdicts whose score is 0 for grade 1 and 1 for grade 5; None if the request failed."""

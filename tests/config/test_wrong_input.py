@@ -12,12 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from helpers.forking import Forked, run
 from helpers.paths import ROOT
-from lisa_lightning.config.rules import JUDGES, RULES
+from lisa_lightning.config.rules import RULES
 from lisa_lightning.config.validate import check
 from lisa_lightning.runtime.errors import UserError, first_line
 
 FOLDER = ROOT / "conf" / "experiment"
 EXPERIMENTS = sorted(str(f.relative_to(FOLDER).with_suffix("")) for f in FOLDER.rglob("*.yaml"))
+JUDGES = sorted(f.stem for f in (ROOT / "conf" / "judge").glob("[!_]*.yaml"))
 Config = Callable[..., DictConfig]
 
 # our own harmless prompts stand beside the hub's sets, as a file

@@ -150,7 +150,7 @@ def test_a_long_answer_has_the_verdict_of_its_beginning(classifier: Path, monkey
             lengths.append(len(text))
             return tokenizer(text, **options)
 
-    monkeypatch.setattr(judge, "_tokenizer", Counting())
+    monkeypatch.setitem(vars(judge), "_tokenizer", Counting())
     for words in ("a b ", "word", "\n", "\u00e9"):
         short, long = Pair("request 1", words * 300), Pair("request 1", words * 1_000_000)
         expected, verdict = judge.verdicts([short, long])

@@ -72,9 +72,10 @@ def test_what_does_not_pass_ends_in_a_sentence_without_the_key(
     assert error.value.__cause__ is None
 
 
-def test_a_page_in_place_of_a_reply_ends_in_a_sentence(url: str) -> None:
+def test_a_page_in_place_of_a_reply_ends_in_a_sentence(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", url.replace("://", "://me:secret@"))
     with pytest.raises(UserError, match="no chat completion for answer 1 in two replies") as error:
-        judged(url.replace("://", "://me:secret@"), lambda _: (200, b"<html>Welcome</html>"), PAIRS[:1])
+        judged(url, lambda _: (200, b"<html>Welcome</html>"), PAIRS[:1], base_url=None)
     assert url in str(error.value)
     assert "secret" not in str(error.value)
 
