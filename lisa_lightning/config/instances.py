@@ -86,7 +86,7 @@ def refuse_unknown_arguments(config: Mapping[str, Any]) -> None:
         UserError: if a class does not exist; an argument is unknown, missing, or has a wrong value. Similar names are
             suggested for an unknown one.
     """
-    for key, section in _sections(config):
+    for key, section in class_sections(config):
         cls = load_class(section["_target_"], key)
         if key == "task":
             # A task is called without arguments; its other keys belong to stages and sources.
@@ -122,13 +122,18 @@ def _refuse_other_arguments(cls: type[Any], section: Mapping[str, Any], key: str
         raise UserError(f"{key}.{missing[0]} is missing. Fix: add +{key}.{missing[0]}=..., or don't delete it")
 
 
-def _sections(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """Yield the key and the content of every section that names a class."""
+def class_sections(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Yield the key and the content of every section that names a class.
+
+    Args:
+        tree: the nested config.
+        prefix: beginning of each key, with a dot at its end.
+    """
     for name, value in tree.items():
         if isinstance(value, Mapping):
             if "_target_" in value:
                 yield f"{prefix}{name}", value
-            yield from _sections(value, f"{prefix}{name}.")
+            yield from class_sections(value, f"{prefix}{name}.")
 
 
 def load_class(target: Any, key: str) -> type[Any]:

@@ -1,6 +1,6 @@
 """Settings of the config sections that name no class: `SECTIONS` maps each section to its settings class."""
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
@@ -24,7 +24,6 @@ from lisa_lightning.config.fields import (
 )
 from lisa_lightning.config.optim import Optim
 
-STAGES: Final = ("curate", "align", "finetune", "repair", "evaluate", "judge")
 MAX_MINUTES: Final = 525_600
 """A year."""
 
@@ -33,6 +32,12 @@ def _check_targets(targets: str | list[str]) -> str | list[str]:
     if not targets or not all(targets):
         raise ValueError("empty")
     return targets
+
+
+def _check_stages(stages: list[str]) -> list[str]:
+    if not stages or len(set(stages)) < len(stages):
+        raise ValueError("empty, or one of them twice")
+    return stages
 
 
 def _check_devices(devices: int | str | list[int]) -> int | str | list[int]:
@@ -47,19 +52,6 @@ def _check_devices(devices: int | str | list[int]) -> int | str | list[int]:
     return devices
 
 
-def _check_stages(stages: list[str]) -> list[str]:
-    if len(set(stages)) < len(stages):
-        raise ValueError("a stage occurs twice")
-    return stages
-
-
-Stages = Annotated[
-    list[Literal["curate", "align", "finetune", "repair", "evaluate", "judge"]],
-    Field(min_length=1),
-    AfterValidator(_check_stages),
-    Words(f"a list of {', '.join(STAGES)}, each once"),
-]
-FilePath = Annotated[str, Words("the path of a file")]
 ColumnNames = Annotated[list[Any], Field(min_length=1), Words("a list of column names")]
 Mapping = Annotated[dict[Any, Any], Words("a mapping such as {field: column}")]
 Targets = Annotated[str | list[str], AfterValidator(_check_targets), Words("all-linear or a list of module names")]
@@ -68,6 +60,12 @@ Devices = Annotated[
     AfterValidator(_check_devices),
     Words("a whole number above 0, a list of devices, -1 or auto for all"),
 ]
+Stage = Literal["curate", "align", "finetune", "repair", "evaluate", "judge"]
+Stages = Annotated[
+    list[Stage], AfterValidator(_check_stages), Words(f"a list of {', '.join(get_args(Stage))}, each once")
+]
+FilePath = Annotated[str, Words("the path of a file")]
+FolderPath = Annotated[str, Field(min_length=1), Words("the path of a folder")]
 Duration = Annotated[
     str,
     Field(pattern=r"^\d{2}:([01]\d|2[0-3]):[0-5]\d:[0-5]\d$"),
@@ -297,8 +295,8 @@ class RunSettings:
     """File of answers to judge, for stages=[judge]; null for those of the run in hydra.run.dir."""
     resume: bool
     """Continue the interrupted run in hydra.run.dir."""
-    cache_dir: Annotated[str, Field(min_length=1), Words("the path of a folder")]
-    """Folder of finished stages, verdicts and converted models."""
+    cache_dir: FolderPath
+    """Folder of finished stages, verdicts and converted models. The variable LISA_CACHE changes the default."""
     data: Data
     model: ModelSettings
     lora: Lora
@@ -323,14 +321,14 @@ OPTIMS: Final = ("optim", "align.optim", "repair.reference.sft.optim", "repair.r
 SETS: Final = ("train", "test", "alignment", "harmful", "defender", "harmful_prompts", "harmless_prompts")
 SECTIONS: Final[dict[str, type]] = {
     "": RunSettings,
-    "align": AdapterTraining,
-    "repair.reference": Reference,
-    "task": TaskSettings,
-    **{f"source.{name}": RowSet for name in SETS},
     "data": Data,
+    **{f"source.{name}": RowSet for name in SETS},
     "lora": Lora,
+    "align": AdapterTraining,
     "align.lora": Lora,
     **dict.fromkeys(OPTIMS, Optim),
+    "repair.reference": Reference,
+    "task": TaskSettings,
     "evaluate": Evaluate,
     "checkpoint": CheckpointSettings,
     "wandb": Wandb,

@@ -25,7 +25,7 @@ KEY_VARIABLE, URL_VARIABLE = "OPENAI_API_KEY", "OPENAI_BASE_URL"
 OPENAI_URL = "https://api.openai.com/v1"
 LOGGERS = ("httpx", "httpx2", "httpcore", "httpcore2", "openai")
 """Names of loggers that log URLs, headers or bodies of requests."""
-HIDDEN_INPUT: Final = ConfigDict(**STRICT, hide_input_in_errors=True)
+HIDDEN_INPUT: Final[ConfigDict] = {**STRICT, "hide_input_in_errors": True}
 """Rules of pydantic for a judge with a URL. An error that quotes a rejected URL could show its password."""
 Temperature = Annotated[int | float, Field(ge=0, le=2), Words("a number from 0 to 2")]
 """A whole number remains one, because `version` distinguishes 0 from 0.0."""

@@ -39,11 +39,11 @@ class LDIFS(Method):
     rho: NonNegative = 1e-4
     """Factor of the penalty; 0 is SFT. The official code has 1e-4."""
     drop_threshold: Positive | None = None
-    """Value of a layer's term from which it is dropped; None drops none."""
+    """Value of a layer's term from which it is dropped; None drops none. The official code has 0.1."""
     inner_clip: Positive | None = None
-    """Largest gradient norm before `optim.clip`; None for no clipping."""
+    """Largest gradient norm before `optim.clip`; None for no clipping. The official code has 5."""
     padding: bool = False
-    """Count the features of padding."""
+    """Count the features of padding, as the official code does."""
 
     @property
     def requirements(self) -> frozenset[Requirement]:

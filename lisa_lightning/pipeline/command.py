@@ -23,7 +23,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lisa_lightning import __version__
@@ -38,8 +38,7 @@ from lisa_lightning.runtime.files import drop_unused
 from lisa_lightning.runtime.logs import prepare_logs, silence_libraries
 from lisa_lightning.runtime.ranks import RankLostError
 
-# hydra.help.template in conf/config.yaml uses it.
-OmegaConf.register_new_resolver("usage", usage, replace=True)
+HELP_FLAGS = {"--help", "-h"}
 CONTINUE = "repeat the command to continue; for a single run add its hydra.run.dir and resume=true"
 
 
@@ -100,6 +99,11 @@ def _command() -> int:
         return 0
     if _is_export():
         _export(sys.argv[2:])
+        return 0
+    if HELP_FLAGS & {*sys.argv[1:]}:
+        # Hydra would take seconds to list the config groups, whatever its template shows.
+        for line in usage():
+            print(line, flush=True)
         return 0
     sys.argv[1:] = prepare_arguments(sys.argv[1:])
     sys.argv[1:], folder = sweep.resolve_sweep_dir(sys.argv[1:])

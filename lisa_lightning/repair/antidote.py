@@ -49,8 +49,8 @@ class Antidote(Repair):
     dense_ratio: Share = 0.1
     """Share of entries to prune; 0 prunes none. The official scripts have 0.1 for SST-2 and 0.05 for GSM8K."""
     pads_count: bool = False
-    """Run rows without attention mask and count padding like any token, as the official code does. (Its scripts run one
-    row at a time, so that there is no padding.)"""
+    """Run rows without attention mask and count padding like any token, as the official code does. Its scripts run one
+    row at a time, so that there is no padding."""
     random: bool = False
     """Prune as many entries of every row, drawn at random: the control. It uses neither model nor rows."""
     seed: Seed = 0

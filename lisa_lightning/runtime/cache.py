@@ -21,9 +21,9 @@ from lisa_lightning.runtime.ranks import Ranks, on_rank_zero
 log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).parents[1]
 RESULT_NEUTRAL_MODULES = (
-    *("report/", "judge/", "config/arguments.py", "config/explain.py", "config/help.py", "config/paths.py"),
-    *("config/suggest.py", "pipeline/command.py", "pipeline/sweep.py", "runtime/logs.py"),
-    *("pipeline/adapter_folder.py", "pipeline/export.py", "runtime/upload.py"),
+    *("report/", "judge/", "config/arguments.py", "config/explain.py", "config/help.py", "config/parameters.py"),
+    *("config/paths.py", "config/suggest.py", "config/tables.py", "pipeline/command.py", "pipeline/sweep.py"),
+    *("pipeline/adapter_folder.py", "pipeline/export.py", "runtime/logs.py", "runtime/upload.py", "hf.py"),
 )
 """Modules and folders that don't affect the result of a stage."""
 RECORD = "key.json"

@@ -289,9 +289,9 @@ def test_help_names_what_can_be_chosen_and_says_what_keys_mean(forked: Forked, t
     about = re.findall(r"^  (\w+)=\w+: ", shown, re.MULTILINE)
     assert sorted([*about, "paper"]) == sorted(f.name for f in (ROOT / "conf").iterdir() if f.is_dir())
     assert judges.split(", ") == sorted(f.stem for f in (ROOT / "conf" / "judge").glob("[!_]*.yaml"))
-    assert "harmful_ratio: 0.1          # share p of harmful rows" in shown
+    assert "harmful_ratio: 0.1          # Share p of harmful rows" in shown
     assert "${model.finetune_targets}" in shown
-    assert re.search(r"^  rho: 0\.1 +# proximal factor", shown, re.MULTILINE)
+    assert re.search(r"^  rho: 0\.1 +# Proximal factor\. .* Allowed: a number of at least 0", shown, re.MULTILINE)
 
 
 @pytest.mark.slow

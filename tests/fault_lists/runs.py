@@ -147,7 +147,10 @@ FAULTS = [
     *faults(
         "judge/_endpoint.py",
         "judge/test_openai.py",
-        ("self.spent + self._reserved + cost > self.max_cost", "self.spent + cost > 2 * self.max_cost"),
+        (
+            "self.spent + self._reserved + cost > self.settings.max_cost_usd",
+            "self.spent + cost > 2 * self.settings.max_cost_usd",
+        ),
         ("                self.spent += paid\n", ""),
         ("for _ in range(2):", "for _ in range(9):"),
     ),
