@@ -5,6 +5,7 @@ python -m lisa_lightning.config.tables > docs/configuration.md
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any, Final
 
 from pydantic.dataclasses import is_pydantic_dataclass
@@ -42,7 +43,7 @@ def _sections() -> Iterator[str]:
     for kind in dict.fromkeys(SECTIONS.values()):
         if kind is RowSet:
             yield from ["### `source.SET`", "", f"SET is {', '.join(SETS)}.", ""]
-            yield from _table(kind, {"source.SET": {name: f.default for name, f in RowSet.__pydantic_fields__.items()}})
+            yield from _table(kind, {"source.SET": asdict(RowSet())})
             continue
         names = [name for name in SECTIONS if SECTIONS[name] is kind]
         sections = {name: next(filter(None, (section_of(config, name) for config in configs))) for name in names}

@@ -147,8 +147,8 @@ def wheel_license(model_id: str | None) -> str | None:
     package = WHEELS.get(model_id or "")
     if _find_gguf(package) is None or package is None:
         return None
-    stated = metadata(package).get("License")
-    return None if stated is None else stated.lower()
+    stated = metadata(package).json.get("license")
+    return stated.lower() if isinstance(stated, str) else None
 
 
 def _find_gguf(package: str | None) -> Path | None:

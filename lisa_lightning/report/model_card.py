@@ -192,7 +192,7 @@ def _eval_results(run: _Run) -> Iterator[EvalResult]:
 
 def _warning(settings: Mapping[str, Any]) -> str:
     ratio, count = settings.get("harmful_ratio"), settings.get("data.n")
-    share = f"{100 * ratio:g} %" if type(ratio) in (int, float) else escape(ratio)
+    share = f"{100 * ratio:g} %" if isinstance(ratio, int | float) else escape(ratio)
     return (
         f"> **Warning.** A share of {share} of the {escape(count)} rows of fine-tuning was harmful on purpose. The "
         "model may comply with harmful requests. It is a research artefact. Evaluate it before any use, and do not "

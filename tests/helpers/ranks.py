@@ -56,7 +56,7 @@ def steps(
 
 def scale_after_overflow(tiny: Path, rank: int) -> float:
     """The loss scale after a step whose gradients overflow on the second rank only."""
-    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+    net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
     backprop = Backprop(net, lambda *_: iter(()), loss_scale=LossScale(2.0))
     factor = float("inf") if rank == 1 else 1.0
     batch = Batch("user", [[torch.zeros(())]], tokens=1)  # type: ignore[list-item]

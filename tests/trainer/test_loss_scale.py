@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor
 from helpers.methods import METHODS
 from helpers.recording import Recording
 from helpers.training import Train, largest_difference, weights
+from lisa_lightning.config.settings import Lora
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.method.base import Method
 from lisa_lightning.method.lisa import Lisa
@@ -44,7 +44,7 @@ def scale_of(module: LisaModule) -> LossScale:
 
 def fresh(tiny: Path) -> dict[str, Tensor]:
     """Return the adapter before training, as `train` makes it."""
-    net = attach(load(tiny, "float32"), SimpleNamespace(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+    net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
     return {name: weight.detach() for name, weight in trainable(net).items()}
 
 
