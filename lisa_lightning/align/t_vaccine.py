@@ -31,7 +31,8 @@ class TVaccine(Aligner):
 
     Two forward and two backward passes a step; the backward passes end at the lowest active layer. Sampling costs one
     more of each. Attention weights of inactive layers have no gradient, so that AdamW neither moves nor decays them.
-    Adapters on MLPs train from the lowest active layer upwards.
+    Adapters on MLPs train from the lowest active layer upwards. Under `16-mixed` a skipped step draws nothing: layers
+    and probabilities stay those before it.
 
     Departures from the official code:
         - It draws layers from NumPy's global state, differently on each rank.

@@ -65,10 +65,15 @@ def test_scaling_by_a_power_of_two_changes_no_bit_in_float32(
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_a_method_in_float16_moves_the_weights_as_in_float32(train: Train, tiny: Path, name: str) -> None:
-    """An epsilon of AdamW before which a gradient counts by its size."""
+def test_a_method_in_float16_moves_the_weights_as_in_float32(
+    train: Train, tiny: Path, initial_scale: Any, name: str
+) -> None:
+    """An epsilon of AdamW before which a gradient counts by its size, and a scale at which no step is skipped."""
+    initial_scale(2.0**10)
     trained = partial(train, METHODS[name](), steps=4, eps=1.0, lr=0.5, weight_decay=0.0)
-    half, single = (weights(trained(folder=f"{float16}", float16=float16)) for float16 in (True, False))
+    module = trained(folder="half", float16=True)
+    assert scale_of(module).good_steps == 4
+    half, single = weights(module), weights(trained(folder="single"))
     start = fresh(tiny)
     moved = flat([single[name] - start[name] for name in start])
     error = flat([half[name] - single[name] for name in start])
