@@ -1,4 +1,4 @@
-"""What makes two configs the same run: `result_settings`, which leaves out what no result depends on."""
+"""Identity of a run: `result_settings` returns the settings that its results depend on."""
 
 from collections.abc import Mapping
 from typing import Any, Final

@@ -71,7 +71,7 @@ class BatchPlan(Protocol):
 
     @property
     def paired(self) -> bool:
-        """Whether row i of every stream belongs together, so that all streams are drawn in one order."""
+        """True if row i of every stream belongs together, so that all streams are drawn in one order."""
         ...
 
     def plan(self, step: int) -> Mapping[Stream, StreamBatch]:

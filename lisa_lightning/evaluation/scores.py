@@ -64,10 +64,10 @@ def read_scores(metrics: Mapping[str, Any]) -> list[Score]:
     """
     scores = []
     for name, value in metrics.items():
-        model, _, rest = name.partition("/")
-        judge, _, metric = rest.partition("/")
-        if rest in METRICS or judge == "category":
-            judge, metric = "", rest
+        model, _, score_name = name.partition("/")
+        judge, _, metric = score_name.partition("/")
+        if score_name in METRICS or judge == "category":
+            judge, metric = "", score_name
         if metric in METRICS or metric.startswith("category/"):
             low, high, answers = (metrics.get(f"{name}_{end}") for end in ("low", "high", "answers"))
             scores.append(Score(model, judge, metric, value, low, high, answers))

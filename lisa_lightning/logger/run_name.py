@@ -27,7 +27,7 @@ class RunName:
 
     @property
     def finetunes(self) -> bool:
-        """Whether the run fine-tunes a model."""
+        """True if the run fine-tunes a model."""
         return "method" in self.defenses
 
     @property

@@ -113,6 +113,7 @@ class Backprop:
         """Return a loss of a batch and its gradients.
 
         Args:
+            batch: a batch of the step.
             loss_fn: a micro-batch's share of the loss; by default of the mean over the batch's supervised tokens.
             weights: a subset of the trainable weights, by default all.
 

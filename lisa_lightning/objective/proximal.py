@@ -42,6 +42,8 @@ def proximal_gradient(backprop: Backprop, step: Step, anchor: Sequence[Tensor], 
     """Return the gradient of loss(w) + rho/2 * ||w - anchor||^2 (Lisa, Algorithm 2).
 
     Args:
+        backprop: the weights w and their gradients.
+        step: the batches of the step.
         anchor: float32 copies of the weights at the last switch.
         rho: proximal factor, >= 0.
         start: step after which the penalty applies; until then it is zero.

@@ -86,7 +86,7 @@ class Adapter:
     r: int
     alpha: float
     fan_in_fan_out: bool
-    """Whether the adapted layers store transposed weights, such as those of GPT-2."""
+    """True if the adapted layers store transposed weights, such as those of GPT-2."""
     weights: Mapping[str, Tensor]
 
 

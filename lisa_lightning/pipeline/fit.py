@@ -31,10 +31,12 @@ def fit(
     """Train to the end, from the checkpoint if there is one.
 
     Args:
-        trainer_arguments: of Lightning's Trainer.
+        module: the model, the method and the optimizer settings.
+        datamodule: the rows.
+        trainer_arguments: arguments of Lightning's Trainer.
         checkpoint: saves and names the file to resume from.
-        callbacks: called before `checkpoint`.
-        loggers: of the stage, on the first rank.
+        callbacks: callbacks that are called before `checkpoint`.
+        loggers: loggers of the stage on this rank.
         stage: label of the progress bar.
 
     Returns:

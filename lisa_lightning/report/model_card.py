@@ -78,7 +78,7 @@ class _Run:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether the adapter was trained on an aligned model, in which another adapter is merged."""
+        """True if the adapter was trained on an aligned model, in which another adapter is merged."""
         return self.settings.get("model.adapters") == "stacked" and "align" in self.name.defenses
 
 

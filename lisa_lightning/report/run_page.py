@@ -63,7 +63,7 @@ class Cell:
     tone: str
     """`good`, `bad` or `neutral`, a class of style.css."""
     folded: bool
-    """Whether a click is needed to show the text."""
+    """True if a click is needed to show the text."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Axis:
     ticks: Sequence[tuple[float, str]] = ()
     """Positions and labels of the ticks; () to choose them automatically."""
     integer: bool = False
-    """Whether ticks are whole numbers only."""
+    """True if ticks are whole numbers only."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Plot:
     """Start and end of the alignment states on the horizontal axis."""
     log: bool = False
     percent: bool = False
-    """Whether the vertical axis is from 0 to 100."""
+    """True if the vertical axis is from 0 to 100."""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class Curve:
     label: str
     style: Style
     shown: bool
-    """Whether the curves are shown at first."""
+    """True if the curves are shown at first."""
     rows: list[dict[str, str]]
 
 

@@ -187,7 +187,7 @@ class Watch:
 
     @property
     def is_global_zero(self) -> bool:
-        """Whether this process is rank zero."""
+        """True if this process is rank zero."""
         return self.rank == 0
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:

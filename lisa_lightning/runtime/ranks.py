@@ -21,7 +21,7 @@ class RankLostError(UserError):
         super().__init__(message)
         self.rank = rank
         self.is_reported = raised_by == (1 if rank == 0 else 0)
-        """Whether this rank prints the message: rank zero does, or rank one if rank zero is lost."""
+        """True if this rank prints the message: rank zero does, or rank one if rank zero is lost."""
 
 
 class Ranks(Protocol):
@@ -29,7 +29,7 @@ class Ranks(Protocol):
 
     @property
     def is_global_zero(self) -> bool:
-        """Whether this process is rank zero."""
+        """True if this process is rank zero."""
         ...
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lightning.fabric import Fabric
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -60,20 +61,21 @@ def repair(
         "rows": stream_hashes(rows),
     }
 
+    def inputs(net: PeftModel) -> RepairInputs:
+        device = fabric.device
+        return RepairInputs(
+            {name: w.detach().to(device) for name, w in trainable(net).items()},
+            # The unquantized model is moved to the device only if a repair needs it.
+            net=lambda: net.to(device),
+            rows=lambda stream: _iter_padded(rows[stream], encoder, batch_size),
+            deltas=lambda: {name: delta.to(device) for name, delta in models.deltas(aligned).items()},
+            reference=lambda: {name: w.to(device) for name, w in _load_factors(reference).items()},
+        )
+
     def make(folder: Path) -> Metrics:
         if fabric.is_global_zero:
-            device = fabric.device
             net = attach_saved(models.load(finetuned), adapter)
-            repaired = defense.repair(
-                RepairInputs(
-                    {name: w.detach().to(device) for name, w in trainable(net).items()},
-                    # The unquantized model is moved to the device only if a repair needs it.
-                    net=lambda: net.to(device),
-                    rows=lambda stream: _iter_padded(rows[stream], encoder, batch_size),
-                    deltas=lambda: {name: delta.to(device) for name, delta in models.deltas(aligned).items()},
-                    reference=lambda: {name: w.to(device) for name, w in _load_factors(reference).items()},
-                )
-            )
+            repaired = defense.repair(inputs(net))
             changes = _count_changes(trainable(net), repaired.factors)
             write_text(folder / "changed.json", json.dumps(changes))
             set_factors(trainable(net), repaired.factors)
