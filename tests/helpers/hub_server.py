@@ -184,6 +184,9 @@ class Upload(Quiet):
         return f"http://{self.headers['Host']}"
 
     def do_GET(self) -> None:
+        if self.headers.get("Authorization") != f"Bearer {self.token}":
+            self.json({"error": "Invalid username or password."}, 401)
+            return
         id = self.path.removeprefix("/api/models/")
         self.json({"_id": "1", "id": id, "private": self.is_private, "tags": [], "downloads": 0, "likes": 0})
 

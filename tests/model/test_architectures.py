@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from helpers.paths import ROOT
 from lisa_lightning.config.optim import Optim
+from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.settings import Lora
+from lisa_lightning.config.validate import plain
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.source import Row
@@ -88,7 +90,7 @@ def test_every_model_has_a_stand_in() -> None:
 def test_trains_three_lisa_steps_and_answers(
     model_folder: Callable[[str], Path], config: Callable[..., DictConfig], tmp_path: Path, name: str
 ) -> None:
-    cfg = config(f"model={name}").model
+    cfg = parse_settings(plain(config(f"model={name}"))).model
     folder = model_folder(name)
     tokenizer, template = load_tokenizer(folder), "alpaca"
     model = load(folder, "float32", cfg.attention)

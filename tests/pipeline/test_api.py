@@ -197,8 +197,8 @@ def test_a_model_that_cannot_be_loaded_is_a_user_error(tiny: Path, monkeypatch: 
             load_lora_model(name)
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"target_modules": ["query"]}, "the model has no module 'query'"),
-        ({"r": 0}, "r must be above 0"),
-        ({"dropout": 1.0}, "dropout from 0 to below 1"),
+        ({"r": 0}, "lora.r=0 is not allowed; it must be a whole number above 0"),
+        ({"dropout": 1.0}, "lora.dropout=1.0 is not allowed; it must be a number from 0 to below 1"),
         ({"dtype": "int8"}, "dtype=int8: it must be one of float32"),
     ]
     for settings, match in mistakes:

@@ -99,7 +99,8 @@ def test_every_defense_has_its_papers_settings(config: Callable[..., DictConfig]
         needed = ["source.refusals=pairs.json"] if "source.refusals" in text else []
         cfg = config(f"experiment=paper/{name}", *needed)
         check(cfg)
-        choices: dict[str, str] = dict.fromkeys(("curate", "align", "method", "repair"), name)
+        defended = {"curate": cfg.curate, "align": cfg.align.method, "method": cfg.method, "repair": cfg.repair}
+        choices = {group: name if section else "none" for group, section in defended.items()}
         values = plain(cfg)
         check_requirements(build_defenses(values).by_group, choices, parse_settings(values), 1)
         for group in ("curate", "align", "method", "repair"):
