@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import metadata
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +147,12 @@ def wheel_license(model_id: str | None) -> str | None:
     package = WHEELS.get(model_id or "")
     if _find_gguf(package) is None or package is None:
         return None
-    stated = metadata(package).json.get("license")
-    return stated.lower() if isinstance(stated, str) else None
+    try:
+        stated = metadata(package).get_all("License")
+    except PackageNotFoundError:
+        # The module was copied without the record of its package.
+        return None
+    return stated[0].lower() if stated else None
 
 
 def _find_gguf(package: str | None) -> Path | None:

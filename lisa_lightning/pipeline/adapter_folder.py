@@ -123,7 +123,7 @@ def _refuse_special(path: Path, settings: Mapping[str, Any]) -> None:
         "peft_type": settings.get("peft_type") == "LORA",
         "task_type": settings.get("task_type") == "CAUSAL_LM",
         "r": type(r) is int and r > 0,
-        "lora_alpha": isinstance(alpha, int | float) and math.isfinite(alpha),
+        "lora_alpha": isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha),
         "base_model_name_or_path": isinstance(settings.get("base_model_name_or_path"), str),
     }
     defaults = LoraConfig().to_dict()
