@@ -32,6 +32,7 @@ def settings_classes() -> Iterator[type[Any]]:
                 yield cls
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_meaning_and_allowed_values() -> None:
     described = {(cls.__name__, p.name): p for cls in settings_classes() for p in parameters(cls)}
     assert len(described) > 100
@@ -39,6 +40,7 @@ def test_every_parameter_has_a_meaning_and_allowed_values() -> None:
     assert described["SEAL", "keep"].meaning.startswith("Share of the rows to keep.")  # an inherited field
 
 
+@pytest.mark.slow
 def test_the_page_of_tables_is_current() -> None:
     """After a change: python -m lisa_lightning.config.tables > docs/configuration.md"""
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == page()

@@ -68,6 +68,7 @@ def test_every_public_name_exists_at_run_time_and_for_type_checkers() -> None:
         _ = lisa_lightning.Liza
 
 
+@pytest.mark.slow
 def test_evaluate_is_a_function_and_a_package_in_any_order_of_imports() -> None:
     orders = ("import lisa_lightning.evaluation.stored", "from lisa_lightning import evaluate")
     for first, second in (orders, orders[::-1]):
@@ -97,6 +98,7 @@ def global_state() -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("other_app")
 def test_the_pipeline_runs_twice_within_another_hydra_app_and_leaves_its_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -290,6 +292,7 @@ def test_wrong_arguments_of_evaluate_are_user_errors(tiny: Path) -> None:
             lisa_lightning.evaluate(model, tokenizer, prompts, judges, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
 def test_an_example_is_short_and_runs(example: Path, tiny: Path, tmp_path: Path) -> None:
     if "trl" in example.stem:
