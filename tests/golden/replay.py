@@ -19,11 +19,13 @@ from golden.training import token_weights, train
 
 GOLDEN = Path(__file__).parent
 TOLERANCES = {"booster": 3e-5, "repnoise": 5e-6, "ldifs": 5e-5, "nlsr": 2e-6}
-"""Of weights, absolute; of everything else relative to max(1, value), since a loss near 5, recorded in float32 under an
-older transformers, is met to 1.5e-6 at best, in float32 and in float64 alike. Others have 1e-6."""
+"""Tolerance by method, 1e-6 for others. It is absolute for weights, and relative to max(1, value) for other values.
 
-OF_TERMS = {"layer entropies": 1.5e-5}
-"""Of what goes through bfloat16 on its way: a sum's last bit can turn a rounding."""
+A loss near 5, recorded in float32 under an older transformers, is reproduced to 1.5e-6 at best, in float64 too.
+"""
+
+TERM_TOLERANCES = {"layer entropies": 1.5e-5}
+"""Tolerance of terms that pass through bfloat16, in which the last bit of a sum can change a rounding."""
 
 
 def replay(case: Path) -> Errors:
@@ -31,7 +33,7 @@ def replay(case: Path) -> Errors:
     facts = json.loads(case.with_name(case.name + ".json").read_text())
     tensors = load_file(case.with_name(case.name + ".safetensors"))
     name = facts["method"]
-    errors = Errors(TOLERANCES.get(name, 1e-6), OF_TERMS)
+    errors = Errors(TOLERANCES.get(name, 1e-6), TERM_TOLERANCES)
     if name in REPAIRS:
         REPAIRS[name](facts, tensors, errors)
     elif name == "constrained_sft":
@@ -53,6 +55,8 @@ def main(cases: list[str]) -> int:
             print(f"{Path(case).name}  FAILED ({type(error).__name__}: {error})")
             continue
         failed |= not errors.passed
-        said = "  ".join(f"{name} {error:.1e}" for name, error in errors.found.items())
-        print(f"{Path(case).name}  {said}" + ("" if errors.passed else f"  FAILED (tolerance {errors.tolerance:.0e})"))
+        summary = "  ".join(f"{name} {error:.1e}" for name, error in errors.found.items())
+        print(
+            f"{Path(case).name}  {summary}" + ("" if errors.passed else f"  FAILED (tolerance {errors.tolerance:.0e})")
+        )
     return int(failed)

@@ -65,8 +65,8 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def settings(name: str, url: str, **more: Any) -> dict[str, Any]:
-    own: Any = OmegaConf.load(JUDGES / f"{name}.yaml")
-    shipped: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(JUDGES / "_endpoint.yaml"), own[name]))
+    config: Any = OmegaConf.load(JUDGES / f"{name}.yaml")
+    shipped: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(JUDGES / "_endpoint.yaml"), config[name]))
     del shipped["_target_"]
     prices = {"usd_per_million_input": 1.0, "usd_per_million_output": 10.0}
     return shipped | {"model": "m", "base_url": url, "retries": 2} | prices | more

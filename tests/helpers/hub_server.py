@@ -1,4 +1,4 @@
-"""What the hub holds of the papers' sets, made up, and servers: `Hub` answers about it, `Upload` takes a model."""
+"""Servers that stand in for the hub: `Hub` serves invented rows like the papers' sets, `Upload` takes a model."""
 
 import base64
 import gzip

@@ -14,7 +14,7 @@ CHAINS = {
     "vaccine, asft, antidote": 3,
     "seal, vlguard_loss, nlsr": 3,
 }
-"""What tests/helpers/killing.py kills -> how often."""
+"""Chain of tests/helpers/killing.py -> number of kills."""
 
 
 @pytest.fixture(scope="module")
