@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar, Final, final
 
 from pydantic.dataclasses import dataclass
 
 from lisa_lightning.config.fields import STRICT, Count, Dtype, HubId, Name
 from lisa_lightning.data.tokens import SHORT_TEXT_CHARS, first_ids
+from lisa_lightning.judge._local_model import LocalModel
 from lisa_lightning.judge.base import Metric, Pair, Verdict
-from lisa_lightning.model.base_model import load_pretrained, locate_weights
+from lisa_lightning.model.base_model import load_pretrained
 from lisa_lightning.runtime.cache import short_hash
 from lisa_lightning.runtime.errors import UserError
 
@@ -20,7 +20,7 @@ CODE: Final = 1
 
 @final
 @dataclass(frozen=True, config=STRICT)
-class LlamaGuardJudge:
+class LlamaGuardJudge(LocalModel):
     """Judge that scores the probability of `unsafe` at the first word of the guard's reply:
 
         P(unsafe) / (P(safe) + P(unsafe))
@@ -35,6 +35,7 @@ class LlamaGuardJudge:
     """
 
     metric: ClassVar[Metric] = "harmful_score"
+    config_key: ClassVar[str] = "judge.llama_guard"
 
     id: HubId
     """A hub id or a folder, with weights as safetensors and a chat template for a user's and an assistant's turn."""
@@ -63,11 +64,6 @@ class LlamaGuardJudge:
                 "Fix: set a larger one"
             )
         _ = self._words
-
-    @property
-    def error_prefix(self) -> str:
-        """Beginning of messages about the guard."""
-        return f"judge.llama_guard.id={self.id}"
 
     @cached_property
     def version(self) -> str:
@@ -136,17 +132,6 @@ class LlamaGuardJudge:
                 "judge.llama_guard.safe and judge.llama_guard.unsafe to words with different first tokens"
             )
         return first_tokens[0], first_tokens[1]
-
-    @cached_property
-    def _weights(self) -> tuple[Path, Any]:
-        """The folder of the weights, and their version."""
-        return locate_weights(self.error_prefix, self.id, self.revision)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from lisa_lightning.model.lora import load_tokenizer
-
-        return load_tokenizer(self._weights[0], self.error_prefix)
 
     @cached_property
     def _model(self) -> Any:

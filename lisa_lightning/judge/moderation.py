@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, final
 
 from omegaconf import ListConfig
@@ -11,8 +10,9 @@ from pydantic.dataclasses import dataclass
 
 from lisa_lightning.config.fields import STRICT, Count, Dtype, HubId, Name, OpenShare, Phrase, Words
 from lisa_lightning.data.tokens import first_ids
+from lisa_lightning.judge._local_model import LocalModel
 from lisa_lightning.judge.base import Metric, Pair, Verdict, fill_template
-from lisa_lightning.model.base_model import load_pretrained, locate_weights, reraise_load_errors
+from lisa_lightning.model.base_model import load_pretrained, reraise_load_errors
 from lisa_lightning.runtime.cache import short_hash
 from lisa_lightning.runtime.errors import UserError
 
@@ -32,7 +32,7 @@ Labels = Annotated[list[str], BeforeValidator(_plain_list), Field(min_length=1),
 
 @final
 @dataclass(frozen=True, config=STRICT)
-class ModerationJudge:
+class ModerationJudge(LocalModel):
     """Judge that flags an answer if the sigmoid of any label exceeds the threshold (Lisa, section 5.1).
 
     Text and limit are those of the official evaluation. Question and answer together are truncated after 256 tokens;
@@ -50,6 +50,7 @@ class ModerationJudge:
     """
 
     metric: ClassVar[Metric] = "harmful_score"
+    config_key: ClassVar[str] = "judge.moderation"
 
     id: HubId
     """A hub id or a folder, with weights as safetensors; `config.id2label` names the labels."""
@@ -76,11 +77,6 @@ class ModerationJudge:
             )
         # Problems with the files show now rather than after hours of training.
         _ = self.version, self._tokenizer, self._label_kind
-
-    @property
-    def error_prefix(self) -> str:
-        """Beginning of messages about the classifier."""
-        return f"judge.moderation.id={self.id}"
 
     @cached_property
     def version(self) -> str:
@@ -123,17 +119,6 @@ class ModerationJudge:
         flagged = {label: by_label[label] > self.threshold for label in labels}
         score = max(by_label[label] for label in labels)
         return Verdict(any(flagged.values()), score, categories=flagged, partly=partly)
-
-    @cached_property
-    def _weights(self) -> tuple[Path, Any]:
-        """The folder of the weights, and their version."""
-        return locate_weights(self.error_prefix, self.id, self.revision)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from lisa_lightning.model.lora import load_tokenizer
-
-        return load_tokenizer(self._weights[0], self.error_prefix)
 
     @cached_property
     def _model(self) -> Any:
