@@ -1,4 +1,4 @@
-"""What the tests share: a tiny random Llama with a byte tokenizer, composed configs, and commands in forks."""
+"""Shared fixtures: a tiny random Llama with a byte tokenizer, composed configs, and commands in forks."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -14,27 +14,30 @@ from helpers.paths import ROOT
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Fixtures that import torch, where tests run: not in the process that hands them out, which others wait for."""
+    """Register the fixtures that import torch in processes that run tests.
+
+    The process that hands tests out does not import torch, since the others wait for it.
+    """
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         for name in ("helpers.judge_models", "helpers.training"):
             config.pluginmanager.import_plugin(name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no worker is left alone with one at the end."""
+    """Put files with slow tests first, so that no worker is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish() -> None:
-    """Every stage of every run would look for garbage among all that was imported, for a third of a second."""
+    """Exclude imports from garbage collection, which would cost every stage of every run a third of a second."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def config() -> Callable[..., DictConfig]:
-    """`config("experiment=smoke", ...)`: the config that run.py would see."""
+    """Return `config("experiment=smoke", ...)`, which composes the config that run.py would see."""
 
     def composed(*overrides: str) -> DictConfig:
         with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
@@ -45,7 +48,7 @@ def config() -> Callable[..., DictConfig]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, config: Callable[..., DictConfig]) -> Path:
-    """The folder of the tiny model."""
+    """Return the folder of the tiny model."""
     from lisa_lightning.model.base_model import base_model
     from lisa_lightning.runtime.ranks import OneRank
 
@@ -54,7 +57,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, config: Callable[..., DictCon
 
 @pytest.fixture(scope="session")
 def forked() -> Iterator[Forked]:
-    """Runs commands in forks of one process: `forked.run(arguments, cwd, env)`."""
+    """Yield a runner of commands in forks of one process: `forked.run(arguments, cwd, env)`."""
     process = Forked()
     yield process
     process.close()

@@ -29,7 +29,7 @@ COPIED = ("lisa_lightning", "conf", "tests", "experiments", "benchmarks", "docs"
 
 
 def caught(fault: Fault, copy: Path) -> bool:
-    """Whether the tests fail in a copy that has the fault; in a fork, which has imported the libraries."""
+    """Return whether the tests fail in a copy with the fault, in a fork that has imported the libraries."""
     file = copy / "lisa_lightning" / fault.file
     good = file.read_text(encoding="utf-8")
     file.write_text(good.replace(fault.old, fault.new, 1), encoding="utf-8")
@@ -70,7 +70,7 @@ def stale(fault: Fault) -> str:
 
 
 def main(words: list[str]) -> int:
-    """Try the faults, and print the survivors; 1 if there is one."""
+    """Try the faults, print the survivors, and return 1 if there is one."""
     problems = [problem for fault in [*IN_TRAINING, *IN_RUNS] if (problem := stale(fault))]
     print(*problems, sep="\n", end="\n" if problems else "")
     for name in LIBRARIES:

@@ -1,4 +1,4 @@
-"""Every command that a page tells people to type, run on the tiny model, or checked where it needs more than that."""
+"""Every command that a page tells people to type, run on the tiny model, or checked if it needs more."""
 
 import json
 import re
@@ -17,10 +17,13 @@ from lisa_lightning.pipeline.run import run
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "experiments").rglob("README.md"))
 BEYOND = ("experiment=paper/", "model=llama2_7b", "model=qwen2_5_0_5b", "--cfg")
-"""What needs the hub, a GPU or nothing but the config: these are composed and accepted."""
+"""Parts of commands that need the hub, a GPU or only the config. Such commands are composed and accepted."""
 OWN_TESTS = ("method=projected", "task=letters", "judge=[promises", "--help", "--version", "export ")
-"""Pages that test_docs.py follows whole; test_wrong_input.py looks at the help, test_wheel.py at the version, and
-test_export.py exports."""
+"""Parts of commands that other tests run.
+
+test_docs.py follows whole pages, test_wrong_input.py looks at the help, test_wheel.py at the version, and
+test_export.py exports.
+"""
 SMALL = [
     *("model=tiny", "data.n=20", "data.max_length=768", "optim.batch_size=2", "align.optim.batch_size=1"),
     *("optim.steps=2", "align.optim.steps=2", "evaluate.every=0", "evaluate.max_new_tokens=2", "task.max_new_tokens=2"),
@@ -33,23 +36,23 @@ THE_REST = [
     *("source.test.path=train.csv", "source.test.skip=30"),
     *(f"source.test.{key}=${{source.train.{key}}}" for key in ("header", "columns", "labels")),
 ]
-"""What a page leaves out as `...`."""
+"""Overrides that a page leaves out as `...`."""
 
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-"""Of a page: its language, none where commands stand in it, and its lines."""
+"""Pattern of a block in a page: its language, which is empty for commands, and its lines."""
 COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )?(?:make|python|\.venv/bin/python|lisa-lightning) ")
 STARTS = ("python run.py ", "lisa-lightning ")
-"""In a clone, and installed."""
+"""First words of commands in a clone, and in an installation."""
 OTHERS = (
     *("python3.11 -m venv ", "pip install ", "pip wheel ", "touch .venv/complete", "pre-commit install"),
     *("wandb leet ", "wandb sync ", "wandb login", "IS_ALPACA_EVAL_2=False alpaca_eval "),
 )
-"""What sets up and what others bring: needs an index or an account."""
+"""Commands that set up, and those of other packages. They need an index or an account."""
 
 
 def typed(page: Path) -> list[str]:
-    """The commands of a page, out of its blocks and its sentences, without comments."""
+    """Return the commands of a page from its blocks and its sentences, without comments."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     blocks = [line for language, block in BLOCK.findall(text) if not language for line in block.splitlines()]
     inline = [
@@ -69,7 +72,7 @@ def test_every_line_of_a_block_is_known() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    """Where the commands are typed: with the files in it that they speak of."""
+    """Return the folder in which the commands are typed, with the files that they name."""
     made = tmp_path_factory.mktemp("typed")
     (made / "sst2").mkdir()
     for name in ("train", "dev"):
@@ -94,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
 def test_a_command_runs(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
-    """Of a sweep its first job: sweeps have tests of their own."""
+    """Every command runs or is accepted. Of a sweep, only the first job runs, as sweeps have tests of their own."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     cache = f"cache_dir={tmp_path_factory.getbasetemp() / 'typed-cache'}"

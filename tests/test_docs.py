@@ -13,14 +13,14 @@ from helpers.paths import ROOT
 
 
 def blocks(page: str) -> tuple[dict[str, str], list[str]]:
-    """A page's blocks of code by language, and the arguments of its one command."""
+    """Return a page's blocks of code by language, and the arguments of its one command."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     (command,) = re.findall(r"```\npython (run\.py .*?)\n```", text)
     return dict(re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL)), command.split()
 
 
 def put(group: str, name: str, folder: Path) -> tuple[dict[str, str], list[str]]:
-    """What the page of a group says, its Python and YAML put where it says; what `blocks` gives."""
+    """Write the Python and YAML of a group's page to the places that it names, and return its `blocks`."""
     code, arguments = blocks(f"add_a_{group}.md")
     (folder / f"{name}.py").write_text(code["python"])
     (folder / "own" / group).mkdir(parents=True)
@@ -29,7 +29,7 @@ def put(group: str, name: str, folder: Path) -> tuple[dict[str, str], list[str]]
 
 
 def run(forked: Forked, arguments: list[str], folder: Path) -> dict[str, Any]:
-    """The metrics of a command whose Python and configs lie in `folder`."""
+    """Return the metrics of a command whose Python and configs lie in `folder`."""
     env = {"PYTHONPATH": str(folder), "LISA_CACHE": str(folder / "cache"), "WANDB_MODE": "disabled"}
     done = forked.run([*arguments[1:], "hydra.run.dir=out"], folder, env)
     assert done.returncode == 0, done.stderr[-3000:]

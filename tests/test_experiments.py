@@ -1,4 +1,4 @@
-"""Claims of experiments/: every one's command composes; numbers are merged run by run and drawn."""
+"""Claims of experiments/: the command of each composes, and numbers are merged run by run and drawn."""
 
 import csv
 import json
@@ -170,7 +170,7 @@ def test_the_table_of_defenses_measures_the_best_trial_and_goes_on_where_it_stop
 
 @pytest.mark.slow
 def test_numbers_are_merged_seed_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: Forked) -> None:
-    """The claim's command in a fork."""
+    """Numbers of a claim's command, which runs in a fork, are merged with those of earlier seeds."""
     for name in ("run.py", "conf"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "experiments").mkdir()

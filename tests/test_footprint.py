@@ -41,7 +41,7 @@ ON_A_CPU = {
         sdpa_backward_flop_count(grad, q, k, v)
     ),
 }
-"""What torch counts for a GPU's attention, for the CPU's, which it doesn't know."""
+"""Counts of operations of the CPU's attention, which torch doesn't know: those of a GPU's."""
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -90,7 +90,7 @@ def test_weights_gradients_moments_and_anchor_are_exact(family: str) -> None:
 @pytest.mark.parametrize("targets", ["qv", "all"])
 @pytest.mark.parametrize("family", SMALL)
 def test_what_a_layer_keeps(family: str, targets: str, dropout: bool, dtype: str) -> None:
-    """The third layer costs what the formula says, to a hundredth; the whole to a twentieth."""
+    """The third layer costs what the formula gives to a hundredth, and the whole model to a twentieth."""
     shape = SMALL[family]
     lora = Lora(4, QV if targets == "qv" else tuple(shape.linears), dropout)
     step = Step(tokens=200, width=100, passes=2, supervised=20)
@@ -110,7 +110,10 @@ def test_what_a_layer_keeps(family: str, targets: str, dropout: bool, dtype: str
 @pytest.mark.parametrize("stage", ["alignment", "fine-tuning"])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_peak_of_a_step_of_the_true_widths(name: str, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole optimizer step of the model with four of its layers, op by op, on tensors without contents."""
+    """The peak of an optimizer step is between 95 and 100 % of the formula.
+
+    The model has four of its layers, and runs op by op on tensors without contents.
+    """
     full, _, aligning, finetuning = footprint.planned(name)
     shape, lora = replace(full, layers=4), aligning if stage == "alignment" else finetuning
     step = Step(tokens=512, width=256, passes=2, supervised=300)

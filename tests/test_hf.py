@@ -1,6 +1,6 @@
 """`LisaMixin` in the trainers of transformers and TRL: the weights of LisaModule, the rows of StepBatches.
 
-As a program, one of several gloo ranks: python tests/test_hf.py MODEL FOLDER, with the environment of torchrun.
+The program `python tests/test_hf.py MODEL FOLDER` is one of several gloo ranks, with the environment of torchrun.
 """
 
 import json
@@ -99,7 +99,7 @@ def encoded(tiny: Path, rows: Sequence[Row]) -> Dataset:
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """Pad on the right."""
+    """Return a batch of rows that are padded on the right."""
     width = max(len(row["input_ids"]) for row in rows)
 
     def padded(values: list[list[int]], value: int) -> Tensor:
@@ -165,7 +165,7 @@ pytestmark = [
 @pytest.mark.parametrize("cycle", [(2, 3), (0, 3), (3, 0), (1, 4)])
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_sampler_visits_the_rows_of_step_batches_in_their_order(cycle: tuple[int, int], world: int) -> None:
-    """More rows a step than a stream has, so that a step spans epochs."""
+    """The sampler has the order of StepBatches. A step has more rows than a stream, so that it spans epochs."""
     sizes: dict[State, int] = {"alignment": 5, "user": 9}
 
     def example(index: int, first: int) -> Example:
@@ -213,7 +213,7 @@ def test_rho_0_is_plain_alternation_bit_for_bit(tiny: Path, tmp_path: Path) -> N
 
 
 def test_the_penalty_starts_after_its_share_of_the_steps(tiny: Path, tmp_path: Path) -> None:
-    """Step 6 of 10 has none yet."""
+    """A penalty that starts after 60 % of the steps equals LisaModule's. Step 6 of 10 has none yet."""
     lisa: dict[str, Any] = {**LISA, "proximal_after": 0.6}
     expected, _ = reference(tiny, Lisa(**lisa), steps=10)
     assert difference(trained(trainer(tiny, tmp_path, lisa, max_steps=10)), expected) < 1e-6
@@ -221,7 +221,7 @@ def test_the_penalty_starts_after_its_share_of_the_steps(tiny: Path, tmp_path: P
 
 @pytest.mark.parametrize("step", [1, 4, 5, 7])
 def test_resuming_in_the_middle_of_a_state_changes_no_bit(tiny: Path, tmp_path: Path, step: int) -> None:
-    """The switches are at 2, 5 and 7."""
+    """Weights and anchor after a resumption equal those of the straight run. The switches are at 2, 5 and 7."""
     make = partial(trainer, tiny, tmp_path, gradient_accumulation_steps=2, save_strategy="steps", save_steps=1)
     straight = make()
     expected = trained(straight)
@@ -299,7 +299,7 @@ def test_two_ranks_train_the_weights_of_one_and_resume(
 
 
 class _Weights(TrainerCallback):
-    """Stores the weights before every step."""
+    """Callback that stores the weights before every step."""
 
     def __init__(self) -> None:
         self.before: list[Weights] = []
@@ -310,7 +310,7 @@ class _Weights(TrainerCallback):
 
 
 class _Recorded(LisaTrainer):
-    """Trains on the recorded batches in their order; an item of the data set is a batch."""
+    """Trainer on the recorded batches in their order. An item of its data set is a batch."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(range(self.args.max_steps))
@@ -427,7 +427,10 @@ def test_a_wrong_setting_is_refused(tiny: Path, tmp_path: Path, setting: dict[st
 def test_what_needs_other_hardware_is_refused(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attribute: str, message: str
 ) -> None:
-    """The attribute is set as the Trainer sets it on such a machine, since this one has none of them."""
+    """Options that need other hardware are refused.
+
+    The attribute is set as the Trainer sets it on such a machine, since this machine has no such hardware.
+    """
     created = Trainer.create_accelerator_and_postprocess
 
     def create(self: Any) -> None:
@@ -504,7 +507,7 @@ def texts(stream: str) -> Dataset:
 
 
 def test_trl_trains_the_weights_of_lisa_module(tiny: Path, sft: Callable[..., Any]) -> None:
-    """With SGD, because the loss of TRL is in float32."""
+    """TRL trains the weights of LisaModule. The optimizer is SGD, because the loss of TRL is in float32."""
     expected, _ = reference(tiny, Lisa(**LISA), sgd=True, accumulate=2, lr=0.5)
     hf = sft(encoded(tiny, USER), encoded(tiny, ALIGNMENT), gradient_accumulation_steps=2, learning_rate=0.5)
     use_sgd(hf, 0.5)
@@ -512,7 +515,7 @@ def test_trl_trains_the_weights_of_lisa_module(tiny: Path, sft: Callable[..., An
 
 
 def test_trl_prepares_both_sets_alike_and_resumes(tiny: Path, tmp_path: Path, sft: Callable[..., Any]) -> None:
-    """A row that TRL drops and the order that it shuffles must not mix the streams."""
+    """The streams stay apart although TRL drops a row and shuffles the order."""
     from peft import LoraConfig
 
     cut_off = {"prompt": ["long " * 60], "completion": ["cut"]}

@@ -36,7 +36,7 @@ def outputs(notebook: NotebookNode) -> list[NotebookNode]:
 
 
 def scores(notebook: NotebookNode) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """The printed score of each model with its interval. Nothing but scores is printed."""
+    """Return the printed score of each model with its interval, and require that nothing else is printed."""
     streams = [output for output in outputs(notebook) if output.output_type == "stream"]
     assert {stream.name for stream in streams} == {"stdout"}
     lines = [line for stream in streams for line in stream.text.splitlines()]

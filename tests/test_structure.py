@@ -27,7 +27,10 @@ def test_every_group_that_names_a_class_has_a_folder_of_code() -> None:
 
 @pytest.mark.parametrize("group", CHOICES)
 def test_a_choice_is_the_file_of_its_name(group: str) -> None:
-    """Names that begin with an underscore are no choices, in either folder; base.py defines a choice."""
+    """Configs and files of code have the same names.
+
+    Names that begin with an underscore are no choices in either folder, and base.py defines a choice.
+    """
     conf = {f.stem: f.read_text() for f in (ROOT / "conf" / group).glob("[!_]*.yaml") if f.stem != "none"}
     code = {f.stem for f in (ROOT / "lisa_lightning" / group).glob("[!_]*.py")} - {"base"}
     assert set(conf) == code
@@ -39,7 +42,10 @@ RULED_ELSEWHERE = (
     r"source\.refusals|((align\.)?method|curate|repair|judge|logger|callbacks)(\..*)?|task\.(embedded|hub)\..*"
     r"|.*\.(columns|labels|where)\..*|.*_target_"
 )
-"""A path that is asked for, what is null where nothing aligns, what a source takes over, a person's own columns."""
+"""Keys with rules elsewhere.
+
+They are a requested path, keys that are null without alignment, keys that a source takes over, and a user's columns.
+"""
 
 
 @pytest.mark.slow
@@ -58,7 +64,7 @@ def test_every_file_says_what_it_holds() -> None:
 
 
 def test_no_file_imports_itself_over_others() -> None:
-    """Imports inside functions count: they would only hide a circle."""
+    """Imports of files and of folders have no cycle. Imports inside functions count, as they only hide cycles."""
     files = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in OURS}
     imports = {name: {_file_of(m, files) for m in _modules(ast.parse(f.read_text()))} for name, f in files.items()}
     imports = {name: found - {name, None} for name, found in imports.items()}
@@ -73,7 +79,7 @@ def test_no_file_imports_itself_over_others() -> None:
 
 
 def test_the_package_root_has_few_entries() -> None:
-    """Beside the folders of config groups: what the documentation of the package must explain."""
+    """The package has at most 10 entries beside the folders of config groups. Its documentation must explain each."""
     groups = {f.name for f in (ROOT / "conf").iterdir() if f.is_dir()} | {"trainer", "model", "logger", "callbacks"}
     tracked = {f.name for f in (ROOT / "lisa_lightning").iterdir() if f.name != "__pycache__"}
     assert len(tracked - groups) <= 10
@@ -100,12 +106,12 @@ def test_architecture_page_names_existing_files() -> None:
 
 
 def _file_of(module: str, files: Container[str]) -> str | None:
-    """The file of ours that has a module, or a name in one."""
+    """Return the project's file that has a module, or a name in one."""
     return next((m for m in (module, module.rpartition(".")[0]) if m in files), None)
 
 
 def _modules(tree: ast.AST) -> Iterator[str]:
-    """All that is imported, names with their module, but for what only a type checker sees."""
+    """Yield all imported modules, and names with their module, except imports for type checkers only."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

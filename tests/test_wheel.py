@@ -43,7 +43,7 @@ CALLBACK_CONFIG = "rank_files:\n  _target_: rank_files.RankFiles\n  folder: rank
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the wheel and the source archive."""
+    """Return the folder of the wheel and the source archive."""
     folder = tmp_path_factory.mktemp("archives")
     _execute([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-t", "sdist", "-d", str(folder)], ROOT)
     return folder
@@ -51,9 +51,9 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scripts(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of executables of a virtual environment with the wheel.
+    """Return the folder of executables of a virtual environment with the wheel.
 
-    It finds the dependencies in the environment of this process. They come after the wheel, and path files in them are
+    The dependencies are found in the environment of this process. They come after the wheel, and path files in them are
     not read, so that an editable installation has no effect.
     """
     folder = tmp_path_factory.mktemp("environment")

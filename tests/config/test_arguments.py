@@ -1,4 +1,4 @@
-"""Arguments before Hydra parses them: paths mean themselves, and what can't be meant is one sentence."""
+"""Arguments before Hydra parses them: paths are taken literally, and a wrong argument ends in one sentence."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def parsed(argument: str) -> object:
 
 @given(NAMES)
 def test_a_folder_of_any_name_is_taken_as_it_is(name: str) -> None:
-    """Those of a sweep's own jobs hold `=` and `,`."""
+    """Folders of any name are taken literally. The folders of a sweep's own jobs contain `=` and `,`."""
     for key in ("hydra.run.dir", "responses", "cache_dir"):
         path = f"/some/where/{name}/file"
         (argument,) = prepare_arguments([f"{key}={path}"])

@@ -42,7 +42,10 @@ def test_every_parameter_has_a_meaning_and_allowed_values() -> None:
 
 @pytest.mark.slow
 def test_the_page_of_tables_is_current() -> None:
-    """After a change: python -m lisa_lightning.config.tables > docs/configuration.md"""
+    """The page equals the current tables.
+
+    Command after a change: python -m lisa_lightning.config.tables > docs/configuration.md
+    """
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == page()
 
 

@@ -33,7 +33,7 @@ def refused(cfg: DictConfig) -> str:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_is_accepted_and_every_misspelt_key_of_it_is_not(config: Config, choice: str) -> None:
-    """The key with a letter more, next to each key of the whole config."""
+    """Every choice is accepted. A misspelt key, one letter longer and next to the right one, is refused with a hint."""
     cfg = config("experiment=smoke", choice)
     accept(cfg)
     group = choice.partition("=")[0]

@@ -1,4 +1,4 @@
-"""The laws of choosing alignment rows: what is kept, and the bilevel selector against autograd on a tiny model."""
+"""Laws of the choice of alignment rows: the kept rows, and the bilevel selector against autograd on a tiny model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def row(prompt: int, answer: int, tokens: int = 2) -> Example:
-    """Four tokens that many rows share, one of its own, an answer."""
+    """Return a row of four tokens that many rows share, one token of its own, and an answer."""
     ids = (1, 2, 3, 4, prompt, *[answer] * tokens)
     return Example(ids, (*[IGNORED] * 5, *[answer] * tokens))
 
@@ -97,7 +97,11 @@ def test_another_seed_draws_other_rows() -> None:
 
 @pytest.mark.parametrize("packing", [pack, pad])
 def test_row_losses_are_each_rows_own_mean(packing: Packing) -> None:
-    """Rows in the order of their ids, as the selector hands them over; two of them equal, one the start of another."""
+    """Each row's loss is its own mean.
+
+    Rows come in the order of their ids, as the selector hands them over. Two of them are equal, and one is the start of
+    another.
+    """
     rows = sorted([*MIXED, MIXED[0], row(5, 16, 3), row(23, 9, 4)], key=lambda e: e.ids)
     model = net().get_base_model()
     wanted = [model(input_ids=torch.tensor([e.ids]), labels=torch.tensor([e.labels])).loss for e in rows]
@@ -106,7 +110,10 @@ def test_row_losses_are_each_rows_own_mean(packing: Packing) -> None:
 
 
 def by_autograd(curate: SEAL | Pharmacist, candidates: Sequence[Example], upper: Sequence[Example]) -> Tensor:
-    """The same training as one loss of everything, one row at a time; every step sees all rows."""
+    """Return the row weights of the same training as one loss of everything, one row at a time.
+
+    Every step sees all rows.
+    """
 
     def weights(theta: Tensor) -> Tensor:
         return len(theta) * theta.softmax(0) if curate.activation == "softmax" else 2 / (1 + (-theta).exp())
@@ -170,7 +177,10 @@ def test_any_split_and_either_packing_gives_the_same_scores() -> None:
 
 @pytest.mark.parametrize(("adam", "batch"), [(False, 5), (True, 25)])
 def test_rows_that_agree_with_most_go_up_in_seal(adam: bool, batch: int) -> None:
-    """A quarter answers otherwise. The last row's answer was cut off: it can't be judged, so it comes last."""
+    """SEAL keeps the rows that agree with most. A quarter of the rows answers otherwise.
+
+    The last row's answer was cut off and can't be judged, so it comes last.
+    """
     odd = [i % 4 == 0 for i in range(24)]
     rows = [row(5 + i % 10, 20 if o else 21) for i, o in enumerate(odd)]
     cut = Example((1, 2, 3), (IGNORED,) * 3)
@@ -184,7 +194,7 @@ def test_rows_that_agree_with_most_go_up_in_seal(adam: bool, batch: int) -> None
 
 @pytest.mark.parametrize(("adam", "batch"), [(False, 5), (True, 20)])
 def test_rows_that_contradict_harmful_answers_go_up_in_pharmacist(adam: bool, batch: int) -> None:
-    """Half of the rows answer as the harmful ones do."""
+    """Pharmacist keeps the rows that contradict harmful answers. The other half answers as the harmful rows do."""
     harmful = [row(5 + i, 20) for i in range(8)]
     rows = [row(5 + i % 10, 20 if i % 2 else 21) for i in range(20)]
     pharmacist = Pharmacist(**settings(epochs=3, batch_size=batch, lr=2e-2, adam=adam))
@@ -209,7 +219,10 @@ def test_what_is_missing_or_not_finite_is_said() -> None:
 
 
 def test_a_selector_in_float16_skips_steps_that_overflow() -> None:
-    """A power of two changes no bit in float32, and float16 alone is near."""
+    """A loss scale, as a power of two, changes no score in float32. Scores in float16 are close.
+
+    Steps that overflow are skipped, and the scores stay finite.
+    """
 
     def scores(loss_scale: LossScale | None) -> Tensor:
         made = Backprop(net(), lambda stream, size: iter(()), loss_scale=loss_scale)

@@ -93,7 +93,7 @@ def test_bad_files_are_named_with_the_line(tmp_path: Path, name: str, content: s
 
 
 def test_a_path_that_is_no_regular_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe would hang, and a device has no end."""
+    """A path that is no regular file ends in one sentence. A pipe would hang, and a device has no end."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.csv").mkdir()
     os.mkfifo("pipe.csv")
@@ -212,7 +212,7 @@ def test_a_shipped_file_can_be_read_in_part(tmp_path: Path) -> None:
 
 
 def test_a_file_of_ones_own_is_read_whole_in_place_of_a_shipped_part(config: Callable[..., DictConfig]) -> None:
-    """What the default takes of its own file holds for no other."""
+    """A user's file is read completely, although the default takes a part of its own file."""
     source = config("source.harmful_prompts.path=mine.jsonl", "source.test.path=mine.csv").source
     assert {name: entry.take for name, entry in source.items() if entry.take is not None} == {}
 
@@ -252,7 +252,7 @@ SENTENCE = '{{"sentence": "{0}", "label": 1}}\n'
 
 @pytest.fixture
 def source(tmp_path: Path) -> Any:
-    """Sets that share prompts in every way, once with other blanks and capitals."""
+    """Return sets that share prompts in every way, once with other blanks and capitals."""
     contents = {
         "train": "".join(map(SENTENCE.format, ("seen", "new"))),
         "test": SENTENCE.format("Seen "),

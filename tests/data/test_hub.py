@@ -21,7 +21,7 @@ from lisa_lightning.runtime.errors import UserError
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds every repository in the hub's layout."""
+    """Return a folder that holds every repository in the hub's layout."""
     folder = tmp_path_factory.mktemp("hub")
     for repository, files in REPOSITORIES.items():
         for name, content in files.items():
@@ -111,7 +111,7 @@ EVALUATION = ("tatsu-lab/alpaca_eval", "train", "alpaca_eval.json", "805", "inst
 
 
 def read_from(endpoint: str, home: Path, asked: Sequence[str] = SENTENCES, **more: str) -> str:
-    """What another process, whose hub is at `endpoint`, says of a set."""
+    """Return the output about a set of another process, whose hub is at `endpoint`."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     env |= {"PYTHONPATH": str(ROOT)}

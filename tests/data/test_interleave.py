@@ -21,7 +21,7 @@ SIZES = {"alignment": 7, "user": 11}
 
 
 def streams() -> dict:
-    """Row i of a stream is the lone token pair (first, i): what a pack holds tells which rows were drawn."""
+    """Return streams whose row i is the lone token pair (first, i), so that a pack tells which rows were drawn."""
     return {
         name: Examples(range(size), lambda i, first=k: Example((first, 10 + i), (-100, 10 + i)))
         for k, (name, size) in enumerate(SIZES.items())

@@ -1,4 +1,4 @@
-"""JSON and JSON Lines: both under either suffix, and what is broken named by file and line."""
+"""JSON and JSON Lines: both under either suffix, with file and line of a broken row."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Cells of files and sets: bytes, numbers, null and blank texts, and the config that says what they become."""
+"""Cells of files and sets: bytes, numbers, null and blank texts, and the config that converts them."""
 
 import json
 import logging
@@ -56,7 +56,7 @@ Load = Callable[..., Rows]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """Load a source of good rows in which `changes` are other entries' values."""
+    """Return a loader of a source of good rows, in which `changes` replace values of entries."""
     sets = ("train", "test", "alignment", "harmful", "harmful_prompts", "harmless_prompts")
     rows = [{k: f"{v} {name}" if k != "label" else v for k, v in GOOD.items()} for name in sets]
     paths = {name: lines(tmp_path / f"{name}.jsonl", row) for name, row in zip(sets, rows, strict=True)}

@@ -175,7 +175,10 @@ def test_a_chat_template_that_fails_is_one_sentence(tiny: Path, template: Any) -
 
 
 def test_a_prompt_in_another_form_is_the_same_prompt(config: Callable[..., Any], tmp_path: Path) -> None:
-    """As macOS writes names, decomposed."""
+    """A prompt that is decomposed, in capitals or with other blanks is the same prompt.
+
+    macOS writes names decomposed.
+    """
     from lisa_lightning.data.source import load_rows
     from lisa_lightning.task.sst2 import SST2
 

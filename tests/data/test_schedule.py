@@ -8,7 +8,7 @@ from lisa_lightning.data.schedule import Schedule
 
 
 def official_states(k1: int, k2: int, steps: int) -> list[str]:
-    """The mutable machine of the official trainer: a status and a clock."""
+    """Return the states of the official trainer's mutable machine, which has a status and a clock."""
     status, clock, seen = "alignment", 0, []
     for step in range(steps):
         if status == "alignment" and clock % k1 == 0 and step != 0:

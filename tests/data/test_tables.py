@@ -1,4 +1,4 @@
-"""Tab-separated tables: which are quoted, and which have quotes as part of their texts."""
+"""Tab-separated tables: quoted ones, and those with quotes as part of their texts."""
 
 import csv
 from io import StringIO

@@ -60,7 +60,7 @@ def test_batches_hold_every_prompt_once_sorted_by_length() -> None:
 
 
 class Ranks:
-    """One of the processes of a run, as far as asking knows them."""
+    """Stand-in for one process of a run, with the members that the evaluator uses."""
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.global_rank, self.world_size, self.is_global_zero = rank, world, rank == 0

@@ -22,7 +22,7 @@ from lisa_lightning.task.sst2 import SST2
 
 
 class Shouting:
-    """Flags capitals, counts what it is asked, and may stop after some verdicts."""
+    """Judge that flags capitals, records the pairs that it is asked, and may stop after some verdicts."""
 
     metric: ClassVar[Metric] = "harmful_score"
 
@@ -40,7 +40,7 @@ class Shouting:
 
 
 class Longer:
-    """Prefers an answer that is longer than the reference."""
+    """Judge that prefers an answer that is longer than the reference."""
 
     metric: ClassVar[Metric] = "win_rate"
     version = "1"

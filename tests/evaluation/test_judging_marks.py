@@ -72,7 +72,7 @@ def verdicts(judges: Judges, answers: list[tuple[str, str]]) -> list[list[Verdic
 
 @cache
 def plain_rows() -> list[tuple[str, str]]:
-    """Return requests and answers of shipped rows, of each verdict alike many, that have no marks."""
+    """Return requests and answers of shipped rows without marks, equally many of each verdict."""
     chance = random.Random(0)
     marks = re.compile(r"[*_`~#>\\\[\]<|+=]|^\s*(?:[-\u2022]|\d+[.)])\s", re.MULTILINE)
     rows = [row for row in shipped_rows() if row.response and not marks.search(row.response)]
@@ -115,7 +115,7 @@ def test_a_marked_answer_changes_no_verdict(judges: Judges, style: str) -> None:
 
 @pytest.mark.parametrize("marker", ["- ", "* ", "1. ", "> ", "## "])
 def test_marked_sentences_change_no_verdict(judges: Judges, marker: str) -> None:
-    """An answer that is a list as a whole is no list within an answer."""
+    """Marks at the start of all sentences change no verdict: such an answer is no list within an answer."""
     lines = [(prompt, re.split(r"(?<=[.!?])\s+", answer)) for prompt, answer in plain_rows()]
     marked = [(prompt, "\n".join(marker + sentence for sentence in sentences)) for prompt, sentences in lines]
     assert verdicts(judges, marked) == verdicts(judges, [(prompt, "\n".join(sentences)) for prompt, sentences in lines])

@@ -1,4 +1,4 @@
-"""Names of scores in metrics.json: what is written can be read, and the first judge sets the names without one."""
+"""Names of scores in metrics.json: written names can be read, and the first judge sets the names without a judge."""
 
 from hypothesis import given
 from hypothesis import strategies as st

@@ -23,7 +23,7 @@ from lisa_lightning.runtime.errors import UserError
 
 
 class Counting:
-    """Gives every answer a verdict of its own, and remembers which answers it was handed."""
+    """Judge that gives every answer a verdict of its own, and records the answers that it gets."""
 
     metric: ClassVar[Metric] = "harmful_score"
     version = "1"
@@ -39,7 +39,7 @@ class Counting:
 
 
 class Constant:
-    """Gives every answer the same verdict."""
+    """Judge that gives every answer the same verdict."""
 
     metric: ClassVar[Metric] = "harmful_score"
     version = "1"
@@ -208,7 +208,7 @@ ONLY_ANSWER = [{"target": 1}, {"context": None}, {"cut_off": 0}, {"cut_off": "fa
 
 
 def refused_lines(good: dict[str, Any], wrong: list[dict[str, Any]]) -> list[tuple[bytes, str]]:
-    """Return lines that must be refused, and what is said of each."""
+    """Return lines that must be refused, each with a part of its message."""
     lines = [(line, problem.replace("model", next(iter(good)))) for line, problem in DAMAGE.items()]
     lines += [(json.dumps(good | change).encode(), next(iter(change))) for change in wrong]
     short = ({key: value for key, value in good.items() if key != gone} for gone in good)

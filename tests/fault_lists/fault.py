@@ -1,19 +1,19 @@
-"""A fault that tests/faults.py puts into the code: a piece of a file, what takes its place, who should see it."""
+"""Fault that tests/faults.py puts into the code: a piece of a file, its replacement, and the tests for it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is put in the place of what, and the tests that should see it."""
+    """Piece of a file, its replacement, and the tests that should see it."""
 
     file: str
-    """Below lisa_lightning."""
+    """Path below lisa_lightning."""
     old: str
     new: str
     tests: str
 
 
 def faults(file: str, tests: str, *pairs: tuple[str, str]) -> list[Fault]:
-    """Those of one file that the same tests should see."""
+    """Return the faults of one file that the same tests should see."""
     return [Fault(file, old, new, tests) for old, new in pairs]

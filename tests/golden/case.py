@@ -27,7 +27,7 @@ from lisa_lightning.model.lora import attach
 
 
 def tiny_net(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """The case's Llama with its adapter, the LoRA factors as they were at the start."""
+    """Return the case's Llama with its adapter, whose LoRA factors have their values at the start."""
     sizes = dict(facts["model"])
     theta = sizes.pop("rope_theta", 10000.0)
     model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters={"rope_type": "default", "rope_theta": theta}))
@@ -53,13 +53,13 @@ ELSEWHERE = {
     "seed": ("seed",),
     "first_factor": ("first_token_bias_factor",),
 }
-"""Argument -> what a case may call it, where that is another name."""
+"""Argument -> the names that a case may use for it, where they may differ."""
 OFFICIAL = {"carry_over": True, "official": True, "padding": True, "per_micro_batch": True, "add_back": True}
-"""The switches that turn on what only the official code does, where a case does not say otherwise."""
+"""Switches of behaviour that only the official code has. They are on unless a case says otherwise."""
 
 
 def method_of(facts: dict[str, Any]) -> Method:
-    """The method by the case's own name, through conf/ as a run finds it."""
+    """Return the method of a case by its own name, through conf/ as in a run."""
     name = {"tvaccine": "t_vaccine"}.get(facts["method"], facts["method"])
     stage = "method" if (CONF / "method" / f"{name}.yaml").exists() else "align"
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -77,14 +77,14 @@ def method_of(facts: dict[str, Any]) -> Method:
 
 @dataclass(frozen=True, config=STRICT)
 class Rates(Optim):
-    """A case's optimizer; AsFT's rate falls by gamma after each epoch."""
+    """Optimizer of a case. AsFT's rate falls by gamma after each epoch."""
 
     gamma: float = 1.0
     epoch: int = 1
 
     @classmethod
     def of_case(cls, facts: dict[str, Any], steps: int) -> "Rates":
-        """From the case's JSON."""
+        """Return the optimizer of a case from its JSON."""
         schedule = facts.get("lr_scheduler", "constant")
         if schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"lr_scheduler={schedule} is none that this project has")
@@ -104,7 +104,7 @@ class Rates(Optim):
         )
 
     def lr_at(self, step: int) -> float:
-        """Of a 0-based step."""
+        """Return the learning rate of a 0-based step."""
         return super().lr_at(step) * self.gamma ** (step // self.epoch)
 
 
@@ -113,7 +113,7 @@ def accumulated(facts: dict[str, Any]) -> int:
 
 
 def groups_of(facts: dict[str, Any]) -> list[list[int]]:
-    """The recorded batches of each optimizer step: an epoch's last step may have fewer."""
+    """Return the recorded batches of each optimizer step. The last step of an epoch may have fewer."""
     count = facts.get("total_steps") or len(facts["steps"])
     epoch, size = facts.get("steps_per_epoch", count), accumulated(facts)
     starts = [start + i for start in range(0, count, epoch) for i in range(0, min(epoch, count - start), size)]
@@ -146,7 +146,7 @@ def _batch(tensors: dict[str, Tensor], prefixes: list[str], stream: Stream, meth
 
 
 def examples(ids: Tensor, labels: Tensor, mask: Tensor) -> list[Example]:
-    """Rows without their padding."""
+    """Return rows without their padding."""
     return [
         Example(tuple(i[m].tolist()), tuple(label[m].tolist())) for i, label, m in zip(ids, labels, mask, strict=True)
     ]
@@ -165,7 +165,7 @@ def fisher_batches(tensors: dict[str, Tensor]) -> Callable[[Stream, int], Iterat
 
 
 def deltas_of(tensors: dict[str, Tensor]) -> dict[str, Delta]:
-    """V of every adapted matrix, from both models' weights; nothing where the case has one model."""
+    """Return V of every adapted matrix from both models' weights, or nothing if the case has one model."""
     if not any(k.startswith("aligned.") for k in tensors):
         return {}
     before, after = (
@@ -177,14 +177,14 @@ def deltas_of(tensors: dict[str, Tensor]) -> dict[str, Delta]:
 
 
 def dense_deltas(aligned: dict[str, Tensor], base: dict[str, Tensor], modules: Iterable[str]) -> dict[str, Delta]:
-    """The deltas, as [d_out, d_in], of those of `modules` that the state dicts of two models tell apart."""
+    """Return the deltas, as [d_out, d_in], of those `modules` whose weights differ between two models."""
     names = {module: f"{module}.weight" for module in modules}
     found = {m: Delta(aligned[n].float() - base[n].float()) for m, n in names.items() if n in aligned and n in base}
     return {module: delta for module, delta in found.items() if delta.norm > 0}
 
 
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors behind a prefix, without it."""
+    """Return the tensors whose names have a prefix, and remove it."""
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 

@@ -1,4 +1,4 @@
-"""Replays golden cases of repairs: the recorded adapter, repaired by this project's own code."""
+"""Replay of golden cases of repairs: this project's own code repairs the recorded adapter."""
 
 from collections.abc import Callable
 from typing import Any, Literal

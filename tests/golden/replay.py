@@ -1,10 +1,10 @@
-"""Replays golden cases (what the official implementations did, batch by batch) through this project's own code.
+"""Replay of golden cases, recorded batch by batch from official implementations, by this project's own code.
 
     python tests/replay.py [PATH/TO/lisa PATH/TO/booster ...]
 
-A case is the path of a golden file without its ending, all of tests/golden where none is named; its JSON names the
-method. One line a case: name, then the largest error of each thing that the case records; exit status 1 where one
-exceeds the case's tolerance.
+A case is the path of a golden file without its ending. All cases of tests/golden are replayed if none is named. The
+JSON of a case names its method. Each case prints one line: its name, and the largest error of each recorded quantity.
+The exit status is 1 if an error exceeds the case's tolerance.
 """
 
 import json
@@ -29,7 +29,7 @@ TERM_TOLERANCES = {"layer entropies": 1.5e-5}
 
 
 def replay(case: Path) -> Errors:
-    """Run the recorded batches of `case` (a path without its ending) and compare."""
+    """Replay the recorded batches of `case` (a path without its ending), and return the errors."""
     facts = json.loads(case.with_name(case.name + ".json").read_text())
     tensors = load_file(case.with_name(case.name + ".safetensors"))
     name = facts["method"]
@@ -44,7 +44,7 @@ def replay(case: Path) -> Errors:
 
 
 def main(cases: list[str]) -> int:
-    """Replay and print; 1 where any case fails."""
+    """Replay cases, print their errors, and return 1 if any case fails."""
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # peft's call
     failed = False
     for case in cases or sorted(str(file.with_suffix("")) for file in GOLDEN.glob("*.json")):

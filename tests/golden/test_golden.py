@@ -1,4 +1,4 @@
-"""Every method against what its official implementation did, batch by batch (recorded in tests/golden)."""
+"""Every method against its official implementation, batch by batch, as recorded in tests/golden."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,10 @@ def test_equals_the_official_run(case: Path) -> None:
 
 
 def test_where_a_case_accumulates_asft_adds_its_penalty_to_every_micro_batch(tmp_path: Path) -> None:
-    """What shall come out is said by plain autograd, with C of full size; an epoch's last step has fewer."""
+    """Accumulated steps of AsFT equal those of plain autograd, with C of full size.
+
+    An epoch's last step has fewer micro-batches.
+    """
     facts = json.loads((GOLDEN / "asft.json").read_text()) | {"gradient_accumulation": 4}
     tensors = load_file(GOLDEN / "asft.safetensors")
     net = tiny_net(facts, tensors).double()

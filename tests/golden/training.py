@@ -1,4 +1,4 @@
-"""Replays a golden case's training run through this project's own, and what was recorded beside it."""
+"""Replay of a golden case's training run by this project's own code, and of the values recorded beside it."""
 
 import logging
 import tempfile
@@ -35,7 +35,7 @@ from lisa_lightning.trainer.module import LisaModule
 
 
 def train(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> None:
-    """Train as the recorded run did, and compare."""
+    """Train as the recorded run did, and compare the two runs."""
     net = tiny_net(
         facts, tensors
     ).double()  # the recordings' rounding is error enough where differences count (Booster)
@@ -92,7 +92,7 @@ def _recorded_draws(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Iterat
 
 
 class _ReplayedModule(LisaModule):
-    """Trains with the gradients of the recorded batches."""
+    """Module that trains with the gradients of the recorded batches."""
 
     replayed: Backprop
 
@@ -101,12 +101,12 @@ class _ReplayedModule(LisaModule):
 
 
 class _MeanOfMeans(Backprop):
-    """As trainers accumulate: each micro-batch's own mean, divided by the number that a full step has."""
+    """Passes that accumulate like trainers: the mean of each micro-batch, divided by the number in a full step."""
 
     accumulated = 1
 
     def mean_loss(self, batch: Batch) -> LossFn:
-        """Of a micro-batch."""
+        """Return the loss function of a micro-batch."""
 
         def share(packs: Sequence[Pack], _: int) -> Tensor:
             labels = sum(len(p.targets) for p in packs)
@@ -116,7 +116,10 @@ class _MeanOfMeans(Backprop):
 
 
 class _Recorder(Callback):
-    """Keeps of every step weights, metrics, what the method kept, what it made of single layers but reports in sum."""
+    """Callback that keeps the weights, the metrics and the method's state of every step.
+
+    The values of single layers, of which the method reports only the sum, are kept too.
+    """
 
     def __init__(self, method: Method) -> None:
         self.method = method
@@ -129,7 +132,7 @@ class _Recorder(Callback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While this lasts, calls of what makes a layer's numbers are heard."""
+        """Record the results of the functions that compute a layer's numbers, within the context."""
 
         def listened(name: str, called: Callable[..., Tensor]) -> Callable[..., Tensor]:
             def call(*told: Any) -> Tensor:
@@ -149,12 +152,12 @@ class _Recorder(Callback):
             yield
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
-        """Before every optimizer step."""
+        """Keep the weights before every optimizer step."""
         assert isinstance(pl_module, LisaModule)
         self.before.append({name: weight.detach().clone() for name, weight in trainable(pl_module.net).items()})
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
-        """After every optimizer step."""
+        """Keep the metrics, the state and the values of layers after every optimizer step."""
         assert isinstance(pl_module, LisaModule)
         self.metrics.append(self.recording.steps[-1])
         self.states.append(dict(pl_module.state))
@@ -165,7 +168,7 @@ class _Recorder(Callback):
 def _compare_step(
     wanted: dict[str, Any], found: dict[str, float], kept: dict[str, list[Tensor]], step: Step, errors: Errors
 ) -> None:
-    """One recorded batch."""
+    """Compare a step with one recorded batch."""
     penalty = sum(value for name, value in found.items() if name.endswith("/penalty"))
     errors.add("loss", found["train/loss"] + penalty, wanted["loss"])
     if "state" in wanted:
@@ -195,7 +198,7 @@ def _compare_step(
 
 
 def _compare_layers(wanted: dict[str, Any], heard: dict[str, list[Tensor]], method: Method, errors: Errors) -> None:
-    """Of one recorded batch, what is recorded of each layer."""
+    """Compare the values of each layer with those of one recorded batch."""
     if isinstance(method, LDIFS) and method.rho > 0 and method.drop_threshold is not None:
         (terms,) = heard["_step_terms"]
         errors.add("layer penalties", terms, wanted["penalty_per_layer"])
@@ -229,7 +232,7 @@ def _fit(module: LisaModule, steps: list[Step], recorder: _Recorder) -> None:
 
 
 def _regulariser(facts: dict[str, Any], tensors: dict[str, Tensor], backprop: Backprop, errors: Errors) -> None:
-    """AsFT's penalty and its gradient at the initial weights."""
+    """Compare AsFT's penalty and its gradient at the initial weights."""
     total = torch.zeros((), dtype=torch.float64)
     for layer, pair in modules(backprop.names).items():
         a, b = (tensors[f"init.{name}"].double().requires_grad_() for name in pair)
@@ -241,7 +244,10 @@ def _regulariser(facts: dict[str, Any], tensors: dict[str, Tensor], backprop: Ba
 
 
 def token_weights(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> None:
-    """Constrained SFT where logits are the weights: at recorded ones, held to other recorded ones."""
+    """Compare constrained SFT of a model whose weights are its logits.
+
+    The weights are recorded logits, and are held to other recorded ones.
+    """
     method = method_of(facts)
     assert isinstance(method, ConstrainedSFT)
     labels = tensors["labels"]
@@ -262,7 +268,7 @@ def token_weights(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Err
 
 
 class _Logits(torch.nn.Module):
-    """A model, and the net that holds it, whose one weight is the logits that it gives."""
+    """Model, and the net that holds it, whose only weight is the logits that it returns."""
 
     def __init__(self, logits: Tensor) -> None:
         super().__init__()

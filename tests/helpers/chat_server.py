@@ -1,4 +1,4 @@
-"""An endpoint on this machine that answers as those of judges do, and the settings of a judge that asks it."""
+"""Stand-in on this machine for the endpoint of a judge, and settings of a judge that asks it."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -18,7 +18,10 @@ Reply = Callable[[str], tuple[int, str | bytes]]
 
 
 class Server(Quiet):
-    """Chat completions; `reply` turns a question into status and content: a message, a whole body, or a new place."""
+    """Server of chat completions.
+
+    `reply` turns a question into a status and content: a message, a whole body, or a new place.
+    """
 
     reply: ClassVar[Reply]
     parameters: ClassVar[Callable[[dict[str, Any]], tuple[int, str | bytes] | None]]
@@ -73,7 +76,7 @@ def settings(name: str, url: str, **more: Any) -> dict[str, Any]:
 
 
 def told(verdicts: Iterator[Verdict | None], count: int | None = None) -> list[Verdict]:
-    """The verdicts, or the first ones, none of which failed."""
+    """Return all verdicts or the first `count`, and require that none failed."""
     found = list(islice(verdicts, count))
     assert None not in found
     return [v for v in found if v is not None]

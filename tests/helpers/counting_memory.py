@@ -21,7 +21,7 @@ from lisa_lightning.objective.loss import completion_loss
 
 
 def model_of(shape: Shape, dtype: str = "bfloat16", name: str = "") -> Any:
-    """A random model of this shape, frozen as `lisa_lightning.model.lora.load` leaves it."""
+    """Return a random model of this shape, frozen as `lisa_lightning.model.lora.load` leaves it."""
     sizes: dict[str, Any] = {
         "vocab_size": shape.vocabulary,
         "hidden_size": shape.hidden,
@@ -56,7 +56,7 @@ def adapted(model: Any, lora: Lora) -> Any:
 
 @contextmanager
 def autocast_of_a_gpu() -> Iterator[None]:
-    """A CPU's autocast to bfloat16 with what a GPU does otherwise: LayerNorm in float32, dropout's mask in bytes."""
+    """Apply a CPU's autocast to bfloat16, with LayerNorm in float32 and dropout masks in bytes as on a GPU."""
     layer_norm = F.layer_norm
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
 
@@ -72,7 +72,7 @@ def autocast_of_a_gpu() -> Iterator[None]:
 
 
 def packs_of(step: Step, vocabulary: int) -> Any:
-    """Tries of rows that share nothing, as many as the step has passes."""
+    """Return one trie for each pass of the step, of rows that share no prefix."""
     made = []
     for i in range(step.passes):
         ids = tuple((7 * i + j) % vocabulary for j in range(step.width + 1))
@@ -84,7 +84,7 @@ def packs_of(step: Step, vocabulary: int) -> Any:
 
 
 def saved_bytes(net: Any, step: Step) -> int:
-    """Bytes of what a forward pass keeps for the backward pass, other than weights."""
+    """Return the bytes that a forward pass keeps for the backward pass, without the weights."""
     weights = {w.untyped_storage().data_ptr() for w in net.parameters()}
     kept: dict[int, Tensor] = {}
 
@@ -99,7 +99,7 @@ def saved_bytes(net: Any, step: Step) -> int:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, and the most there ever were."""
+    """Counter of the bytes of all live tensors, and of their maximum so far."""
 
     def __init__(self) -> None:
         super().__init__()

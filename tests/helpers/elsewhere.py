@@ -1,7 +1,7 @@
-"""A second device without hardware: tensors that say they lie on `meta`, while their numbers lie on the CPU.
+"""Second device without hardware: tensors that report the device `meta`, while their numbers lie on the CPU.
 
-What mixes them with tensors of the CPU fails as it would on a GPU, and what may be mixed there may be mixed here; so a
-run `elsewhere()` tells whether everything was moved that has to be, and gives the numbers of a run on the CPU.
+An operation that mixes them with tensors of the CPU fails exactly if it would fail on a GPU. A run `elsewhere()` thus
+shows whether everything was moved that must be. Its numbers are those of a run on the CPU.
 """
 
 from collections.abc import Iterator
@@ -24,11 +24,11 @@ DEVICE = torch.device("meta")
 aten = torch.ops.aten
 MOVING = (aten._to_copy.default, aten.copy_.default)
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
-"""Take their indices from the CPU too."""
+"""Operations that take their indices from the CPU too."""
 
 
 class There(Tensor):
-    """A tensor on the other device."""
+    """Tensor on the other device."""
 
     numbers: Tensor
 
@@ -47,7 +47,7 @@ class There(Tensor):
         self.numbers = numbers
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        """With this a parameter that moves remains the object that it is, as on a GPU."""
+        """Name the inner tensor, so that a parameter that moves remains the same object, as on a GPU."""
         return ["numbers"], None
 
     @staticmethod
@@ -79,7 +79,7 @@ class _Mode(TorchDispatchMode):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """An operation, where its tensors are."""
+    """Execute an operation on the device of its tensors."""
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     if any(t.device == DEVICE and not isinstance(t, There) for t in tensors):
         raise AssertionError(f"{func} of a tensor that was made there without numbers")
@@ -130,7 +130,7 @@ class _Trainer(L.Trainer):
 
 @contextmanager
 def elsewhere() -> Iterator[None]:
-    """While this lasts, runs of the pipeline compute there."""
+    """Let runs of the pipeline within the context compute on the other device."""
     with (
         patch.object(processes, "Fabric", _Fabric),
         patch("lisa_lightning.pipeline.fit.L.Trainer", _Trainer),

@@ -1,10 +1,11 @@
-"""Commands in forks of one process that has imported everything, so that a run costs what it does, not what Python,
-torch and the judge's fit cost to start.
+"""Commands in forks of one process that has imported everything.
+
+A run thus costs only its own work, without the start of Python, torch and the judge's fit.
 
     python -m helpers.forking        one request a line in, one answer a line out (both JSON)
 
-`conftest.py` gives tests the process as the fixture `forked`; `killing.py` forks by itself. Needs OMP_NUM_THREADS=1:
-a thread pool does not survive a fork.
+`conftest.py` gives tests the process as the fixture `forked`; `killing.py` forks by itself. Needs OMP_NUM_THREADS=1: a
+thread pool does not survive a fork.
 """
 
 import atexit
@@ -43,7 +44,7 @@ HEAVY = (
 
 
 def import_everything() -> None:
-    """What every run would spend seconds on, the fit of the embedded judge included."""
+    """Import the modules on which every run would spend seconds, and fit the embedded judge."""
     sys.path.insert(0, str(ROOT))
     for name in HEAVY:
         importlib.import_module(name)
@@ -53,7 +54,7 @@ def import_everything() -> None:
 
 
 def fork(arguments: list[str], log: Path, patch: Callable[[], object] | None = None) -> int:
-    """Start `python run.py ARGUMENTS` in a child that writes into LOG.out and LOG.err; its process id."""
+    """Start `python run.py ARGUMENTS` in a child that writes into LOG.out and LOG.err, and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -82,12 +83,12 @@ def fork(arguments: list[str], log: Path, patch: Callable[[], object] | None = N
 
 
 def wait(child: int) -> int:
-    """The exit status of a child, or minus the signal that ended it."""
+    """Return the exit status of a child, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 class Forked:
-    """The process, as a test sees it: what `subprocess` does with `python run.py`, in a fork."""
+    """Handle of the process for tests, which runs `python run.py` like `subprocess`, but in a fork."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -101,24 +102,24 @@ class Forked:
         self._logs: dict[int, Path] = {}
 
     def start(self, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> int:
-        """The process id of the command, which runs on."""
+        """Start a command, and return its process id while it runs."""
         log = cwd / f"forked-{len(self._logs)}"
         child = self._ask(arguments=arguments, cwd=str(cwd), env=environment(env), log=str(log))
         self._logs[child] = log
         return child
 
     def wait(self, child: int) -> "subprocess.CompletedProcess[str]":
-        """How the command ended, and what it printed."""
+        """Wait for a command, and return its exit status and its output."""
         status, log = self._ask(wait=child), self._logs[child]
         said = [Path(f"{log}.{end}").read_text(encoding="utf-8") for end in ("out", "err")]
         return subprocess.CompletedProcess([], status, *said)
 
     def run(self, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
-        """Start, and wait."""
+        """Start a command, and wait for it."""
         return self.wait(self.start(arguments, cwd, env))
 
     def run_ranks(self, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
-        """Both of two ranks, as torchrun starts them; how the first ended."""
+        """Run a command on two ranks, started as by torchrun, and return the result of the first."""
         with socket() as free:
             free.bind(("127.0.0.1", 0))
             port = {"MASTER_PORT": str(free.getsockname()[1])}
@@ -134,7 +135,7 @@ class Forked:
         return done
 
     def close(self) -> None:
-        """The process ends with its input."""
+        """End the process by closing its input."""
         self._process.communicate()
 
     def _ask(self, **request: Any) -> int:
@@ -146,12 +147,12 @@ class Forked:
 
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
-    """Ours without W&B's settings, which a test has to choose."""
+    """Return the variables of this process without W&B's settings, which a test has to choose."""
     return {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"} | dict(more)
 
 
 def started(arguments: list[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
-    """The command in a process of its own, as a user starts it; it must succeed."""
+    """Run a command in a process of its own, as a user starts it, and require success."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=cwd,

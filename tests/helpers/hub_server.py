@@ -49,7 +49,7 @@ def alpaca(count: int) -> bytes:
 
 
 def beavertails(count: int) -> bytes:
-    """Each prompt twice in a row, a safe and an unsafe answer, with BeaverTails' columns."""
+    """Return rows with BeaverTails' columns: each prompt twice in a row, with a safe and an unsafe answer."""
     lines = [
         {
             "prompt": f"request {i // 2}",
@@ -63,7 +63,7 @@ def beavertails(count: int) -> bytes:
 
 
 def card(*configs: tuple[str, dict[str, str]]) -> bytes:
-    """A README.md that says, as those of the hub do, which files are which split."""
+    """Return a README.md that names the files of each split, in the format of the hub."""
     named = [
         {"config_name": name, "data_files": [{"split": s, "path": p} for s, p in splits.items()]}
         for name, splits in configs
@@ -112,7 +112,7 @@ REPOSITORIES: dict[str, dict[str, Callable[[], bytes]]] = {
 
 
 class Hub(Quiet):
-    """Answers about repositories as the hub does: their commit, their files, their content."""
+    """Stand-in for the hub, which answers with the commit, the files and the content of repositories."""
 
     repositories: ClassVar[dict[str, dict[str, bytes]]] = {}
 
@@ -168,11 +168,11 @@ class Hub(Quiet):
 
 
 class Upload(Quiet):
-    """Takes one model repository as the hub does, if the request has the token."""
+    """Stand-in for the hub, which takes one model repository if the request has the token."""
 
     token: ClassVar[str] = "hf_SECRET"
     is_private: ClassVar[bool] = True
-    """Whether the repository is private, however it was requested."""
+    """Privacy of the repository, independent of the request."""
     created: ClassVar[dict[str, Any]] = {}
     """Last request to create a repository."""
     files: ClassVar[dict[str, bytes]] = {}

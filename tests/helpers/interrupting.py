@@ -32,7 +32,7 @@ def at_call(owner: Any, name: str, number: signal.Signals, call: int = 1) -> Non
 
 
 def moments() -> dict[str, tuple[signal.Signals, Callable[[], None]]]:
-    """Return the signal of each moment, and what sends it."""
+    """Return the signal of each moment, and the patch that sends it."""
     from lisa_lightning.evaluation import evaluator, judging
     from lisa_lightning.model import base_model
     from lisa_lightning.pipeline import preflight, run_folder
@@ -57,7 +57,7 @@ def moments() -> dict[str, tuple[signal.Signals, Callable[[], None]]]:
 
 
 def run(work: Path, arguments: list[str], patch: Callable[[], None] | None) -> tuple[int, str]:
-    """Return the exit status of a run and what it prints, both streams in the order of a terminal."""
+    """Return the exit status and the output of a run, with both streams in the order of a terminal."""
     work.mkdir(exist_ok=True)
     log = work / f"log{len(list(work.glob('*.err')))}"
 
@@ -71,7 +71,7 @@ def run(work: Path, arguments: list[str], patch: Callable[[], None] | None) -> t
 
 
 def main(work: Path) -> None:
-    """Interrupt at all moments, and in a sweep."""
+    """Interrupt a run at each moment, and a sweep."""
     os.environ |= {"WANDB_MODE": "disabled", "HYDRA_FULL_ERROR": "1"}
     import_everything()
     signal.signal(signal.SIGINT, signal.default_int_handler)

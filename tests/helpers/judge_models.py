@@ -44,7 +44,7 @@ def moderation(folder: Path, **more: Any) -> ModerationJudge:
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["padding is the end token", "padding of its own"])
 def classifier(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    """A tiny random classifier of beaver-dam-7b's architecture."""
+    """Return the folder of a tiny random classifier of beaver-dam-7b's architecture."""
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
     names: Any = dict(enumerate(LABELS))

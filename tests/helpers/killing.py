@@ -1,4 +1,4 @@
-"""Kills real runs with SIGKILL at chosen moments, resumes them, and reports what came out; used by test_killed.py.
+"""Kills real runs with SIGKILL at chosen moments, resumes them, and reports the results; used by test_killed.py.
 
     python -m helpers.killing FOLDER    (in tests/)
 
@@ -30,7 +30,7 @@ Patch = Callable[[], None]
 
 
 def die() -> None:
-    """What `kill -9` does."""
+    """End this process by SIGKILL, as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -51,7 +51,7 @@ def at_call(owner: Any, name: str, due: Callable[..., bool], after: bool = False
 
 
 def nth(n: int) -> Callable[..., bool]:
-    """True at the n-th call."""
+    """Return a condition that is true at its n-th call."""
     count = 0
 
     def due(*_: Any, **__: Any) -> bool:
@@ -63,8 +63,10 @@ def nth(n: int) -> Callable[..., bool]:
 
 
 def moments() -> dict[str, tuple[list[str], list[Patch]]]:
-    """What any run does, killed in the order in which it comes; in cycles of 2 alignment and 4 user steps, 5 steps of
-    aligning before, and checkpoints every third step, from which a killed run goes on.
+    """Return overrides of runs, and the moments of any run at which they are killed, in the order of a run.
+
+    Cycles have 2 alignment and 4 user steps, after 5 steps of aligning. Checkpoints are written every third step, and a
+    killed run goes on from them.
     """
     from lisa_lightning.evaluation import evaluator, judging
     from lisa_lightning.logger.curves import Curves
@@ -99,7 +101,7 @@ def moments() -> dict[str, tuple[list[str], list[Patch]]]:
 
 
 def step(steps: int, index: int) -> Callable[..., bool]:
-    """True at a step of a training of so many."""
+    """Return a condition that is true at step `index` of a training of `steps` steps."""
     return lambda module, batch, _: module.optim.steps == steps and batch.index == index
 
 
@@ -119,7 +121,7 @@ REFERENCE = ["repair.reference.sft.optim.steps=3", "repair.reference.dpo.optim.s
 
 
 def chains() -> dict[str, tuple[list[str], list[Patch]]]:
-    """Return a run of defenses with a state of their own per chain, and the moments at which it is killed.
+    """Return one run per chain, of defenses with a state of their own, and the moments at which it is killed.
 
     The states of all methods pass through checkpoints in tests/method/test_laws.py.
     """
@@ -158,8 +160,10 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
 
 
 def chain(overrides: list[str], patches: list[Patch], work: Path) -> dict[str, Any]:
-    """A straight run, and one that is killed and resumed again and again: exit statuses, the files that differ, how
-    many answers either generated, and the steps of the straight one's curves.
+    """Compare a straight run with one that is killed and resumed again and again.
+
+    Returns the exit statuses and the names of files that differ. The numbers of generated answers of both runs and the
+    steps of the straight run's curves are returned too.
     """
     work.mkdir()
     statuses = [run(work / "straight", work / "cache", None, overrides)]
@@ -176,7 +180,10 @@ def chain(overrides: list[str], patches: list[Patch], work: Path) -> dict[str, A
 
 
 def run(out: Path, cache: Path, patch: Patch | None, overrides: list[str]) -> int:
-    """One run, without a report, in a child process; its exit status, or minus the signal that ended it."""
+    """Execute one run in a child process, without a report.
+
+    Returns its exit status, or minus the signal that ended it.
+    """
 
     def patched() -> None:
         from lisa_lightning.pipeline import run_folder
@@ -191,7 +198,7 @@ def run(out: Path, cache: Path, patch: Patch | None, overrides: list[str]) -> in
 
 
 def left(out: Path) -> dict[str, Any]:
-    """What a run leaves: the adapter's files, answers and verdicts byte by byte, the curves but for the seconds."""
+    """Return the files that a run leaves: adapter, answers and verdicts as bytes, and curves without seconds."""
     with (out / "curves.csv").open(newline="") as file:
         curves = [{k: v for k, v in row.items() if k != "time/step_s"} for row in csv.DictReader(file)]
     files = [*(out / "adapter").iterdir(), out / "responses.jsonl", out / "judged.jsonl"]
@@ -199,7 +206,7 @@ def left(out: Path) -> dict[str, Any]:
 
 
 def note_answers(file: Path) -> None:
-    """Have every answer that is generated add a byte to the file."""
+    """Let every generated answer add a byte to the file."""
     from lisa_lightning.evaluation import evaluator
 
     file.touch()
@@ -214,7 +221,7 @@ def note_answers(file: Path) -> None:
 
 
 def main(work: Path) -> None:
-    """All chains."""
+    """Execute all chains, and print their results."""
     os.environ |= {"WANDB_MODE": "disabled", "HYDRA_FULL_ERROR": "1"}
     os.chdir(work)
     import_everything()

@@ -1,4 +1,4 @@
-"""Published sets, which must not be shipped: tests that read one are skipped where it isn't."""
+"""Published sets, which must not be shipped. Tests that read an absent set are skipped."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from benchmarks.setting import PUBLIC_ROWS
 
 
 def public(name: str) -> Path:
-    """A file or folder of a published set. Skips the test where it isn't there."""
+    """Return a file or folder of a published set, and skip the test if it is absent."""
     path = PUBLIC_ROWS / name
     if not path.exists():
         pytest.skip(f"{path} is not here")

@@ -1,4 +1,4 @@
-"""Every method's steps on one of several gloo ranks, without Lightning: what passes over ranks must get right."""
+"""Every method's steps on one of several gloo ranks, without Lightning: a check of passes over ranks."""
 
 import sys
 from functools import partial
@@ -27,10 +27,10 @@ STEPS = 4
 def steps(
     method: Method, tiny: Path, rank: int, world: int, dropout: float = 0.0, apart: bool = False, count: int = STEPS
 ) -> list[Tensor]:
-    """The adapter after a few steps on four rows each, shared out among the ranks.
+    """Return the weights of the adapter after a few steps on four rows each, which the ranks share.
 
     Args:
-        apart: without shared prefixes, whatever the method says.
+        apart: keep rows without shared prefixes, whatever the method says.
     """
     net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
     tokenizer = load_tokenizer(tiny)
@@ -55,7 +55,7 @@ def steps(
 
 
 def scale_after_overflow(tiny: Path, rank: int) -> float:
-    """The loss scale after a step whose gradients overflow on the second rank only."""
+    """Return the loss scale after a step whose gradients overflow on the second rank only."""
     net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
     backprop = Backprop(net, lambda *_: iter(()), loss_scale=LossScale(2.0))
     factor = float("inf") if rank == 1 else 1.0
@@ -68,7 +68,7 @@ def scale_after_overflow(tiny: Path, rank: int) -> float:
 
 
 def main(tiny: Path, out: Path, rank: int, world: int) -> None:
-    """Run all methods on this rank, and all that shall be alike; the first writes what came of them."""
+    """Run all methods, and all pairs that must agree, on this rank. The first rank writes the results."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}.rendezvous", rank=rank, world_size=world)
     found = {name: steps(make(), tiny, rank, world) for name, make in METHODS.items()}

@@ -1,4 +1,4 @@
-"""A Lightning logger that keeps what it gets: the metrics of every step."""
+"""Lightning logger that keeps the metrics of every step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import Logger
 
 
 class Recording(Logger):
-    """Keeps the metrics of each step, without their times."""
+    """Logger that keeps the metrics of each step, without their times."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,5 +35,5 @@ class Recording(Logger):
         return list(self.rows.values())
 
     def values(self, name: str = "train/loss") -> list[float]:
-        """One metric, of each step."""
+        """Return one metric of each step."""
         return [row[name] for row in self.steps]

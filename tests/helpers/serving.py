@@ -1,4 +1,4 @@
-"""HTTP servers on this machine, for tests of what asks a server: they say nothing and end with the test."""
+"""HTTP servers on this machine for tests of clients. They log nothing and end with the test."""
 
 import http.server
 import threading
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Quiet(http.server.BaseHTTPRequestHandler):
-    """Keeps connections open, and logs nothing."""
+    """Request handler that keeps connections open and logs nothing."""
 
     protocol_version = "HTTP/1.1"
 
@@ -18,7 +18,7 @@ class Quiet(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serving(handler: type[Quiet]) -> Iterator[str]:
-    """The address of a server, while it runs."""
+    """Run a server within the context, and yield its address."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"

@@ -37,10 +37,12 @@ Train = Callable[..., LisaModule]
 
 @pytest.fixture
 def train(tiny: Path, tmp_path: Path) -> Train:
-    """Train the tiny model under a method; keywords change the optimizer, the adapter or the checkpoint.
+    """Return a function that trains the tiny model under a method.
 
-    apart: without shared prefixes, whatever the method says.
-    float16: with the autocast of 16-mixed, which Lightning's Trainer replaces on a CPU.
+    Keywords change the optimizer, the adapter or the checkpoint.
+
+    apart: keep rows without shared prefixes, whatever the method says.
+    float16: use the autocast of 16-mixed, which Lightning's Trainer replaces on a CPU.
     """
 
     def trained(
@@ -90,7 +92,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
 
 
 class _Padded(LisaDataModule):
-    """Rows without shared prefixes, whatever the method says."""
+    """Data module whose rows share no prefixes, whatever the method says."""
 
     def connect(self, *arguments: Any, **more: Any) -> None:
         plan, _, *rest = arguments
@@ -98,7 +100,7 @@ class _Padded(LisaDataModule):
 
 
 class _Stop(L.Callback):
-    """Breaks off as a killed process does, but for the process."""
+    """Callback that breaks off a training like a kill, while the process lives on."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -109,7 +111,7 @@ class _Stop(L.Callback):
 
 
 def deltas(net: Any) -> dict[str, Delta]:
-    """What aligning changed in every adapted layer: random, of rank 2."""
+    """Return a random change of rank 2 for every adapted layer, in place of the change by alignment."""
     found = {}
     for name, a in trainable(net).items():
         if ".lora_A." in name:

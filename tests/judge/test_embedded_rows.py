@@ -100,7 +100,10 @@ Trigrams = frozenset[tuple[str, ...]]
 
 
 def trigrams(text: str) -> Trigrams:
-    """Word trigrams, punctuation and case ignored; all words as one for a text of one or two."""
+    """Return word trigrams, without punctuation and case.
+
+    A text of one or two words has all words as one.
+    """
     words = WORD.findall(text.lower())
     if len(words) < 3:
         return frozenset([tuple(words)] if words else [])
@@ -108,7 +111,7 @@ def trigrams(text: str) -> Trigrams:
 
 
 def near_pairs(texts: Sequence[Trigrams], others: Sequence[Trigrams]) -> Iterator[tuple[int, int]]:
-    """Pairs above NEAR. Only texts that share a trigram are compared."""
+    """Yield pairs above NEAR. Only texts that share a trigram are compared."""
     index: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
     for j, other in enumerate(others):
         for trigram in other:
@@ -143,7 +146,7 @@ def shares(name: str, field: str) -> dict[Any, float]:
 
 
 def place(name: str, index: int) -> str:
-    """Where a row is. Messages name the place, never the text: some rows are harmful requests."""
+    """Return the place of a row. Messages name the place, never the text: some rows are harmful requests."""
     return f"{name}.jsonl, line {index + 1}"
 
 

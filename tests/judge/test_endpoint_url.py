@@ -1,4 +1,4 @@
-"""Test an endpoint's URL and key: what reaches the server, and what no log, terminal or error shows."""
+"""An endpoint's URL and key: the parts that reach the server, and those that no log, terminal or error shows."""
 
 import logging
 from pathlib import Path
@@ -21,7 +21,7 @@ TEXT = st.text(st.characters(codec="utf-8"), min_size=8, max_size=20)
 
 
 def judged(reply: Reply, url: str | None = None, **more: object) -> list[Verdict]:
-    """Return the verdict of a judge that takes its URL from the environment where none is passed."""
+    """Return the verdict of a judge that takes its URL from the environment if none is passed."""
     Server.reply = staticmethod(reply)
     return told(OpenAIJudge(**settings("openai", "", base_url=url, **more)).verdicts([PAIR]))
 

@@ -1,4 +1,4 @@
-"""What the judges that are models do alike: how they come by weights and tokenizer, and what they refuse."""
+"""Common behaviour of the judges that are models: sources of weights and tokenizer, and refused models."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The linear judge: what it learns, that its card tells the truth, and what it reaches on published labels."""
+"""The linear judge: rules that it learns, the truth of its card, and its scores on published labels."""
 
 import json
 import random
@@ -28,7 +28,7 @@ GOOD, BAD, REST = (
 
 
 def rows(noise: float, count: int = 400, per_prompt: int = 2) -> list[dict[str, Any]]:
-    """Answers whose adverb gives their label away, but for a share of noise."""
+    """Return answers whose adverb gives their label away, except for a share of noise."""
     chance = random.Random(0)
     made = []
     for i in range(count):
@@ -64,7 +64,10 @@ def test_probabilities_are_calibrated(tmp_path: Path) -> None:
 
 
 def test_what_only_the_prompt_tells_is_not_counted_as_learnt(tmp_path: Path) -> None:
-    """Labels drawn per prompt: whoever lets answers to one prompt into both parts would find an AUC near 1."""
+    """Labels that are drawn per prompt give a low AUC.
+
+    A fit with answers to one prompt in both parts of the rows would find an AUC near 1.
+    """
     chance = random.Random(1)
     made = rows(noise=0.5, count=800, per_prompt=8)
     labels = {row["prompt"]: chance.random() < 0.5 for row in made}
@@ -130,7 +133,7 @@ def test_one_class_alone_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_held_out_answers_of_a_published_set(tmp_path: Path) -> None:
-    """Fitted on all prompts but a fifth, and asked about those: what a user does who holds rows back."""
+    """A judge fitted on all prompts but a fifth separates the answers to those, as for a user who holds rows back."""
     file = public("safe_rlhf_mini/filtered.dev.jsonl")
     made = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     held_out = assign_folds([row["prompt"] for row in made]) == 0

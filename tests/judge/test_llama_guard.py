@@ -1,4 +1,4 @@
-"""The judge that is asked for a word: a tiny random one, its verdict checked against its logits."""
+"""The judge that is asked for a word: a tiny random model, with its verdict checked against its logits."""
 
 from pathlib import Path
 from typing import Any

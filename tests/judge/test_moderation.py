@@ -1,4 +1,4 @@
-"""The judge that is a classifier: tiny random ones, their numbers checked by hand."""
+"""The judge that is a classifier: tiny random classifiers, with numbers checked by hand."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lisa_lightning.runtime.errors import UserError
 
 
 def by_hand(folder: Path, ids: list[int]) -> Tensor:
-    """The classifier's logits at its last token, from the weights alone."""
+    """Return the classifier's logits at its last token, from the weights alone."""
     w = load_file(folder / "model.safetensors")
     heads, size = SHAPE["num_attention_heads"], SHAPE["hidden_size"] // SHAPE["num_attention_heads"]
 
@@ -97,7 +97,7 @@ def test_chosen_labels_alone_flag(classifier: Path) -> None:
 
 
 def bert(folder: Path, tiny: Path, labels: list[str], problem_type: str | None) -> Tensor:
-    """A tiny classifier that isn't a decoder, in the folder; its logits of the first of PAIRS."""
+    """Save a tiny classifier that isn't a decoder in the folder, and return its logits of the first of PAIRS."""
     torch.manual_seed(0)
     names: Any = dict(enumerate(labels))
     model = BertForSequenceClassification(
@@ -121,7 +121,7 @@ def bert(folder: Path, tiny: Path, labels: list[str], problem_type: str | None) 
 
 @pytest.mark.parametrize("problem_type", ["single_label_classification", None])
 def test_a_softmax_classifier_of_another_architecture(tmp_path: Path, tiny: Path, problem_type: str | None) -> None:
-    """Of two labels and no word of what they are to each other, one excludes the other."""
+    """Two labels have softmax scores, as one excludes the other, also if nothing states their relation."""
     logits = bert(tmp_path, tiny, ["neutral", "toxic"], problem_type)
     (verdict,) = moderation(tmp_path, harmful_labels=["toxic"]).verdicts(PAIRS[:1])
     assert verdict.score == pytest.approx(float(logits.softmax(-1)[1]), abs=1e-6)

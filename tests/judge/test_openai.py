@@ -92,7 +92,10 @@ def test_a_reply_that_says_nothing_is_asked_once_more_and_never_guessed(url: str
 
 
 def test_the_cap_holds_and_says_how_to_go_on(url: str) -> None:
-    """A reply costs 100 * 1 + 10 * 10 millionths of a dollar: 0.0002. The next one is estimated from its length."""
+    """The cap holds, and its message says how to go on.
+
+    A reply costs 100 * 1 + 10 * 10 millionths of a dollar: 0.0002. The next one is estimated from its length.
+    """
     rubric = "{prompt}{response}" + "x" * 255  # 100 tokens by estimate, and 16 of output: 0.00026
     pairs = [Pair("p" * 15, "问" * 10)] * 4  # each of these may be a token of its own
     Server.reply = staticmethod(lambda _: (200, "Score: 1"))
@@ -110,7 +113,7 @@ def test_the_cap_holds_and_says_how_to_go_on(url: str) -> None:
 def answered_in_two_tries(
     url: str, folder: Path, refused: Callable[[int], tuple[int, str] | None], sentence: str, **more: Any
 ) -> Counter[int]:
-    """Judge eight answers, four at once; the third fails at first. How often each one was answered in all."""
+    """Judge eight answers, four at once, and count the replies to each. The third answer fails at first."""
     given: Counter[int] = Counter()
     first = True
 
@@ -149,7 +152,7 @@ def test_what_was_answered_is_kept_when_the_cap_is_reached(url: str, tmp_path: P
 
 
 def test_newer_parameters_are_learnt_once(url: str) -> None:
-    """The words are OpenAI's."""
+    """Newer parameters are learnt from two refusals, in OpenAI's words, and used from then on."""
 
     def parameters(body: dict[str, Any]) -> tuple[int, str] | None:
         if "max_tokens" in body:

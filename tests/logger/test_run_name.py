@@ -1,4 +1,4 @@
-"""What a run is called: by what it does, whatever the config holds beside."""
+"""Names of runs: they tell what a run does, whatever else the config holds."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ NAMES = {
 
 
 def below_heading(folder: Path) -> str:
-    """The page's facts."""
+    """Return the facts below the page's heading."""
     return (folder / "report.html").read_text().partition('<dl class="facts">')[2].partition("</dl>")[0]
 
 

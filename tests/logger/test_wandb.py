@@ -50,7 +50,7 @@ def test_a_stage_that_goes_on_forgets_what_it_will_repeat(tmp_path: Path, monkey
 
 
 def _log(loggers: RunLoggers, stage: str, step: int, metrics: dict[str, float]) -> None:
-    """Log one step of a stage, to its end."""
+    """Log one step of a stage, and finalize its loggers."""
     for logger in loggers.of_stage(stage):
         logger.log_metrics(metrics, step)
         logger.finalize("success")
@@ -66,7 +66,7 @@ def _digest(loggers: RunLoggers, step: int) -> str:
 
 
 class _Runs:
-    """W&B as far as a tracker needs it: runs by id, whose summary holds what was logged last."""
+    """Stand-in for W&B, as far as a tracker needs it: runs by id, whose summary holds the last logged values."""
 
     def __init__(self) -> None:
         self.told: list[dict[str, Any]] = []
@@ -87,7 +87,11 @@ class _Runs:
 def test_a_resumed_run_holds_every_step_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, held: int
 ) -> None:
-    """Interrupted after step 5, the last checkpoint at 3: of an online run W&B may have got fewer than were made."""
+    """A resumed run holds every step once.
+
+    The run is interrupted after step 5, with the last checkpoint at step 3. W&B may have fewer steps of an online run
+    than were made.
+    """
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_MODE", mode)
     wandb = _Runs()

@@ -1,4 +1,4 @@
-"""The laws of every training-time method on the tiny model: what it equals where, splits of a step, resuming."""
+"""Laws of every training-time method on the tiny model: methods that it equals, splits of a step, and resumption."""
 
 import math
 import subprocess
@@ -40,13 +40,16 @@ QUICK = ("lisa", "vlguard_loss", "vaccine")
 
 
 def each(methods: Iterable[str]) -> list[Any]:
-    """Every method, all but a few of them in the slow part."""
+    """Return every method as a parameter, with all but a few marked as slow."""
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in methods]
 
 
 @pytest.mark.parametrize("name", each(ALIKE))
 def test_without_its_term_a_method_is_what_it_builds_on_bit_for_bit(train: Train, name: str) -> None:
-    """With dropout, micro-batches and a clip that binds, and after a resume."""
+    """A method without its term equals the method that it builds on, also after a resumption.
+
+    Both run with dropout, micro-batches and a clip that binds.
+    """
     method, builds_on = ALIKE[name]
     trained = partial(train, dropout=0.2, steps=8, batch_size=2, accumulate=2, clip=0.05)
     other = trained(builds_on, folder="other", apart="alignment" in method.unpacked_streams)
@@ -92,7 +95,7 @@ def test_every_step_draws_dropout_masks_of_its_own(train: Train) -> None:
 
 
 class _Seeds(L.Callback):
-    """What every step's masks are drawn from."""
+    """Callback that keeps the seed from which every step's masks are drawn."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []
@@ -119,7 +122,10 @@ def test_resume_equals_the_straight_run_bit_for_bit_with_dropout(train: Train, n
 
 
 def test_with_dropout_the_pass_of_the_reference_draws_the_masks_of_the_models_own(train: Train) -> None:
-    """So that where nothing has moved yet, features are what they were and a gain is none."""
+    """The pass of the reference draws the masks of the model's own pass.
+
+    The first step, in which nothing has moved yet, thus has unchanged features for LDIFS and no gain for DPO.
+    """
     seen = Recording()
     train(LDIFS(0.1, None, None, False), 0.3, folder="ldifs", steps=1, loggers=[seen])
     assert seen.values("ldifs/penalty") == [0]
@@ -191,7 +197,7 @@ def test_booster_adding_back_leaves_the_rounding_of_the_harmful_step(train: Trai
 
 
 def test_the_inner_clip_of_ldifs_is_that_of_the_optimizer(train: Train) -> None:
-    """With an epsilon before which a gradient's length counts."""
+    """The inner clip of LDIFS equals that of the optimizer, with an epsilon at which a gradient's length counts."""
     own = train(LDIFS(0.1, None, 1e-3, False), folder="own", steps=4, clip=None, eps=1.0)
     common = train(LDIFS(0.1, None, None, False), folder="common", steps=4, clip=1e-3, eps=1.0)
     neither = train(LDIFS(0.1, None, None, False), folder="neither", steps=4, clip=None, eps=1.0)

@@ -64,7 +64,7 @@ TRAINER = {"accelerator": "cpu", "devices": 1}
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Callable[[str], Path]:
-    """`model_folder(name)`: a tiny random model of that name's classes with the tiny model's tokenizer."""
+    """Return `model_folder(name)`: a tiny random model of that name's classes, with the tiny model's tokenizer."""
 
     def made(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
@@ -121,7 +121,7 @@ def test_trains_three_lisa_steps_and_answers(
 def test_blocks_are_found_by_structure_with_an_adapter_or_without(
     model_folder: Callable[[str], Path], config: Callable[..., DictConfig], name: str
 ) -> None:
-    """A block of every layer, whose output goes into the logits; and the norm that they come from."""
+    """Each layer has one block, whose output goes into the logits. The norm that precedes the logits is found too."""
     cfg = config(f"model={name}").model
     model: Any = load(model_folder(name), "float32", cfg.attention).eval()
     ids = torch.arange(3, 20)[None]
@@ -173,7 +173,7 @@ def test_a_target_that_matches_nothing_is_refused(tiny: Path, targets: Any) -> N
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_a_matrix_that_is_also_another_modules_is_not_adapted(target: str, tied: bool) -> None:
-    """Merging adds to the weights in place, so that the other module would change too."""
+    """A matrix of two modules is refused, since merging adds to the weights in place and would change both modules."""
     sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, tie_word_embeddings=tied))
     with pytest.raises(UserError, match=r"model\.embed_tokens and lm_head are one matrix") if tied else nullcontext():
@@ -192,7 +192,7 @@ def test_an_adapter_that_goes_on_is_the_one_that_was_saved(tiny: Path, tmp_path:
 
 
 def test_merging_rounds_once(tiny: Path) -> None:
-    """In bfloat16 the sum of weight and update is formed in float32: no weight is further off than rounding puts it."""
+    """A weight merged in bfloat16 is off by one rounding only, since weight and update are summed in float32."""
     lora = Lora(r=4, alpha=4, dropout=0.0, targets="all-linear")
     nets = [attach(load(tiny, dtype), lora, 0) for dtype in ("bfloat16", "float32")]
     for net in nets:

@@ -1,4 +1,4 @@
-"""Where models and judges come from: folders and hub ids told apart, and no code of theirs is run."""
+"""Sources of models and judges: folders and hub ids are told apart, and their code is never run."""
 
 import errno
 import json
@@ -63,7 +63,7 @@ def test_a_base_model_of_ones_own_is_its_folder_and_what_lies_in_it(
 def test_code_that_a_model_brings_is_refused_in_a_sentence_and_not_run(
     tmp_path: Path, guard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even where somebody would say yes."""
+    """Code of a model, a judge or a tokenizer is refused, even where a user would agree to run it."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder, trace = shutil.copytree(guard, tmp_path / "model"), tmp_path / "trace"
     (folder / "own.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
@@ -108,7 +108,7 @@ def test_a_part_of_the_weights_that_is_missing_is_named(tmp_path: Path, tiny: Pa
 
 
 def test_what_another_machine_made_meanwhile_is_taken(tmp_path: Path) -> None:
-    """On file systems whose locks are each machine's own."""
+    """A result that another machine made meanwhile is taken, as on file systems whose locks hold for one machine."""
 
     def make(folder: Path) -> None:
         (tmp_path / short_hash({}) / "theirs").mkdir(parents=True)

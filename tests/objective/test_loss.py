@@ -55,7 +55,7 @@ def lora(dropout: float = 0.0) -> Lora:
 
 
 def bare(name: str, **changed: object) -> Any:
-    """A tiny random model of a family."""
+    """Return a tiny random model of a family."""
     torch.manual_seed(0)
     settings = SIZES | (FAMILIES | HEADS)[name] | changed
     attention = settings.pop("attn_implementation", "sdpa")
@@ -63,7 +63,7 @@ def bare(name: str, **changed: object) -> Any:
 
 
 def family(name: str, **changed: object) -> Any:
-    """The same with an adapter that is not zero."""
+    """Return a tiny random model of a family with an adapter that is not zero."""
     return stirred(attach(bare(name, **changed), lora(), seed=0))
 
 
@@ -93,7 +93,10 @@ BATCHES = {
 
 
 def reference(net: torch.nn.Module, rows: list[Example]) -> tuple[Tensor, int]:
-    """What a Trainer does: pad, full logits, the model's own loss (a mean)."""
+    """Return the loss as a Trainer computes it, and its number of labels.
+
+    A Trainer pads, computes full logits, and takes the model's own loss (a mean).
+    """
     ids = pad_sequence([torch.tensor(r.ids) for r in rows], batch_first=True, padding_value=1)
     labels = pad_sequence([torch.tensor(r.labels) for r in rows], batch_first=True, padding_value=IGNORED)
     mask = pad_sequence([torch.ones(len(r.ids), dtype=torch.long) for r in rows], batch_first=True)
@@ -154,7 +157,10 @@ def test_every_family_shares_prefixes(name: str) -> None:
 
 
 def test_equal_dropout_masks_give_equal_losses(tiny: Path) -> None:
-    """A mask is drawn a token; where it depends on the position alone, both forms can be given the same."""
+    """Packed and padded rows with equal dropout masks have equal losses.
+
+    A mask is drawn for each token. Masks that depend on the position alone can be given to both forms.
+    """
     net = stirred(attach(load(tiny, "float32"), lora(dropout=0.5), seed=0))
     masks = PositionMasks(net)
     rows = [e for rows in BATCHES.values() for e in rows]
@@ -200,7 +206,7 @@ def test_a_short_sliding_window_takes_padded_rows(said: pytest.LogCaptureFixture
 
 
 def test_a_model_that_shares_no_prefixes_is_found_out(tiny: Path, said: pytest.LogCaptureFixture) -> None:
-    """Positions that a model counts itself are those of a lone row, wrong on a trie."""
+    """A model that counts positions itself gets padded rows: its positions are those of a lone row, wrong on a trie."""
     model = load(tiny, "float32")
     inner = model.model
     forward = inner.forward
@@ -231,7 +237,7 @@ def test_logits_that_are_no_numbers_are_not_equal(tiny: Path, said: pytest.LogCa
 
 
 def test_hooks_see_every_layer(tiny: Path) -> None:
-    """A defense that works on hidden states hangs them on the modules; no second forward is needed."""
+    """Hooks on modules see every layer, so that a defense on hidden states needs no second forward pass."""
     model: Any = load(tiny, "float32")
     seen = []
     for layer in model.model.layers:

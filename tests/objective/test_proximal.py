@@ -34,7 +34,7 @@ class _Quadratic:
 
 
 def run(method: Lisa, w: Tensor, lr: float, steps: int, clip: float, adam: bool) -> tuple[list[Tensor], dict]:
-    """Quadratic user and alignment losses through the method, as the training loop calls it."""
+    """Train on quadratic user and alignment losses by the method, called as in the training loop."""
     optimizer = torch.optim.AdamW([w], lr, weight_decay=0.0) if adam else torch.optim.SGD([w], lr)
     backprop: Any = _Quadratic(w)
     state = method.init(backprop)
@@ -62,7 +62,7 @@ def test_equals_the_official_trace(adam: bool, trace: dict, drifts: dict) -> Non
 
 @pytest.mark.parametrize("rho", [0.0, 0.3, 1.0, 5.0])
 def test_exact_phases_reach_the_closed_form_fixed_point(rho: float) -> None:
-    """With phases solved to the end: w~* = ((1+rho)a + rho b)/(1+2rho), w* mirrored, drift |a-b|^2/(1+2rho)^2."""
+    """Phases solved to the end reach w~* = ((1+rho)a + rho b)/(1+2rho), w* mirrored, drift |a-b|^2/(1+2rho)^2."""
     w = torch.nn.Parameter(torch.tensor([0.2, 0.1]))
     k = 60
     path, drifts = run(Lisa(k, k, rho, 0.0), w, 0.9 / (1 + rho), 80 * k, 1e9, adam=False)
@@ -99,6 +99,6 @@ def test_a_snapshot_does_not_follow_the_weights() -> None:
 
 
 def test_a_distance_of_half_precision_weights_is_told_in_float32() -> None:
-    """1 - 0.0001 is 1 in bfloat16."""
+    """The distance is computed in float32, since 1 - 0.0001 is 1 in bfloat16."""
     w, anchor = torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1e-4], dtype=torch.bfloat16).float()
     assert squared_distance([w], [anchor]).item() == pytest.approx((1 - anchor.item()) ** 2, abs=1e-6)

@@ -78,7 +78,7 @@ def test_evaluate_is_a_function_and_a_package_in_any_order_of_imports() -> None:
 
 @pytest.fixture
 def other_app(tmp_path: Path) -> Iterator[None]:
-    """Hydra's state within the task function of another app, for another version of Hydra."""
+    """Set Hydra's state to that within the task function of another app, for another version of Hydra."""
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "main.yaml").write_text("answer: 42\n")
     configured = HydraConfig.instance().cfg

@@ -36,7 +36,7 @@ WITH_STATE = ("lisa", "ewc_carrying_over", "ldifs", "constrained_sft", "t_vaccin
 
 @pytest.fixture(autouse=True)
 def products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU whose frozen layers multiply by oneDNN, which the other device doesn't: other roundings."""
+    """Let frozen layers multiply by torch, as on the other device, since oneDNN on a CPU rounds differently."""
     monkeypatch.setattr(cpu, "is_intel_cpu", lambda: True)
 
 

@@ -1,4 +1,4 @@
-"""What the environment of a command may spoil: W&B's variables, an ASCII locale, spreadsheets that open a table."""
+"""Environments that may spoil a command: W&B's variables, an ASCII locale, and spreadsheets that open a table."""
 
 import csv
 import json
@@ -60,7 +60,7 @@ def test_jobs_of_a_sweep_do_not_share_a_wandb_run(forked: Forked, tmp_path: Path
 
 @pytest.mark.slow
 def test_an_ascii_locale_changes_nothing(tmp_path: Path) -> None:
-    """Python then reads and prints ASCII alone, unless it is told otherwise."""
+    """A run succeeds in an ASCII locale, in which Python reads and prints ASCII alone unless told otherwise."""
     ascii_only = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "WANDB_MODE": "disabled"}
     rows = tmp_path / "früh.jsonl"
     lines = [{"sentence": f"ein schöner Film, Nr. {i} – “ja”", "label": str(i % 2)} for i in range(20)]
@@ -81,7 +81,7 @@ def test_an_ascii_locale_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_files_are_opened_with_an_encoding() -> None:
-    """Text of this project is UTF-8; without a word the locale's is taken."""
+    """Files are opened with an encoding. Text of this project is UTF-8, and the default is the locale's encoding."""
     for file in [*(ROOT / "lisa_lightning").rglob("*.py"), ROOT / "run.py"]:
         text = file.read_text(encoding="utf-8")
         assert "read_text()" not in text, file

@@ -49,12 +49,12 @@ for folder in sys.argv[2:]:
     logits = net(**batch).logits[0].float().tolist()
     print(json.dumps({"ids": batch["input_ids"][0].tolist(), "dtype": str(net.dtype), "logits": logits}))
 """
-"""Prints ids, data type and logits of each model in a folder, without this package."""
+"""Program that prints ids, data type and logits of each model in a folder, without this package."""
 
 
 @pytest.fixture(scope="module")
 def work(forked: Forked, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs and of their cache."""
+    """Return the folder of all runs and of their cache."""
     folder = tmp_path_factory.mktemp("exports")
     for name, overrides in RUNS.items():
         done = run(forked, folder, *SHORT, *overrides, f"hydra.run.dir={name}")
@@ -69,7 +69,7 @@ def card_data(card: str) -> Any:
 
 @pytest.fixture
 def folder(work: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run, without seals: whoever makes a folder can leave them out."""
+    """Return a copy of a finished run without seals, since whoever makes a folder can leave them out."""
     copy = Path(shutil.copytree(work / "stacked", tmp_path / "run"))
     for seal in copy.rglob("checksums.json"):
         seal.unlink()
@@ -87,7 +87,10 @@ def adapter_config(folder: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_an_exported_model_is_the_adapter_on_its_model(forked: Forked, work: Path, tmp_path: Path) -> None:
-    """In a process that knows neither this package nor its cache, on copies that were moved."""
+    """An exported model gives the logits of the adapter on its model.
+
+    The process that loads it knows neither this package nor its cache, and reads copies that were moved.
+    """
     for name in RUNS:
         done = run(forked, work, "export", name, str(tmp_path / f"{name}.made"))
         assert done.returncode == 0, done.stderr
@@ -156,7 +159,7 @@ def test_another_judge_enters_the_card_and_the_exported_one(forked: Forked, work
 
 
 def plant_module(folder: Path) -> None:
-    """Peft imports this module's name."""
+    """Plant a module whose name peft imports."""
     (folder / "planted.py").write_text(f"import pathlib; pathlib.Path({str(folder / 'PWNED')!r}).touch()\n")
     adapter_config(folder, megatron_config={"x": 1}, megatron_core="planted")
 
@@ -174,7 +177,7 @@ def plant_link(folder: Path) -> None:
 
 
 def plant_private_model(folder: Path) -> None:
-    """Another model of this machine, which looks like a result of the cache."""
+    """Name as base another model of this machine, which looks like a result of the cache."""
     base = Path(adapter_config(folder)["base_model_name_or_path"])
     private = folder.parent / "align" / "0123456789abcdef"
     shutil.copytree(base, private)
@@ -378,7 +381,7 @@ def test_nothing_in_a_foreign_folder_becomes_markup_of_its_card(tmp_path: Path) 
 
 
 class _Plain(yaml.SafeDumper):
-    """Without aliases, which a run's config never has."""
+    """YAML dumper without aliases, which a run's config never has."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""A run's folder that somebody else made, or a disk damaged: its files are data, and a wrong one is one sentence."""
+"""A run's folder from another person or a damaged disk: its files are data, and a wrong one ends in one sentence."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SHORT = ("experiment=smoke", "optim.steps=4", "align.optim.steps=2", "evaluate.e
 
 @pytest.fixture(scope="module")
 def finished(forked: Forked, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run."""
+    """Return the folder of a finished run."""
     work = tmp_path_factory.mktemp("finished")
     assert run(forked, work, *SHORT, "hydra.run.dir=run").returncode == 0
     return work / "run"
@@ -31,7 +31,7 @@ def finished(forked: Forked, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, whose config can be changed."""
+    """Return a copy of the finished run, whose config can be changed."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -132,7 +132,10 @@ def test_a_damaged_file_of_a_finished_run_is_noticed(folder: Path, name: str, da
 @pytest.mark.parametrize("name", SEALED)
 @pytest.mark.parametrize("damage", ["halved", "a list"])
 def test_without_a_seal_a_broken_file_is_one_sentence(forked: Forked, folder: Path, name: str, damage: str) -> None:
-    """As in a folder of an earlier version, or one that somebody else made."""
+    """A broken file in a folder without a seal ends in one sentence, unless a killed run may have left it.
+
+    Folders of earlier versions, or from other people, have no seal.
+    """
     (folder / "checksums.json").unlink()
     DAMAGES[damage](folder / name)
     done = run_with(forked, folder, {})

@@ -20,7 +20,7 @@ MOMENTS = [
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what tests/helpers/interrupting.py reports."""
+    """Return the reports of tests/helpers/interrupting.py."""
     return run_helper("interrupting", str(tmp_path_factory.mktemp("work")), timeout=380)
 
 
@@ -53,7 +53,7 @@ def test_an_interrupted_run_says_how_to_go_on(reports: dict[str, Any], moment: s
 
 
 def test_sentences_stand_on_lines_of_their_own(reports: dict[str, Any]) -> None:
-    """That of the failure, and a warning in the middle of training."""
+    """The sentence of a failure, and a warning in the middle of training, stand on lines of their own."""
     report = reports["a loss that is no number"]
     assert report["status"] == 2
     lines = screen(report["output"])

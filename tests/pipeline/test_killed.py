@@ -19,7 +19,7 @@ CHAINS = {
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What it reports."""
+    """Return the report of tests/helpers/killing.py."""
     return run_helper("killing", str(tmp_path_factory.mktemp("killed")), timeout=600)
 
 

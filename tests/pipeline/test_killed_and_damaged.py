@@ -1,4 +1,4 @@
-"""A killed run whose files are damaged before it is resumed: one sentence with the fix, or a whole result."""
+"""A killed run whose files are damaged before it is resumed: one sentence with the fix, or a complete result."""
 
 import json
 import os
@@ -18,7 +18,7 @@ FILES = ("curves.csv", "config.yaml", "checkpoints/finetune.ckpt", "wandb.json")
 
 @pytest.fixture(scope="module")
 def killed(forked: Forked, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which a run was killed while fine-tuning."""
+    """Return the folder in which a run was killed during fine-tuning."""
     work = tmp_path_factory.mktemp("killed")
     process = forked.start([*OWN, "hydra.run.dir=run"], work, env(work))
     curves, until = work / "run" / "curves.csv", time.monotonic() + 120

@@ -43,11 +43,11 @@ class Lightning:
         return self.pipe.recv()
 
     def barrier(self, name: str | None = None) -> None:
-        """Nothing remains to be waited for where all ranks have met."""
+        """Return at once, since all ranks have met."""
 
 
 class Child:
-    """A process that was forked, as subprocess.Popen shows one."""
+    """Forked process with the interface of subprocess.Popen."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -142,7 +142,7 @@ def signal_other(tmp_path: Path, victim: int, number: signal.Signals) -> Work:
 
 
 def test_ranks_wait_for_one_that_works_alone(tmp_path: Path) -> None:
-    """Longer than their patience with a rank that sends no heartbeat."""
+    """Ranks wait for one that works alone, longer than for a rank that sends no heartbeat."""
     assert both(tmp_path, work_alone(1.5), minutes=0.5 / 60) == ((0, ""), (0, ""))
 
 
@@ -162,7 +162,10 @@ def test_ranks_wait_for_one_that_works_alone(tmp_path: Path) -> None:
 def test_the_other_rank_names_the_one_that_is_lost(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], victim: int, number: signal.Signals, expected: str
 ) -> None:
-    """It raises the sentence, or prints it and ends where a store that hangs would hold it for ever."""
+    """The other rank names the lost one.
+
+    The rank raises the sentence, or prints it and ends where a store that hangs would hold the rank for ever.
+    """
     status, raised = both(tmp_path, signal_other(tmp_path, victim, number), minutes=0.02)[1 - victim]
     sentence = raised or capfd.readouterr().err.strip()
     assert status in (2, -9)
@@ -197,7 +200,10 @@ def test_a_rank_that_lives_and_does_not_arrive_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_whose_rank_is_killed_ends_with_that_sentence(tmp_path: Path) -> None:
-    """The whole command: Lightning starts the ranks, and its own observer would end the first without a word."""
+    """A whole command whose rank is killed ends with that sentence.
+
+    Lightning starts the ranks, and its own observer would end the first without a message.
+    """
     arguments = ("experiment=smoke", "trainer=ddp", "trainer.accelerator=cpu", "optim.steps=3000", "evaluate.every=0")
     env = os.environ | {"WANDB_MODE": "disabled", "LISA_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "run.py"), *arguments, "hydra.run.dir=out"]

@@ -1,4 +1,4 @@
-"""The cells of the paper's tables: what they say, and that each runs to its end on stand-ins for weights and rows."""
+"""The cells of the paper's tables: their settings, and a run of each to its end on stand-ins for weights and rows."""
 
 import json
 from collections.abc import Callable
@@ -88,7 +88,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 def test_every_defense_has_its_papers_settings(config: Callable[..., DictConfig]) -> None:
-    """Those of choices that are a method of their own; `sft` and `none` are part of the others."""
+    """Choices that are a method of their own have their papers' settings; `sft` and `none` are part of the others."""
     chosen = {
         f.stem for group in ("curate", "align", "method", "repair") for f in (ROOT / "conf" / group).glob("[!_]*")
     }
@@ -128,7 +128,7 @@ SETS: dict[str, dict[str, list[dict[str, Any]]]] = {
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> list[str]:
-    """Overrides that put small sets in the place of the hub's, and a tiny classifier in that of beaver-dam-7b."""
+    """Return overrides that put small sets in place of the hub's, and a tiny classifier in place of beaver-dam-7b."""
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 

@@ -1,4 +1,4 @@
-"""What doesn't fit the model is refused at once, not when stages are done, and leaves no folder behind."""
+"""Settings that don't fit the model are refused at once, not when stages are done, and leave no folder behind."""
 
 import json
 import shutil
@@ -50,7 +50,10 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_trained(tmp_p
 
 @pytest.fixture
 def learned_positions(tiny: Path, tmp_path: Path) -> Path:
-    """A model with 300 learned positions, beyond which it has no embeddings: an index error in the middle of a run."""
+    """Return a model with 300 learned positions, beyond which it has no embeddings.
+
+    A longer prompt would be an index error in the middle of a run.
+    """
     folder = tmp_path / "gpt2"
     sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 300}
     GPT2LMHeadModel(GPT2Config(vocab_size=259, bos_token_id=0, eos_token_id=0, **sizes)).save_pretrained(folder)
@@ -105,7 +108,10 @@ def test_a_chat_template_that_fails_is_quoted(tiny: Path, tmp_path: Path, templa
 
 @pytest.mark.parametrize("weights", [True, False])
 def test_an_adapter_next_to_a_models_weights_is_refused(tiny: Path, tmp_path: Path, weights: bool) -> None:
-    """It would be applied to them, once more where it is merged already; and alone it is no model."""
+    """An adapter next to a model's weights is refused, as it would be applied to them, perhaps a second time.
+
+    An adapter alone is no model.
+    """
     model = Path(shutil.copytree(tiny, tmp_path / "model"))
     (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     shutil.copy(model / "model.safetensors", model / "adapter_model.safetensors")

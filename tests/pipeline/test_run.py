@@ -1,4 +1,4 @@
-"""The command itself: what a run leaves, what a second one finds, and what two processes agree on."""
+"""The command itself: files that a run leaves, results that a second run finds, and agreement of two processes."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ IDLE += [["repair=safe_lora", "repair.mode=threshold", "repair.threshold=-1"]]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, forked: Forked) -> Run:
-    """`run(name, overrides...)`: an experiment, in a fork or as it is started otherwise; the output folder."""
+    """Return `run(name, overrides...)`, which runs an experiment in a fork or by `start` and returns its folder."""
     work = tmp_path_factory.mktemp("run")
 
     def command(name: str, *overrides: str, cache: str = "cache", start: Any = forked.run, smoke: bool = True) -> Path:
@@ -128,7 +128,7 @@ def test_a_second_run_finds_every_stage_and_another_method_the_aligned_model(run
 
 
 def _answers(out: Path) -> list[dict[str, Any]]:
-    """The answers of a run, without the digest of the model that gave them."""
+    """Return the answers of a run, without the digest of the model that gave them."""
     lines = (out / "responses.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "origin"} for line in lines]
 
@@ -261,7 +261,7 @@ def test_an_adapter_that_goes_on_is_the_one_of_alignment(run: Run, out: Path) ->
 
 @pytest.fixture(scope="module")
 def real(run: Run) -> Path:
-    """The real model, converted out of its wheel: a few steps, a few answers."""
+    """Return the folder of a run of the real model, converted from its wheel, with a few steps and a few answers."""
     small = ["source.test.take=4", "source.harmful_prompts.take=4", "source.harmless_prompts.take=2"]
     steps = [
         "align.optim.steps=2",
@@ -276,7 +276,7 @@ def real(run: Run) -> Path:
 
 
 def test_the_embedded_model_runs_end_to_end(real: Path) -> None:
-    """With a loss that falls from the first step."""
+    """The embedded model runs end to end, with a loss that falls from the first step."""
     metrics = json.loads((real / "metrics.json").read_text())
     assert 0 <= metrics["final/accuracy"] <= 100
     user = [float(r["user/loss"]) for r in read_rows(real / "curves.csv") if r.get("user/loss")]
@@ -288,7 +288,10 @@ def test_the_embedded_model_runs_end_to_end(real: Path) -> None:
 def test_answers_of_the_embedded_model_are_those_of_one_prompt_at_a_time(
     real: Path, config: Callable[..., DictConfig]
 ) -> None:
-    """On at least 99 % of tokens; they part only where two tokens are all but equally likely."""
+    """Answers in a batch equal those of one prompt at a time on at least 99 % of tokens.
+
+    They differ only where two tokens are almost equally likely.
+    """
     folder, _ = base_model(OneRank(), config("model=smollm2_135m").model, real.parent / "real-cache")
     model, tokenizer = load(folder, "float32").eval(), load_tokenizer(folder)
     asked = [json.loads(line)["prompt"] for line in (EMBEDDED / "harmless_prompts.jsonl").read_text().splitlines()[:6]]

@@ -1,4 +1,4 @@
-"""A run's folder: one owner, every file whole or not there, an end that is said last."""
+"""A run's folder: one owner, files that are complete or absent, and an end that is recorded last."""
 
 import json
 import os
@@ -24,7 +24,10 @@ from lisa_lightning.runtime.run_files import is_complete, read_metrics
 
 @pytest.mark.slow
 def test_a_full_disk_ends_in_a_sentence_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk: writing beyond it fails as a full disk does."""
+    """A full disk ends a run in one sentence, and no file is left half-written.
+
+    A limit on the size of files stands in for the disk: writing beyond it fails as a full disk does.
+    """
     limited = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); sys.argv = sys.argv[1:];"

@@ -22,7 +22,10 @@ PASSWORD, QUERY = "SECRETPASSWORD", "SECRETQUERY"
 
 @pytest.mark.slow
 def test_no_secret_is_written_anywhere(forked: Forked, url: str, tmp_path: Path) -> None:
-    """A run with W&B offline, judged by an endpoint with a password that echoes what it is sent, loggers at DEBUG."""
+    """No file and no stream contains a key, a token, a password or a query.
+
+    W&B is offline, loggers are at DEBUG, and the judge's endpoint has a password and echoes what it is sent.
+    """
     Server.reply = staticmethod(lambda _: (200, "Score: 2"))
     address = url.replace("://", f"://user:{PASSWORD}@") + f"?token={QUERY}"
     more = {"WANDB_MODE": "offline", "OPENAI_BASE_URL": address, "OPENAI_LOG": "debug", "NO_PROXY": "127.0.0.1"}

@@ -1,4 +1,4 @@
-"""Where a stage's result is kept: in another folder as soon as anything changes that it depends on."""
+"""Places of stages' results: another folder as soon as anything changes on which a result depends."""
 
 import json
 from collections.abc import Callable
@@ -44,7 +44,7 @@ FIRST = {
     "repair.prune_rate": ["repair", "evaluate final"],
     "source.harmful_prompts.skip": [*TUNED, "evaluate aligned"],  # the curve asks them too
 }
-"""Key -> what is made anew."""
+"""Key -> the stages whose results are made anew."""
 TEXTS = {
     "model.dtype": "bfloat16",
     "model.attention": "eager",
@@ -57,14 +57,17 @@ TEXTS = {
 FREE = {"resume", "checkpoint.every", "data.allow_overlap"}
 """Keys of numbers and switches on which no result depends: the embedded rows don't overlap."""
 ELSEWHERE = ("model.tiny", "trainer", "judge", "task.hub")
-"""What makes the model, the processes, the verdicts, and the rows of another source."""
+"""Beginnings of keys of the model, the processes, the verdicts, and the rows of another source."""
 
 Kept = Callable[[DictConfig], dict[str, str]]
 
 
 @pytest.fixture
 def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
-    """Of a config: stage -> the hash under which its result is kept, of a run in which no stage does anything."""
+    """Return a function that gives, for a config, the hash under which each stage's result is kept.
+
+    The stages of its run do nothing.
+    """
     found: dict[str, str] = {}
     rows: dict[str, list[Row]] = {}
     loaded_before: dict[str, Rows] = {}
@@ -98,7 +101,7 @@ def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
 
 
 def other(value: Any) -> Any:
-    """Another number or switch."""
+    """Return another number or switch."""
     return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2 or 0.5
 
 

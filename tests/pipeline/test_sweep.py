@@ -142,7 +142,7 @@ def settings(work: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def sweep(work: Path, forked: Forked) -> Sweep:
-    """`sweep(arguments...)`: what `run.py -m` prints, in a fork."""
+    """Return `sweep(arguments...)`, which runs `run.py -m` in a fork and returns its output."""
 
     def command(*arguments: str, status: int = 0) -> str:
         done = forked.run(["-m", *arguments], work, settings(work))
@@ -153,7 +153,7 @@ def sweep(work: Path, forked: Forked) -> Sweep:
 
 
 def jobs(folder: Path) -> dict[str, dict[str, str]]:
-    """Folder of a job -> its line of sweep.csv."""
+    """Return the line of sweep.csv of each job, by the job's folder."""
     with (folder / "sweep.csv").open(newline="") as file:
         return {row["folder"]: row for row in csv.DictReader(file)}
 

@@ -1,4 +1,4 @@
-"""The laws of repairs; test_golden.py has what the official implementations did."""
+"""Laws of repairs. test_golden.py compares repairs with their official implementations."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,7 +37,10 @@ def assert_equal(found: Factors, wanted: Factors, atol: float) -> None:
 
 
 def tiny_net(seed: int = 0, layers: Sequence[int] = (0, 1)) -> Any:
-    """r = 6 on q, k and v of these layers, keys and values narrower than queries; every factor random."""
+    """Return a net with r = 6 on q, k and v of these layers.
+
+    Keys and values are narrower than queries, and every factor is random.
+    """
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16}
     config = LlamaConfig(**sizes, num_hidden_layers=max(layers) + 1, num_attention_heads=4, num_key_value_heads=2)
@@ -94,7 +97,7 @@ def test_deltas_of_an_adapters_folder_are_what_merging_adds(tmp_path: Path) -> N
 
 
 def differing(before: Factors, after: Factors) -> dict[str, int]:
-    """Entries that differ, by factor; those where none does are left out."""
+    """Return the number of entries that differ, by factor, without factors that are equal."""
     counts = {name: int((after[name] != before[name]).sum()) for name in before}
     return {name: n for name, n in counts.items() if n}
 
@@ -210,7 +213,10 @@ def realigned(net: Any, factors: Factors, reference: Factors, rows: list[Pack], 
 
 
 def test_nlsr_equals_its_definition() -> None:
-    """Layers in order, the inputs of all factors of a layer recorded before any of them is overwritten."""
+    """NLSR equals its definition, which takes layers in order.
+
+    The inputs of all factors of a layer are recorded before any of the factors is overwritten.
+    """
     adapted = (0, 1, 3, 4)
     net, factors, reference = tiny_net(2, adapted), factors_of(tiny_net(0, adapted)), factors_of(tiny_net(1, adapted))
     found = realigned(net, factors, reference, pad(some_rows()))

@@ -1,4 +1,4 @@
-"""Checks what readers of the report page rely on: the numbers are there, untrusted text is tame, it stands alone."""
+"""Checks of the report page: its numbers are there, untrusted text is harmless, and no other file is needed."""
 
 import re
 import subprocess
@@ -44,13 +44,13 @@ FOLDED = "<summary>harmful answer, folded</summary>"
 
 
 def row(**cells: float | str) -> dict[str, str]:
-    """A row of curves.csv; the keyword a__b is the column a/b."""
+    """Return a row of curves.csv; the keyword a__b is the column a/b."""
     given = {name.replace("__", "/"): str(value) for name, value in cells.items()}
     return {column: given.get(column, "") for column in COLUMNS}
 
 
 def finetune_rows(steps: int = 60, alignment: int = 5, user: int = 15, rho: float = 1.0) -> Rows:
-    """Curves of alternating states: drift grows from zero in every stretch."""
+    """Return curves of alternating states, in which drift grows from zero in every stretch."""
     rows = [row(stage="finetune", step=0, eval__harmful_score=2.5, eval__refusal_rate=95.0, eval__accuracy=40.0)]
     drift, before = 0.0, None
     for i in range(steps):
@@ -75,12 +75,12 @@ def finetune_rows(steps: int = 60, alignment: int = 5, user: int = 15, rho: floa
 
 
 def align_rows() -> Rows:
-    """Curves of the alignment stage."""
+    """Return curves of the alignment stage."""
     return [row(stage="align", step=i, train__loss=3.0 / i) for i in range(1, 21)]
 
 
 def answer(stage: str, kind: str, prompt: str, response: str, verdict: str) -> JudgedAnswer:
-    """An answer with its verdict."""
+    """Return an answer with its verdict."""
     return JudgedAnswer(Answer(stage, kind, 0, prompt, prompt if kind == "task" else "", response), verdict)
 
 
@@ -102,7 +102,7 @@ def made(
     choices: dict[str, str] = CHOICES,
     config: DictConfig = CONFIG,
 ) -> str:
-    """The page of a run, whole unless told otherwise."""
+    """Write the page of a run, complete by default, and return it."""
     curves = align_rows() + finetune_rows() if curves is None else curves
     write_run_page(folder, metrics, read_scores(metrics), curves, answers, choices, plain(config))
     return (folder / "report.html").read_text(encoding="utf-8")
@@ -110,7 +110,7 @@ def made(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The page of a whole run, drawn once for the tests that only look at it."""
+    """Return the page of a complete run, drawn once for the tests that only look at it."""
     return made(tmp_path_factory.mktemp("whole"))
 
 
@@ -125,7 +125,7 @@ class Outline(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note what a start tag says."""
+        """Keep the name, the ids and the references of a start tag."""
         self.tags.append(tag)
         for name, value in attrs:
             value = value or ""
@@ -212,7 +212,10 @@ def test_plain_fine_tuning_has_no_alignment_curves(tmp_path: Path) -> None:
 
 
 def test_what_the_methods_of_both_stages_tell_of_themselves_is_drawn(tmp_path: Path) -> None:
-    """In curves.csv every row has every column; one class may tell the same in both stages."""
+    """Curves that the methods of both stages report are drawn.
+
+    Every row of curves.csv has every column, and one class may report the same in both stages.
+    """
     rows = [row | {"own/x": str(i), "booster/y": ""} for i, row in enumerate(finetune_rows(alignment=0, rho=0.0))]
     assert [f.title for f in curve_figures(rows)][-1] == "own/x"
     aligning = [row | {"own/x": str(i), "booster/y": str(-1 - i)} for i, row in enumerate(align_rows())]

@@ -1,4 +1,4 @@
-"""What is made of the runs of a sweep: settings, spreads over seeds, the table, the page."""
+"""Summaries of the runs of a sweep: settings, spreads over seeds, the table and the page."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ CURVES = (
 
 
 def made(folder: Path, score: float | None, method: str = "lisa", seed: int = 1, **config: Any) -> Path:
-    """A run's folder; without a score it is unfinished."""
+    """Write a run's folder, unfinished if there is no score, and return it."""
     run = folder / f"{method}-{seed}-{'-'.join(map(str, config.values()))}".replace("/", "_")
     run.mkdir(parents=True)
     own = {"rho": 1.0} if method == "lisa" else {}
@@ -110,7 +110,10 @@ def test_coupled_keys_are_one(tmp_path: Path) -> None:
 
 
 def test_what_differs_with_the_method_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of two runs any key follows from any other, and the effect may be either's."""
+    """A key that varies with the method is reported.
+
+    Any key of two runs follows from any other, and the effect may be either's.
+    """
     for method, lr in (("sft", 1e-3), ("lisa", 1e-4)):
         made(tmp_path, 10.0, method, optim={"lr": lr})
     assert write_sweep([tmp_path], tmp_path) == 0

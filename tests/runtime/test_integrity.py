@@ -42,7 +42,7 @@ def test_a_damaged_folder_is_made_again(
 
 
 def test_only_a_bit_outside_the_list_of_files_may_go_unnoticed(tmp_path: Path) -> None:
-    """Whatever bit of the record flips, either the folder is made again or all hashes are those of before."""
+    """A flipped bit of the record has the folder made again, or leaves all hashes unchanged."""
     folder = build_once(OneRank(), tmp_path, {"key": "k" * 40}, make)
     record = (folder / RECORD).read_bytes()
     for place in range(0, len(record), 7):
@@ -82,7 +82,7 @@ def test_the_cache_respects_the_umask(tmp_path: Path, mask: int) -> None:
 
 @pytest.mark.slow
 def test_a_run_over_damaged_stages_gives_what_a_run_without_them_gives(forked: Forked, tmp_path: Path) -> None:
-    """The way of the whole command: models, every stage's files, all damaged at once."""
+    """A whole command over damaged models and files of every stage, all at once, gives the results of one without."""
     short = ("experiment=smoke", "optim.steps=8", "align.optim.steps=2", "evaluate.every=4", "repair=antidote")
     assert run(forked, tmp_path, *short, "hydra.run.dir=one").returncode == 0
     results = ("adapter/adapter_model.safetensors", "responses.jsonl", "judged.jsonl")

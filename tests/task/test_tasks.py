@@ -1,4 +1,4 @@
-"""The papers' rules of what is correct, and the lenient ones beside them."""
+"""The papers' rules for correct answers, and the lenient rules beside them."""
 
 from decimal import Decimal
 from typing import Any

@@ -1,4 +1,4 @@
-"""A checkpoint that isn't what was written ends in one sentence, with the file and the fix."""
+"""A checkpoint that differs from the written one ends in one sentence, with the file and the fix."""
 
 import io
 import zipfile
@@ -25,7 +25,7 @@ def checkpoint(train: Train, tmp_path: Path) -> Path:
 
 
 def resumed(train: Train, path: Path) -> str:
-    """Return the sentence with which a resumption ends, whatever comes of it."""
+    """Return the sentence with which a resumption ends, and require that it names the file."""
     with pytest.raises(UserError) as error:
         train(Lisa(2, 3, 1.0, 0.1))
     assert str(path) in str(error.value)
@@ -57,7 +57,7 @@ def _without(name: str) -> Callable[[dict[str, Any]], Any]:
 
 
 def _with_other_tensor(content: dict[str, Any]) -> dict[str, Any]:
-    """A row of the first weight, which copying would broadcast."""
+    """Replace the first weight by one of its rows, which copying would broadcast."""
     name, weight = next((n, w) for n, w in content["state_dict"].items() if w.dim() == 2 and w.shape[0] > 1)
     return content | {"state_dict": content["state_dict"] | {name: weight[:1]}}
 
@@ -104,7 +104,7 @@ def test_a_pickle_is_not_executed(train: Train, checkpoint: Path, tmp_path: Path
 
 
 def test_a_checkpoint_written_before_is_read_as_before(train: Train, checkpoint: Path) -> None:
-    """The same content, written anew, is no damage."""
+    """A checkpoint whose content is the same, but written anew, is not damaged."""
     buffer = io.BytesIO()
     torch.save(torch.load(checkpoint, weights_only=True), buffer)
     checkpoint.write_bytes(buffer.getvalue())

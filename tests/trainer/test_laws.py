@@ -1,4 +1,4 @@
-"""Equalities between runs of the training loop on the tiny model, each exact where it is said to be."""
+"""Equalities between runs of the training loop on the tiny model, exact if the test says so."""
 
 from datetime import timedelta
 from functools import partial
@@ -41,7 +41,10 @@ def test_collectives_wait_as_long_as_the_config_says_and_for_the_start(
 
 
 def test_a_checkpoint_that_the_first_rank_can_not_write_stops_all(tmp_path: Path) -> None:
-    """Each rank passes one barrier, Lightning's behind the writing or in its place ours, before they speak."""
+    """All ranks stop if the first one can't write a checkpoint.
+
+    Each rank passes one barrier before the exchange of the error: Lightning's after the writing, or ours in its place.
+    """
     told: list[str | None] = []
     for first in (True, False):
         passed: list[str] = []
@@ -112,7 +115,7 @@ def test_every_adapter_weight_moves_and_nothing_else(train: Train, tiny: Path) -
 
 
 def test_moments_are_not_reset_at_a_switch(train: Train) -> None:
-    """AdamW's own step count is that of the run, and with equal streams a switch changes nothing at all."""
+    """AdamW's own step count is that of the run, so that a switch resets nothing."""
     module = train(BSO(2, 3))
     optimizer = module.optimizers().optimizer  # type: ignore[union-attr]
     assert {int(state["step"]) for state in optimizer.state.values()} == {STEPS}
@@ -121,7 +124,10 @@ def test_moments_are_not_reset_at_a_switch(train: Train) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("stop", [4, 5, 6, 12])
 def test_resume_equals_the_straight_run_bit_for_bit(train: Train, stop: int, dropout: float) -> None:
-    """Interrupted inside a state, at a switch, in warm-up or near the end; dropout included."""
+    """A run that is interrupted and resumed equals the straight one, dropout included.
+
+    The interruption is inside a state, at a switch, in warm-up or near the end.
+    """
     make = partial(Lisa, 2, 3, 1.0, 0.3)
     straight = train(make(), dropout, folder="straight")
     with pytest.raises(InterruptedError):
@@ -158,7 +164,10 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(train: Train) -> None:
 def test_a_loss_that_turns_nan_stops_names_the_step_and_keeps_the_last_checkpoint(
     train: Train, tmp_path: Path, clip: float | None
 ) -> None:
-    """Weights thrown to infinity by an absurd learning rate give a loss that is no number in the next step."""
+    """A loss that is no number ends the run with the step's number, and the last checkpoint stays.
+
+    An absurd learning rate throws weights to infinity, which gives such a loss in the next step.
+    """
     with pytest.raises(InterruptedError):
         train(SFT(), stop_after=5)
     before = (tmp_path / "run.ckpt").read_bytes()
@@ -188,7 +197,10 @@ def test_a_gradient_is_clipped_where_it_is_longer_and_nowhere_else(train: Train)
 def test_rows_without_a_label_are_told_once_and_teach_nothing(
     train: Train, tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first twelve bytes of every user row are its prompt."""
+    """Rows without a label are reported once and change no weight.
+
+    The first twelve bytes of every user row, to which it is cut, are its prompt.
+    """
     cut = train(SFT(), max_length=12, weight_decay=0.0)
     assert caplog.text.count("data.max_length cuts off wholly") == 1
     fresh = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
