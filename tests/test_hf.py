@@ -8,7 +8,6 @@ import math
 import os
 import runpy
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,7 +26,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lisa_lightning.trainer.module
 from golden.case import Rates, method_of, tiny_net
-from helpers.paths import ROOT
+from helpers.forking import Forked
+from helpers.paths import ROOT, TESTS
 from helpers.recording import Recording
 from helpers.training import ALIGNMENT, USER
 from lisa_lightning.config.optim import Optim
@@ -241,33 +241,20 @@ def test_a_second_training_starts_with_a_new_anchor(tiny: Path, tmp_path: Path) 
 
 
 @pytest.fixture
-def two_ranks(tiny: Path, tmp_path: Path) -> Callable[[], None]:
+def two_ranks(tiny: Path, tmp_path: Path, forked: Forked) -> Callable[[], None]:
     """Return a function that runs this file on two gloo ranks."""
 
-    def start() -> list[subprocess.Popen[bytes]]:
+    def start() -> list[int]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-        shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, str(tiny), str(tmp_path)]
-        return [
-            subprocess.Popen(command, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(2)
-        ]
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "PYTHONPATH": str(TESTS)}
+        ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        return [forked.start([str(tiny), str(tmp_path)], tmp_path, env, "test_hf") for env in ranks]
 
     def run() -> None:
-        for _ in range(2):
-            processes = start()
-            try:
-                assert [process.wait(timeout=120) for process in processes] == [0, 0]
-                return
-            except subprocess.TimeoutExpired:
-                # Another process may have taken the port in the meantime, which leaves a rank waiting.
-                for process in processes:
-                    process.kill()
-                    process.wait()
-        raise AssertionError("the two ranks did not end")
+        for done in map(forked.wait, start()):
+            assert done.returncode == 0, done.stderr
 
     return run
 

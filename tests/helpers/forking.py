@@ -13,6 +13,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import runpy
 import signal
 import subprocess
@@ -25,36 +26,52 @@ from typing import Any
 
 from helpers.paths import ROOT, TESTS
 
-HEAVY = (
-    *(
-        "lisa_lightning.pipeline.run",
-        "lisa_lightning.trainer.module",
-        "lisa_lightning.pipeline.fit",
-        "lisa_lightning.data.datamodule",
-    ),
-    *(
-        "lisa_lightning.report.run_page",
-        "lisa_lightning.report.sweep_runs",
-        "matplotlib.figure",
-        "sklearn.linear_model",
-        "peft",
-    ),
-    *("transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama", "datasets"),
-)
+RUN = str(ROOT / "run.py")
 
 
-def import_everything() -> None:
-    """Import the modules on which every run would spend seconds, and fit the embedded judge."""
+def warm_up() -> None:
+    """Do once what every run would repeat: imports, the fit of a judge, and the first use of libraries that cache."""
     sys.path.insert(0, str(ROOT))
-    for name in HEAVY:
+    import lisa_lightning
+
+    for module in pkgutil.walk_packages(lisa_lightning.__path__, "lisa_lightning."):
+        # A program is imported by each child: run.py's sets variables of the environment.
+        if module.name != "lisa_lightning.pipeline.command" and not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in ("datasets", "transformers.models.auto.modeling_auto", "transformers.models.llama.modeling_llama"):
         importlib.import_module(name)
-    importlib.import_module("lisa_lightning.judge.embedded").fitted_classifier()
+    _first_uses()
     gc.collect()
     gc.freeze()  # else every collection in a child goes through all of it again
 
 
-def fork(arguments: list[str], log: Path, patch: Callable[[], object] | None = None) -> int:
-    """Start `python run.py ARGUMENTS` in a child that writes into LOG.out and LOG.err, and return its process id."""
+def _first_uses() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lisa_lightning.config.settings import Lora
+    from lisa_lightning.judge.embedded import EmbeddedJudge, Pair
+    from lisa_lightning.model.lora import attach
+    from lisa_lightning.report.svg import BLUE, Axis, Line, Plot, draw_figure
+
+    list(EmbeddedJudge().verdicts([Pair("", "")]))
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 4,
+        "intermediate_size": 4,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    attach(LlamaForCausalLM(LlamaConfig(**sizes)), Lora(r=1, alpha=1, dropout=0.0, targets="all-linear"), seed=0)
+    draw_figure(Plot("a", "a", "a", "a", [Line([(0.0, 0.0), (1.0, 1.0)], BLUE)], Axis("a", 0.0, 1.0)))
+
+
+def fork(arguments: list[str], log: Path, patch: Callable[[], object] | None = None, program: str = RUN) -> int:
+    """Start `python run.py ARGUMENTS` in a child that writes into LOG.out and LOG.err, and return its process id.
+
+    Args:
+        patch: called in the child before the command.
+        program: a file in place of run.py, or the name of a module.
+    """
     child = os.fork()
     if child:
         return child
@@ -65,11 +82,14 @@ def fork(arguments: list[str], log: Path, patch: Callable[[], object] | None = N
         if patch is not None:
             patch()
         sys.path[:0] = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
-        sys.argv = [str(ROOT / "run.py"), *arguments]
+        sys.argv = [program, *arguments]
         from lightning.fabric.utilities.rank_zero import rank_zero_only
 
         rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", "0"))  # type: ignore[attr-defined]  # as its import would find it
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as end:
         status = int(end.code or 0)
@@ -101,10 +121,10 @@ class Forked:
         )
         self._logs: dict[int, Path] = {}
 
-    def start(self, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> int:
-        """Start a command, and return its process id while it runs."""
+    def start(self, arguments: list[str], cwd: Path, env: Mapping[str, str], program: str = RUN) -> int:
+        """Start a command, and return its process id while it runs. See `fork` for its program."""
         log = cwd / f"forked-{len(self._logs)}"
-        child = self._ask(arguments=arguments, cwd=str(cwd), env=environment(env), log=str(log))
+        child = self._ask(arguments=arguments, cwd=str(cwd), env=environment(env), log=str(log), program=program)
         self._logs[child] = log
         return child
 
@@ -114,9 +134,11 @@ class Forked:
         said = [Path(f"{log}.{end}").read_text(encoding="utf-8") for end in ("out", "err")]
         return subprocess.CompletedProcess([], status, *said)
 
-    def run(self, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, arguments: list[str], cwd: Path, env: Mapping[str, str], program: str = RUN
+    ) -> "subprocess.CompletedProcess[str]":
         """Start a command, and wait for it."""
-        return self.wait(self.start(arguments, cwd, env))
+        return self.wait(self.start(arguments, cwd, env, program))
 
     def run_ranks(self, arguments: list[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
         """Run a command on two ranks, started as by torchrun, and return the result of the first."""
@@ -154,7 +176,7 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
 def started(arguments: list[str], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
     """Run a command in a process of its own, as a user starts it, and require success."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *arguments],
+        [sys.executable, RUN, *arguments],
         cwd=cwd,
         env=environment(env),
         capture_output=True,
@@ -188,7 +210,7 @@ def run(forked: Forked, cwd: Path, *arguments: str) -> "subprocess.CompletedProc
 
 def serve() -> None:
     """Answer requests until there are none: a start with the process id, a wait with the exit status."""
-    import_everything()
+    warm_up()
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
@@ -198,7 +220,7 @@ def serve() -> None:
             os.environ.clear()
             os.environ.update(request["env"])
             os.chdir(request["cwd"])
-            answer = fork(request["arguments"], Path(request["log"]))
+            answer = fork(request["arguments"], Path(request["log"]), program=request["program"])
         answers.write(f"{answer}\n")
         answers.flush()
 

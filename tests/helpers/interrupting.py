@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers.forking import fork, import_everything, wait
+from helpers.forking import fork, wait, warm_up
 from helpers.killing import nth
 
 SHORT = ["experiment=smoke", "optim.steps=4", "align.optim.steps=3", "evaluate.every=3", "checkpoint.every=2"]
@@ -41,18 +41,21 @@ def moments() -> dict[str, tuple[signal.Signals, Callable[[], None]]]:
     places: dict[str, tuple[Any, str, int]] = {
         "making the model": (base_model, "_save_tiny_model", 1),
         "the dry run": (preflight, "_try_defenses", 1),
-        "aligning": (module, "move_anchor", 2),
         "fine-tuning": (module, "move_anchor", 5),
         "a point of the curves": (evaluator, "generate", 5),
         "evaluating": (evaluator, "generate", 1),
         "judging": (judging, "_verdict_line", 3),
         "the page": (run_folder, "write_page", 1),
     }
-    by_sigterm = ("the dry run", "a point of the curves")
+    numbers = dict.fromkeys(places, signal.SIGINT) | dict.fromkeys(
+        ("the dry run", "a point of the curves"), signal.SIGTERM
+    )
     return {
-        f"{name} by {number.name}": (number, lambda place=place, number=number: at_call(*place[:2], number, place[2]))
-        for name, place in places.items()
-        for number in (signal.SIGINT, *([signal.SIGTERM] if name in by_sigterm else []))
+        f"{name} by {number.name}": (
+            number,
+            lambda place=places[name], number=number: at_call(*place[:2], number, place[2]),
+        )
+        for name, number in numbers.items()
     }
 
 
@@ -73,7 +76,7 @@ def run(work: Path, arguments: list[str], patch: Callable[[], None] | None) -> t
 def main(work: Path) -> None:
     """Interrupt a run at each moment, and a sweep."""
     os.environ |= {"WANDB_MODE": "disabled", "HYDRA_FULL_ERROR": "1"}
-    import_everything()
+    warm_up()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     report: dict[str, Any] = {}
     for index, (name, (_, patch)) in enumerate(moments().items()):

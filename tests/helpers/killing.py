@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers.forking import fork, import_everything, wait
+from helpers.forking import fork, wait, warm_up
 
 WHOLE = [
     "experiment=smoke",
@@ -115,7 +115,6 @@ SHORT = [
         "source.defender.take=30",
     ),
 ]
-TRAINING = [*SHORT, "stages=[align,finetune]"]
 T_VACCINE = ["align=t_vaccine", "align.method.active_layers=1", "align.method.interval_steps=3"]
 REFERENCE = ["repair.reference.sft.optim.steps=3", "repair.reference.dpo.optim.steps=4"]
 
@@ -133,27 +132,22 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
     def training(steps: int, index: int) -> Patch:
         return lambda: at_call(LisaModule, "training_step", step(steps, index))
 
-    both = [training(5, 3), training(7, 5)]
     return {
-        "t_vaccine, ldifs": ([*TRAINING, *T_VACCINE, "method=ldifs"], both),
-        "vaccine, asft, antidote": (
-            [*SHORT, "stages=[align,finetune,repair]", "align=vaccine", "method=asft", "repair=antidote"],
-            [*both, lambda: at_call(repair, "save_adapter", nth(1))],
-        ),
-        "seal, vlguard_loss, nlsr": (
+        "seal, t_vaccine, asft, nlsr": (
             [
                 *SHORT,
                 "stages=[curate,align,finetune,repair]",
-                "curate=seal",
-                "curate.epochs=1",
-                "method=vlguard_loss",
-                "repair=nlsr",
+                *("curate=seal", "curate.epochs=1", "method=asft", "repair=nlsr"),
+                *T_VACCINE,
                 *REFERENCE,
             ],
             [
                 lambda: at_call(SEAL, "fit_weights", nth(2)),
+                training(5, 3),
+                training(7, 5),
                 training(4, 3),
                 lambda: at_call(nlsr, "_replace", nth(1)),
+                lambda: at_call(repair, "save_adapter", nth(1)),
             ],
         ),
     }
@@ -224,7 +218,7 @@ def main(work: Path) -> None:
     """Execute all chains, and print their results."""
     os.environ |= {"WANDB_MODE": "disabled", "HYDRA_FULL_ERROR": "1"}
     os.chdir(work)
-    import_everything()
+    warm_up()
     made = {**moments(), **chains()}
     print(json.dumps({name: chain(*asked, work / str(i)) for i, (name, asked) in enumerate(made.items())}))
 

@@ -1,8 +1,6 @@
 """Laws of every training-time method on the tiny model: methods that it equals, splits of a step, and resumption."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -15,8 +13,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from helpers import ranks, training
+from helpers.forking import Forked
 from helpers.methods import ALIKE, METHODS
-from helpers.paths import TESTS
 from helpers.recording import Recording
 from helpers.training import DEFENDER, STEPS, Train, largest_difference
 from lisa_lightning.align.repnoise import RepNoise, _differing_positions, mmd
@@ -224,10 +222,13 @@ def test_inactive_layers_stand_still_and_their_moments_too(train: Train) -> None
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_that_has_their_rows_and_laws_hold_on_them(tiny: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "helpers.ranks", str(tiny), str(tmp_path / "two.pt")]
-    started = [subprocess.Popen([*command, str(rank), "2"], cwd=TESTS) for rank in range(2)]
-    assert [process.wait(timeout=200) for process in started] == [0, 0]
+def test_two_ranks_equal_one_that_has_their_rows_and_laws_hold_on_them(
+    tiny: Path, tmp_path: Path, forked: Forked
+) -> None:
+    arguments = [str(tiny), str(tmp_path / "two.pt")]
+    processes = [forked.start([*arguments, str(rank), "2"], tmp_path, {}, "helpers.ranks") for rank in range(2)]
+    for done in map(forked.wait, processes):
+        assert done.returncode == 0, done.stderr
     two = torch.load(tmp_path / "two.pt", weights_only=True)
     for name, make in METHODS.items():
         one = ranks.steps(make(), tiny, 0, 1)

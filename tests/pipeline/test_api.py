@@ -3,7 +3,6 @@
 import ast
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -33,10 +32,9 @@ SMALL = [
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def in_a_fresh_process(code: str, *arguments: str, cwd: Path = ROOT) -> str:
-    command = [sys.executable, "-c", code, *arguments]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env, check=False)
+def in_a_fresh_process(code: str) -> str:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -294,12 +292,13 @@ def test_wrong_arguments_of_evaluate_are_user_errors(tiny: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
-def test_an_example_is_short_and_runs(example: Path, tiny: Path, tmp_path: Path) -> None:
+def test_an_example_is_short_and_runs(example: Path, tiny: Path, tmp_path: Path, forked: Forked) -> None:
     if "trl" in example.stem:
         pytest.importorskip("trl")
     assert len(example.read_text().splitlines()) <= 25
-    code = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    printed = in_a_fresh_process(code, str(example), str(tiny), cwd=tmp_path)
+    done = forked.run([str(tiny)], tmp_path, {}, str(example))
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = done.stdout
     if example.stem == "custom_trainer":
         assert "step 12: drift" in printed
         assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from helpers.forking import Forked, started
+from helpers.forking import Forked
 from lisa_lightning.data.files import EMBEDDED
 from lisa_lightning.data.templates import encode_prompt
 from lisa_lightning.evaluation.generate import Stop, generate
@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, forked: Forked) -> Run:
 
 @pytest.fixture(scope="module")
 def out(run: Run) -> Path:
-    return run("first", *CYCLE, start=started)
+    return run("first", *CYCLE)
 
 
 def test_a_run_leaves_everything_that_is_promised(out: Path) -> None:

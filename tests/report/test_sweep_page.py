@@ -3,8 +3,6 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import yaml
 from scipy.stats import ttest_1samp
 
+from helpers.forking import Forked
 from lisa_lightning.pipeline.sweep import finalize_sweep
 from lisa_lightning.report.sweep_files import write_sweep
 from lisa_lightning.report.sweep_page import render_sweep_page, score_plots
@@ -245,18 +244,17 @@ def test_names_from_outside_stay_words(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.slow
-def test_several_folders_together_from_the_command_line(tmp_path: Path) -> None:
+def test_several_folders_together_from_the_command_line(tmp_path: Path, forked: Forked) -> None:
     made(tmp_path / "one", 20.0, seed=1)
     made(tmp_path / "two", 30.0, seed=2)
     (tmp_path / "all").mkdir()
-    command = [sys.executable, "-m", "lisa_lightning.report", "../one", "../two"]
-    done = subprocess.run(command, cwd=tmp_path / "all", capture_output=True, text=True, timeout=60, check=False)
+    done = forked.run(["../one", "../two"], tmp_path / "all", {}, "lisa_lightning.report")
     assert done.returncode == 0, done.stderr
     assert "25.0 ± 7.1" in done.stdout
     assert (tmp_path / "all/report.html").exists()
-    empty = subprocess.run([*command[:3], "."], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    empty = forked.run(["."], tmp_path, {}, "lisa_lightning.report")
     assert empty.returncode == 0
-    none = subprocess.run([*command[:3], "all"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    none = forked.run(["all"], tmp_path, {}, "lisa_lightning.report")
     assert (none.returncode, none.stderr.strip()) == (
         2,
         "all: no run found. Fix: name the folder of a sweep or of a run",

@@ -158,9 +158,8 @@ def test_training_goes_on_after_skipped_steps_as_in_float32(
     assert flat([half[name] - single[name] for name in start]).norm() < 0.03 * moved.norm()
 
 
-@pytest.mark.parametrize("stop", [4, 7, 10])
 def test_resume_equals_the_straight_run_bit_for_bit_with_its_scale(
-    train: Train, initial_scale: Any, monkeypatch: pytest.MonkeyPatch, stop: int
+    train: Train, initial_scale: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A resumed run has the weights and the scale of the straight one.
 
@@ -173,7 +172,7 @@ def test_resume_equals_the_straight_run_bit_for_bit_with_its_scale(
     straight = trained(folder="straight", loggers=[recording])
     assert 2 < sum(row.get("train/skipped", 0.0) for row in recording.steps) < 15
     with pytest.raises(InterruptedError):
-        trained(folder="broken", stop_after=stop)
+        trained(folder="broken", stop_after=7)
     resumed = trained(folder="broken")
     assert largest_difference(straight, resumed) == 0
     assert scale_of(straight).state_dict() == scale_of(resumed).state_dict()
