@@ -86,7 +86,6 @@ def moments() -> dict[str, tuple[list[str], list[Patch]]]:
         lambda: at_call(checkpoint_io.torch, "save", nth(2), after=True),  # which has no name yet
         lambda: at_call(LisaModule, "training_step", step(16, 7)),  # inside the alignment state
         lambda: at_call(module, "move_anchor", at_a_switch, after=True),
-        lambda: at_call(LisaModule, "training_step", step(16, 10)),  # inside the user state
         lambda: at_call(Curves, "log", nth(4)),
         lambda: at_call(finetune, "save_adapter", nth(1), after=True),
         lambda: at_call(cache, "_finalize", nth(1)),  # before the finished stage gets its name
@@ -125,7 +124,6 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
     The states of all methods pass through checkpoints in tests/method/test_laws.py.
     """
     from lisa_lightning.curate.seal import SEAL
-    from lisa_lightning.pipeline.stages import repair
     from lisa_lightning.repair import nlsr
     from lisa_lightning.trainer.module import LisaModule
 
@@ -147,7 +145,6 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
                 training(7, 5),
                 training(4, 3),
                 lambda: at_call(nlsr, "_replace", nth(1)),
-                lambda: at_call(repair, "save_adapter", nth(1)),
             ],
         ),
     }

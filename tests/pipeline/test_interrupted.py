@@ -10,12 +10,9 @@ from helpers.forking import run_helper
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 HINT = "repeat the command to continue; for a single run add its hydra.run.dir and resume=true"
-PLACES = ("making the model", "the dry run", "aligning", "fine-tuning", "a point of the curves", "evaluating")
+BY_SIGINT = ("making the model", "fine-tuning", "evaluating", "judging", "the page", "a sweep")
 BY_SIGTERM = ("the dry run", "a point of the curves")
-MOMENTS = [
-    *(f"{place} by SIGINT" for place in (*PLACES, "judging", "the page", "a sweep")),
-    *(f"{place} by SIGTERM" for place in BY_SIGTERM),
-]
+MOMENTS = [*(f"{place} by SIGINT" for place in BY_SIGINT), *(f"{place} by SIGTERM" for place in BY_SIGTERM)]
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from helpers.forking import run_helper
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 CHAINS = {
-    "training": 9,
+    "training": 8,
     "evaluating, judging, reporting": 4,
-    "seal, t_vaccine, asft, nlsr": 6,
+    "seal, t_vaccine, asft, nlsr": 5,
 }
 """Chain of tests/helpers/killing.py -> number of kills."""
 

@@ -262,16 +262,22 @@ def test_an_adapter_that_goes_on_is_the_one_of_alignment(run: Run, out: Path) ->
 @pytest.fixture(scope="module")
 def real(run: Run) -> Path:
     """Return the folder of a run of the real model, converted from its wheel, with a few steps and a few answers."""
-    small = ["source.test.take=4", "source.harmful_prompts.take=4", "source.harmless_prompts.take=2"]
+    small = ["source.test.take=2", "source.harmful_prompts.take=2", "source.harmless_prompts.take=1"]
     steps = [
         "align.optim.steps=2",
         "optim.steps=6",
         "optim.batch_size=2",
         "align.optim.batch_size=2",
         "data.n=40",
-        "data.max_length=96",
+        "data.max_length=64",
     ]
-    short = ["evaluate.every=0", "evaluate.max_new_tokens=4", "method.alignment_steps=1", "method.user_steps=2"]
+    short = [
+        "evaluate.every=0",
+        "evaluate.max_new_tokens=3",
+        "task.max_new_tokens=3",
+        "method.alignment_steps=1",
+        "method.user_steps=2",
+    ]
     return run("real", *small, *steps, *short, cache="real-cache", smoke=False)
 
 
