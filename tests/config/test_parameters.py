@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import DictConfig
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from helpers.paths import CONF, ROOT
 from lisa_lightning.config.instances import NO_ARGUMENTS, class_sections, load_class, parse
-from lisa_lightning.config.parameters import composed, parameters
+from lisa_lightning.config.parameters import parameters
 from lisa_lightning.config.settings import SECTIONS
 from lisa_lightning.config.tables import GROUPS, page
 from lisa_lightning.config.validate import plain
@@ -25,11 +26,12 @@ HASHED_SOURCES = ("judge=embedded", "judge=linear", "judge=refusal")
 def settings_classes() -> Iterator[type[Any]]:
     """Yield the classes of all sections and choices, in any order and more than once."""
     yield from SECTIONS.values()
-    for choice in CHOICES:
-        for key, section in class_sections(composed(choice)):
-            cls = load_class(section["_target_"], key)
-            if is_pydantic_dataclass(cls):
-                yield cls
+    for group in GROUPS:
+        for file in (CONF / group).glob("[!_]*.yaml"):
+            for key, section in class_sections({group: yaml.safe_load(file.read_text(encoding="utf-8"))}):
+                cls = load_class(section["_target_"], key)
+                if is_pydantic_dataclass(cls):
+                    yield cls
 
 
 @pytest.mark.slow

@@ -81,7 +81,6 @@ def moments() -> dict[str, tuple[list[str], list[Patch]]]:
         return method.schedule.alignment_steps == 2 and t == 8
 
     trained: list[Patch] = [
-        lambda: at_call(LisaModule, "training_step", step(5, 4)),
         lambda: at_call(LisaModule, "training_step", step(16, 1)),  # before the first checkpoint
         lambda: at_call(checkpoint_io.torch, "save", nth(2), after=True),  # which has no name yet
         lambda: at_call(LisaModule, "training_step", step(16, 7)),  # inside the alignment state
@@ -142,7 +141,6 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
             [
                 lambda: at_call(SEAL, "fit_weights", nth(2)),
                 training(5, 3),
-                training(7, 5),
                 training(4, 3),
                 lambda: at_call(nlsr, "_replace", nth(1)),
             ],

@@ -8,9 +8,9 @@ from helpers.forking import run_helper
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 CHAINS = {
-    "training": 8,
+    "training": 7,
     "evaluating, judging, reporting": 4,
-    "seal, t_vaccine, asft, nlsr": 5,
+    "seal, t_vaccine, asft, nlsr": 4,
 }
 """Chain of tests/helpers/killing.py -> number of kills."""
 
