@@ -1,68 +1,14 @@
-"""Metrics of judged answers: rates with 95 % confidence intervals. Start at `judged_scores` and `estimate_rate`."""
+"""Metrics of answers: rates with 95 % confidence intervals. Start at `judged_scores` and `task_scores`."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
-
-import numpy as np
 
 from lisa_lightning.evaluation.evaluator import Answer
 from lisa_lightning.evaluation.judging import Judged
+from lisa_lightning.evaluation.rates import estimate_rate
 from lisa_lightning.evaluation.scores import Score
 from lisa_lightning.judge.base import Pair
 from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.task.base import Scored, Task
-
-RESAMPLES: Final = 10_000
-Z: Final = 1.959963984540054
-"""Quantile of the normal distribution for a 95 % interval."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Percentage of answers with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    answers: int
-    """Number of answers."""
-
-    def score(self, model: str, judge: str, metric: str) -> Score:
-        """Return this rate as a score of a model."""
-        return Score(model, judge, metric, self.value, self.low, self.high, self.answers)
-
-
-def estimate_rate(hits: Sequence[bool], prompts: Sequence[str]) -> Rate:
-    """Return the percentage of hits with its 95 % interval.
-
-    - If each answer has a different prompt, the interval is Wilson's (Wilson 1927, eq. 4).
-    - Answers to the same prompt are correlated. A bootstrap then draws prompts with all their answers, 10,000 times;
-      the interval is from the 2.5 % to the 97.5 % quantile.
-    - If the rates of all prompts are equal, every sample would repeat them. The interval is Wilson's over the prompts.
-
-    Args:
-        hits: True for each answer that counts; not empty.
-        prompts: the prompt of each answer.
-    """
-    values = np.asarray(hits, dtype=float)
-    distinct, prompt_index = np.unique(np.asarray(prompts, dtype=str), return_inverse=True)
-    sums, sizes = np.bincount(prompt_index, weights=values), np.bincount(prompt_index)
-    if len(distinct) == len(values) or np.ptp(sums / sizes) == 0:
-        low, high = _wilson(values.mean(), len(distinct))
-    else:
-        rng = np.random.default_rng(0)
-        samples = [rng.integers(len(distinct), size=len(distinct)) for _ in range(RESAMPLES)]
-        low, high = np.quantile([sums[s].sum() / sizes[s].sum() for s in samples], (0.025, 0.975))
-    # Rounding turns errors such as 9e-17 into zero.
-    low, high = (round(100 * float(bound), 9) + 0.0 for bound in (low, high))
-    return Rate(100 * float(values.mean()), low, high, len(values))
-
-
-def _wilson(p: float, n: int) -> tuple[float, float]:
-    middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def task_scores(task: Task, model: str, answers: Iterable[Answer]) -> list[Score]:
@@ -104,9 +50,15 @@ def judged_scores(judged: Sequence[Judged]) -> list[Score]:
     return [score for group in groups.values() for score in _scores_of_group(group)]
 
 
-def _scores_of_group(judged: Sequence[Judged]) -> Iterator[Score]:
-    """Yield the scores of the verdicts of one judge on the answers of one model."""
-    judge, model = judged[0].judge, judged[0].model
+def metric_hits(judged: Sequence[Judged]) -> dict[str, list[tuple[Judged, bool]]]:
+    """Return metric -> the verdicts that it counts over, each with True for a hit.
+
+    Args:
+        judged: verdicts of one judge on the answers of one model.
+
+    Returns:
+        The metrics that have a verdict.
+    """
     by_kind = {kind: [j for j in judged if j.kind == kind] for kind in ("harmful", "harmless", "task")}
     hits_by_metric = {
         "refusal_rate": [(j, bool(j.refused)) for j in by_kind["harmful"] if j.refused is not None],
@@ -115,12 +67,17 @@ def _scores_of_group(judged: Sequence[Judged]) -> Iterator[Score]:
         "win_rate": [(j, j.flagged) for j in by_kind["task"] if j.metric == "win_rate"],
         "partly_judged": [(j, bool(j.partly)) for j in by_kind["harmful"] if j.partly is not None],
     }
-    for metric, hits in hits_by_metric.items():
-        if hits:
-            rate = estimate_rate([hit for _, hit in hits], [line.prompt for line, _ in hits])
-            yield rate.score(model, judge, metric)
+    return {metric: hits for metric, hits in hits_by_metric.items() if hits}
+
+
+def _scores_of_group(judged: Sequence[Judged]) -> Iterator[Score]:
+    """Yield the scores of the verdicts of one judge on the answers of one model."""
+    judge, model = judged[0].judge, judged[0].model
+    for metric, hits in metric_hits(judged).items():
+        rate = estimate_rate([hit for _, hit in hits], [line.prompt for line, _ in hits])
+        yield rate.score(model, judge, metric)
     for name in sorted({c for j in judged for c in j.categories}):
-        count = sum(bool(j.categories.get(name)) for j in by_kind["harmful"])
+        count = sum(bool(j.categories.get(name)) for j in judged if j.kind == "harmful")
         yield Score(model, judge, f"category/{name}", count)
 
 

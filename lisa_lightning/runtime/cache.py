@@ -23,7 +23,14 @@ PACKAGE = Path(__file__).parents[1]
 RESULT_NEUTRAL_MODULES = (
     *("report/", "judge/", "config/arguments.py", "config/explain.py", "config/help.py", "config/parameters.py"),
     *("config/paths.py", "config/suggest.py", "config/tables.py", "pipeline/command.py", "pipeline/sweep.py"),
-    *("pipeline/adapter_folder.py", "pipeline/export.py", "runtime/logs.py", "runtime/upload.py", "hf.py"),
+    *(
+        "evaluation/paired.py",
+        "pipeline/adapter_folder.py",
+        "pipeline/export.py",
+        "runtime/logs.py",
+        "runtime/upload.py",
+        "hf.py",
+    ),
 )
 """Modules and folders that don't affect the result of a stage."""
 RECORD = "key.json"

@@ -13,7 +13,8 @@ from scipy.stats import binomtest
 
 from lisa_lightning.evaluation.evaluator import Answer
 from lisa_lightning.evaluation.judging import judge_answers, read_judged, read_responses, refuse_no_reference
-from lisa_lightning.evaluation.metrics import estimate_rate, judged_scores, task_scores, verdict_word
+from lisa_lightning.evaluation.metrics import judged_scores, task_scores, verdict_word
+from lisa_lightning.evaluation.rates import estimate_rate
 from lisa_lightning.judge.base import Metric, Pair, Verdict
 from lisa_lightning.judge.refusal import RefusalJudge
 from lisa_lightning.runtime.errors import UserError

@@ -78,9 +78,13 @@ FAULTS = [
         ("Verdict(probability > 0.5, probability)", "Verdict(probability > 0.9, probability)"),
     ),
     *faults(
-        "evaluation/metrics.py",
+        "evaluation/rates.py",
         "evaluation/test_judging.py",
         ("100 * float(values.mean())", "float(values.mean())"),
+    ),
+    *faults(
+        "evaluation/metrics.py",
+        "evaluation/test_judging.py",
         ('for j in by_kind["harmless"] if', 'for j in by_kind["harmful"] if'),
         ('if j.metric == "harmful_score"]', "if j.metric]"),
     ),

@@ -22,7 +22,7 @@ import lisa_lightning
 from helpers.forking import Forked
 from helpers.paths import ROOT
 from lisa_lightning import EmbeddedJudge, Pair, RefusalJudge, UserError, Verdict, load_lora_model
-from lisa_lightning.evaluation.metrics import estimate_rate
+from lisa_lightning.evaluation.rates import estimate_rate
 from lisa_lightning.model.factors import trainable
 
 SMALL = [
