@@ -8,6 +8,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from lisa_lightning.report.comparisons import Comparison, compare_settings, compared_scores
 from lisa_lightning.report.score_table import SCORES
 from lisa_lightning.report.sweep_page import render_sweep_page
 from lisa_lightning.report.sweep_runs import (
@@ -31,7 +32,7 @@ def write_sweep(folders: Sequence[Path], out: Path) -> int:
     """Write sweep.csv and report.html, and print the table and the failures.
 
     Args:
-        folders: folders of sweeps, or any folders above runs.
+        folders: folders of sweeps, or any folders above runs. Of two runs, the first is the baseline.
         out: folder for both files.
 
     Returns:
@@ -47,11 +48,15 @@ def write_sweep(folders: Sequence[Path], out: Path) -> int:
         )
     runs = read_runs(folders)
     keys, dependent = swept_keys(runs)
+    groups = seed_groups(runs, keys)
+    comparisons = compare_settings(groups, keys, folders[0] if len(folders) == 2 else None)
     with reraise_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     write_text(out / "sweep.csv", _csv(runs, [*keys, *dependent], out))
-    write_text(out / "report.html", render_sweep_page(runs, keys, dependent, out))
-    _print(runs, keys, dependent, out)
+    write_text(out / "report.html", render_sweep_page(runs, keys, dependent, out, comparisons))
+    if groups:
+        _print_tables(groups, keys, comparisons)
+    _print_notes(runs, keys, dependent, out)
     return int(any(run.status == "failed" for run in runs))
 
 
@@ -90,17 +95,20 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _print(runs: Sequence[Run], keys: Sequence[str], dependent: Sequence[str], out: Path) -> None:
-    """Print the score table, warnings about the comparison, failures, and the paths of the files."""
-    from rich.console import Console
+def _print_tables(groups: Sequence[SeedGroup], keys: Sequence[str], comparisons: Sequence[Comparison]) -> None:
+    """Print the table of scores, and that of paired differences if there are any."""
+    console = _console()
+    console.print(_score_table(groups, keys))
+    if comparisons:
+        console.print(_comparison_table(comparisons))
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    groups = seed_groups(runs, keys)
-    if groups:
-        console.print(_score_table(groups, keys))
+
+def _print_notes(runs: Sequence[Run], keys: Sequence[str], dependent: Sequence[str], out: Path) -> None:
+    """Print warnings about the comparison, failures, and the paths of the files."""
+    console = _console()
     if dependent:
         console.print(f"varied  together with these settings: {', '.join(dependent)}", soft_wrap=True, markup=False)
-    if inconsistent := inconsistent_inputs(groups):
+    if inconsistent := inconsistent_inputs(seed_groups(runs, keys)):
         console.print(f"unequal over seeds: {', '.join(inconsistent)}", soft_wrap=True, markup=False)
     for cause, failed in failures(runs).items():
         paths = printable(", ".join(relative_path(run.folder, out) for run in failed))
@@ -111,6 +119,12 @@ def _print(runs: Sequence[Run], keys: Sequence[str], dependent: Sequence[str], o
         console.print(f"begun   {unfinished} run(s), not finished. Repeat the command to continue them")
     console.print(f"table   {out / 'sweep.csv'}", soft_wrap=True, markup=False)
     console.print(f"page    {out / 'report.html'}", soft_wrap=True, markup=False)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def _score_table(groups: Sequence[SeedGroup], keys: Sequence[str]) -> Any:
@@ -126,6 +140,22 @@ def _score_table(groups: Sequence[SeedGroup], keys: Sequence[str]) -> Any:
     for group in groups:
         spreads = (format_spread(group.spread(name), mean_and_deviation) for name in scores)
         table.add_row(*map(_escape_markup, group.values), str(len(group.runs)), *spreads)
+    return table
+
+
+def _comparison_table(comparisons: Sequence[Comparison]) -> Any:
+    """Return a table of rich with a row for each comparison and a column for each score."""
+    from rich.table import Table
+
+    scores = compared_scores(comparisons)
+    table = Table(title="paired differences in percentage points, 95 % interval; p of McNemar's exact test")
+    for head in ("setting", "baseline"):
+        table.add_column(head)
+    for head in ("pairs", *(SCORES[name][0].lower() for name in scores)):
+        table.add_column(head, justify="right")
+    for c in comparisons:
+        cells = (str(c.scores[name]) if name in c.scores else "–" for name in scores)
+        table.add_row(_escape_markup(c.setting), _escape_markup(c.baseline), str(c.runs), *cells)
     return table
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lisa_lightning.logger.curves import read_rows
+from lisa_lightning.report.comparisons import Comparison, compared_scores
 from lisa_lightning.report.run_page import render_template
 from lisa_lightning.report.run_plots import read_points, smooth
 from lisa_lightning.report.score_table import SCORES
@@ -83,7 +84,13 @@ class Curve:
     rows: list[dict[str, str]]
 
 
-def render_sweep_page(runs: Sequence[Run], keys: Sequence[str], dependent: Sequence[str], out: Path) -> str:
+def render_sweep_page(
+    runs: Sequence[Run],
+    keys: Sequence[str],
+    dependent: Sequence[str],
+    out: Path,
+    comparisons: Sequence[Comparison] = (),
+) -> str:
     """Return the page as HTML, with everything in it.
 
     Args:
@@ -91,6 +98,7 @@ def render_sweep_page(runs: Sequence[Run], keys: Sequence[str], dependent: Seque
         keys: keys that distinguish the runs (`swept_keys`).
         dependent: keys that vary together with `keys`.
         out: folder of the page, for its links to the runs.
+        comparisons: paired differences between settings (`compare_settings`).
     """
     groups = seed_groups(runs, keys)
     scores = measured_scores(groups)
@@ -105,6 +113,8 @@ def render_sweep_page(runs: Sequence[Run], keys: Sequence[str], dependent: Seque
         "dependent": dependent,
         "scores": [SCORES[name][0] for name in scores],
         "rows": [_row(group, scores) for group in groups],
+        "compared": [SCORES[name][0] for name in compared_scores(comparisons)],
+        "comparisons": [_comparison_row(c, compared_scores(comparisons)) for c in comparisons],
         "figures": [draw_figure(plot) for plot in [*score_plots(groups, keys), *_tradeoff_plot(groups, keys)]],
         "curves": curves,
         "overlays": _overlays(curves),
@@ -133,6 +143,12 @@ def _row(group: SeedGroup, scores: Sequence[str]) -> tuple[Any, ...]:
         _format_mean(group, "time/finetune_s", 60),
         _format_mean(group, "memory/finetune_mib", 1024),
     )
+
+
+def _comparison_row(comparison: Comparison, scores: Sequence[str]) -> tuple[str, str, int, list[str]]:
+    """Return a row of the table of differences: setting, baseline, number of pairs, differences."""
+    cells = [str(comparison.scores[name]) if name in comparison.scores else "–" for name in scores]
+    return comparison.setting, comparison.baseline, comparison.runs, cells
 
 
 def _format_interval(spread: Spread) -> str:

@@ -5,7 +5,7 @@ Start at `read_runs`, then `swept_keys` (the keys in which the runs differ) and 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,6 +15,7 @@ from lisa_lightning.config.same_run import is_bookkeeping
 from lisa_lightning.config.validate import flat
 from lisa_lightning.evaluation.scores import Score, find_score, read_scores
 from lisa_lightning.logger.run_name import RunName, build_run_name
+from lisa_lightning.report.run_verdicts import VerdictKey, Verdicts, on_same_prompts, read_verdicts
 from lisa_lightning.runtime.errors import UserError, printable
 from lisa_lightning.runtime.files import read_json
 from lisa_lightning.runtime.run_files import (
@@ -52,6 +53,8 @@ HASHED_INPUTS: Final = {
     "judge_versions": "versions of the judges",
 }
 """Key of metrics.json -> the inputs of a run whose hash it holds."""
+ROUNDING: Final = 1e-6
+"""Maximum difference between a stored score and that of its verdicts, in percentage points."""
 SHOWN_SCORES: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy", "win_rate")
 
 
@@ -67,6 +70,8 @@ class Run:
     """Key with dots -> value; lists are values."""
     choices: Mapping[str, str]
     metrics: Mapping[str, Any]
+    all_verdicts: Mapping[VerdictKey, Verdicts] = field(default_factory=dict)
+    """Verdicts by prompt; {} if they are not stored."""
 
     @cached_property
     def run_name(self) -> RunName:
@@ -104,6 +109,14 @@ class Run:
         """
         return find_score(self.scores, "final" if self.run_name.finetunes else "aligned", metric)
 
+    def verdicts(self, metric: str) -> Verdicts | None:
+        """Return the verdicts that `score` counts over, None if they are not stored or belong to another judging."""
+        score = self.score(metric)
+        verdicts = None if score is None else self.all_verdicts.get((score.judge, score.model, metric))
+        if score is None or verdicts is None:
+            return None
+        return verdicts if abs(100 * fmean(verdicts.hits) - score.value) <= ROUNDING else None
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -114,7 +127,7 @@ class Spread:
     """Standard deviation, None for a single run."""
     low: float
     high: float
-    """Ends of the 95 % interval: Student's t over seeds, or a run's interval over answers if the seeds agree."""
+    """Ends of the 95 % interval over seeds and prompts (`SeedGroup.spread`)."""
 
 
 @dataclass(frozen=True)
@@ -125,22 +138,40 @@ class SeedGroup:
     """Values of the swept keys."""
     runs: list[Run]
 
+    @cached_property
+    def spreads(self) -> dict[str, Spread]:
+        """Statistics of every score that a run has."""
+        return {name: spread for name in SHOWN_SCORES if (spread := self._spread(name)) is not None}
+
     def spread(self, metric: str) -> Spread | None:
-        """Return the statistics of a score over the runs that have it, None if no run has it."""
-        scores = [score for run in self.runs if (score := run.score(metric)) is not None]
-        values = [score.value for score in scores]
-        if not values:
+        """Return the statistics of a score over the runs that have it, None if no run has it.
+
+        The interval of several runs is that of `seed_and_prompt_interval` if their verdicts are on the same prompts.
+        Otherwise it contains Student's t interval over seeds and the mean of the runs' own intervals.
+        """
+        return self.spreads.get(metric)
+
+    def _spread(self, metric: str) -> Spread | None:
+        runs = [run for run in self.runs if run.score(metric) is not None]
+        scores = [score for run in runs if (score := run.score(metric)) is not None]
+        if not scores:
             return None
+        values = [score.value for score in scores]
         lows = [score.value if score.low is None else score.low for score in scores]
         highs = [score.value if score.high is None else score.high for score in scores]
-        deviation = stdev(values) if len(values) > 1 else None
-        if not deviation:  # of one run, or of runs that agree by chance
-            return Spread(values[0], deviation, min(lows), max(highs))
-        from scipy.stats import t
+        mean, low, high = fmean(values), fmean(lows), fmean(highs)
+        if len(values) == 1:
+            return Spread(mean, None, low, high)
+        # These need numpy, which a run that shows no sweep does not import.
+        from lisa_lightning.evaluation.paired import seed_and_prompt_interval, student_interval
 
-        mean = fmean(values)
-        half_width = float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
-        return Spread(mean, deviation, max(0.0, mean - half_width), min(100.0, mean + half_width))
+        verdicts = [v for run in runs if (v := run.verdicts(metric)) is not None]
+        if len(verdicts) == len(runs) and on_same_prompts(verdicts):
+            rate = seed_and_prompt_interval([v.hits for v in verdicts], verdicts[0].prompts)
+            return Spread(mean, stdev(values), rate.low, rate.high)
+        student = student_interval(values)
+        low, high = max(0.0, min(low, student.low)), min(100.0, max(high, student.high))
+        return Spread(mean, stdev(values), low, high)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -172,7 +203,8 @@ def _read_intact(folder: Path) -> Run:
     status: Status = "failed" if failed else "finished" if is_complete(metrics) else "unfinished"
     config = _config(folder) or _config(folder / ".hydra")
     choices = read_choices(folder) or _hydra_choices(folder / ".hydra")
-    return Run(folder, status, printable(str(failed.get("cause", ""))), config, choices, metrics)
+    verdicts = read_verdicts(folder) if status == "finished" else {}
+    return Run(folder, status, printable(str(failed.get("cause", ""))), config, choices, metrics, verdicts)
 
 
 def _hydra_choices(folder: Path) -> dict[str, str]:
