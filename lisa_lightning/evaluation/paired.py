@@ -66,8 +66,7 @@ def paired_difference(before: ArrayLike, after: ArrayLike, prompts: Sequence[str
     """Return the difference between two models, or between two settings over the same seeds, with its 95 % interval.
 
     If each answer has a different prompt and there is one seed, the interval is that of Bonett and Price (2012) for
-    paired proportions. Otherwise it also contains the intervals over repeated prompts and over seeds that
-    `seed_and_prompt_interval` describes.
+    paired proportions. Repeated prompts and seeds widen it as `seed_and_prompt_interval` describes.
 
     Args:
         before: True for each answer of the first model that counts; a row for each seed if there are several.
@@ -78,9 +77,10 @@ def paired_difference(before: ArrayLike, after: ArrayLike, prompts: Sequence[str
     differences = second - first
     count = len(set(prompts))
     # Rates of answers on which only one of the models counts.
-    intervals = [_bonett_price(float((differences < 0).mean()), float((differences > 0).mean()), count)]
+    over_prompts = _bonett_price(float((differences < 0).mean()), float((differences > 0).mean()), count)
+    intervals = [over_prompts]
     if len(differences) > 1 or count < len(prompts):
-        intervals += _resampled_intervals(differences, prompts)
+        intervals = _resampled_intervals(differences, prompts, over_prompts)
     low, high = _percent(intervals, -1.0)
     return Difference(100 * float(differences.mean()), low, high, count)
 
@@ -88,11 +88,11 @@ def paired_difference(before: ArrayLike, after: ArrayLike, prompts: Sequence[str
 def seed_and_prompt_interval(hits: ArrayLike, prompts: Sequence[str]) -> Rate:
     """Return the percentage of hits over seeds and prompts with its 95 % interval.
 
-    Seeds answer the same prompts, so that further seeds replace no prompts. The interval contains
+    Seeds answer the same prompts, so that further seeds replace no prompts. The interval contains two others:
 
     - the bootstrap interval, for which seeds and prompts are drawn together, 10,000 times (Owen 2007)
-    - Student's t interval over seeds, since few seeds make the bootstrap too narrow
-    - Wilson's interval at the mean rate, with the number of distinct prompts
+    - the sum in quadrature of Wilson's interval over the distinct prompts and Student's t interval over seeds, since a
+      bootstrap over few seeds is too narrow
 
     One seed has the interval of `estimate_rate`.
 
@@ -104,8 +104,8 @@ def seed_and_prompt_interval(hits: ArrayLike, prompts: Sequence[str]) -> Rate:
     if len(values) == 1:
         return estimate_rate([bool(hit) for hit in values[0]], prompts)
     mean = float(values.mean())
-    intervals = [Interval(*wilson(mean, len(set(prompts)))), *_resampled_intervals(values, prompts)]
-    low, high = _percent(intervals, 0.0)
+    over_prompts = Interval(*wilson(mean, len(set(prompts))))
+    low, high = _percent(_resampled_intervals(values, prompts, over_prompts), 0.0)
     return Rate(100 * mean, low, high, values.size)
 
 
@@ -129,12 +129,28 @@ def _bonett_price(lost: float, gained: float, count: int) -> Interval:
     return Interval(middle - half, middle + half)
 
 
-def _resampled_intervals(values: NDArray[np.float64], prompts: Sequence[str]) -> list[Interval]:
-    """Return the bootstrap interval of the mean over seeds and prompts, and Student's t over seeds if there are two."""
-    intervals = [_two_way_bootstrap(values, prompts)]
+def _resampled_intervals(values: NDArray[np.float64], prompts: Sequence[str], over_prompts: Interval) -> list[Interval]:
+    """Return the bootstrap interval over seeds and prompts, and `over_prompts` with the spread over seeds added."""
     if len(values) > 1:
-        intervals.append(student_interval(values.mean(axis=1).tolist()))
-    return intervals
+        over_prompts = add_seed_spread(over_prompts, values.mean(axis=1).tolist())
+    return [_two_way_bootstrap(values, prompts), over_prompts]
+
+
+def add_seed_spread(over_prompts: Interval, means: Sequence[float]) -> Interval:
+    """Return an interval over prompts, widened by Student's t interval over seeds.
+
+    The errors of prompts and seeds are independent, so that the distances of both ends from the mean add in quadrature
+    (the square-and-add rule of Newcombe 1998).
+
+    Args:
+        over_prompts: interval of the mean over prompts.
+        means: mean of each of at least two seeds.
+    """
+    mean, student = float(np.mean(means)), student_interval(means)
+    return Interval(
+        mean - math.hypot(mean - over_prompts.low, mean - student.low),
+        mean + math.hypot(mean - over_prompts.high, mean - student.high),
+    )
 
 
 def student_interval(means: Sequence[float]) -> Interval:

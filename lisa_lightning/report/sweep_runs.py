@@ -147,7 +147,7 @@ class SeedGroup:
         """Return the statistics of a score over the runs that have it, None if no run has it.
 
         The interval of several runs is that of `seed_and_prompt_interval` if their verdicts are on the same prompts.
-        Otherwise it contains Student's t interval over seeds and the mean of the runs' own intervals.
+        Otherwise it is the mean of the runs' own intervals, widened by the spread over seeds (`add_seed_spread`).
         """
         return self.spreads.get(metric)
 
@@ -163,15 +163,14 @@ class SeedGroup:
         if len(values) == 1:
             return Spread(mean, None, low, high)
         # These need numpy, which a run that shows no sweep does not import.
-        from lisa_lightning.evaluation.paired import seed_and_prompt_interval, student_interval
+        from lisa_lightning.evaluation.paired import Interval, add_seed_spread, seed_and_prompt_interval
 
         verdicts = [v for run in runs if (v := run.verdicts(metric)) is not None]
         if len(verdicts) == len(runs) and on_same_prompts(verdicts):
             rate = seed_and_prompt_interval([v.hits for v in verdicts], verdicts[0].prompts)
             return Spread(mean, stdev(values), rate.low, rate.high)
-        student = student_interval(values)
-        low, high = max(0.0, min(low, student.low)), min(100.0, max(high, student.high))
-        return Spread(mean, stdev(values), low, high)
+        low, high = add_seed_spread(Interval(low, high), values)
+        return Spread(mean, stdev(values), max(0.0, low), min(100.0, high))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
