@@ -1,21 +1,25 @@
 """`python -m experiments CLAIM [KEY=VALUE...]`: run the sweep of a claim, store its numbers, draw its picture.
 
 Numbers are merged into experiments/CLAIM/results.csv, one line per run, so that a claim can be measured seed by seed.
+Verdicts by prompt are stored next to it (`experiments.verdicts`), for paired differences.
 Claims about curves also have a curves.csv, one line per point. Start at `main` and `CLAIMS`.
 """
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Final
 
 from experiments.pictures import method_plot, step_plot
-from experiments.tables import SCORES, Rows, fill, format_table, merge
+from experiments.tables import SCORES, Rows, comparison_table, fill, format_table, merge, read
 from experiments.tuned import measure
+from experiments.verdicts import read_verdicts, write_verdicts
 from lisa_lightning.logger.curves import read_rows
+from lisa_lightning.report.comparisons import compare_settings
+from lisa_lightning.report.run_verdicts import VerdictKey, Verdicts
 from lisa_lightning.report.svg import Plot, save_png
 from lisa_lightning.report.sweep_page import score_plots
 from lisa_lightning.report.sweep_runs import Run, read_runs, seed_groups
@@ -39,11 +43,17 @@ class Claim:
     """Columns of curves.csv."""
     separate: Sequence[str] = ()
     """Swept values whose combinations each need a separate process, since earlier runs leave memory allocated."""
+    primary: Sequence[str] = ()
+    """Setting and baseline of the comparison of harmful scores that decides, named before it is measured."""
 
 
 METHODS: Final = "method=sft,vlguard,bso,proximal,lisa"
 CLAIMS: Final = {
-    "harmful_ratio": Claim(["sweep=harmful_ratio", METHODS], ["method", "harmful_ratio"]),
+    "harmful_ratio": Claim(
+        ["sweep=harmful_ratio", METHODS],
+        ["method", "harmful_ratio"],
+        primary=("lisa, harmful_ratio 0.1", "sft, harmful_ratio 0.1"),
+    ),
     "rho": Claim(["sweep=rho"], ["method", "method.rho"]),
     "step_split": Claim(["sweep=step_split"], ["method", "split"]),
     "sample_number": Claim(["sweep=sample_number"], ["method", "data.n"]),
@@ -85,6 +95,8 @@ def main(arguments: Sequence[str]) -> int:
     claim, folder, out = CLAIMS[name], ROOT / "multirun" / "claims" / name, ROOT / "experiments" / name
     pairs = (override.partition("=") for override in claim.separate)
     combinations = product(*([f"{key}={value}" for value in values.split(",")] for key, _, values in pairs))
+    if claim.primary:
+        print(f"primary comparison: harmful score of {claim.primary[0]} minus that of {claim.primary[1]}")
     command = [sys.executable, "run.py", "-m", *claim.sweep, "experiment=sst2_lisa", f"hydra.sweep.dir={folder}"]
     statuses = [
         subprocess.run([*command, *combination, *overrides], cwd=ROOT, check=False).returncode
@@ -97,15 +109,33 @@ def main(arguments: Sequence[str]) -> int:
     runs = [run for run in read_runs([folder]) if run.status == "finished"]
     new_rows = {name: rows_of(runs, claim) for name, rows_of in (("results", _results), ("curves", _curves))}
     tables = {name: merge(out / f"{name}.csv", new, claim.keys) for name, new in new_rows.items() if new}
+    if claim.measured[: len(SCORED)] == SCORED:
+        write_verdicts(out, runs, [_setting(run, claim) for run in runs])
     if "results" in tables:
-        fill(out / "README.md", format_table(tables["results"], claim.keys))
+        fill(out / "README.md", format_results(out, claim))
         save_png(_plots(claim, tables), out / "plot.png")
     return status
 
 
+def format_results(folder: Path, claim: Claim) -> str:
+    """Return the Markdown tables of a claim: scores, and paired differences if verdicts are stored."""
+    rows = read(folder / "results.csv")
+    tables = [format_table(rows, claim.keys)]
+    verdicts = read_verdicts(folder, [*claim.keys, "seed"])
+    if verdicts:
+        runs = _stored_runs(claim, rows, verdicts)
+        comparisons = compare_settings(seed_groups(runs, claim.keys), claim.keys)
+        tables += [comparison_table(comparisons, claim.primary)] if comparisons else []
+    return "\n\n".join(tables)
+
+
+def _setting(run: Run, claim: Claim) -> dict[str, str]:
+    return {k: run.value(k) for k in (*claim.keys, "seed")}
+
+
 def _results(runs: Sequence[Run], claim: Claim) -> Rows:
     return [
-        {k: run.value(k) for k in (*claim.keys, "seed")}
+        _setting(run, claim)
         | {m.removeprefix("final/"): f"{run.metrics[m]:.4g}" for m in claim.measured if m in run.metrics}
         for run in runs
     ]
@@ -113,7 +143,7 @@ def _results(runs: Sequence[Run], claim: Claim) -> Rows:
 
 def _curves(runs: Sequence[Run], claim: Claim) -> Rows:
     return [
-        {k: run.value(k) for k in (*claim.keys, "seed")}
+        _setting(run, claim)
         | {"step": row["step"]}
         | {name: f"{float(row[name]):.4g}" if row.get(name) else "" for name in claim.curves}
         for run in (runs if claim.curves else ())
@@ -134,8 +164,21 @@ def _plots(claim: Claim, tables: dict[str, Rows]) -> list[Plot]:
             method_plot(seconds, "s", "Time of a step", "seconds"),
             method_plot(memory, "gib", "Peak memory", "GiB"),
         ]
+    return score_plots(seed_groups(_stored_runs(claim, results, {}), claim.keys), claim.keys)[:2]
+
+
+def _stored_runs(
+    claim: Claim, rows: Rows, verdicts: Mapping[tuple[str, ...], Mapping[VerdictKey, Verdicts]]
+) -> list[Run]:
+    """Return the runs whose scores are in results.csv.
+
+    Args:
+        claim: a claim about scores.
+        rows: lines of results.csv.
+        verdicts: values of the claim's keys and the seed -> verdicts.
+    """
     scores = [f"{s}{end}" for s in SCORES for end in ("", "_low", "_high")]
-    runs = [
+    return [
         Run(
             Path(),
             "finished",
@@ -143,10 +186,10 @@ def _plots(claim: Claim, tables: dict[str, Rows]) -> list[Plot]:
             {"stages": ["finetune"], **{k: row[k] for k in (*claim.keys, "seed")}},
             {k: row[k] for k in ("method", "task") if k in row},
             {f"final/{s}": float(row[s]) for s in scores},
+            verdicts.get(tuple(row[k] for k in (*claim.keys, "seed")), {}),
         )
-        for row in results
+        for row in rows
     ]
-    return score_plots(seed_groups(runs, claim.keys), claim.keys)[:2]
 
 
 if __name__ == "__main__":

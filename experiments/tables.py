@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Final
 
+from lisa_lightning.report.comparisons import Comparison, compared_scores
 from lisa_lightning.report.sweep_runs import sort_key
 from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.runtime.files import write_text
@@ -51,12 +52,17 @@ def merge(path: Path, new: Rows, keys: Sequence[str]) -> Rows:
     replaced = {tuple(row[k] for k in keys) for row in new}
     rows = new + [row for row in read(path) if tuple(row[k] for k in keys) not in replaced]
     rows.sort(key=lambda row: [sort_key(row[k]) for k in (*keys, "step") if k in row])
+    write(path, rows)
+    return rows
+
+
+def write(path: Path, rows: Rows) -> None:
+    """Write lines to a CSV file."""
     text = StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
-    return rows
 
 
 def fill(readme: Path, table: str) -> None:
@@ -99,6 +105,28 @@ def list_table(rows: Rows, keys: Sequence[str]) -> str:
         setting_rows = [row for row in rows if tuple(row[k] for k in keys) == values]
         lines.append("|" + "".join(f" {cell} |" for cell in (*values, *(spread(setting_rows, n) for n in names))))
     return "\n".join(lines) + f"\n\n{_seeds(seeds).capitalize()}."
+
+
+def comparison_table(comparisons: Sequence[Comparison], primary: Sequence[str]) -> str:
+    """Return a Markdown table of paired differences, one line per comparison.
+
+    Args:
+        comparisons: at least one comparison.
+        primary: setting and baseline of the primary comparison, whose line is bold; empty without one.
+    """
+    names = compared_scores(comparisons)
+    heads = ("setting", "baseline", "pairs", *(name.replace("_", " ") for name in names))
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for c in comparisons:
+        scores = (str(c.scores[name]) if name in c.scores else "–" for name in names)
+        cells = [c.setting, c.baseline, str(c.runs), *scores]
+        if [c.setting, c.baseline] == [*primary]:
+            cells = [f"**{cell}**" for cell in cells]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = (
+        "Paired differences in percentage points, setting minus baseline, with 95 % intervals over seeds and prompts."
+    )
+    return "\n".join([note, "", *lines])
 
 
 def spread(rows: Rows, name: str) -> str:

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from experiments.pictures import write_ranking
 from experiments.tables import SCORES, Rows, fill, merge, read, spread
+from experiments.verdicts import write_verdicts
 from lisa_lightning.report.sweep_runs import Run, read_runs
 
 VALIDATION: Final = (
@@ -175,7 +176,10 @@ def _complete_table(root: Path, path: Path, needed: Sequence[Arm], seeds: Sequen
                 *(f"seed={seed}", "evaluate.every=0", *extra),
             ]
             status = subprocess.run(command, cwd=root, check=False).returncode
-            rows = merge(path, [_row(run) for run in read_runs([folder]) if run.status == "finished"], ["arm"])
+            runs = [run for run in read_runs([folder]) if run.status == "finished"]
+            rows = merge(path, [_row(run) for run in runs], ["arm"])
+            # Trials and results have different seeds, so that their verdicts share a file.
+            write_verdicts(path.parent, runs, [{k: _row(run)[k] for k in ("arm", "seed")} for run in runs])
             if status:
                 raise SystemExit(status)
     return rows

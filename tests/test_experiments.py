@@ -13,10 +13,14 @@ from omegaconf import OmegaConf, open_dict
 from benchmarks.defenses import CURATES, METHODS, REPAIRS
 from experiments import __main__ as experiments
 from experiments import tuned
-from experiments.tables import SCORES, format_table, merge, read, spread
+from experiments.tables import SCORES, merge, read, spread, write
+from experiments.verdicts import read_verdicts, write_verdicts
 from helpers.forking import Forked
+from helpers.judged_runs import save_run
 from helpers.paths import ROOT
 from lisa_lightning.config.validate import check
+from lisa_lightning.report.comparisons import compare_settings
+from lisa_lightning.report.sweep_runs import read_runs, seed_groups
 from lisa_lightning.runtime.errors import UserError
 
 TINY = [
@@ -56,7 +60,7 @@ def test_every_claim_has_a_command_that_composes_and_a_folder_that_says_what_cam
 @pytest.mark.parametrize("name", experiments.CLAIMS)
 def test_the_pages_table_is_that_of_the_numbers(name: str) -> None:
     folder = ROOT / "experiments" / name
-    table = format_table(read(folder / "results.csv"), experiments.CLAIMS[name].keys)
+    table = experiments.format_results(folder, experiments.CLAIMS[name])
     assert f"<!-- ours -->\n\n{table}\n\n<!-- end -->" in (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -137,6 +141,34 @@ def test_the_numbers_of_a_claim_about_scores_make_two_pictures(name: str) -> Non
     assert [plot.name.partition("-")[0] for plot in plots] == ["harmful_score", "accuracy"]
 
 
+def test_stored_verdicts_give_the_paired_differences_of_the_runs(tmp_path: Path) -> None:
+    """Runs are stored in two parts, one seed after the other."""
+    claim, out = experiments.Claim([], ["method"], primary=("lisa", "sft")), tmp_path / "claim"
+    out.mkdir()
+    for method, counts in {"sft": (60, 70), "lisa": (10, 12)}.items():
+        for seed, count in enumerate(counts):
+            save_run(tmp_path / "runs", [i < count for i in range(150)], method=method, seed=seed)
+    runs = read_runs([tmp_path / "runs"])
+    for seed in ("0", "1", "1"):
+        part = [run for run in runs if run.value("seed") == seed]
+        write_verdicts(out, part, [{"method": run.value("method"), "seed": seed} for run in part])
+    stored = read_verdicts(out, ["method", "seed"])
+    assert stored == {
+        (run.value("method"), run.value("seed")): {("", *key[1:]): v for key, v in run.all_verdicts.items()}
+        for run in runs
+    }
+    assert "prompt 7" not in "".join(file.read_text() for file in out.iterdir())
+    rows = [
+        {"method": run.value("method"), "seed": run.value("seed")}
+        | {f"{s}{end}": f"{run.metrics.get(f'final/{s}{end}', 0):.4g}" for s in SCORES for end in ("", "_low", "_high")}
+        for run in runs
+    ]
+    write(out / "results.csv", rows)
+    (comparison,) = compare_settings(seed_groups(runs, ["method"]), ["method"])
+    cells = ("lisa", "sft", "2", *map(str, comparison.scores.values()))
+    assert f"| {' | '.join(f'**{cell}**' for cell in cells)} |" in experiments.format_results(out, claim)
+
+
 @pytest.mark.slow
 def test_the_table_of_defenses_measures_the_best_trial_and_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: Forked
@@ -164,6 +196,10 @@ def test_the_table_of_defenses_measures_the_best_trial_and_goes_on_where_it_stop
     with (out / "results.csv").open(newline="") as file:
         assert {row["arm"] for row in csv.DictReader(file)} == {"sft", best}
     assert "| lisa | method.rho=" in (out / "README.md").read_text()
+    stored = {(row["arm"], row["seed"]) for row in read(out / "verdicts.csv")}
+    assert stored == {
+        (row["arm"], row["seed"]) for table in ("trials", "results") for row in read(out / f"{table}.csv")
+    }
     assert len(commands) == 5
     assert tuned.measure(tmp_path, TINY) == 0
     assert len(commands) == 5
@@ -191,6 +227,9 @@ def test_numbers_are_merged_seed_by_seed(tmp_path: Path, monkeypatch: pytest.Mon
     assert experiments.main(["excess_drift", *few, "seed=1,2", "method=lisa"]) == 0
     assert [(row["method"], row["seed"]) for row in lines("results.csv")] == [("lisa", "1"), ("lisa", "2")]
     assert lines("results.csv")[1] == first[0]
+    verdicts = [(row["seed"], row["metric"], len(row["hits"])) for row in lines("verdicts.csv")]
+    scores = ("harmful_score", "over_refusal", "refusal_rate")
+    assert verdicts == [(seed, score, 1 + 4) for score in scores for seed in ("1", "2")]
     points = [(row["seed"], row["step"], bool(row["switch/drift"])) for row in lines("curves.csv")]
     assert [p for p in points if p[0] == "1"] == [
         ("1", s, s not in ("0", "6", "12")) for s in ("0", "3", "6", "7", "9", "12")

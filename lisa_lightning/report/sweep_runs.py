@@ -53,8 +53,8 @@ HASHED_INPUTS: Final = {
     "judge_versions": "versions of the judges",
 }
 """Key of metrics.json -> the inputs of a run whose hash it holds."""
-ROUNDING: Final = 1e-6
-"""Maximum difference between a stored score and that of its verdicts, in percentage points."""
+ROUNDING: Final = 0.01
+"""Maximum difference between a score and that of its verdicts, in percentage points. Some files round to 4 digits."""
 SHOWN_SCORES: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy", "win_rate")
 
 

@@ -1,39 +1,15 @@
 """Verdicts by prompt in the report of a sweep: intervals over seeds and prompts, paired differences, McNemar's test."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import yaml
 from scipy.stats import binomtest
 
-from lisa_lightning.evaluation.judging import Judged
-from lisa_lightning.evaluation.metrics import judged_scores
+from helpers.judged_runs import PROMPTS, save_run
 from lisa_lightning.evaluation.paired import seed_and_prompt_interval
-from lisa_lightning.evaluation.scores import score_metrics
 from lisa_lightning.report.comparisons import Comparison, compare_settings, format_p
 from lisa_lightning.report.sweep_files import write_sweep
 from lisa_lightning.report.sweep_runs import read_runs, seed_groups, swept_keys
-
-PROMPTS = [f"prompt {i}" for i in range(150)]
-
-
-def save_run(folder: Path, hits: list[bool], prompts: list[str] = PROMPTS, method: str = "lisa", seed: int = 1) -> Path:
-    """Write a finished run with these flagged answers, each of which is no refusal."""
-    run = folder / f"{method}-{seed}"
-    run.mkdir(parents=True)
-    settings = {"seed": seed, "method": {"name": method}, "stages": ["align", "finetune", "evaluate", "judge"]}
-    (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    (run / "choices.json").write_text(json.dumps({"method": method, "task": "sst2"}))
-    judged = [
-        Judged("embedded", hit, 0.5, prompt, "", not hit, {}, None, "harmful_score", "final", "harmful", i, "1", str(i))
-        for i, (hit, prompt) in enumerate(zip(hits, prompts, strict=True))
-    ]
-    (run / "judged.jsonl").write_text("".join(json.dumps(asdict(line)) + "\n" for line in judged))
-    metrics = {"judges": ["embedded"], "time/total_s": 1.0, "seed": seed} | score_metrics(judged_scores(judged))
-    (run / "metrics.json").write_text(json.dumps(metrics))
-    return run
 
 
 def first(count: int) -> list[bool]:
