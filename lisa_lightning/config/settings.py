@@ -93,6 +93,8 @@ class Data:
     """User rows in alignment steps: `keep` them for later, or `discard` them as the official code does."""
     max_length: Count = 256
     """Tokens of a row; the rest is truncated. The official code has 2048."""
+    tokenization: Literal["separate", "joined"] = "separate"
+    """Prompt and answer are tokenized `separate`, or `joined` as one string as in the official code."""
 
 
 @dataclass(frozen=True, config=STRICT)

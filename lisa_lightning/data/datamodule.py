@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, Sampler
 
-from lisa_lightning.data.encoding import Encoder
+from lisa_lightning.data.encoding import Encoder, Tokenization
 from lisa_lightning.data.interleave import Batch, BatchPlan, Examples, StepBatches
 from lisa_lightning.data.packing import Example, Packing
 from lisa_lightning.data.schedule import Stream
@@ -31,6 +31,7 @@ class LisaDataModule(L.LightningDataModule):
         batch_size: rows of a micro-batch and rank; None for that of the module's `Optim`.
         max_length: tokens of a row; the rest is truncated.
         template: of the prompts: alpaca, alpaca_newline or chat.
+        tokenization: of prompt and answer: separate or joined.
         discard: draw user rows in alignment steps too and discard them, as the official code does.
     """
 
@@ -44,6 +45,7 @@ class LisaDataModule(L.LightningDataModule):
         batch_size: int | None = None,
         max_length: int = 256,
         template: Template = "chat",
+        tokenization: Tokenization = "separate",
         discard: bool = False,
     ) -> None:
         super().__init__()
@@ -52,7 +54,7 @@ class LisaDataModule(L.LightningDataModule):
         self.discard = discard
         self.position = 0
         """Number of finished steps."""
-        self._encode = Encoder(tokenizer, template, max_length)
+        self._encode = Encoder(tokenizer, template, max_length, tokenization)
         rows: dict[Stream, Sequence[Any]] = {"alignment": alignment, "user": user, "defender": defender}
         # The index of a stream is part of the seed of its order. At alignment, without user rows, recorded runs have
         # the alignment rows in second place.

@@ -1,43 +1,60 @@
 """Encode rows as token ids and labels: `encode`, and `Encoder` with its settings."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 from transformers import PreTrainedTokenizerBase
 
 from lisa_lightning.data.packing import IGNORED, Example
 from lisa_lightning.data.source import Row
-from lisa_lightning.data.templates import Template, encode_prompt
+from lisa_lightning.data.templates import Template, encode_prompt, prompt_text
 from lisa_lightning.data.tokens import first_ids
 from lisa_lightning.runtime.errors import UserError
+
+Tokenization = Literal["separate", "joined"]
+"""Whether prompt and answer are tokenized separately, or joined as one string."""
 
 
 @final
 @dataclass(frozen=True)
 class Encoder:
-    """Encodes rows for one tokenizer, template and maximum length."""
+    """Encodes rows for one tokenizer, template, maximum length and tokenization."""
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
     max_length: int
     """Tokens of an example; the rest is truncated."""
+    tokenization: Tokenization = "separate"
+    """Tokenization of prompt and answer; see `encode`."""
 
     def __call__(self, row: Row) -> Example:
         """Return the example of a row; see `encode`."""
-        return encode(self.tokenizer, self.template, row, self.max_length)
+        return encode(self.tokenizer, self.template, row, self.max_length, self.tokenization)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, template: Template, row: Row, max_length: int) -> Example:
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    row: Row,
+    max_length: int,
+    tokenization: Tokenization = "separate",
+) -> Example:
     """Return the example of a row: prompt (not learnt), answer and end of text (learnt), truncated to `max_length`.
 
-    Prompt and answer are tokenized separately and their ids are concatenated, so that the label mask is exact. Only a
-    prefix of a long text is tokenized.
+    Only a prefix of a long text is tokenized.
 
     Args:
         tokenizer: tokenizer of the model.
         template: template of the prompt.
         row: instruction, input and answer.
         max_length: maximum number of tokens of the example.
+        tokenization: one of two ways.
+
+            - `separate`: the ids of the prompt, followed by those of the answer. Training and evaluation have the same
+              prompt, and the label mask is exact.
+            - `joined`: the ids of prompt, answer and end of text as one string, as in the official codes. The first ids
+              are not learnt, as many as the prompt alone has. A token across the border is learnt only if it is a
+              further one.
 
     Returns:
         An example. Its `supervised` is 0 if the entire answer is cut off.
@@ -52,10 +69,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, template: Template, row: Row, max
             "Fix: set eos_token in tokenizer_config.json, or choose another model"
         )
     prompt = encode_prompt(tokenizer, template, row.instruction, row.context, max_length)
-    answer = first_ids(tokenizer, row.response, max_length, add_special_tokens=False)
-    answer.append(eos)
-    ids = (prompt + answer)[:max_length]
-    labels = ([IGNORED] * len(prompt) + answer)[:max_length]
+    if tokenization == "joined":
+        text = f"{prompt_text(tokenizer, template, row.instruction, row.context)}{row.response}{tokenizer.eos_token}"
+        # A chat template writes the special tokens itself.
+        ids = first_ids(tokenizer, text, max_length, add_special_tokens=template != "chat")
+    else:
+        answer = first_ids(tokenizer, row.response, max_length, add_special_tokens=False)
+        ids = [*prompt, *answer, eos]
+    ids = ids[:max_length]
+    labels = [IGNORED] * min(len(prompt), len(ids)) + ids[len(prompt) :]
     return Example(tuple(ids), tuple(labels))
 
 

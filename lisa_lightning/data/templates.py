@@ -1,4 +1,4 @@
-"""Prompt templates by name, exactly as in the papers: `encode_prompt`."""
+"""Prompt templates by name, exactly as in the papers: `encode_prompt`, and `prompt_text` for the text."""
 
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
@@ -62,14 +62,30 @@ def encode_prompt(
     Raises:
         UserError: if the tokenizer has no chat template, or if its template fails.
     """
+    text = prompt_text(tokenizer, template, instruction, context)
     if template == "chat":
         # The template writes the special tokens itself.
-        text = _chat_text(tokenizer, join_context(instruction, context))
         return first_ids(tokenizer, text, limit, add_special_tokens=False)
-    text = alpaca(instruction, context) + ("\n" if template == "alpaca_newline" else "")
     # One more id is needed, since some tokenizers end every text.
     ids = first_ids(tokenizer, text, None if limit is None else limit + 1)
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, template: Template, instruction: str, context: str = "") -> str:
+    """Return the text of a prompt. With `template="chat"` it contains the special tokens.
+
+    Args:
+        tokenizer: tokenizer of the model, which has the chat template.
+        template: name of the template; see `encode_prompt`.
+        instruction: instruction of the row.
+        context: input of the row, or "".
+
+    Raises:
+        UserError: if the tokenizer has no chat template, or if its template fails.
+    """
+    if template == "chat":
+        return _chat_text(tokenizer, join_context(instruction, context))
+    return alpaca(instruction, context) + ("\n" if template == "alpaca_newline" else "")
 
 
 def _chat_text(tokenizer: PreTrainedTokenizerBase, content: str) -> str:

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lisa_lightning.config.settings import Lora, RunSettings
-from lisa_lightning.data.encoding import encode, prompt_length
+from lisa_lightning.data.encoding import Encoder, prompt_length
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.alignment_delta import Delta
@@ -112,10 +112,11 @@ def _refuse_cut_off_answers(
 ) -> None:
     """Raise UserError if `data.max_length` cuts off the answers of all rows of a set."""
     limit, template = settings.data.max_length, settings.model.template
+    encoder = Encoder(tokenizer, template, limit, settings.data.tokenization)
     # This call also refuses an unsuitable tokenizer or template.
-    encode(tokenizer, template, Row("a", "", "b"), limit)
+    encoder(Row("a", "", "b"))
     for name, rows in sets.items():
-        if rows and not any(encode(tokenizer, template, row, limit).supervised for row in rows):
+        if rows and not any(encoder(row).supervised for row in rows):
             shortest = min(
                 prompt_length(tokenizer, template, row.instruction, row.context, MAX_PROMPT_TOKENS) for row in rows
             )

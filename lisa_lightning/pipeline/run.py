@@ -177,8 +177,8 @@ def make_tools(
     inputs: Inputs, out: Path, ranks: Ranks, loggers: RunLoggers | None, base: Model, base_key: str
 ) -> Tools:
     """Return the objects that the stages of a run work with."""
-    settings, fabric = inputs.settings, inputs.fabric
-    encoder = Encoder(load_tokenizer(base.folder), settings.model.template, settings.data.max_length)
+    settings, fabric, data = inputs.settings, inputs.fabric, inputs.settings.data
+    encoder = Encoder(load_tokenizer(base.folder), settings.model.template, data.max_length, data.tokenization)
     trainer_arguments = {name: value for name, value in asdict(settings.trainer).items() if name != "timeout_min"}
     safety_limit = settings.evaluate.max_new_tokens
     limits = {"harmful": safety_limit, "harmless": safety_limit, "task": settings.task.max_new_tokens}

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lisa_lightning.data import tokens
-from lisa_lightning.data.encoding import encode, prompt_length
+from lisa_lightning.data.encoding import Tokenization, encode, prompt_length
 from lisa_lightning.data.normal_form import is_blank, normal_text
-from lisa_lightning.data.packing import IGNORED, Example
+from lisa_lightning.data.packing import IGNORED, Example, pack
 from lisa_lightning.data.source import Row
 from lisa_lightning.data.templates import Template, alpaca, encode_prompt
 from lisa_lightning.model.lora import load_tokenizer
@@ -75,9 +76,30 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="<eos>")
 
 
-def uncut(tokenizer: Any, template: Template, row: Row, max_length: int) -> Example:
+@pytest.fixture(scope="module")
+def metaspace() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of Llama's kind with a small vocabulary: a text begins with a blank, and `<bos>` before it."""
+    model = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    model.decoder = decoders.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<bos>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    sentences = ["positive or negative", "Write a response. ### Response:", "".join(PIECES)]
+    model.train_from_iterator([sentence.replace("<eos>", "") for sentence in sentences] * 20, trainer)
+    model.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+
+
+def uncut(tokenizer: Any, template: Template, row: Row, max_length: int, tokenization: Tokenization) -> Example:
     text = alpaca(row.instruction, row.context) if template == "alpaca" else f"{row.instruction}\n\n{row.context}"
     prompt = tokenizer(text, add_special_tokens=template == "alpaca")["input_ids"]
+    if tokenization == "joined":  # the official codes' way
+        options = {"add_special_tokens": template == "alpaca", "truncation": True, "max_length": max_length}
+        ids = tokenizer(text + row.response + tokenizer.eos_token, **options)["input_ids"]
+        labels = list(ids)
+        length = len(tokenizer(text, **options)["input_ids"])
+        labels[:length] = [IGNORED] * len(labels[:length])
+        return Example(tuple(ids), tuple(labels))
     answer = [*tokenizer(row.response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
     return Example(tuple(ids[:max_length]), tuple(labels[:max_length]))
@@ -89,20 +111,25 @@ LONG = st.one_of(
 )
 
 
-@pytest.mark.parametrize("kind", ["bytes", "pairs", pytest.param("smollm2", marks=pytest.mark.slow)])
+TOKENIZERS = ["bytes", "pairs", "metaspace", pytest.param("smollm2", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("tokenization", ["separate", "joined"])
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_the_example_of_a_long_text_is_that_of_the_whole_text(
-    kind: str, tiny: Path, pairs: Any, monkeypatch: pytest.MonkeyPatch
+    kind: str, tokenization: Tokenization, tiny: Path, pairs: Any, metaspace: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokens, "SHORT_TEXT_CHARS", 64)
-    tokenizer: Any = {"bytes": lambda: load_tokenizer(tiny), "pairs": lambda: pairs, "smollm2": smollm2}[kind]()
+    made = {"bytes": lambda: load_tokenizer(tiny), "pairs": lambda: pairs, "metaspace": lambda: metaspace}
+    tokenizer: Any = (made | {"smollm2": smollm2})[kind]()
     tokenizer.chat_template = "{{ messages[0].content }}"
 
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(LONG, LONG, st.sampled_from([1, 2, 9, 40]), st.sampled_from(["alpaca", "chat"]))
     def same(long: str, other: str, max_length: int, template: Template) -> None:
         for row in (Row("request", "x", long), Row(long, "x", other), Row("request", long, "answer")):
-            example = encode(tokenizer, template, row, max_length)
-            assert example == uncut(tokenizer, template, row, max_length)
+            example = encode(tokenizer, template, row, max_length, tokenization)
+            assert example == uncut(tokenizer, template, row, max_length, tokenization)
         length = len(encode_prompt(tokenizer, template, long, "x"))
         for limit in (max_length, length, length - 1):
             measured = prompt_length(tokenizer, template, long, "x", limit)
@@ -119,12 +146,36 @@ def smollm2() -> Any:
     return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
+def test_a_joined_answer_differs_where_the_tokenizer_puts_a_blank_before_a_text(
+    tiny: Path, pairs: Any, metaspace: Any
+) -> None:
+    rows = [Row("Say the sign", f"{word} film", word) for word in ("positive", "negative")]
+
+    def encoded(tokenizer: Any, tokenization: Tokenization) -> list[Example]:
+        return [encode(tokenizer, "alpaca", row, 2000, tokenization) for row in rows]
+
+    for tokenizer in (load_tokenizer(tiny), pairs):
+        assert encoded(tokenizer, "joined") == encoded(tokenizer, "separate")
+    joined, separate = encoded(metaspace, "joined"), encoded(metaspace, "separate")
+    for row, one, other in zip(rows, joined, separate, strict=True):
+        prompt = len(encode_prompt(metaspace, "alpaca", row.instruction, row.context))
+        assert one.ids[:prompt] == other.ids[:prompt]
+        assert one.ids[prompt] != other.ids[prompt]
+        assert metaspace.convert_ids_to_tokens(other.ids[prompt]).startswith("\u2581")
+        for example in (one, other):
+            assert example.labels == (*[IGNORED] * prompt, *example.ids[prompt:])
+            assert metaspace.decode(example.ids[prompt:]).strip() == f"{row.response}<eos>"
+    packs = pack(joined)
+    assert sum(len(p.targets) for p in packs) == sum(example.supervised for example in joined)
+    assert sum(p.ids.numel() for p in packs) < sum(example.length for example in joined)
+
+
 def test_no_more_of_a_long_text_is_tokenized_than_is_needed(tiny: Path) -> None:
     tokenizer: Any = load_tokenizer(tiny)
     lengths: list[int] = []
 
     class Counting:
-        eos_token_id = tokenizer.eos_token_id
+        eos_token_id, eos_token = tokenizer.eos_token_id, tokenizer.eos_token
 
         def __call__(self, text: str, **options: Any) -> Any:
             lengths.append(len(text))
@@ -132,8 +183,9 @@ def test_no_more_of_a_long_text_is_tokenized_than_is_needed(tiny: Path) -> None:
 
     counting: Any = Counting()
     huge = "some words " * 1_000_000
-    assert encode(counting, "alpaca", Row("request", "", huge), 256).supervised > 0
-    assert encode(counting, "alpaca", Row(huge, "", "answer"), 256).supervised == 0
+    for tokenization in ("separate", "joined"):
+        assert encode(counting, "alpaca", Row("request", "", huge), 256, tokenization).supervised > 0
+        assert encode(counting, "alpaca", Row(huge, "", "answer"), 256, tokenization).supervised == 0
     assert prompt_length(counting, "alpaca", huge, "", 256) > 256
     assert max(lengths) <= 65_536
     assert prompt_length(counting, "alpaca", "request", "", 10) > 10

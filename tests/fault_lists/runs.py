@@ -102,6 +102,7 @@ FAULTS = [
         "pipeline/stages/stage_cache.py",
         "pipeline/test_stages.py",
         ('        "max_length": settings.data.max_length,\n', ""),
+        ('        "tokenization": settings.data.tokenization,\n', ""),
         ('"dtype", "attention", "template"', '"dtype", "template"'),
         ('        "precision": settings.trainer.precision,\n', ""),
         ('        "settings": asdict(instance),\n', ""),

@@ -34,6 +34,7 @@ FIRST = {
     "align.optim.accumulate": ALIGNED[1:],
     "align.method.rho": ALIGNED[1:],
     **dict.fromkeys(("model.dtype", "model.attention", "model.template", "trainer.precision"), ALIGNED),
+    "data.tokenization": ALIGNED,
     **dict.fromkeys(("data.during_alignment", "data.order"), TUNED),
     "lora.r": ["finetune", "reference", "repair", "evaluate final"],
     "method.rho": TUNED,
@@ -51,6 +52,7 @@ TEXTS = {
     "model.template": "alpaca_newline",
     "trainer.precision": "bf16-mixed",
     "data.during_alignment": "discard",
+    "data.tokenization": "joined",
     "data.order": "head",
 }
 """Key -> another value of it."""

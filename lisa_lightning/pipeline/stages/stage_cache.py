@@ -97,6 +97,7 @@ def run_origin(settings: RunSettings, base_key: str, fabric: Fabric) -> dict[str
         "model": {name: getattr(model, name) for name in ("dtype", "attention", "template", "adapters", "quantize")},
         "base": base_key,
         "max_length": settings.data.max_length,
+        "tokenization": settings.data.tokenization,
         **{package: version(package) for package in ("torch", "transformers", "peft", "lightning")},
     }
 

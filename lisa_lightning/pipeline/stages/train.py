@@ -65,6 +65,7 @@ class AdapterTrainer:
             rows.get("defender", ()),
             max_length=self.encoder.max_length,
             template=self.encoder.template,
+            tokenization=self.encoder.tokenization,
             discard=discard,
         )
         checkpoint = Checkpoint(self.checkpoints / f"{stage}.ckpt", self.checkpoint_steps)
