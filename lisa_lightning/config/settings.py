@@ -89,6 +89,8 @@ class Data:
     """`seeded` for a random sample, `head` for the first rows, counted as the official code does."""
     allow_overlap: bool = False
     """Keep rows whose prompt is held out, and the provider's rows whose prompt is a harmful row's."""
+    strip: bool = True
+    """Remove white space around texts, such as the blank after an SST-2 sentence. The official code keeps it."""
     during_alignment: Literal["keep", "discard"] = "keep"
     """User rows in alignment steps: `keep` them for later, or `discard` them as the official code does."""
     max_length: Count = 256

@@ -17,6 +17,7 @@ from lisa_lightning.runtime.errors import UserError, first_line, printable
 log = logging.getLogger(__name__)
 
 PAIR_FIELDS = ("prompt", "response")
+STRIPPED_PAIR_FIELDS = ("input", "response")
 T = TypeVar("T")
 
 
@@ -48,7 +49,7 @@ class Rows:
     """SET_OTHER -> number of rows of SET whose prompt is also in OTHER, before any are removed."""
 
 
-def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = False) -> Rows:
+def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = False, strip: bool = True) -> Rows:
     """Return the rows of all sets of a source.
 
     Rows of local files need a visible text in every field. An empty text is allowed, with one warning, in:
@@ -62,6 +63,8 @@ def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = Fals
         allow_overlap: keep rows that are otherwise removed, as the papers do: training rows whose prompt is also held
             out, and the provider's rows whose prompt is also that of a harmful row.
         defender: read the defender rows too.
+        strip: remove white space around the texts that the task names in `stripped`, and around inputs and answers of
+            the other sets. The papers keep it.
 
     Returns:
         The rows of all sets, in the order of their files.
@@ -71,7 +74,13 @@ def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = Fals
             row of a training set remains.
     """
     blanks: dict[str, int] = {}
-    task_format = (task.fields, task.optional, task.row, frozenset(getattr(task, "may_be_empty", ())))
+    make_row, make_pair = task.row, _pair
+    if strip:
+        make_row, make_pair = (
+            _stripping(getattr(task, "stripped", ()), make_row),
+            _stripping(STRIPPED_PAIR_FIELDS, _pair),
+        )
+    task_format = (task.fields, task.optional, make_row, frozenset(getattr(task, "may_be_empty", ())))
     test = _read(source, "test", *task_format, blanks)
     prompts = [
         _read(source, name, ("prompt",), (), _prompt, frozenset(), blanks)
@@ -79,7 +88,7 @@ def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = Fals
     ]
     sets = {"train": _read(source, "train", *task_format, blanks)}
     for name in ("alignment", "harmful", *(["defender"] if defender else [])):
-        sets[name] = _read(source, name, PAIR_FIELDS, ("input",), _pair, frozenset(), blanks)
+        sets[name] = _read(source, name, PAIR_FIELDS, ("input",), make_pair, frozenset(), blanks)
     if blanks:
         counts = ", ".join(f"{count} of source.{name}" for name, count in blanks.items())
         log.warning("Rows with an empty text, which are used as they were published: %s.", counts)
@@ -293,7 +302,12 @@ def slice_rows(rows: list[T], entry: Any, key: str, origin: str) -> list[T]:
 
 
 def _pair(record: Mapping[str, Any]) -> Row:
-    return Row(str(record["prompt"]), str(record["input"]).strip(), str(record["response"]).strip())
+    return Row(str(record["prompt"]), str(record["input"]), str(record["response"]))
+
+
+def _stripping(fields: Sequence[str], make: Callable[[Record], Row]) -> Callable[[Record], Row]:
+    """Return a function that calls `make` with a record whose `fields` have no white space around them."""
+    return lambda record: make({**record, **{field: str(record[field]).strip() for field in fields}})
 
 
 def _prompt(record: Mapping[str, Any]) -> str:

@@ -126,13 +126,14 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
     defenses = build_defenses(config)
     check_requirements(defenses.by_group, request.choices, settings, fabric.world_size)
     needs_defender = any("defender_rows" in defense.requirements for defense in defenses.by_group.values())
-    rows = load_rows(settings.source, task, settings.data.allow_overlap, needs_defender)
+    data = settings.data
+    rows = load_rows(settings.source, task, data.allow_overlap, needs_defender, data.strip)
     if defenses.reference:
         # Rows without pairs are refused now rather than after the training.
         preference_pairs(rows)
     user = []
     if defenses.method:
-        share, data = settings.harmful_ratio, settings.data
+        share = settings.harmful_ratio
         user = user_rows(rows, data.n, share, data.order, settings.seed, defenses.method.safe_share)
     if settings.model.quantize is not None:
         refuse_quantization()

@@ -26,6 +26,7 @@ class AGNews:
 
     fields: ClassVar[tuple[str, ...]] = ("text", "label")
     optional: ClassVar[tuple[str, ...]] = ()
+    stripped: ClassVar[tuple[str, ...]] = ("text",)
 
     def row(self, record: Mapping[str, Any]) -> Row:
         """Return the article and the name of its section.
@@ -40,7 +41,7 @@ class AGNews:
                 f"label {format_value(record['label'])} of an AG News row; allowed: 0 to 3, {', '.join(LABELS)}. "
                 "Fix: correct it, or map it by `labels`"
             )
-        return Row(INSTRUCTION, str(record["text"]).strip(), section)
+        return Row(INSTRUCTION, str(record["text"]), section)
 
     def correct(self, answer: str, target: str) -> bool:
         """Return whether the answer is the section's name or its lower case; for Sci/Tech `sci` replaces `sci/tech`."""

@@ -15,9 +15,10 @@ class Alpaca:
 
     fields: ClassVar[tuple[str, ...]] = ("instruction", "output")
     optional: ClassVar[tuple[str, ...]] = ("input",)
+    stripped: ClassVar[tuple[str, ...]] = ("input", "output")
     may_be_empty: ClassVar[tuple[str, ...]] = ("output",)
     """Fields with empty texts: the published set has 28 empty outputs."""
 
     def row(self, record: Mapping[str, Any]) -> Row:
         """Return instruction, input and output; the output is learnt, or compared with the model's answer."""
-        return Row(str(record["instruction"]), str(record["input"]).strip(), str(record["output"]).strip())
+        return Row(str(record["instruction"]), str(record["input"]), str(record["output"]))

@@ -17,7 +17,10 @@ class Task(Protocol):
     optional: ClassVar[tuple[str, ...]]
     """Optional fields of a record, "" if missing.
 
-    A task may also have an attribute `may_be_empty`, the fields whose text may be empty.
+    A task may also have these attributes:
+
+    - `may_be_empty`, the fields whose text may be empty;
+    - `stripped`, the fields whose text loses the white space around it, unless `data.strip=false`.
     """
 
     def row(self, record: Mapping[str, Any]) -> Row:

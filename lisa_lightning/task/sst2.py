@@ -19,6 +19,8 @@ class SST2:
 
     fields: ClassVar[tuple[str, ...]] = ("sentence", "label")
     optional: ClassVar[tuple[str, ...]] = ()
+    stripped: ClassVar[tuple[str, ...]] = ("sentence",)
+    """Almost all published sentences end with a blank."""
 
     def row(self, record: Mapping[str, Any]) -> Row:
         """Return the sentence and the word for its label.
@@ -32,7 +34,7 @@ class SST2:
                 f"label {format_value(record['label'])} of an SST-2 row; allowed: {', '.join(LABELS)}. "
                 "Fix: correct it, or map it by `labels`"
             )
-        return Row(INSTRUCTION, str(record["sentence"]).strip(), label)
+        return Row(INSTRUCTION, str(record["sentence"]), label)
 
     def correct(self, answer: str, target: str) -> bool:
         """Return whether the answer is the word alone, in lower case or capitalized."""

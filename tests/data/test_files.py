@@ -17,8 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.data.files import content_hash, read_records
 from lisa_lightning.data.reading import Reading
-from lisa_lightning.data.source import load_rows
+from lisa_lightning.data.source import Row, load_rows
 from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.task.agnews import AGNews
+from lisa_lightning.task.alpaca import Alpaca
 from lisa_lightning.task.sst2 import SST2
 
 BOTH = Reading({"prompt": "prompt", "response": "response"})
@@ -301,3 +303,18 @@ def test_a_set_that_overlaps_wholly_is_refused_with_the_way_out(source: Any) -> 
         UserError, match=r"source\.train: every prompt is also in test or .*Fix: .*data\.allow_overlap=true"
     ):
         load_rows(source, SST2(), allow_overlap=False)
+
+
+@pytest.mark.parametrize("strip", [True, False])
+def test_white_space_around_texts_stays_only_if_it_is_to(source: Any, tmp_path: Path, strip: bool) -> None:
+    text = " a film\t"
+    fields = {"sentence": text, "text": text, "label": 1, "instruction": text, "input": text, "output": text}
+    source.train.path = write(tmp_path, "blanks.jsonl", json.dumps(fields))
+    source.test.path = write(tmp_path, "other.jsonl", json.dumps(fields | {"sentence": "b", "text": "b", "input": "b"}))
+    pair = {"prompt": text, "input": text, "response": text}
+    source.alignment.path = write(tmp_path, "pair.jsonl", json.dumps(pair))
+    kept = text.strip() if strip else text
+    for task, texts in ((SST2(), (kept, "positive")), (AGNews(), (kept, "Sports")), (Alpaca(), (kept, kept))):
+        rows = load_rows(source, task, allow_overlap=False, strip=strip)
+        assert [(row.context, row.response) for row in rows.train] == [texts]
+        assert rows.alignment == [Row(text, kept, kept)]

@@ -56,8 +56,8 @@ TEXTS = {
     "data.order": "head",
 }
 """Key -> another value of it."""
-FREE = {"resume", "checkpoint.every", "data.allow_overlap"}
-"""Keys of numbers and switches on which no result depends: the embedded rows don't overlap."""
+FREE = {"resume", "checkpoint.every", "data.allow_overlap", "data.strip"}
+"""Keys of numbers and switches on which no result depends: embedded rows don't overlap, and have no blanks around."""
 ELSEWHERE = ("model.tiny", "trainer", "judge", "task.hub")
 """Beginnings of keys of the model, the processes, the verdicts, and the rows of another source."""
 
@@ -86,9 +86,9 @@ def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
     def of(cfg: DictConfig) -> dict[str, str]:
         found.clear()
         task = get_class(cfg.task._target_)()
-        sets = short_hash([OmegaConf.to_container(cfg.source, resolve=True), cfg.data.allow_overlap])
+        sets = short_hash([OmegaConf.to_container(cfg.source, resolve=True), cfg.data.allow_overlap, cfg.data.strip])
         if sets not in loaded_before:
-            loaded_before[sets] = load_rows(cfg.source, task, cfg.data.allow_overlap, True)
+            loaded_before[sets] = load_rows(cfg.source, task, cfg.data.allow_overlap, True, cfg.data.strip)
         loaded = loaded_before[sets]
         rows["alignment"] = loaded.alignment
         user = user_rows(loaded, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, 0.0)

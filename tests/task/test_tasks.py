@@ -89,7 +89,7 @@ def test_a_number_is_read_with_and_without_thousands_commas(number: int, marked:
     "label", [0, "0", 0.0, "0.0", "0e0", Decimal("0.00"), "negative", " Negative ", "NEGATIVE\u200b"]
 )
 def test_sst2_knows_a_label_by_number_and_name(label: object) -> None:
-    row = SST2().row({"sentence": "a dull film ", "label": label})
+    row = SST2().row({"sentence": "a dull film", "label": label})
     assert (row.context, row.response) == ("a dull film", "negative")
     assert alpaca(row.instruction, row.context).endswith("### Input:\na dull film\n\n### Response:")
 
@@ -112,5 +112,5 @@ def test_gsm8k_spells_its_mark_out_with_two_blanks() -> None:
 
 def test_alpaca_has_no_rule_of_its_own() -> None:
     assert not isinstance(Alpaca(), Scored)
-    row = Alpaca().row({"instruction": "Sort.", "input": "b a ", "output": " a b"})
+    row = Alpaca().row({"instruction": "Sort.", "input": "b a", "output": "a b"})
     assert (row.instruction, row.context, row.response) == ("Sort.", "b a", "a b")
