@@ -28,7 +28,7 @@ class Booster(Aligner):
     """
 
     lamb: NonNegative = 5.0
-    """Factor of the regularizer; 0 is SFT on alignment rows. The paper's value is 5, its script for GSM8K has 25."""
+    """Factor of the regularizer; 0 is SFT on alignment rows. The paper's value is 5; 25 in its tables of GSM8K."""
     alpha: NonNegative = 0.1
     """Length of the harmful step; 0 is SFT too. The paper's value is 0.1."""
     rho: NonNegative = 0.0

@@ -28,7 +28,7 @@ INTERFACES: Final = {
 """Config group -> attributes that its classes must have, custom ones included."""
 DEFENSES: Final = ("curate", "align", "method", "repair")
 """Config groups whose classes are dataclasses of settings."""
-NO_ARGUMENTS: Final = {"repair": ("reference",)}
+NO_ARGUMENTS: Final = {"repair": ("reference",), "task": ("max_new_tokens", "embedded", "hub")}
 """Config group -> keys of its section that are not arguments of its class."""
 STAGE_ARGUMENTS: Final = {"logger": ("save_dir",)}
 """Config group -> required arguments that the stages set."""
@@ -88,9 +88,6 @@ def refuse_unknown_arguments(config: Mapping[str, Any]) -> None:
     """
     for key, section in class_sections(config):
         cls = load_class(section["_target_"], key)
-        if key == "task":
-            # A task is called without arguments; its other keys belong to stages and sources.
-            continue
         _refuse_other_arguments(cls, section, key)
         if _group(key) == "judge":
             _refuse_wrong_values(cls, section, key)

@@ -28,10 +28,10 @@ OPTIONAL_KEYS: Final = re.compile(rf"({'|'.join(map(re.escape, CLASS_SECTIONS))}
 """Keys with a rule that a config may omit."""
 UNCHECKED_KEYS: Final = re.compile(
     rf"(source\.({'|'.join(SETS)})|judge\.linear\.rows)\.(columns|labels|where)\..*|align\.method|"
-    r"task\._target_|task\.embedded\.(train|test)|"
+    r"task\.(_target_|question_suffix)|task\.embedded\.(train|test)|"
     r"task\.hub\.(id|config|revision|columns(\..*)?|(train|test)\.(id|split|files|rows))"
 )
-"""Keys without a rule: the user's columns, the sets of a task, and `align.method` of align=none."""
+"""Keys without a rule: the user's columns, sets and arguments of a task, and `align.method` of align=none."""
 REFERENCE_KEYS: Final = re.compile(r"repair\.reference\.(?!(sft|dpo)\.method\.)")
 """Settings of NLSR that are not arguments of a class."""
 GROUPS_WITH_NONE: Final = ("align", "curate", "repair", "logger", "callbacks")

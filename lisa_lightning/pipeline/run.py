@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 
-from lisa_lightning.config.instances import build, load_class
+from lisa_lightning.config.instances import build
 from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.requirements import active_defenses, check_requirements
 from lisa_lightning.config.validate import flat, plain
@@ -122,7 +122,7 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
     fabric = make_fabric(settings.trainer)
     if request.job is not None:
         refuse_processes(fabric, settings.trainer)
-    task = load_class(config["task"]["_target_"], "task")()
+    task = build(config["task"], "task")
     defenses = build_defenses(config)
     check_requirements(defenses.by_group, request.choices, settings, fabric.world_size)
     needs_defender = any("defender_rows" in defense.requirements for defense in defenses.by_group.values())

@@ -5,6 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, final
 
+from pydantic.dataclasses import dataclass
+
+from lisa_lightning.config.fields import STRICT
 from lisa_lightning.data.source import Row
 from lisa_lightning.runtime.errors import UserError
 
@@ -14,14 +17,18 @@ ANNOUNCED_NUMBER: Final = re.compile(r"(?:####|answer(?: is|:)|boxed\{)[^\d\n-]*
 
 
 @final
+@dataclass(frozen=True, config=STRICT)
 class GSM8K:
     """Lisa's prompt and rule (section 5.1 of the paper). Fields: `question`, and `answer` with its `####` line."""
 
     fields: ClassVar[tuple[str, ...]] = ("question", "answer")
     optional: ClassVar[tuple[str, ...]] = ()
 
+    question_suffix: str = ""
+    """Text after every question. Vaccine's official code asks there for a step-by-step answer."""
+
     def row(self, record: Mapping[str, Any]) -> Row:
-        """Return the question, and the reasoning with `####` replaced by the answer prefix.
+        """Return the question with its suffix, and the reasoning with `####` replaced by the answer prefix.
 
         Two blanks precede the number.
 
@@ -34,7 +41,7 @@ class GSM8K:
             raise UserError(
                 "the answer of a GSM8K row has no #### with a number after it. Fix: correct or delete the row"
             )
-        return Row(str(record["question"]), "", answer.replace("####", ANSWER_PREFIX))
+        return Row(f"{record['question']}{self.question_suffix}", "", answer.replace("####", ANSWER_PREFIX))
 
     def correct(self, answer: str, target: str) -> bool:
         """Return whether the final numbers of answer and target are equal, see `final_number`."""

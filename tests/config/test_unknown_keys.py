@@ -63,6 +63,7 @@ def test_every_choice_is_accepted_and_every_misspelt_key_of_it_is_not(config: Co
         ("+source.train.colums={sentence: text}", "source.train.columns"),
         ("+source.foo.path=x", "source.foo.path is not a key of the config"),
         ("+task.hub.foo=1", "task.hub.foo is not a key of the config"),
+        ("+task.question_suffix=x", "task.question_suffix is not a key of SST2"),
         ("+align.foo=1", "align.foo is not a key of the config"),
         ("+source.train.rows=5", "source.train.rows is not a key of the config"),
         ("+source.foo.columns.a=b", "source.foo.columns.a is not a key of the config"),

@@ -58,6 +58,7 @@ REFUSED = {
     "model.adapters=two": "it must be stacked or continued",
     "model.quantize=int8": "it must be nf4, or null",
     "task.max_new_tokens=0": "task.max_new_tokens=0",
+    "task=gsm8k task.question_suffix=1": "task.question_suffix=1",
     "data.order=random": "it must be seeded or head",
     "lora.dropout=1": "lora.dropout=1",
     "seed=-1": "seed=-1",

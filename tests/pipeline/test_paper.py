@@ -46,6 +46,7 @@ def test_a_cell_carries_what_was_published(config: Callable[..., DictConfig], ta
         assert (cfg.method.alignment_steps, cfg.method.user_steps) == (100, 900)
     if method == "lisa":
         assert (cfg.method.rho, cfg.method.proximal_after) == (1.0, 0.1)
+    assert (cfg.data.tokenization, cfg.data.strip, cfg.task.get("question_suffix", "")) == ("joined", False, "")
     bt = {"hub": "PKU-Alignment/BeaverTails", "skip": 0}
     for name, split, take in (("alignment", "30k_train", 10_000), ("harmful_prompts", "30k_test", 1000)):
         assert (cfg.source[name].hub, cfg.source[name].split, cfg.source[name].take) == (bt["hub"], split, take)
@@ -56,6 +57,8 @@ DEFENSES = sorted(
 )
 
 
+NLSR_SFT = {"lr": 1e-4, "steps": 125, "epochs": None, "batch_size": 4, "accumulate": 4, "schedule": "cosine"}
+NLSR_DPO = {"lr": 2e-6, "steps": 250, "epochs": None, "batch_size": 8, "accumulate": 1, "schedule": "cosine"}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "antidote": {"repair.dense_ratio": 0.05, "lora.r": 256, "optim.lr": 1e-4, "optim.epochs": 20, "harmful_ratio": 0.2},
     "asft": {"method.lamb": 1, "optim.lr": 5e-5, "optim.epochs": 10, "optim.batch_size": 8, "data.n": 1000},
@@ -69,7 +72,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "ewc": {"method.lamb": 1e9, "method.carry_over": True, "model.adapters": "continued"},
     "ldifs": {"method.rho": 1e-4, "method.drop_threshold": 0.1, "method.inner_clip": 5},
-    "nlsr": {"repair.sparsity_ratio": 0.8, "repair.prune_rate": 0.5, "repair.epsilon": 0.2, "lora.r": 128},
+    "nlsr": {
+        "repair.sparsity_ratio": 0.8,
+        "repair.prune_rate": 0.5,
+        "repair.epsilon": 0.2,
+        "lora.r": 128,
+        "data.tokenization": "separate",
+        **{f"repair.reference.sft.optim.{key}": value for key, value in NLSR_SFT.items()},
+        **{f"repair.reference.dpo.optim.{key}": value for key, value in NLSR_DPO.items()},
+    },
     "pharmacist": {"align.method.rho": 3},
     "proximal": {"method.rho": 1, "method.proximal_after": 0.1},
     "repnoise": {"align.method.alpha": 0.1, "align.method.beta": 0.001, "align.method.official": True},
@@ -82,6 +93,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "align.method.probability_steps": 200,
     },
     "vaccine": {"align.method.rho": 2},
+    "vaccine_gsm8k": {
+        "align.method.rho": 2,
+        "lora.alpha": 0.5,
+        "optim.epochs": 50,
+        "data.n": 1000,
+        "task.question_suffix": "\nFirst think step by step and then answer the final number.\n",
+    },
     "vlguard_loss": {"method.lamb": 0.1, "method.safe_rows": 4, "optim.lr": 1e-4},
 }
 
@@ -93,7 +111,7 @@ def test_every_defense_has_its_papers_settings(config: Callable[..., DictConfig]
         f.stem for group in ("curate", "align", "method", "repair") for f in (ROOT / "conf" / group).glob("[!_]*")
     }
     own = chosen - {"sft", "none", "random", "bso", "lisa", "vlguard"}  # the last three are cells of the tables above
-    assert set(DEFENSES) == own | {"booster_vaccine"} == set(PUBLISHED)
+    assert set(DEFENSES) == own | {"booster_vaccine", "vaccine_gsm8k"} == set(PUBLISHED)
     for name, published in PUBLISHED.items():
         text = (ROOT / "conf" / "experiment" / "paper" / f"{name}.yaml").read_text(encoding="utf-8")
         needed = ["source.refusals=pairs.json"] if "source.refusals" in text else []
@@ -104,13 +122,16 @@ def test_every_defense_has_its_papers_settings(config: Callable[..., DictConfig]
         values = plain(cfg)
         check_requirements(build_defenses(values).by_group, choices, parse_settings(values), 1)
         for group in ("curate", "align", "method", "repair"):
-            file = ROOT / "conf" / group / f"{name.replace('booster_vaccine', 'booster')}.yaml"
+            file = ROOT / "conf" / group / f"{FILES.get(name, name)}.yaml"
             if file.exists():
                 wanted, found = OmegaConf.load(file), cfg[group]
                 assert (found.method if group == "align" else found)._target_ in OmegaConf.to_yaml(wanted)
         assert {key: OmegaConf.select(cfg, key) for key in published} == published
+        assert (cfg.data.tokenization, cfg.data.strip) == (published.get("data.tokenization", "joined"), False)
 
 
+FILES = {"booster_vaccine": "booster", "vaccine_gsm8k": "vaccine"}
+"""Experiment -> config file of its defense, where their names differ."""
 BEAVERTAILS = [
     {"prompt": f"request {i // 2}", "response": f"answer {i}", "category": {"a": i % 2 == 1}, "is_safe": i % 2 == 0}
     for i in range(60)

@@ -105,6 +105,7 @@ def test_agnews_numbers_sections_as_the_hub_does() -> None:
 def test_gsm8k_spells_its_mark_out_with_two_blanks() -> None:
     row = GSM8K().row({"question": "How many?", "answer": "2*3=<<2*3=6>>6\n#### 6"})
     assert row.response == "2*3=<<2*3=6>>6\nThe final answer is:  6"
+    assert GSM8K("\nThink.\n").row({"question": "How many?", "answer": "#### 6"}).instruction == "How many?\nThink.\n"
     for answer in ("6", "2*3=6 #### six"):  # without a number every answer that has none would be right
         with pytest.raises(UserError, match="no #### with a number after it"):
             GSM8K().row({"question": "How many?", "answer": answer})
