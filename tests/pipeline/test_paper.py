@@ -196,6 +196,7 @@ def test_a_cell_runs_to_its_end(
         *("source.harmful_prompts.take=6", "source.test.take=3", "source.harmless_prompts.take=2"),
         *("evaluate.max_new_tokens=3", "task.max_new_tokens=3", "trainer.precision=32-true", "data.max_length=512"),
         *(f"source.{s}.hub={folder}/{task}" for s in ("train", "test")),
+        *(["task.question_suffix=' Think.'"] if task == "gsm8k" else []),
         *([] if method in ("sft", "vlguard_mix") else ["method.alignment_steps=2", "method.user_steps=3"]),
         f"cache_dir={tmp_path_factory.getbasetemp() / 'paper-cache'}",
     ]
@@ -215,6 +216,11 @@ def test_a_cell_runs_to_its_end(
     asked = [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
     final = [a for a in asked if a["model"] == "final"]
     assert [a["prompt"] for a in final if a["kind"] == "harmful"] == [f"request {i // 2}" for i in range(6)]
+    questions = [(a["prompt"], a["context"]) for a in final if a["kind"] == "task"]
+    if task == "sst2":
+        assert [context for _, context in questions] == [f"validation {i} " for i in range(3)]  # blanks stay
+    if task == "gsm8k":
+        assert [prompt for prompt, _ in questions] == [f"test {i}? Think." for i in range(3)]
     if task == "alpaca":
         outputs = json.loads((tmp_path / "out" / "alpaca_eval_final.json").read_text())
         assert [o["instruction"] for o in outputs] == ["do 701", "do 702", "do 703"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from lisa_lightning.config.instances import build
 from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.validate import flat, plain
 from lisa_lightning.data.mixing import user_rows
@@ -85,7 +85,7 @@ def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
 
     def of(cfg: DictConfig) -> dict[str, str]:
         found.clear()
-        task = get_class(cfg.task._target_)()
+        task = build(plain(cfg.task), "task")
         sets = short_hash([OmegaConf.to_container(cfg.source, resolve=True), cfg.data.allow_overlap, cfg.data.strip])
         if sets not in loaded_before:
             loaded_before[sets] = load_rows(cfg.source, task, cfg.data.allow_overlap, True, cfg.data.strip)
