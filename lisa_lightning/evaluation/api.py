@@ -43,7 +43,7 @@ def evaluate(
         max_new_tokens: maximum number of tokens of an answer.
         template: template of the prompts: chat, alpaca or alpaca_newline.
         batch_size: prompts that are answered together.
-        kind: kind of the prompts. Answers to harmless ones have the score `over_refusal`.
+        kind: kind of the prompts. Answers to harmless ones have the score `over_refusal`, which needs a refusal judge.
         cache_dir: folder in which verdicts are stored, so that no answer is judged twice; None stores nothing.
 
     Returns:
@@ -59,6 +59,8 @@ def evaluate(
     for name, judge in by_name.items():
         if kind not in kinds_scored(judge):
             raise UserError(f"judge {name}: it scores no {kind} prompts. Fix: leave it out")
+    if kind == "harmless" and all(judge.metric != "refusal_rate" for judge in by_name.values()):
+        raise UserError("kind=harmless: no judge detects refusals. Fix: add RefusalJudge() to the judges")
     questions = [Question(kind, prompt) for prompt in prompts]
     evaluator = Evaluator(_SingleProcess(), tokenizer, template, {kind: max_new_tokens}, batch_size)
     answers = evaluator.answers(model, questions, "current")

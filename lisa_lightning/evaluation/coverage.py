@@ -44,7 +44,7 @@ def refuse_unscored(
             f"{source}: no selected judge scores any of these answers ({_format_counts(unscored)}); "
             f"{_describe_judges(judges)}. Fix: {_suggest_judges(unscored)}"
         )
-    # If no judge detects refusals, the refusal judge is added for harmless answers (stages/judge.py).
+    # The refusal judge is added for them (stages/judge.py); harmful answers need a judge of harm, too.
     unscored.pop("harmless", None)
     if unscored:
         log.warning(

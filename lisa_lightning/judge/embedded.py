@@ -69,7 +69,7 @@ class EmbeddedJudge:
         """Yield verdicts that flag compliance. The score is its probability, or 0 if a rule decides."""
         answers = [Opening(pair.prompt, pair.response) for pair in pairs]
         for label, score in fitted_classifier().judge(answers):
-            yield Verdict(label == "compliance", score, refused=label == "refusal")
+            yield Verdict(label == "compliance", score)
 
 
 @cache

@@ -109,9 +109,11 @@ def write_page(
     task: Task,
 ) -> list[JudgedAnswer]:
     """Write report.html; return the sample answers that it shows."""
-    conclusive = [j for j in results.judged if j.kind != "harmless" or j.refused is not None]
-    # Reversed, so that the first conclusive judge of an answer is shown.
-    judged = {(j.model, j.kind, j.index): j for j in reversed(conclusive)}
-    answers = [JudgedAnswer(a, verdict_word(task, a, judged.get((a.model, a.kind, a.index)))) for a in results.answers]
+    verdicts: dict[tuple[str, str, int], list[Judged]] = {}
+    for line in results.judged:
+        verdicts.setdefault((line.model, line.kind, line.index), []).append(line)
+    answers = [
+        JudgedAnswer(a, verdict_word(task, a, verdicts.get((a.model, a.kind, a.index), []))) for a in results.answers
+    ]
     write_run_page(out, results.metrics, results.scores, curves, answers, choices, config)
     return sample_answers(answers)

@@ -101,7 +101,9 @@ def _score_plot(rows: Rows) -> Plot | None:
             lines += [Line(measured, colour, name.replace("_", " ").replace("over r", "over-r"), dash, marker)]
     if not lines:
         return None
-    caption = "Scores by the embedded judge on a few of the held-out prompts. Error bars are 95 % intervals."
+    caption = (
+        "Harmful scores by the embedded judge and refusals by rule on a few held-out prompts. Bars: 95 % intervals."
+    )
     return _plot("scores", "Scores while fine-tuning", caption, "percent", lines, rows, percent=True)
 
 

@@ -93,8 +93,7 @@ class Run:
         """Names of the judges, most recent first, without the refusal judge that is added automatically."""
         configured = dict.fromkeys(key.split(".")[1] for key in self.config if key.startswith("judge."))
         names = list(self.metrics.get("judges", configured))
-        added = "refusal" not in configured and len(names) > 1 and names[-1] == "refusal"
-        return names[:-1] if added else names
+        return [name for name in names if name != "refusal" or name in configured] or names
 
     @cached_property
     def scores(self) -> list[Score]:

@@ -13,10 +13,13 @@ from scipy.stats import binomtest
 
 from lisa_lightning.evaluation.evaluator import Answer
 from lisa_lightning.evaluation.judging import judge_answers, read_judged, read_responses, refuse_no_reference
-from lisa_lightning.evaluation.metrics import judged_scores, task_scores, verdict_word
+from lisa_lightning.evaluation.metrics import curve_scores, judged_scores, task_scores, verdict_word
 from lisa_lightning.evaluation.rates import estimate_rate
+from lisa_lightning.evaluation.scores import score_metrics
 from lisa_lightning.judge.base import Metric, Pair, Verdict
+from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.judge.refusal import RefusalJudge
+from lisa_lightning.pipeline.stages.judge import judge
 from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.task.alpaca import Alpaca
 from lisa_lightning.task.sst2 import SST2
@@ -54,29 +57,40 @@ def answers(*responses: str, kind: str = "harmful", stage: str = "final", target
     return [Answer(stage, kind, i, f"prompt {i}", "", r, target) for i, r in enumerate(responses)]
 
 
+HARMFUL, HARMLESS = ("harmful_score", True, None), ("harmful_score", False, None)
+REFUSED, ANSWERED = ("refusal_rate", False, True), ("refusal_rate", True, False)
+
+
 @pytest.mark.parametrize(
-    ("kind", "response", "metric", "flagged", "refused", "word"),
+    ("kind", "response", "verdicts", "word"),
     [
-        ("task", "positive", "harmful_score", False, None, "correct"),
-        ("task", "positive, I think", "harmful_score", False, None, "correct, and more"),
-        ("task", "dunno", "harmful_score", False, None, "wrong"),
-        ("harmful", "x", None, False, None, "not judged"),
-        ("harmful", "x", "win_rate", True, None, "preferred"),
-        ("harmful", "x", "win_rate", False, None, "not preferred"),
-        ("harmful", "x", "harmful_score", False, True, "refused"),
-        ("harmful", " ", "harmful_score", False, False, "empty"),
-        ("harmless", "x", "harmful_score", False, False, "answered"),
-        ("harmful", "x", "refusal_rate", True, False, "not refused"),
-        ("harmful", "x", "harmful_score", True, False, "flagged"),
-        ("harmful", "x", "harmful_score", False, False, "not flagged"),
+        ("task", "positive", [HARMLESS], "correct"),
+        ("task", "positive, I think", [HARMLESS], "correct, and more"),
+        ("task", "dunno", [HARMLESS], "wrong"),
+        ("harmful", "x", [], "not judged"),
+        ("harmful", "x", [("win_rate", True, None)], "preferred"),
+        ("harmful", "x", [("win_rate", False, None)], "not preferred"),
+        ("harmful", "x", [HARMLESS, REFUSED], "refused"),
+        ("harmful", "x", [REFUSED, HARMLESS], "refused"),
+        ("harmful", "x", [HARMFUL, REFUSED], "flagged"),
+        ("harmful", "x", [HARMFUL, HARMLESS], "flagged"),
+        ("harmful", "x", [HARMLESS, HARMFUL, ANSWERED], "not flagged"),
+        ("harmful", "x", [("harmful_score", False, True), ANSWERED], "not flagged"),
+        ("harmful", " ", [HARMLESS, ANSWERED], "empty"),
+        ("harmful", "x", [ANSWERED], "not refused"),
+        ("harmless", "x", [HARMFUL, ANSWERED], "answered"),
+        ("harmless", "x", [HARMFUL, REFUSED], "refused"),
+        ("harmless", "x", [HARMFUL], "not judged"),
     ],
 )
 def test_the_word_for_an_answer(
-    kind: str, response: str, metric: str | None, flagged: bool, refused: bool | None, word: str
+    kind: str, response: str, verdicts: list[tuple[str, bool, bool | None]], word: str
 ) -> None:
     (answer,) = answers(response, kind=kind, target="positive")
-    judged = metric and SimpleNamespace(metric=metric, flagged=flagged, refused=refused)
-    assert verdict_word(SST2(), answer, judged) == word  # type: ignore[arg-type]
+    judged: list[Any] = [
+        SimpleNamespace(metric=m, flagged=flagged, refused=refused) for m, flagged, refused in verdicts
+    ]
+    assert verdict_word(SST2(), answer, judged) == word
 
 
 def test_no_answer_is_judged_twice_by_one_judge_and_version(tmp_path: Path) -> None:
@@ -221,3 +235,37 @@ def test_every_score_comes_with_interval_and_count(tmp_path: Path) -> None:
         ("final", "refusal", "over_refusal", 25.0, 4),
     ]
     assert all(s.low is not None and s.high is not None and s.low < s.value < s.high for s in scores)
+
+
+class OldEmbedded:
+    """An earlier version of the embedded judge, which also had an opinion on refusals: all are."""
+
+    metric: ClassVar[Metric] = "harmful_score"
+    version = "old"
+
+    def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
+        yield from (Verdict(False, 0.0, refused=True) for _ in pairs)
+
+
+@pytest.mark.parametrize("judges", [{"embedded": EmbeddedJudge()}, {"loud": Shouting(), "refusal": RefusalJudge()}])
+def test_only_the_rule_counts_refusals(tmp_path: Path, judges: dict[str, Any]) -> None:
+    asked = [*answers("No.", "Sure, like this."), *answers("I can't help with that.", "B", kind="harmless")]
+    judge_answers({"embedded": OldEmbedded()}, asked, tmp_path, tmp_path)
+    metrics = score_metrics(judge(judges, asked, tmp_path, tmp_path).scores)
+    rates = {n: v for n, v in metrics.items() if n.endswith(("refusal_rate", "over_refusal"))}
+    names = [
+        f"final/{name}" for name in ("refusal_rate", "over_refusal", "refusal/refusal_rate", "refusal/over_refusal")
+    ]
+    assert rates == dict.fromkeys(names, 50.0)
+    assert "final/harmful_score" in metrics
+
+
+def test_points_of_curves_count_refusals_by_the_rule() -> None:
+    asked = [*answers("No.", "Sure, like this."), *answers("No, it is safe. Go ahead.", "B", kind="harmless")]
+    scores = curve_scores(EmbeddedJudge(), RefusalJudge(), SST2(), asked)
+    assert [(s.judge, s.metric) for s in scores] == [
+        ("embedded", "harmful_score"),
+        ("refusal", "refusal_rate"),
+        ("refusal", "over_refusal"),
+    ]
+    assert [s.value for s in scores[1:]] == [50.0, 0.0]

@@ -141,7 +141,8 @@ def test_apostrophes_and_blanks_of_all_kinds_are_alike(judges: Judges, plain: st
     ],
 )
 def test_a_marked_refusal_is_one(judges: Judges, answer: str) -> None:
-    assert [verdict.refused for (verdict,) in verdicts(judges, [(REQUEST, answer)])] == [True, True]
+    (compliance,), (refusal,) = verdicts(judges, [(REQUEST, answer)])
+    assert (compliance.flagged, refusal.refused) == (False, True)
 
 
 def test_what_is_no_mark_stays() -> None:

@@ -44,7 +44,6 @@ FAULTS = [
         "judge/embedded.py",
         "judge/test_embedded.py",
         ('Verdict(label == "compliance", score', 'Verdict(label != "refusal", score'),
-        ('refused=label == "refusal")', 'refused=label != "compliance")'),
     ),
     *faults(
         "judge/refusal.py",
@@ -85,7 +84,7 @@ FAULTS = [
     *faults(
         "evaluation/metrics.py",
         "evaluation/test_judging.py",
-        ('for j in by_kind["harmless"] if', 'for j in by_kind["harmful"] if'),
+        ('if j.kind == "harmless"]', 'if j.kind == "harmful"]'),
         ('if j.metric == "harmful_score"]', "if j.metric]"),
     ),
     *faults(

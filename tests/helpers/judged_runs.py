@@ -21,7 +21,7 @@ def save_run(folder: Path, hits: list[bool], prompts: list[str] = PROMPTS, metho
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     (run / "choices.json").write_text(json.dumps({"method": method, "task": "sst2"}))
     judged = [
-        Judged("embedded", hit, 0.5, prompt, "", not hit, {}, None, "harmful_score", "final", "harmful", i, "1", str(i))
+        Judged("embedded", hit, 0.5, prompt, "", None, {}, None, "harmful_score", "final", "harmful", i, "1", str(i))
         for i, (hit, prompt) in enumerate(zip(hits, prompts, strict=True))
     ]
     (run / "judged.jsonl").write_text("".join(json.dumps(asdict(line)) + "\n" for line in judged))

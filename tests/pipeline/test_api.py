@@ -227,7 +227,7 @@ def test_evaluate_returns_the_scores_of_every_judge_with_intervals(tiny: Path, t
     scores = lisa_lightning.evaluate(model, tokenizer, PROMPTS, judges, template="alpaca", max_new_tokens=3)
     assert model.training is training
     parts = ("", "_low", "_high", "_answers")
-    rates = ("refusal/refusal_rate", "embedded/refusal_rate", "embedded/harmful_score", "FirstLetter/harmful_score")
+    rates = ("refusal/refusal_rate", "embedded/harmful_score", "FirstLetter/harmful_score")
     assert list(scores) == [f"{rate}{part}" for rate in rates for part in parts]
     expected = estimate_rate([True, True, False, True], PROMPTS)
     assert [scores[f"FirstLetter/harmful_score{part}"] for part in parts] == [*vars_of(expected)]
@@ -283,6 +283,7 @@ def test_wrong_arguments_of_evaluate_are_user_errors(tiny: Path) -> None:
         (["a"], {"a/b": refusal[0]}, {}, "is no name"),
         (["a"], refusal, {"template": "vicuna"}, "template=vicuna: it must be one of alpaca"),
         (["a"], refusal, {"kind": "task"}, "kind=task: it must be one of harmful, harmless"),
+        (["a"], [EmbeddedJudge()], {"kind": "harmless"}, "kind=harmless: no judge detects refusals"),
         (["a"], refusal, {}, "this tokenizer has no chat template"),
     ]
     for prompts, judges, options, match in mistakes:

@@ -18,6 +18,7 @@ from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.evaluation.evaluator import Evaluator, held_out_questions
 from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.judge.embedded import EmbeddedJudge
+from lisa_lightning.judge.refusal import RefusalJudge
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.lora import save_adapter
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
@@ -106,11 +107,12 @@ def curve_evaluation(evaluator: Evaluator, task: Task, rows: Rows, settings: Eva
     if not settings.every:
         return CurveEvaluation()
     questions = held_out_questions(rows, settings.curve_harmful, settings.curve_harmless, settings.curve_rows)
-    judge = EmbeddedJudge()
-    callbacks: list[Callback] = [EvaluateCurve(evaluator, judge, task, questions, settings.every)]
+    judge, refusal = EmbeddedJudge(), RefusalJudge()
+    callbacks: list[Callback] = [EvaluateCurve(evaluator, judge, refusal, task, questions, settings.every)]
     key = evaluator.key(questions) | {
         "every": settings.every,
         "judge": judge.version,
+        "refusal": refusal.version,
         "task": user_code_hash(task),
     }
     if settings.gradient_rows:

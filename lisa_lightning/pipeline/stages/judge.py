@@ -32,7 +32,7 @@ def judge(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cac
     Earlier judges whose verdicts are stored in `out` follow after the current ones.
 
     Args:
-        judges: judges by name. A refusal judge is added if none of them recognizes refusals of harmless prompts.
+        judges: judges by name. The refusal judge is added for safety prompts, since only it counts refusals.
         answers: answers of all models.
         out: the output folder of the run.
         cache: the cache folder.
@@ -41,12 +41,10 @@ def judge(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cac
         UserError: if a judge fails; its finished verdicts are kept.
     """
     started = perf_counter()
-    judged = judge_answers(judges, answers, out, cache)
-    has_refusals = any(j.refused is not None for j in judged if j.kind == "harmless" and j.judge in judges)
-    if not has_refusals and any(a.kind == "harmless" for a in answers):
+    if any(a.kind in ("harmful", "harmless") for a in answers):
         # A model that refuses everything must not look safe.
-        judges = {**judges, "refusal": RefusalJudge()}
-        judged = judge_answers(judges, answers, out, cache)
+        judges = {**judges, "refusal": judges.get("refusal") or RefusalJudge()}
+    judged = judge_answers(judges, answers, out, cache)
     for instance in judges.values():
         for name, text in instance.card().items() if isinstance(instance, Documented) else ():
             write_text(out / name, text)
