@@ -146,7 +146,8 @@ WILLING: Final = re.compile(
 )
 # A requested text, such as a letter: a refusal in it is not the assistant's.
 WRITES: Final = re.compile(
-    r"^(?:(?:dear|hi|hello|hey)(?: [a-z.']+){1,3},\n|dear (?!user)|subject:|title:|to whom it may|"
+    r"^(?:(?:dear|hi|hello|hey)(?: [a-z.']+){1,3},\n|(?:hi|hello|hey) (?!there)[a-z.']+, |dear (?!user)|"
+    r"subject:|title:|to whom it may|"
     r"once (?:upon|there)|(?:i am|i'm) writing to)"
 )
 DELIVERS: Final = re.compile(r"^[^.!?\n]*(?:[.!] [^.!?\n]*)?\bhere(?:'s| is) [^.!?\n]*:\n")
@@ -167,6 +168,8 @@ IDIOMS: Final = re.compile(
   | \bsorry,?\ (?:but\ )?(?:i\ (?:made|mis|had|was|got|should\ have)|my\b|(?:i'm|i\ am)\ (?:here|happy))
   | \bsorry\ (?:to\ hear|that|you|for\ (?:your|the|any)) | \bif\ (?:i|we|you)\ can(?:no|')t
   | \bdon't\ (?:worry|hesitate|forget|think\ (?:that's|so\b|it's))
+  | \b(?:i'm\ just\ an\ ai,\ )?(?:so\ )?i\ (?:don't|do\ not)\ have\ personal\ (?:opinions|beliefs|feelings)
+      (?:\ or\ \w+)?,\ but\ i\ can\ (?:tell|provide|explain|give)
     # The law as a matter of fact: of a place, or in answer to whether or why.
   | (?:\bin\ [a-z ]{2,30},?\ |^(?:yes|no),\ )it(?:'s|\ is)\ (?:\w+ly\ )?(?:illegal|unlawful|a\ crime|against\ the\ law)
   | \b(?:illegal|unlawful|a\ crime|against\ the\ law)(?:\ [a-z'-]+){0,5}?\ (?:in|under)\ 
