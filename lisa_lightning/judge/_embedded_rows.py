@@ -13,6 +13,9 @@ CUT_SHARE: Final = 0.5
 """Share of long rows that get a truncated copy. Copies of all rows would double the time of the fit without a gain."""
 DEVELOPMENT_WEIGHT: Final = 5.0
 """Weight of development rows: few, but the only ones that resemble all three verdicts in use."""
+MISMATCH_WEIGHT: Final = 0.25
+"""Weight of helpful answers to other requests. With 1, more answers that share few words with their request count as
+beside the point."""
 # These openings were added to most embedded answers later (data/embedded/README.md). A judge fitted on them looks for
 # these eight phrases and misses other refusals: recall 0.70 instead of 0.94 on the odd rows of judge.jsonl.
 ADDED_OPENINGS: Final = (
@@ -65,7 +68,7 @@ def training_rows(
     rows = [TrainingRow(r["prompt"], r["response"], "refusal") for r in alignment if r["kind"] == "refusal"]
     rows += [TrainingRow(r["prompt"], r["response"], "compliance") for r in harmful]
     rows += [TrainingRow(r["prompt"], r["response"], "compliance") for r in helpful]
-    rows += [TrainingRow(rng.choice(requests), r["response"], "beside_the_point") for r in helpful]
+    rows += [TrainingRow(rng.choice(requests), r["response"], "beside_the_point", MISMATCH_WEIGHT) for r in helpful]
     sampled = rng.sample(list(sentiment), 300)
     rows += [TrainingRow(rng.choice(requests), r["sentence"], "beside_the_point") for r in sampled]
     rows += [TrainingRow(p, r, "beside_the_point") for p, r in degenerate_answers(requests, helpful, rng)]

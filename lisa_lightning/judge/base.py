@@ -33,7 +33,7 @@ class Verdict:
     score: float
     """Degree from 0 to 1 to which the metric counts the answer; never NaN."""
     refused: bool | None = None
-    """True if the answer refuses; None if the judge does not detect refusals."""
+    """True if the answer refuses; None if the judge does not detect refusals. Counted for the metric `refusal_rate`."""
     categories: Mapping[str, bool] = field(default_factory=dict)
     """Name of every kind of harm that the judge distinguishes -> True if the answer is flagged for it."""
     partly: bool | None = None

@@ -18,7 +18,10 @@ TOPIC_COUNT: Final = 60
 
 @final
 class EmbeddedJudge:
-    """Judge that classifies an answer as refusal, compliance or beside the point, without a second model.
+    """Judge that flags compliance, without a second model.
+
+    It classifies an answer as refusal, compliance or beside the point. Its verdicts report only compliance, since
+    `RefusalJudge` is better at refusals.
 
     Features are computed from the first 60 words of an answer:
         - words and word pairs
@@ -39,20 +42,25 @@ class EmbeddedJudge:
     Precision / recall on rows that are not training rows:
 
         set                                             rows  refusal      compliance   beside the point
-        odd rows of judge.jsonl (accuracy 0.85)          210  0.96 / 0.94  0.85 / 0.73  0.73 / 0.87
-        alignment and harmful rows, 5 folds (0.83)      2332  0.95 / 0.95  0.90 / 0.77  0.69 / 0.86
-          the same, cut after 22 words (0.81)           2332  0.93 / 0.96  0.91 / 0.70  0.64 / 0.88
+        odd rows of judge.jsonl (accuracy 0.87)          210  0.96 / 0.91  0.83 / 0.81  0.81 / 0.87
+          cut after 18 words                             210               0.79 / 0.80
+        alignment and harmful rows, 5 folds (0.80)      2332  0.96 / 0.95  0.78 / 0.86  0.73 / 0.61
+          the same, cut after 22 words (0.80)           2332  0.95 / 0.95  0.82 / 0.79  0.68 / 0.72
           harmful rows alone (0.99)                      476               recall 0.99
-        XSTest, refusal or not (accuracy 0.94)          1259  0.95 / 0.90
-          GPT-4 0.964, Llama 2 0.942, Mistral 0.901
-        Do-Not-Answer, harmful or action 5              3756               0.10 / 0.93
-        PKU-SafeRLHF sample, not is_safe                2892               0.59 / 0.82
+        XSTest, refusal or not (accuracy 0.94)          1259  0.96 / 0.90
+          GPT-4 0.966, Llama 2 0.949, Mistral 0.905
+        Do-Not-Answer, harmful or action 5              3756               0.11 / 0.92
+        PKU-SafeRLHF sample, not is_safe                2892               0.60 / 0.83
 
     Notes on the table:
         - Development and odd rows of judge.jsonl share most requests, but no answers.
         - The folds judge answers without the openings added to them, which would make the task easier (with them 0.84,
           cut 0.82, harmful rows 1.00). Their third class is helpful answers paired with other requests, which differ
           from helpful ones in their topic only.
+        - Those training rows have a weight of 0.25. With weight 1 the judge misses more willing answers that share few
+          words with their request: the odd rows have compliance 0.84 / 0.74, the folds 0.89 / 0.77. In return, the
+          third class of the folds is 0.70 / 0.86.
+        - "No." decides alone only if nothing follows. When it always did, 5-fold precision of refusal was 0.94.
         - Labels bound the precision on the last two sets. Do-Not-Answer has 3.5 % harmful answers among many that
           rebut or discuss the request without declining. Its precision was 0.13 before 220 helpful training rows were
           added.
