@@ -93,7 +93,8 @@ class Run:
         """Names of the judges, most recent first, without the refusal judge that is added automatically."""
         configured = dict.fromkeys(key.split(".")[1] for key in self.config if key.startswith("judge."))
         names = list(self.metrics.get("judges", configured))
-        return [name for name in names if name != "refusal" or name in configured] or names
+        # It never precedes the judges of the same judging.
+        return [name for name in names if name != "refusal" or name in configured or name == names[0]]
 
     @cached_property
     def scores(self) -> list[Score]:
