@@ -19,6 +19,7 @@ from lisa_lightning.config.validate import flat, plain
 from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import content_hashes, load_rows
+from lisa_lightning.evaluation.baselines import accuracy_baselines
 from lisa_lightning.evaluation.evaluator import Evaluator, read_answers
 from lisa_lightning.evaluation.judging import read_judged
 from lisa_lightning.evaluation.scores import Metrics, score_metrics
@@ -89,7 +90,9 @@ def _run_stages_and_judges(request: Request, config: dict[str, Any], judges: Jud
         stages = run_stages(inputs, make_tools(inputs, request.out, ranks, loggers, Model(base), base_key))
         metrics = _input_metrics(inputs, base_key) | stages.metrics
         if loggers is not None:
-            # Only rank zero judges; the other ranks are done.
+            # Only rank zero fits baselines and judges; the other ranks are done.
+            if "evaluate" in settings.stages:
+                metrics |= accuracy_baselines(inputs.task, inputs.rows, inputs.user)
             results = _judge(replace(stages, metrics=metrics), judges, request.out, cache)
             results.metrics["time/total_s"] = perf_counter() - started
             write_report(request, loggers, results, inputs.task)
