@@ -14,7 +14,7 @@ import yaml
 from lisa_lightning.config.validate import flat
 from lisa_lightning.evaluation.scores import Score, find_score
 from lisa_lightning.logger.run_name import RunName, build_run_name
-from lisa_lightning.report.score_table import MODELS, format_percent, model_names, score_rows
+from lisa_lightning.report.score_table import MODELS, SCORES, baseline_note, format_percent, model_names, score_rows
 from lisa_lightning.runtime.files import write_text
 
 if TYPE_CHECKING:  # torch takes longer to import than all else that a command without a report does
@@ -161,7 +161,7 @@ def _content(
         "summary": _highlight_numbers(_summary(metrics, scores, columns)),
         "random": settings.get("model.id") is None,
         "columns": columns,
-        "scores": score_rows(scores, columns),
+        "scores": score_rows(scores, columns, baseline_note([metrics])),
         "judges": metrics.get("judges", []),
         "groups": _groups(sampled, answers, columns),
         "tasks": _samples(sampled, "task", columns),
@@ -198,13 +198,15 @@ def _facts(
 
 def _summary(metrics: Mapping[str, Any], scores: Sequence[Score], columns: dict[str, str]) -> str:
     """Return the main scores of the run as one sentence."""
-    harmful = [
-        f"{format_percent(score.value)} {head}"
-        for model, head in columns.items()
-        if (score := find_score(scores, model, "harmful_score")) is not None
-    ]
+    clauses = []
+    for metric in ("harmful_score", "refusal_rate"):
+        of_models = [
+            f"{format_percent(score.value)} {head}"
+            for model, head in columns.items()
+            if (score := find_score(scores, model, metric)) is not None
+        ]
+        clauses += [f"{SCORES[metric][0].lower()} {', '.join(of_models)}"] if of_models else []
     accuracy = next((s for m in reversed(MODELS) if (s := find_score(scores, m, "accuracy")) is not None), None)
-    clauses = [f"harmful score {', '.join(harmful)}"] if harmful else []
     clauses += [f"accuracy {format_percent(accuracy.value)}"] if accuracy is not None else []
     if clauses:
         sentence = "; ".join(clauses)

@@ -28,6 +28,8 @@ SCORES: Final = {
     "partly_judged": ("Partly judged", "share of answers to harmful requests of which the judge saw only a part."),
 }
 """Name of a score -> its title and its meaning."""
+BASELINES: Final = {"baseline/majority_class": "majority class", "baseline/bag_of_words": "bag of words"}
+"""Metric of an accuracy without a language model -> its name for readers."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +71,46 @@ def score_keys(scores: Sequence[Score]) -> list[tuple[str, str]]:
     return [(metric, judge) for metric in SCORES for judge in judges_by_metric[metric]]
 
 
-def score_rows(scores: Sequence[Score], columns: Mapping[str, str]) -> list[ScoreRow]:
+def baseline_note(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the accuracies without a language model as a sentence, "" if no run has them.
+
+    Args:
+        runs: contents of metrics.json. If values differ between runs, their range is shown.
+    """
+    values = {title: [run[name] for run in runs if name in run] for name, title in BASELINES.items()}
+    shown = [f"{title} {_format_range(min(v), max(v))}" for title, v in values.items() if v]
+    return f"Accuracy without a language model: {', '.join(shown)}." if shown else ""
+
+
+def _format_range(low: float, high: float) -> str:
+    """Return `84.1 %`, or `84.1 to 85.3 %` for values that differ."""
+    ends = list(dict.fromkeys(f"{value:.1f}" for value in (low, high)))
+    return f"{' to '.join(ends)} %"
+
+
+def score_rows(scores: Sequence[Score], columns: Mapping[str, str], note: str = "") -> list[ScoreRow]:
     """Return the table of scores, one row for each score that a model has.
 
     Args:
         scores: scores of all models, in the order of their judges.
         columns: model -> column head.
+        note: baselines of the accuracy, see `baseline_note`.
     """
     keys = score_keys(scores)
     # A metric is explained in its first row only.
     first_judge = dict(reversed(keys))
-    rows = [_score_row(scores, columns, metric, judge, first_judge[metric] == judge) for metric, judge in keys]
+    notes = {"accuracy": note}
+    rows = [
+        _score_row(scores, columns, metric, judge, notes.get(metric, "") if first_judge[metric] == judge else None)
+        for metric, judge in keys
+    ]
     return [row for row in rows if row is not None]
 
 
 def _score_row(
-    scores: Sequence[Score], columns: Mapping[str, str], metric: str, judge: str, explain: bool
+    scores: Sequence[Score], columns: Mapping[str, str], metric: str, judge: str, note: str | None
 ) -> ScoreRow | None:
-    """Return the row of a score, None if no model has it."""
+    """Return the row of a score, None if no model has it. A `note` of None omits the explanation."""
     title, meaning = SCORES[metric]
     of_models = [find_score(scores, model, metric, judge) for model in columns]
     measured = [score for score in of_models if score is not None]
@@ -100,9 +124,10 @@ def _score_row(
     )
     counts = [score.answers for score in measured if score.answers]
     count = f" {max(counts)}\N{NO-BREAK SPACE}answers." if counts else ""
+    explanation = "" if note is None else f"{meaning} {note}".strip()
     return ScoreRow(
         f"{title} ({judge})" if judge else title,
-        ((meaning if explain else "") + count).strip(),
+        (explanation + count).strip(),
         [_with_interval(score) for score in of_models],
         change,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lisa_lightning.report.comparisons import Comparison, compare_settings, compared_scores
-from lisa_lightning.report.score_table import SCORES
+from lisa_lightning.report.score_table import SCORES, baseline_note
 from lisa_lightning.report.sweep_page import render_sweep_page
 from lisa_lightning.report.sweep_runs import (
     Run,
@@ -96,9 +96,11 @@ def _is_number(text: str) -> bool:
 
 
 def _print_tables(groups: Sequence[SeedGroup], keys: Sequence[str], comparisons: Sequence[Comparison]) -> None:
-    """Print the table of scores, and that of paired differences if there are any."""
+    """Print the table of scores with its baselines, and that of paired differences if there are any."""
     console = _console()
     console.print(_score_table(groups, keys))
+    if note := baseline_note([run.metrics for group in groups for run in group.runs]):
+        console.print(note)
     if comparisons:
         console.print(_comparison_table(comparisons))
 

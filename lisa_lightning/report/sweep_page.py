@@ -13,7 +13,7 @@ from lisa_lightning.logger.curves import read_rows
 from lisa_lightning.report.comparisons import Comparison, compared_scores
 from lisa_lightning.report.run_page import render_template
 from lisa_lightning.report.run_plots import read_points, smooth
-from lisa_lightning.report.score_table import SCORES
+from lisa_lightning.report.score_table import SCORES, baseline_note
 from lisa_lightning.report.svg import (
     AMBER,
     BLUE,
@@ -56,6 +56,7 @@ STYLES: Final[dict[str, Style]] = {
 SPARE_STYLES: Final[tuple[Style, ...]] = tuple(
     (c, d, m) for d, m in (("-", "P"), ("--", "X"), (":", "o")) for c in (SLATE, BLUE, ORANGE, VIOLET)
 )
+PLOTTED_SCORES: Final = ("harmful_score", "refusal_rate", "accuracy")
 MAX_SERIES: Final = 8
 MAX_CURVES: Final = 90
 """Runs whose curves the page holds."""
@@ -113,6 +114,7 @@ def render_sweep_page(
         "dependent": dependent,
         "scores": [SCORES[name][0] for name in scores],
         "rows": [_row(group, scores) for group in groups],
+        "baselines": baseline_note([run.metrics for group in groups for run in group.runs]),
         "compared": [SCORES[name][0] for name in compared_scores(comparisons)],
         "comparisons": [_comparison_row(c, compared_scores(comparisons)) for c in comparisons],
         "figures": [draw_figure(plot) for plot in [*score_plots(groups, keys), *_tradeoff_plot(groups, keys)]],
@@ -162,7 +164,7 @@ def _format_mean(group: SeedGroup, name: str, unit: float) -> str:
 
 
 def score_plots(groups: Sequence[SeedGroup], keys: Sequence[str]) -> list[Plot]:
-    """Return plots of harmful score and accuracy against each swept key.
+    """Return plots of harmful score, refusal rate and accuracy against each swept key.
 
     Each method and setting of the other keys has a line.
     """
@@ -172,7 +174,7 @@ def score_plots(groups: Sequence[SeedGroup], keys: Sequence[str]) -> list[Plot]:
         if len(values) < 2 or (key == "method" and len(keys) > 1):
             continue
         axis, positions = _axis(key, values)
-        for name in ("harmful_score", "accuracy"):
+        for name in PLOTTED_SCORES:
             lines = [line for s in _series(groups, keys, index) for line in _series_lines(s, name, index, positions)]
             if lines:
                 title, meaning = SCORES[name]

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lisa_lightning.evaluation.scores import Score, find_score
 from lisa_lightning.report.run_page import TIMES
-from lisa_lightning.report.score_table import SCORES, model_names, score_keys
+from lisa_lightning.report.score_table import SCORES, baseline_note, model_names, score_keys
 from lisa_lightning.runtime.errors import printable
 
 
@@ -30,6 +30,8 @@ def print_summary(
     table = _score_table(metrics, scores)
     if table.row_count:
         console.print(table)
+    if note := baseline_note([metrics]):
+        console.print(note)
     times = [
         f"{stage} {metrics[f'time/{stage}_s']:.0f} s"
         for stage in TIMES

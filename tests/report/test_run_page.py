@@ -27,7 +27,7 @@ METRICS = {
     "seed": 42, "train/steps": 60, "time/align_s": 118.4, "time/finetune_s": 131.7, "time/evaluate_s": 8.25,
     "time/total_s": 4000.0, "aligned/harmful_score": 2.7472, "aligned/refusal_rate": 94.5, "aligned/over_refusal": 16.9,
     "aligned/accuracy": 40.0, "final/harmful_score": 14.8351, "final/refusal_rate": 78.0, "final/over_refusal": 16.9,
-    "final/accuracy": 91.2,
+    "final/accuracy": 91.2, "baseline/majority_class": 50.0, "baseline/bag_of_words": 84.12,
 }  # fmt: skip
 CHOICES = {"experiment": "sst2_lisa", "align": "sft", "method": "lisa", "task": "sst2", "model": "tiny"}
 CONFIG = OmegaConf.create(
@@ -137,7 +137,9 @@ class Outline(HTMLParser):
 def test_a_whole_run_shows_its_numbers(whole: str) -> None:
     plain = re.sub(r"<[^>]+>", "", whole)
     assert "<title>lisa on sst2, harmful ratio 0.1, seed 42</title>" in whole
-    assert "Harmful score 2.7 % after alignment, 14.8 % after fine-tuning; accuracy 91.2 %." in plain
+    assert "Harmful score 2.7 % after alignment, 14.8 % after fine-tuning; refusal rate 94.5 % after" in plain
+    assert "78.0 % after fine-tuning; accuracy 91.2 %." in plain
+    assert "Accuracy without a language model: majority class 50.0 %, bag of words 84.1 %." in plain
     for number in ("94.5 %", "78.0 %", "+12.1", "−16.5", "+0.0", "1 min 58 s", "8.2 s", "1 h 07 min", "Seed 42"):
         assert number in plain, number
     assert "note: &lt;b&gt;&amp;" in whole

@@ -234,6 +234,22 @@ def test_the_page_can_hide_every_run_that_it_draws(tmp_path: Path) -> None:
     assert ((tmp_path / "report.html").read_text(), (tmp_path / "sweep.csv").read_text()) == before
 
 
+def test_a_sweep_shows_refusal_rates_and_the_range_of_the_baselines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, ratio, accuracy in ((1, 0.1, 61.68), (2, 0.1, 64.34), (1, 0.2, 63.0)):
+        run = made(tmp_path, 20.0, seed=seed, harmful_ratio=ratio)
+        own = {"final/refusal_rate": 70.0, "baseline/majority_class": 53.0, "baseline/bag_of_words": accuracy}
+        (run / "metrics.json").write_text(json.dumps(json.loads((run / "metrics.json").read_text()) | own))
+    assert write_sweep([tmp_path], tmp_path) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Refusal rate against harmful_ratio" in page
+    for text in (page, capsys.readouterr().out):
+        assert "Accuracy without a language model: majority class 53.0 %, bag of words 61.7 to 64.3 %." in text
+    with (tmp_path / "sweep.csv").open() as file:
+        assert [row["baseline/bag_of_words"] for row in csv.DictReader(file)] == ["61.68", "63.0", "64.34"]
+
+
 def test_names_from_outside_stay_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for value in ("<i>a</i>", "$b$", "[red]"):
         made(tmp_path, 20.0, note=value)
