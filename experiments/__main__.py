@@ -14,8 +14,20 @@ from pathlib import Path
 from typing import Final
 
 from experiments.pictures import method_plot, step_plot
-from experiments.tables import SCORES, Rows, comparison_table, fill, format_table, merge, read
+from experiments.tables import (
+    BASELINES,
+    SCORES,
+    UNTRAINED,
+    Rows,
+    baseline_table,
+    comparison_table,
+    fill,
+    format_table,
+    merge,
+    read,
+)
 from experiments.tuned import measure
+from experiments.untrained import measure_untrained
 from experiments.verdicts import read_verdicts, write_verdicts
 from lisa_lightning.logger.curves import read_rows
 from lisa_lightning.report.comparisons import compare_settings
@@ -26,7 +38,7 @@ from lisa_lightning.report.sweep_runs import Run, read_runs, seed_groups
 from lisa_lightning.runtime.errors import UserError
 
 ROOT: Final = Path(__file__).parents[1]
-SCORED: Final = tuple(f"final/{s}{end}" for s in SCORES for end in ("", "_low", "_high", "_answers"))
+SCORED: Final = (*(f"final/{s}{end}" for s in SCORES for end in ("", "_low", "_high", "_answers")), *BASELINES)
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,13 @@ class Claim:
     """Swept values whose combinations each need a separate process, since earlier runs leave memory allocated."""
     primary: Sequence[str] = ()
     """Setting and baseline of the comparison of harmful scores that decides, named before it is measured."""
+    rows: Sequence[str] = ()
+    """Arguments that select other rows than the embedded ones, in addition to `sweep`."""
+
+    @property
+    def about_scores(self) -> bool:
+        """True if the claim is about scores."""
+        return tuple(self.measured[: len(SCORED)]) == SCORED
 
 
 METHODS: Final = "method=sft,vlguard,bso,proximal,lisa"
@@ -70,9 +89,10 @@ CLAIMS: Final = {
         separate=["seed=1,2,3", "method=sft,bso,lisa"],  # methods alternate, as the machine's speed varies
     ),
     "public_rows": Claim(
-        ["--config-dir", "experiments/public_rows", "+public=sst2,agnews", METHODS, "seed=1,2,3", "evaluate.every=0"],
+        [METHODS, "seed=1,2,3", "evaluate.every=0"],
         ["method", "task"],
         measured=(*SCORED, "final/linear/harmful_score", "final/lenient_accuracy"),
+        rows=["--config-dir", "experiments/public_rows", "+public=sst2,agnews"],
     ),
 }
 
@@ -97,7 +117,15 @@ def main(arguments: Sequence[str]) -> int:
     combinations = product(*([f"{key}={value}" for value in values.split(",")] for key, _, values in pairs))
     if claim.primary:
         print(f"primary comparison: harmful score of {claim.primary[0]} minus that of {claim.primary[1]}")
-    command = [sys.executable, "run.py", "-m", *claim.sweep, "experiment=sst2_lisa", f"hydra.sweep.dir={folder}"]
+    command = [
+        sys.executable,
+        "run.py",
+        "-m",
+        *claim.rows,
+        *claim.sweep,
+        "experiment=sst2_lisa",
+        f"hydra.sweep.dir={folder}",
+    ]
     statuses = [
         subprocess.run([*command, *combination, *overrides], cwd=ROOT, check=False).returncode
         for combination in combinations
@@ -105,11 +133,13 @@ def main(arguments: Sequence[str]) -> int:
     status = max(statuses, key=abs)  # a signal's is below 0
     if status not in (0, 1):  # refused before any run
         return status
+    if claim.about_scores:
+        status = max(status, measure_untrained(ROOT, name, claim.rows, overrides), key=abs)
     out.mkdir(exist_ok=True)
     runs = [run for run in read_runs([folder]) if run.status == "finished"]
     new_rows = {name: rows_of(runs, claim) for name, rows_of in (("results", _results), ("curves", _curves))}
     tables = {name: merge(out / f"{name}.csv", new, claim.keys) for name, new in new_rows.items() if new}
-    if claim.measured[: len(SCORED)] == SCORED:
+    if claim.about_scores:
         write_verdicts(out, runs, [_setting(run, claim) for run in runs])
     if "results" in tables:
         fill(out / "README.md", format_results(out, claim))
@@ -118,15 +148,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def format_results(folder: Path, claim: Claim) -> str:
-    """Return the Markdown tables of a claim: scores, and paired differences if verdicts are stored."""
+    """Return the Markdown tables of a claim: scores, baselines, and paired differences if verdicts are stored."""
     rows = read(folder / "results.csv")
-    tables = [format_table(rows, claim.keys)]
+    tables = [format_table(rows, claim.keys), baseline_table(rows, read(folder / UNTRAINED))]
     verdicts = read_verdicts(folder, [*claim.keys, "seed"])
     if verdicts:
         runs = _stored_runs(claim, rows, verdicts)
         comparisons = compare_settings(seed_groups(runs, claim.keys), claim.keys)
         tables += [comparison_table(comparisons, claim.primary)] if comparisons else []
-    return "\n\n".join(tables)
+    return "\n\n".join(filter(None, tables))
 
 
 def _setting(run: Run, claim: Claim) -> dict[str, str]:
@@ -157,14 +187,14 @@ def _plots(claim: Claim, tables: dict[str, Rows]) -> list[Plot]:
     results = tables["results"]
     if "curves" in tables:
         return [step_plot(tables["curves"], column) for column in claim.curves]
-    if claim.measured[0] not in SCORED:
+    if not claim.about_scores:
         seconds = [r | {"s": str(float(r["time/finetune_s"]) / float(r["train/steps"]))} for r in results]
         memory = [r | {"gib": str(float(r["memory/finetune_mib"]) / 1024)} for r in results]
         return [
             method_plot(seconds, "s", "Time of a step", "seconds"),
             method_plot(memory, "gib", "Peak memory", "GiB"),
         ]
-    return score_plots(seed_groups(_stored_runs(claim, results, {}), claim.keys), claim.keys)[:2]
+    return score_plots(seed_groups(_stored_runs(claim, results, {}), claim.keys), claim.keys)
 
 
 def _stored_runs(

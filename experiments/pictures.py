@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Final
 
-from lisa_lightning.report.svg import BLUE, GREEN, ORANGE, Axis, Line, Plot, Points
+from lisa_lightning.report.svg import BLUE, GREEN, ORANGE, VIOLET, Axis, Line, Plot, Points
 from lisa_lightning.report.sweep_page import STYLES
 from lisa_lightning.runtime.files import atomic_write
 
@@ -17,7 +17,7 @@ STEP_PLOTS: Final = {
     "eval/gradient_norm": ("Joint gradient", "norm"),
 }
 """Column of curves.csv -> title and unit of its plot."""
-RANKED_SCORES: Final = {"harmful_score": ORANGE, "over_refusal": BLUE, "accuracy": GREEN}
+RANKED_SCORES: Final = {"harmful_score": ORANGE, "refusal_rate": VIOLET, "over_refusal": BLUE, "accuracy": GREEN}
 
 
 def step_plot(rows: Rows, column: str) -> Plot:
@@ -68,7 +68,7 @@ def method_plot(rows: Rows, column: str, title: str, unit: str) -> Plot:
 def write_ranking(measured: Sequence[tuple[str, Rows]], path: Path) -> None:
     """Write a picture with one line per defense, the safest on top.
 
-    Each line has mean, standard deviation and single seeds of three scores.
+    Each line has mean, standard deviation and single seeds of four scores.
 
     Args:
         measured: labels of the defenses, each with its rows, one row per seed.
@@ -80,8 +80,10 @@ def write_ranking(measured: Sequence[tuple[str, Rows]], path: Path) -> None:
     ranking = sorted(measured, key=lambda m: -fmean(float(row["harmful_score"]) for row in m[1]))
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        canvas = Canvas(figsize=(10, 0.8 + 0.24 * len(ranking)), dpi=140, layout="constrained")
-        for axes, (score, colour) in zip(canvas.subplots(1, 3, sharey=True), RANKED_SCORES.items(), strict=True):
+        canvas = Canvas(figsize=(12.5, 0.8 + 0.24 * len(ranking)), dpi=140, layout="constrained")
+        for axes, (score, colour) in zip(
+            canvas.subplots(1, len(RANKED_SCORES), sharey=True), RANKED_SCORES.items(), strict=True
+        ):
             for y, (_, rows) in enumerate(ranking):
                 values = [float(row[score]) for row in rows]
                 deviation = stdev(values) if len(values) > 1 else 0.0

@@ -17,8 +17,15 @@ Rows = list[dict[str, str]]
 START: Final = "<!-- ours -->\n"
 END: Final = "<!-- end -->"
 SCORES: Final = ("harmful_score", "refusal_rate", "over_refusal", "accuracy")
-PAIR: Final = ("harmful_score", "accuracy")
+CELL: Final = ("harmful_score", "refusal_rate", "accuracy")
 """Scores of a cell in a table of two keys."""
+UNTRAINED: Final = "untrained.csv"
+"""File in a claim's folder with the scores of the untrained model."""
+BASELINES: Final = (
+    *(f"aligned/{score}" for score in SCORES),
+    *("baseline/majority_class", "baseline/bag_of_words"),
+)
+"""Columns that the table of baselines shows instead of the table of results."""
 DECIMALS: Final = {"time/finetune_s": 0, "memory/finetune_mib": 0, "train/steps": 0}
 """Decimals of a column; all others have one."""
 
@@ -80,7 +87,7 @@ def format_table(rows: Rows, keys: Sequence[str]) -> str:
 
 
 def cross_table(rows: Rows, keys: Sequence[str]) -> str:
-    """Return a Markdown table of harmful score / accuracy.
+    """Return a Markdown table of harmful score / refusal rate / accuracy.
 
     Values of the first key are lines, those of the second are columns.
     """
@@ -92,19 +99,51 @@ def cross_table(rows: Rows, keys: Sequence[str]) -> str:
     ]
     for value in line_values:
         cells = [[r for r in rows if (r[keys[0]], r[keys[1]]) == (value, column)] for column in column_values]
-        lines.append(f"| {value} |" + "".join(f" {' / '.join(spread(c, n) for n in PAIR)} |" for c in cells))
-    return "\n".join(lines) + f"\n\nHarmful score / accuracy in percent, {_seeds(seeds)}."
+        lines.append(f"| {value} |" + "".join(f" {' / '.join(spread(c, n) for n in CELL)} |" for c in cells))
+    return "\n".join(lines) + f"\n\nHarmful score / refusal rate / accuracy in percent, {_seeds(seeds)}."
 
 
 def list_table(rows: Rows, keys: Sequence[str]) -> str:
     """Return a Markdown table with a line for each setting and a column for each measured value."""
-    names = [n for n in rows[0] if n not in (*keys, "seed") and not n.endswith(("_low", "_high", "_answers"))]
+    hidden = {*keys, "seed", *BASELINES}
+    names = [n for n in rows[0] if n not in hidden and not n.endswith(("_low", "_high", "_answers"))]
     seeds = sorted({row["seed"] for row in rows})
     lines = ["|" + "".join(f" {n} |" for n in (*keys, *names)), "|" + "---|" * (len(keys) + len(names))]
     for values in sorted({tuple(row[k] for k in keys) for row in rows}, key=lambda v: [sort_key(x) for x in v]):
         setting_rows = [row for row in rows if tuple(row[k] for k in keys) == values]
         lines.append("|" + "".join(f" {cell} |" for cell in (*values, *(spread(setting_rows, n) for n in names))))
     return "\n".join(lines) + f"\n\n{_seeds(seeds).capitalize()}."
+
+
+def baseline_table(rows: Rows, untrained: Rows) -> str:
+    """Return a Markdown table of the baselines, "" if none is stored.
+
+    Args:
+        rows: lines of results.csv. A column `task` separates them.
+        untrained: lines of untrained.csv.
+    """
+    tasks = sorted({row.get("task", "") for row in rows})
+    lines = []
+    for task in tasks:
+        of_task = [row for row in rows if row.get("task", "") == task]
+        untrained_of_task = [row for row in untrained if task in ("", row["task"])]
+        cells = {
+            "majority class": ["–"] * 3 + [spread(of_task, "baseline/majority_class")],
+            "bag of words": ["–"] * 3 + [spread(of_task, "baseline/bag_of_words")],
+            "untrained model": [spread(untrained_of_task, score) for score in SCORES],
+            "aligned model": [spread(of_task, f"aligned/{score}") for score in SCORES],
+        }
+        lines += [
+            f"| {name}{', ' if task else ''}{task} | {' | '.join(values)} |"
+            for name, values in cells.items()
+            if {*values} != {"–"}
+        ]
+    if not lines:
+        return ""
+    heads = ("baseline", *(score.replace("_", " ").replace("over ", "over-") for score in SCORES))
+    head = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    note = "Baselines in percent: mean ± standard deviation over the runs of the table."
+    return "\n".join([*head, *lines]) + f"\n\n{note}"
 
 
 def comparison_table(comparisons: Sequence[Comparison], primary: Sequence[str]) -> str:

@@ -18,7 +18,8 @@ from typing import Any, Final
 from omegaconf import OmegaConf
 
 from experiments.pictures import write_ranking
-from experiments.tables import SCORES, Rows, fill, merge, read, spread
+from experiments.tables import BASELINES, SCORES, UNTRAINED, Rows, baseline_table, fill, merge, read, spread
+from experiments.untrained import measure_untrained
 from experiments.verdicts import write_verdicts
 from lisa_lightning.report.sweep_runs import Run, read_runs
 
@@ -118,8 +119,12 @@ def measure(root: Path, overrides: Sequence[str]) -> int:
     best |= {name: control(name, entry, best[entry["like"]]) for name, entry in entries.items() if "like" in entry}
     shown = [*(best[name] for name in entries), *best_pairs]
     results = run(shown, "results", SEEDS)
+    if status := measure_untrained(root, "defenses", [], overrides):
+        raise SystemExit(status)
     needs = {name: entry.get("needs", "") for name, entry in entries.items()}
-    fill(out / "README.md", format_defenses(shown, results, needs))
+    # Other arms may have another aligned model.
+    baselines = baseline_table(_rows_of(results, best["sft"]), read(out / UNTRAINED))
+    fill(out / "README.md", "\n\n".join(filter(None, [format_defenses(shown, results, needs), baselines])))
     write_ranking([(_label(arm), _rows_of(results, arm)) for arm in shown], out / "plot.png")
     return 0
 
@@ -192,6 +197,7 @@ def _row(run: Run) -> dict[str, str]:
         "arm": run.choices["experiment"].removeprefix("defenses/"),
         "seed": run.value("seed"),
         **{name: f"{metrics[f'final/{name}']:.4g}" for name in SCORES},
+        **{name: f"{metrics[name]:.4g}" for name in BASELINES if name in metrics},
         "seconds": f"{sum(metrics.get(f'time/{stage}_s', 0.0) for stage in TRAINED):.4g}",
         "gib": f"{max(metrics.get(f'memory/{stage}_mib', 0.0) for stage in TRAINED) / 1024:.4g}",
     }
@@ -213,8 +219,9 @@ def format_defenses(shown: Sequence[Arm], rows: Rows, needs: Mapping[str, str]) 
         rows: lines of results.csv.
         needs: defense -> its requirements, "" for none.
     """
-    names = ("harmful_score", "over_refusal", "accuracy", "seconds", "gib")
-    heads = ("defense", "setting", "harmful score", "over-refusal", "accuracy", "time, s", "memory, GiB", "needs")
+    names = (*SCORES, "seconds", "gib")
+    scores = ("harmful score", "refusal rate", "over-refusal", "accuracy")
+    heads = ("defense", "setting", *scores, "time, s", "memory, GiB", "needs")
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for arm in shown:
         setting = ", ".join(f"{key}={value:g}" for key, value in arm.tuned.items())

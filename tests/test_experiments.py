@@ -13,7 +13,7 @@ from omegaconf import OmegaConf, open_dict
 from benchmarks.defenses import CURATES, METHODS, REPAIRS
 from experiments import __main__ as experiments
 from experiments import tuned
-from experiments.tables import SCORES, merge, read, spread, write
+from experiments.tables import BASELINES, SCORES, UNTRAINED, list_table, merge, read, spread, write
 from experiments.verdicts import read_verdicts, write_verdicts
 from helpers.forking import Forked
 from helpers.judged_runs import save_run
@@ -43,7 +43,8 @@ def test_every_claim_has_a_command_that_composes_and_a_folder_that_says_what_cam
 ) -> None:
     monkeypatch.setenv("PUBLIC_ROWS", "rows")
     folder = ROOT / "experiments" / name
-    sweep = [*experiments.CLAIMS[name].sweep, *experiments.CLAIMS[name].separate]
+    claim = experiments.CLAIMS[name]
+    sweep = [*claim.rows, *claim.sweep, *claim.separate]
     overrides = [s if "[" in s else s.partition(",")[0] for s in sweep if "=" in s]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         where = [f"hydra.searchpath=[file://{folder}]"] if "--config-dir" in sweep else []
@@ -131,14 +132,39 @@ def test_the_two_best_choices_of_a_stage_are_combined_and_over_refusal_counts() 
     assert found == {(a, m) for a in ("strong", "other") for m in ("tune", "careful")}
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, claim in experiments.CLAIMS.items() if claim.measured[0] in experiments.SCORED]
-)
-def test_the_numbers_of_a_claim_about_scores_make_two_pictures(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n, claim in experiments.CLAIMS.items() if claim.about_scores])
+def test_the_numbers_of_a_claim_about_scores_make_three_pictures(name: str) -> None:
     with (ROOT / "experiments" / name / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     plots = experiments._plots(experiments.CLAIMS[name], {"results": rows})
-    assert [plot.name.partition("-")[0] for plot in plots] == ["harmful_score", "accuracy"]
+    assert [plot.name.partition("-")[0] for plot in plots] == ["harmful_score", "refusal_rate", "accuracy"]
+
+
+def test_baselines_have_a_table_of_their_own_and_older_numbers_none(tmp_path: Path) -> None:
+    """Runs of two tasks store the baselines, a run of an earlier version does not."""
+    claim = experiments.Claim([], ["method", "task"])
+    scores = dict.fromkeys(SCORES, "50")
+    rows = [{"method": "sft", "task": task, "seed": "1"} | scores for task in ("agnews", "sst2")]
+    write(tmp_path / "results.csv", rows)
+    (without,) = experiments.format_results(tmp_path, claim).split("\n\nHarmful score")[:1]
+    new = [row | {"seed": "2", **dict.fromkeys(BASELINES, "10")} for row in rows]
+    new[1]["baseline/bag_of_words"] = "84.1"
+    write(tmp_path / "results.csv", [*rows, *new])
+    write(tmp_path / UNTRAINED, [{"task": "sst2", "seed": "1"} | dict.fromkeys(SCORES, "30")])
+    tables = experiments.format_results(tmp_path, claim)
+    assert tables.startswith(without.replace("50.0", "50.0 ± 0.0"))
+    assert "baseline" not in without
+    assert tables.partition("|---|---|---|---|---|\n")[2].split("\n\n")[0].splitlines() == [
+        "| majority class, agnews | – | – | – | 10.0 |",
+        "| bag of words, agnews | – | – | – | 10.0 |",
+        "| aligned model, agnews | 10.0 | 10.0 | 10.0 | 10.0 |",
+        "| majority class, sst2 | – | – | – | 10.0 |",
+        "| bag of words, sst2 | – | – | – | 84.1 |",
+        "| untrained model, sst2 | 30.0 | 30.0 | 30.0 | 30.0 |",
+        "| aligned model, sst2 | 10.0 | 10.0 | 10.0 | 10.0 |",
+    ]
+    columns = list_table([row | {"baseline/majority_class": "10"} for row in rows], ["method", "task"])
+    assert "majority" not in columns
 
 
 def test_stored_verdicts_give_the_paired_differences_of_the_runs(tmp_path: Path) -> None:
@@ -200,9 +226,11 @@ def test_the_table_of_defenses_measures_the_best_trial_and_goes_on_where_it_stop
     assert stored == {
         (row["arm"], row["seed"]) for table in ("trials", "results") for row in read(out / f"{table}.csv")
     }
-    assert len(commands) == 5
+    assert [row["task"] for row in read(out / "untrained.csv")] == ["sst2"]
+    assert all(f"\n| {name} |" in (out / "README.md").read_text() for name in ("bag of words", "untrained model"))
+    assert len(commands) == 5 + 1
     assert tuned.measure(tmp_path, TINY) == 0
-    assert len(commands) == 5
+    assert len(commands) == 5 + 2  # the untrained model's command, which finds its run
 
 
 @pytest.mark.slow
@@ -227,6 +255,8 @@ def test_numbers_are_merged_seed_by_seed(tmp_path: Path, monkeypatch: pytest.Mon
     assert experiments.main(["excess_drift", *few, "seed=1,2", "method=lisa"]) == 0
     assert [(row["method"], row["seed"]) for row in lines("results.csv")] == [("lisa", "1"), ("lisa", "2")]
     assert lines("results.csv")[1] == first[0]
+    assert {*BASELINES} <= first[0].keys()
+    assert [(row["task"], row["seed"]) for row in lines("untrained.csv")] == [("sst2", "42")]
     verdicts = [(row["seed"], row["metric"], len(row["hits"])) for row in lines("verdicts.csv")]
     scores = ("harmful_score", "over_refusal", "refusal_rate")
     assert verdicts == [(seed, score, 1 + 4) for score in scores for seed in ("1", "2")]
