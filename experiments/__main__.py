@@ -59,6 +59,8 @@ class Claim:
     """Setting and baseline of the comparison of harmful scores that decides, named before it is measured."""
     rows: Sequence[str] = ()
     """Arguments that select other rows than the embedded ones, in addition to `sweep`."""
+    more: Sequence[Sequence[str]] = ()
+    """Overrides of further sweeps into the same folder, which run unless the command has overrides of its own."""
 
     @property
     def about_scores(self) -> bool:
@@ -69,9 +71,10 @@ class Claim:
 METHODS: Final = "method=sft,vlguard,bso,proximal,lisa"
 CLAIMS: Final = {
     "harmful_ratio": Claim(
-        ["sweep=harmful_ratio", METHODS],
+        ["sweep=harmful_ratio", METHODS, "align.seed=${seed}"],
         ["method", "harmful_ratio"],
         primary=("lisa, harmful_ratio 0.1", "sft, harmful_ratio 0.1"),
+        more=[["harmful_ratio=0.1", "seed=4,5"]],  # the primary comparison has five seeds
     ),
     "rho": Claim(["sweep=rho"], ["method", "method.rho"]),
     "step_split": Claim(["sweep=step_split"], ["method", "split"]),
@@ -126,9 +129,10 @@ def main(arguments: Sequence[str]) -> int:
         "experiment=sst2_lisa",
         f"hydra.sweep.dir={folder}",
     ]
+    further = ([],) if overrides else ([], *claim.more)
     statuses = [
-        subprocess.run([*command, *combination, *overrides], cwd=ROOT, check=False).returncode
-        for combination in combinations
+        subprocess.run([*command, *combination, *more, *overrides], cwd=ROOT, check=False).returncode
+        for combination, more in product(combinations, further)
     ]
     status = max(statuses, key=abs)  # a signal's is below 0
     if status not in (0, 1):  # refused before any run
