@@ -54,7 +54,7 @@ def _first_uses() -> None:
     from lisa_lightning.report.svg import BLUE, Axis, Line, Plot, draw_figure
 
     list(EmbeddedJudge().verdicts([Pair("", "")]))
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 8,
         "hidden_size": 4,
         "intermediate_size": 4,
