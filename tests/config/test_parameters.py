@@ -19,8 +19,8 @@ from lisa_lightning.config.tables import GROUPS, page
 from lisa_lightning.config.validate import plain
 
 CHOICES = [f"{group}={f.stem}" for group in GROUPS for f in sorted((CONF / group).glob("[!_]*.yaml"))]
-HASHED_SOURCES = ("judge=embedded", "judge=linear", "judge=refusal")
-"""Judges whose version is a hash of their source. They have no parameters of their own."""
+UNPARAMETERIZED = ("judge=embedded", "judge=linear", "judge=probe", "judge=refusal")
+"""Judges without parameters of their own."""
 
 
 def settings_classes() -> Iterator[type[Any]]:
@@ -51,7 +51,7 @@ def test_the_page_of_tables_is_current() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == page()
 
 
-@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice not in HASHED_SOURCES])
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice not in UNPARAMETERIZED])
 def test_the_settings_of_every_choice_are_json_and_those_of_the_config(
     config: Callable[..., DictConfig], choice: str, guard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
