@@ -81,7 +81,9 @@ def test_archives_hold_what_they_should(archives: Path) -> None:
     with ZipFile(wheel) as archive:
         wheel_files = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert wheel_files == {*_files("lisa_lightning"), *(f"lisa_lightning/{name}" for name in _files("conf"))}
-    assert {PurePosixPath(name).suffix for name in wheel_files} >= {".jsonl", ".j2", ".css", ".md", ".typed", ".yaml"}
+    assert {PurePosixPath(name).suffix for name in wheel_files} >= {
+        *(".css", ".j2", ".jsonl", ".md", ".safetensors", ".typed", ".yaml")
+    }
     with tarfile.open(sdist) as archive:
         sdist_files = {member.name.partition("/")[2] for member in archive.getmembers()}
     folders = ("lisa_lightning", "conf", "tests", "experiments", "benchmarks", "docs", "examples")

@@ -81,7 +81,7 @@ def test_embedded_rows(judge: ProbeJudge, words: int) -> None:
 def test_labels_of_a_set_it_was_not_fitted_on(judge: ProbeJudge) -> None:
     public("do_not_answer")
     labelled = do_not_answer()
-    sample = [*np.flatnonzero(labelled.harmful)[::3], *np.flatnonzero(~labelled.harmful)[::60]]
+    sample = [*np.flatnonzero(labelled.harmful)[::4], *np.flatnonzero(~labelled.harmful)[::90]]
     verdicts = list(judge.verdicts([labelled.pairs[i] for i in sample]))
     assert roc_auc_score(labelled.harmful[sample], [v.score for v in verdicts]) > 0.8
     assert np.mean([v.flagged for v, i in zip(verdicts, sample, strict=True) if not labelled.harmful[i]]) < 0.1
