@@ -39,7 +39,8 @@ def test_a_choice_is_the_file_of_its_name(group: str) -> None:
 
 
 RULED_ELSEWHERE = (
-    r"source\.refusals|((align\.)?method|curate|repair|judge|logger|callbacks)(\..*)?|task\.(embedded|hub)\..*"
+    r"source\.refusals|((align\.)?method|curate|repair|judge|logger|callbacks)(\..*)?"
+    r"|task\.(question_suffix|(embedded|hub)\..*)"
     r"|.*\.(columns|labels|where)\..*|.*_target_"
 )
 """Keys with rules elsewhere.
