@@ -58,7 +58,6 @@ REFUSED = {
     "model.adapters=two": "it must be stacked or continued",
     "model.quantize=int8": "it must be nf4, or null",
     "task.max_new_tokens=0": "task.max_new_tokens=0",
-    "task=gsm8k task.question_suffix=1": "task.question_suffix=1",
     "data.order=random": "it must be seeded or head",
     "lora.dropout=1": "lora.dropout=1",
     "seed=-1": "seed=-1",
@@ -95,6 +94,7 @@ REFUSED = {
 }
 
 REFUSED_OF_CHOICES = {
+    "task=gsm8k task.question_suffix=1": "task.question_suffix=1",
     "repair=nlsr repair.sparsity_ratio=1": "it must be a number between 0 and 1",
     "repair=safe_lora repair.threshold=2": "repair.threshold=2 is not allowed; it must be a number from -1 to 1",
     "curate=seal curate.activation=relu": "curate.activation=relu is not allowed; it must be softmax or sigmoid",
