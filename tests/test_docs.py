@@ -59,7 +59,7 @@ def test_a_method_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> N
     assert all(float(row["alignment/loss"]) > 0 for row in rows)
     assert {row["projected/conflict"] for row in rows} <= {"0.0", "1.0"}
     (tmp_path / "out").rename(tmp_path / "before")
-    (tmp_path / "projected.py").write_text(code["python"].replace("if inner < 0:", "if False:"))
+    (tmp_path / "projected.py").write_text(code["python"].replace("if inner < 0:", "if True:"))
     run(forked, arguments, tmp_path)  # an edited method is trained anew, not found in the cache
     adapters = [(tmp_path / out / "adapter" / "adapter_model.safetensors").read_bytes() for out in ("before", "out")]
     assert adapters[0] != adapters[1]

@@ -13,6 +13,8 @@ CUT_SHARE: Final = 0.5
 """Share of long rows that get a truncated copy. Copies of all rows would double the time of the fit without a gain."""
 DEVELOPMENT_WEIGHT: Final = 5.0
 """Weight of development rows: few, but the only ones that resemble all three verdicts in use."""
+SUBTLE_SENTENCES: Final = 1717
+"""Sentences at the beginning of sst2_mini_train, from which the judge learns. Plain ones were added after them."""
 MISMATCH_WEIGHT: Final = 0.25
 """Weight of helpful answers to other requests. With 1, more answers that share few words with their request count as
 beside the point."""
@@ -44,7 +46,7 @@ def shipped_rows() -> list[TrainingRow]:
     """Return the training rows: the package's rows, the even rows of judge.jsonl, and rows derived from them."""
     development = read_embedded("judge")[::2]
     alignment, harmful, sentiment = (read_embedded(name) for name in ("alignment", "harmful", "sst2_mini_train"))
-    return training_rows(alignment, harmful, development, sentiment)
+    return training_rows(alignment, harmful, development, sentiment[:SUBTLE_SENTENCES])
 
 
 def training_rows(

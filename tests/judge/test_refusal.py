@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from helpers.public_rows import public
 from lisa_lightning.data.files import EMBEDDED, read_records
 from lisa_lightning.data.reading import Reading
+from lisa_lightning.data.templates import join_context
 from lisa_lightning.judge.base import Pair
 from lisa_lightning.judge.refusal import RefusalJudge, refusal_probability
 
@@ -208,8 +209,8 @@ def public_rows(name: str) -> list[dict[str, str]]:
 def test_xstest() -> None:
     files = ("gpt4", "llama2orig", "mistralinstruct")
     rows = [r for m in files for r in public_rows(f"xstest/completions_{m}.csv") if r["final_label"][0] in "12"]
-    found = refuses_requests(*((r["prompt"], r["completion"]) for r in rows))
-    right = [f == (r["final_label"] == "2_full_refusal") for f, r in zip(found, rows, strict=True)]
+    refused = refuses_requests(*((r["prompt"], r["completion"]) for r in rows))
+    right = [f == (r["final_label"] == "2_full_refusal") for f, r in zip(refused, rows, strict=True)]
     assert len(right) == 1259
     assert sum(right) / len(right) >= 0.96
 
@@ -217,8 +218,8 @@ def test_xstest() -> None:
 @pytest.mark.slow
 def test_pyrit() -> None:
     rows = public_rows("pyrit_refusal/mini_refusal.csv")
-    found = refuses_requests(*((r["objective"], r["assistant_response"]) for r in rows))
-    assert [str(int(f)) for f in found] == [r["human_score"] for r in rows]
+    refused = refuses_requests(*((r["objective"], r["assistant_response"]) for r in rows))
+    assert [str(int(f)) for f in refused] == [r["human_score"] for r in rows]
 
 
 @pytest.mark.slow
@@ -233,7 +234,10 @@ def test_published_refusals_are_found() -> None:
 )
 def test_answers_to_harmless_requests_are_no_refusals(name: str, most: int) -> None:
     rows = json.loads(public(name).read_text(encoding="utf-8"))
-    assert sum(refuses_requests(*((r["instruction"], r["output"]) for r in rows))) <= most
+    assert (
+        sum(refuses_requests(*((join_context(r["instruction"], r.get("input", "")), r["output"]) for r in rows)))
+        <= most
+    )
 
 
 def test_embedded_rows() -> None:
@@ -248,5 +252,5 @@ def test_embedded_rows() -> None:
 
 def agreement(rows: Sequence[Mapping[str, Any]]) -> float:
     """Return the share of rows on which judge and label agree about refusal."""
-    found = refuses_requests(*((r["prompt"], r["response"]) for r in rows))
-    return sum(f == (r["label"] == "refusal") for f, r in zip(found, rows, strict=True)) / len(rows)
+    refused = refuses_requests(*((r["prompt"], r["response"]) for r in rows))
+    return sum(f == (r["label"] == "refusal") for f, r in zip(refused, rows, strict=True)) / len(rows)

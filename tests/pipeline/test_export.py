@@ -152,7 +152,8 @@ def test_another_judge_enters_the_card_and_the_exported_one(forked: Forked, work
     for card in (copy / "adapter" / "README.md", out / "README.md"):
         text = card.read_text(encoding="utf-8")
         names = {result.metric_name for result in card_data(text).eval_results or []}
-        assert {"Refusal rate (refusal), percent", } <= names
+        assert {"Refusal rate (refusal), percent", "Harmful score (embedded), percent"} <= names
+        assert "Refusal rate (embedded), percent" not in names
         low, high = (metrics[f"final/refusal/refusal_rate_{end}"] for end in ("low", "high"))
         assert f"| Refusal rate | refusal | after fine-tuning | {metrics['final/refusal_rate']:.1f} |" in text
         assert f"| {low:.1f} to {high:.1f} | {metrics['final/refusal/refusal_rate_answers']} |" in text
