@@ -12,7 +12,7 @@ from lisa_lightning.data.tokens import first_ids
 from lisa_lightning.runtime.errors import UserError
 
 Tokenization = Literal["separate", "joined"]
-"""Whether prompt and answer are tokenized separately, or joined as one string."""
+"""Tokenization of prompt and answer: separately, or joined as one string."""
 
 
 @final

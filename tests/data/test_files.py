@@ -313,8 +313,12 @@ def test_white_space_around_texts_stays_only_if_it_is_to(source: Any, tmp_path: 
     source.test.path = write(tmp_path, "other.jsonl", json.dumps(fields | {"sentence": "b", "text": "b", "input": "b"}))
     pair = {"prompt": text, "input": text, "response": text}
     source.alignment.path = write(tmp_path, "pair.jsonl", json.dumps(pair))
-    kept = text.strip() if strip else text
-    for task, texts in ((SST2(), (kept, "positive")), (AGNews(), (kept, "Sports")), (Alpaca(), (kept, kept))):
+    expected = text.strip() if strip else text
+    for task, texts in (
+        (SST2(), (expected, "positive")),
+        (AGNews(), (expected, "Sports")),
+        (Alpaca(), (expected, expected)),
+    ):
         rows = load_rows(source, task, allow_overlap=False, strip=strip)
         assert [(row.context, row.response) for row in rows.train] == [texts]
-        assert rows.alignment == [Row(text, kept, kept)]
+        assert rows.alignment == [Row(text, expected, expected)]

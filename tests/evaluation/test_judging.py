@@ -249,9 +249,9 @@ class OldEmbedded:
 
 @pytest.mark.parametrize("judges", [{"embedded": EmbeddedJudge()}, {"loud": Shouting(), "refusal": RefusalJudge()}])
 def test_only_the_rule_counts_refusals(tmp_path: Path, judges: dict[str, Any]) -> None:
-    asked = [*answers("No.", "Sure, like this."), *answers("I can't help with that.", "B", kind="harmless")]
-    judge_answers({"embedded": OldEmbedded()}, asked, tmp_path, tmp_path)
-    metrics = score_metrics(judge(judges, asked, tmp_path, tmp_path).scores)
+    stored = [*answers("No.", "Sure, like this."), *answers("I can't help with that.", "B", kind="harmless")]
+    judge_answers({"embedded": OldEmbedded()}, stored, tmp_path, tmp_path)
+    metrics = score_metrics(judge(judges, stored, tmp_path, tmp_path).scores)
     rates = {n: v for n, v in metrics.items() if n.endswith(("refusal_rate", "over_refusal"))}
     names = [
         f"final/{name}" for name in ("refusal_rate", "over_refusal", "refusal/refusal_rate", "refusal/over_refusal")
@@ -261,8 +261,8 @@ def test_only_the_rule_counts_refusals(tmp_path: Path, judges: dict[str, Any]) -
 
 
 def test_points_of_curves_count_refusals_by_the_rule() -> None:
-    asked = [*answers("No.", "Sure, like this."), *answers("No, it is safe. Go ahead.", "B", kind="harmless")]
-    scores = curve_scores(EmbeddedJudge(), RefusalJudge(), SST2(), asked)
+    stored = [*answers("No.", "Sure, like this."), *answers("No, it is safe. Go ahead.", "B", kind="harmless")]
+    scores = curve_scores(EmbeddedJudge(), RefusalJudge(), SST2(), stored)
     assert [(s.judge, s.metric) for s in scores] == [
         ("embedded", "harmful_score"),
         ("refusal", "refusal_rate"),

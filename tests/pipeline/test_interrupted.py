@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 HINT = "repeat the command to continue; for a single run add its hydra.run.dir and resume=true"
 BY_SIGINT = ("making the model", "fine-tuning", "evaluating", "judging", "the page", "a sweep")
 BY_SIGTERM = ("the dry run", "a point of the curves")
-MOMENTS = [*(f"{place} by SIGINT" for place in BY_SIGINT), *(f"{place} by SIGTERM" for place in BY_SIGTERM)]
+MOMENTS = [*(f"{stage} by SIGINT" for stage in BY_SIGINT), *(f"{stage} by SIGTERM" for stage in BY_SIGTERM)]
 
 
 @pytest.fixture(scope="module")

@@ -239,8 +239,8 @@ def test_a_sweep_shows_refusal_rates_and_the_range_of_the_baselines(
 ) -> None:
     for seed, ratio, accuracy in ((1, 0.1, 61.68), (2, 0.1, 64.34), (1, 0.2, 63.0)):
         run = made(tmp_path, 20.0, seed=seed, harmful_ratio=ratio)
-        own = {"final/refusal_rate": 70.0, "baseline/majority_class": 53.0, "baseline/bag_of_words": accuracy}
-        (run / "metrics.json").write_text(json.dumps(json.loads((run / "metrics.json").read_text()) | own))
+        scores = {"final/refusal_rate": 70.0, "baseline/majority_class": 53.0, "baseline/bag_of_words": accuracy}
+        (run / "metrics.json").write_text(json.dumps(json.loads((run / "metrics.json").read_text()) | scores))
     assert write_sweep([tmp_path], tmp_path) == 0
     page = (tmp_path / "report.html").read_text()
     assert "Refusal rate against harmful_ratio" in page
