@@ -182,9 +182,10 @@ def _complete_table(root: Path, path: Path, needed: Sequence[Arm], seeds: Sequen
             ]
             status = subprocess.run(command, cwd=root, check=False).returncode
             runs = [run for run in read_runs([folder]) if run.status == "finished"]
-            rows = merge(path, [_row(run) for run in runs], ["arm"])
+            finished = [_row(run) for run in runs]
+            rows = merge(path, finished, ["arm"])
             # Trials and results have different seeds, so that their verdicts share a file.
-            write_verdicts(path.parent, runs, [{k: _row(run)[k] for k in ("arm", "seed")} for run in runs])
+            write_verdicts(path.parent, runs, [{k: row[k] for k in ("arm", "seed")} for row in finished])
             if status:
                 raise SystemExit(status)
     return rows

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lisa_lightning.report.run_verdicts import on_same_prompts
+from lisa_lightning.report.score_table import format_points
 from lisa_lightning.report.sweep_runs import SHOWN_SCORES, Run, SeedGroup
 
 if TYPE_CHECKING:  # numpy is imported only where a comparison is computed
@@ -13,7 +14,6 @@ if TYPE_CHECKING:  # numpy is imported only where a comparison is computed
 
 ABLATIONS: Final = {"lisa": ("bso", "proximal")}
 """Method -> the methods that omit one of its two parts."""
-MINUS: Final = "−"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PairedScore:
     def __str__(self) -> str:
         """Return difference, interval and p-value as text."""
         d = self.difference
-        text = f"{_signed(d.value)} ({_signed(d.low)} to {_signed(d.high)})"
+        text = f"{format_points(d.value)} ({format_points(d.low)} to {format_points(d.high)})"
         return text if self.p is None else f"{text}, {format_p(self.p)}"
 
 
@@ -74,11 +74,6 @@ def compared_scores(comparisons: Sequence[Comparison]) -> list[str]:
 def format_p(p: float) -> str:
     """Return a p-value as text."""
     return "p < 0.0001" if p < 0.0001 else f"p = {p:.2g}"
-
-
-def _signed(value: float) -> str:
-    # Rounded before it gets its sign, so that nothing shows as -0.0.
-    return f"{round(value, 1) + 0.0:+.1f}".replace("-", MINUS)
 
 
 def _label(group: SeedGroup, keys: Sequence[str]) -> str:

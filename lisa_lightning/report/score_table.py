@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from lisa_lightning.evaluation.scores import Score, find_score
 
+MINUS: Final = "−"
 MODELS: Final = ("aligned", "final")
 """Models whose answers are scored: `model` in responses.jsonl and judged.jsonl."""
 SCORES: Final = {
@@ -116,12 +117,7 @@ def _score_row(
     measured = [score for score in of_models if score is not None]
     if not measured:
         return None
-    # Rounded before it gets its sign, so that nothing shows as -0.0.
-    change = (
-        f"{round(measured[1].value - measured[0].value, 1) + 0.0:+.1f}".replace("-", "−")
-        if len(measured) == len(MODELS)
-        else ""
-    )
+    change = format_points(measured[1].value - measured[0].value) if len(measured) == len(MODELS) else ""
     counts = [score.answers for score in measured if score.answers]
     count = f" {max(counts)}\N{NO-BREAK SPACE}answers." if counts else ""
     explanation = "" if note is None else f"{meaning} {note}".strip()
@@ -139,6 +135,12 @@ def _with_interval(score: Score | None) -> tuple[str, str]:
         return "–", ""
     has_interval = score.low is not None and score.high is not None
     return format_percent(score.value), f"{score.low:.1f} to {score.high:.1f}" if has_interval else ""
+
+
+def format_points(difference: float) -> str:
+    """Return a difference in points with one decimal and its sign."""
+    # Rounded before it gets its sign, so that nothing shows as -0.0.
+    return f"{round(difference, 1) + 0.0:+.1f}".replace("-", MINUS)
 
 
 def format_percent(value: float) -> str:
