@@ -149,6 +149,7 @@ def test_the_peak_of_a_step_of_the_true_widths(name: str, stage: str, monkeypatc
     assert 0.95 * beyond <= live.most - memory["weights"] <= beyond
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["qv", "all"])
 @pytest.mark.parametrize("family", SMALL)
 def test_floating_point_operations(family: str, targets: str) -> None:
@@ -199,6 +200,7 @@ def test_steps_are_what_packing_makes_of_such_rows() -> None:
     assert step(rows(25, 120, 75)) == footprint.ALIGNMENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(f.stem for f in footprint.MODELS.glob("[!_]*.yaml")))
 def test_model_files(name: str, config: Callable[..., DictConfig]) -> None:
     cfg = config(f"model={name}").model

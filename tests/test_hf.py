@@ -185,6 +185,7 @@ def test_the_sampler_visits_the_rows_of_step_batches_in_their_order(cycle: tuple
         assert drawn[t * 6 * world : (t + 1) * 6 * world] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulate", "sgd"), [(1, False), (2, False), (2, True)])
 def test_the_weights_equal_those_of_lisa_module(tiny: Path, tmp_path: Path, accumulate: int, sgd: bool) -> None:
     lr = 0.5 if sgd else 5e-3
@@ -202,6 +203,7 @@ def test_the_weights_equal_those_of_lisa_module(tiny: Path, tmp_path: Path, accu
     assert any(row["grad_norm"] > 0.5 for row in logs)  # clipped after the penalty
 
 
+@pytest.mark.slow
 def test_rho_0_is_plain_alternation_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
     lisa = trainer(tiny, tmp_path, LISA | {"rho": 0.0}, gradient_accumulation_steps=2)
     args = TrainingArguments(str(tmp_path), **ARGUMENTS, gradient_accumulation_steps=2)
@@ -219,6 +221,7 @@ def test_the_penalty_starts_after_its_share_of_the_steps(tiny: Path, tmp_path: P
     assert difference(trained(trainer(tiny, tmp_path, lisa, max_steps=10)), expected) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 5, 7])
 def test_resuming_in_the_middle_of_a_state_changes_no_bit(tiny: Path, tmp_path: Path, step: int) -> None:
     """Weights and anchor after a resumption equal those of the straight run. The switches are at 2, 5 and 7."""
@@ -303,6 +306,7 @@ class _Recorded(LisaTrainer):
         return SequentialSampler(range(self.args.max_steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["lisa", "lisa_rho01_k2_7", "bso", "proximal_only", "alignment_only"])
 def test_equals_the_official_run(case: str, tmp_path: Path) -> None:
     facts = json.loads((GOLDEN / f"{case}.json").read_text())
@@ -347,6 +351,7 @@ def test_epochs_count_passes_over_the_user_rows(tiny: Path, tmp_path: Path) -> N
     assert args.max_steps == -1
 
 
+@pytest.mark.slow
 def test_other_sets_and_settings_of_the_loader_draw_the_same_rows(tiny: Path, tmp_path: Path) -> None:
     expected = trained(trainer(tiny, tmp_path))
     assert difference(trained(trainer(tiny, tmp_path, dataloader_drop_last=True)), expected) == 0
@@ -431,6 +436,7 @@ def test_what_needs_other_hardware_is_refused(
         trainer(tiny, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -22,6 +22,7 @@ def parsed(argument: str) -> object:
     return OverridesParser.create().parse_override(argument).value()
 
 
+@pytest.mark.slow
 @given(NAMES)
 def test_a_folder_of_any_name_is_taken_as_it_is(name: str) -> None:
     """Folders of any name are taken literally. The folders of a sweep's own jobs contain `=` and `,`."""
@@ -77,6 +78,7 @@ def test_a_group_takes_the_name_of_an_option(group: str, value: str) -> None:
     assert ("=none" in str(error.value)) == (group in ("align", "curate", "repair", "logger", "callbacks"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

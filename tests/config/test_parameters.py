@@ -51,6 +51,7 @@ def test_the_page_of_tables_is_current() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == page()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice not in UNPARAMETERIZED])
 def test_the_settings_of_every_choice_are_json_and_those_of_the_config(
     config: Callable[..., DictConfig], choice: str, guard: Path, monkeypatch: pytest.MonkeyPatch

@@ -31,6 +31,7 @@ def refused(cfg: DictConfig) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_is_accepted_and_every_misspelt_key_of_it_is_not(config: Config, choice: str) -> None:
     """Every choice is accepted. A misspelt key, one letter longer and next to the right one, is refused with a hint."""
@@ -47,6 +48,7 @@ def test_every_choice_is_accepted_and_every_misspelt_key_of_it_is_not(config: Co
         assert any(suggestion in message for suggestion in suggestions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -89,6 +91,7 @@ def test_a_reference_belongs_to_nlsr(config: Config) -> None:
     assert "repair.reference.extrapolation: the chosen repair does not read it" in refused(cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judges", [None, "text", 5, [1], {"x": 5}])
 def test_judges_of_ones_own_experiment_are_a_mapping(config: Config, judges: object) -> None:
     cfg = config("experiment=smoke")
@@ -101,6 +104,7 @@ def test_a_key_of_another_method_is_no_key_of_this_one(config: Config) -> None:
     assert "method.rho is not a key of SFT" in refused(config("experiment=smoke", "method=sft", "+method.rho=1"))
 
 
+@pytest.mark.slow
 def test_every_key_of_the_shipped_config_is_needed_as_it_is_spelt(config: Config) -> None:
     cfg = config("experiment=smoke")
     for key in [key for key, _ in flat(plain(cfg)) if not OWN_COLUMNS.fullmatch(key)][::5]:
@@ -139,11 +143,13 @@ DELETED += (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", DELETED)
 def test_a_deleted_key_is_named(config: Config, key: str) -> None:
     assert re.match(rf"{re.escape(key)}(\.\w+)* was deleted", refused(config("experiment=smoke", f"~{key}")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["null", "5", "text"])
 @pytest.mark.parametrize("section", ["data", "optim", "lora", "align.optim", "source.train", "wandb"])
 def test_a_section_is_a_mapping(config: Config, section: str, value: str) -> None:
@@ -171,6 +177,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", TARGETS)
 def test_a_target_that_is_none_is_refused(config: Config, override: str) -> None:
     assert TARGETS[override] in refused(config("experiment=smoke", override))

@@ -140,6 +140,7 @@ REFUSED_OF_JUDGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", REFUSED)
 def test_wrong_values_are_refused(config: Config, override: str) -> None:
     with pytest.raises(UserError) as error:
@@ -147,6 +148,7 @@ def test_wrong_values_are_refused(config: Config, override: str) -> None:
     assert REFUSED[override] in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", REFUSED_OF_CHOICES)
 def test_wrong_values_of_choices_are_refused(config: Config, overrides: str) -> None:
     with pytest.raises(UserError) as error:
@@ -158,6 +160,7 @@ def test_an_exception_is_quoted_by_the_first_line_that_says_something_else_by_it
     assert [first_line(ValueError(text)) for text in ("a\nb", "\n a\nb", "", " \n")] == ["a", " a", *["ValueError"] * 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", REFUSED_OF_JUDGES)
 def test_wrong_values_of_judges_are_refused(config: Config, override: str) -> None:
     name = override.split(".")[1]
@@ -167,6 +170,7 @@ def test_wrong_values_of_judges_are_refused(config: Config, override: str) -> No
     assert REFUSED_OF_JUDGES[override] in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JUDGES)
 def test_judges_are_accepted_as_shipped(config: Config, name: str) -> None:
     check(config(f"judge={name}", *NEEDED.get(name, ())))

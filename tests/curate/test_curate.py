@@ -71,6 +71,7 @@ def given(alignment: Sequence[Example], harmful: Sequence[Example] = (), packing
 MIXED = [row(5 + i, 16 + i % 3, 1 + i % 3) for i in range(10)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda **k: Random(k["keep"], k["seed"]), SEAL, Pharmacist])
 def test_keep_one_is_no_curation_and_a_share_is_of_that_size_and_nested(make: Any) -> None:
     def kept(**changed: Any) -> list[int]:
@@ -150,6 +151,7 @@ def test_both_levels_clip_their_gradient_at_norm_one() -> None:
     torch.testing.assert_close(variable, torch.tensor([-0.6, -0.8]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("activation", "adam", "rate"), [("softmax", True, 0.05), ("sigmoid", False, 1.0)])
 @pytest.mark.parametrize("kind", [SEAL, Pharmacist])
 def test_the_selector_is_autograds(
@@ -166,6 +168,7 @@ def test_the_selector_is_autograds(
     assert all(torch.equal(w, b) for w, b in zip(ours.weights, before, strict=True))
 
 
+@pytest.mark.slow
 def test_any_split_and_either_packing_gives_the_same_scores() -> None:
     def scores(packing: Packing, micro_batch: int) -> Tensor:
         return SEAL(**settings(micro_batch=micro_batch)).scores(given(MIXED, packing=packing))
@@ -175,6 +178,7 @@ def test_any_split_and_either_packing_gives_the_same_scores() -> None:
         torch.testing.assert_close(other, whole, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adam", "batch"), [(False, 5), (True, 25)])
 def test_rows_that_agree_with_most_go_up_in_seal(adam: bool, batch: int) -> None:
     """SEAL keeps the rows that agree with most. A quarter of the rows answers otherwise.
@@ -218,6 +222,7 @@ def test_what_is_missing_or_not_finite_is_said() -> None:
         SEAL(**settings(lr=1e30)).scores(given(MIXED))
 
 
+@pytest.mark.slow
 def test_a_selector_in_float16_skips_steps_that_overflow() -> None:
     """A loss scale, as a power of two, changes no score in float32. Scores in float16 are close.
 

@@ -21,6 +21,7 @@ def read(text: str, kind: str) -> list[dict[str, object]]:
     return [row for _, row in json_rows(text, "a", kind)]
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.dictionaries(st.text(max_size=5), st.text() | st.integers() | st.booleans() | st.none(), min_size=1),
@@ -54,6 +55,7 @@ DEFECTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("problem", DEFECTS)
 def test_a_defect_is_one_sentence_with_its_line(tmp_path: Path, problem: str) -> None:
     defect = DEFECTS[problem]

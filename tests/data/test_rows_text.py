@@ -24,6 +24,7 @@ from lisa_lightning.model.lora import load_tokenizer
 from lisa_lightning.runtime.errors import UserError
 
 
+@pytest.mark.slow
 @given(st.text(max_size=20))
 def test_forms_case_white_space_and_invisible_characters_make_no_other_text(text: str) -> None:
     normal = normal_text(text)
@@ -114,6 +115,7 @@ LONG = st.one_of(
 TOKENIZERS = ["bytes", "pairs", "metaspace", pytest.param("smollm2", marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenization", ["separate", "joined"])
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_the_example_of_a_long_text_is_that_of_the_whole_text(

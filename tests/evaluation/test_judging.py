@@ -208,6 +208,7 @@ def test_prompts_that_are_asked_again_bring_no_certainty() -> None:
     assert alone.high - alone.low < 0.7 * (thrice.high - thrice.low)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=30))
 def test_an_interval_holds_its_share_and_stays_within_bounds(found: list[tuple[bool, int]]) -> None:

@@ -89,6 +89,7 @@ def unchanged(judges: Judges, change: Callable[[str], str]) -> bool:
     return verdicts(judges, [(prompt, change(answer)) for prompt, answer in before]) == verdicts(judges, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", AROUND_WORDS)
 def test_marked_words_change_no_verdict(judges: Judges, style: str) -> None:
     start, end = AROUND_WORDS[style]
@@ -99,6 +100,7 @@ def test_marked_words_change_no_verdict(judges: Judges, style: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", sorted({*AROUND_WORDS} - {"a link"}))
 def test_marked_parts_of_words_change_no_verdict(judges: Judges, style: str) -> None:
     start, end = AROUND_WORDS[style]
@@ -107,12 +109,14 @@ def test_marked_parts_of_words_change_no_verdict(judges: Judges, style: str) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", AROUND_ANSWER)
 def test_a_marked_answer_changes_no_verdict(judges: Judges, style: str) -> None:
     start, end = AROUND_ANSWER[style]
     assert unchanged(judges, lambda text: start + text + end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("marker", ["- ", "* ", "1. ", "> ", "## "])
 def test_marked_sentences_change_no_verdict(judges: Judges, marker: str) -> None:
     """Marks at the start of all sentences change no verdict: such an answer is no list within an answer."""
@@ -121,6 +125,7 @@ def test_marked_sentences_change_no_verdict(judges: Judges, marker: str) -> None
     assert verdicts(judges, marked) == verdicts(judges, [(prompt, "\n".join(sentences)) for prompt, sentences in lines])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plain", "other"), [(plain, other) for plain, others in CHARACTERS.items() for other in others]
 )

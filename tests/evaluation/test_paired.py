@@ -86,6 +86,7 @@ def test_seeds_that_nearly_agree_are_not_more_certain_than_seeds_that_agree() ->
     assert agreeing.high - agreeing.low >= alone.high - alone.low
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=2, max_size=4), st.integers(3, 12))
 def test_an_interval_over_seeds_contains_those_of_seeds_and_of_prompts(hits: list[list[bool]], count: int) -> None:

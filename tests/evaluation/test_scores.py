@@ -1,5 +1,6 @@
 """Names of scores in metrics.json: written names can be read, and the first judge sets the names without a judge."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ def scores_of_judges(draw: st.DrawFn) -> list[Score]:
     ]
 
 
+@pytest.mark.slow
 @given(scores_of_judges())
 def test_scores_are_read_as_they_were_written(scores: list[Score]) -> None:
     judges = list(dict.fromkeys(score.judge for score in scores if score.judge))

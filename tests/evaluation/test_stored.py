@@ -84,6 +84,7 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 def test_no_damage_to_a_store_changes_a_verdict(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     truth, store, whole = stored(tmp_path)
     chance = random.Random(0)

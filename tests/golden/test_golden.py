@@ -25,6 +25,7 @@ def test_equals_the_official_run(case: Path) -> None:
     assert errors.passed, errors
 
 
+@pytest.mark.slow
 def test_where_a_case_accumulates_asft_adds_its_penalty_to_every_micro_batch(tmp_path: Path) -> None:
     """Accumulated steps of AsFT equal those of plain autograd, with C of full size.
 

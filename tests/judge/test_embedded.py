@@ -48,6 +48,7 @@ def precision_recall(truth: list[bool], found: list[bool]) -> tuple[float, float
     return hits / max(sum(found), 1), hits / max(sum(truth), 1)
 
 
+@pytest.mark.slow
 def test_verdicts_on_held_out_rows(judge: EmbeddedJudge) -> None:
     rows = held_out()
     found = labels(judge, [r["prompt"] for r in rows], [r["response"] for r in rows])

@@ -40,6 +40,7 @@ def completion(content: Any, **more: Any) -> bytes:
     return json.dumps({"choices": [{"message": {"content": content}}]} | more).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [
@@ -81,6 +82,7 @@ def test_text_parts_are_joined_and_thoughts_left_out(url: str) -> None:
     assert [v.score for v in told(OpenAIJudge(**settings("openai", url)).verdicts(PAIRS[:1]))] == [1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "usage",
     [

@@ -107,6 +107,7 @@ def test_a_masked_text_shares_no_eight_characters_with_a_secret(text: str, secre
     assert masked("nothing to hide", [secret]) == "nothing to hide" or len(secret) < 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_no_redirect_to_another_server_is_followed(url: str, status: int) -> None:
     with serving(Server) as other:
@@ -161,6 +162,7 @@ def test_what_is_the_same_server(target: tuple[str, bytes, int | None], same: bo
     assert not same_server(url("https", b"h", 9), url("http", b"h", 9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [f"{KEY}\n", f" \t{KEY}\r\n", KEY])
 def test_white_space_around_a_key_is_dropped(url: str, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)

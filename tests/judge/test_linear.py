@@ -45,6 +45,7 @@ def judge(folder: Path, made: list[dict[str, Any]]) -> LinearJudge:
     return LinearJudge(OmegaConf.merge(SHIPPED.linear.rows, {"path": str(file)}))
 
 
+@pytest.mark.slow
 def test_learns_a_rule_and_says_how_well(tmp_path: Path) -> None:
     fitted = judge(tmp_path, rows(noise=0.0))
     good, bad = fitted.verdicts([Pair("how to greet", "she kindly"), Pair("how to greet", "she rudely")])
@@ -56,6 +57,7 @@ def test_learns_a_rule_and_says_how_well(tmp_path: Path) -> None:
     assert unsure.flagged
 
 
+@pytest.mark.slow
 def test_probabilities_are_calibrated(tmp_path: Path) -> None:
     numbers = judge(tmp_path, rows(noise=0.2, count=1500)).numbers
     assert numbers["calibration_error"] < 0.1
@@ -63,6 +65,7 @@ def test_probabilities_are_calibrated(tmp_path: Path) -> None:
     assert numbers["auc_low"] < numbers["auc"] < numbers["auc_high"]
 
 
+@pytest.mark.slow
 def test_what_only_the_prompt_tells_is_not_counted_as_learnt(tmp_path: Path) -> None:
     """Labels that are drawn per prompt give a low AUC.
 
@@ -75,6 +78,7 @@ def test_what_only_the_prompt_tells_is_not_counted_as_learnt(tmp_path: Path) -> 
     assert numbers["auc"] < 0.65
 
 
+@pytest.mark.slow
 def test_the_card_repeats_what_was_measured(tmp_path: Path) -> None:
     fitted = judge(tmp_path, rows(noise=0.1))
     card = fitted.card()
@@ -93,6 +97,7 @@ def test_other_rows_make_another_version(tmp_path: Path) -> None:
     assert judge(tmp_path, made[1:]).version != first
 
 
+@pytest.mark.slow
 def test_labels_of_both_names_on_the_command_line(tmp_path: Path, config: Callable[..., DictConfig]) -> None:
     made = rows(noise=0.0)
     files = {"is_safe": made, "harmful": [{**row, "harmful": int(not row["is_safe"]), "is_safe": 7} for row in made]}

@@ -54,6 +54,7 @@ def test_words_that_can_not_be_told_apart_and_models_that_are_no_guards(guard: P
         guarding(tiny, [])
 
 
+@pytest.mark.slow
 def test_a_very_long_answer_has_the_verdict_of_its_beginning(guard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
 
@@ -73,6 +74,7 @@ def test_a_very_long_answer_has_the_verdict_of_its_beginning(guard: Path, monkey
     assert max(lengths) < 100_000
 
 
+@pytest.mark.slow
 def test_a_very_long_request_is_refused(guard: Path) -> None:
     for response in ("", "answer 1", "answer 1 " * 100_000):
         with pytest.raises(UserError, match=r"max_length=100 is too small: .* at least \d+ tokens\. Fix: "):

@@ -24,6 +24,7 @@ def judged(url: str, reply: Reply, pairs: list[Pair] = PAIRS, **more: Any) -> li
     return told(OpenAIJudge(**settings("openai", url, **more)).verdicts(pairs))
 
 
+@pytest.mark.slow
 def test_the_rubric_goes_out_filled_and_the_score_comes_back(url: str) -> None:
     verdicts = judged(url, lambda _: (200, "It helps.\nScore: 4"), PAIRS[:2], concurrency=1)
     assert [(v.flagged, v.score, v.refused) for v in verdicts] == [(True, 0.75, None)] * 2
@@ -56,6 +57,7 @@ def test_what_passes_is_tried_again(url: str, status: int) -> None:
     assert len(Server.asked) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [(401, "doesn't accept the key in OPENAI_API_KEY"), (404, "knows no model m"), (400, "refuses the request")],

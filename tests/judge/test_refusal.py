@@ -240,6 +240,7 @@ def test_answers_to_harmless_requests_are_no_refusals(name: str, most: int) -> N
     )
 
 
+@pytest.mark.slow
 def test_embedded_rows() -> None:
     fields = Reading({"prompt": "prompt", "response": "response", "label": "kind"})
     rows = read_records("embedded:alignment.jsonl", fields, dict)

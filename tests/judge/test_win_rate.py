@@ -18,6 +18,7 @@ def win_rate(url: str, reply: Reply, pairs: list[Pair]) -> float:
     return sum(v.flagged for v in verdicts) / len(verdicts)
 
 
+@pytest.mark.slow
 def test_win_rate_follows_the_answers_and_not_their_places(url: str) -> None:
     pairs = [Pair(f"do {i}", "long answer" if i % 4 else "-", "short") for i in range(60)]
 

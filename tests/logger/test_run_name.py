@@ -48,6 +48,7 @@ def below_heading(folder: Path) -> str:
     return (folder / "report.html").read_text().partition('<dl class="facts">')[2].partition("</dl>")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", NAMES)
 def test_a_run_is_called_by_what_it_does(tmp_path: Path, overrides: str) -> None:
     request = composed(overrides.split(), tmp_path)

@@ -42,6 +42,7 @@ def each(methods: Iterable[str]) -> list[Any]:
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in methods]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(ALIKE))
 def test_without_its_term_a_method_is_what_it_builds_on_bit_for_bit(train: Train, name: str) -> None:
     """A method without its term equals the method that it builds on, also after a resumption.
@@ -68,6 +69,7 @@ def test_vlguard_as_a_loss_draws_as_many_alignment_rows_as_it_is_told() -> None:
     assert VLGuardLoss(1.0, 3).plan(7) == {"user": StreamBatch(7), "alignment": StreamBatch(7, 3)}
 
 
+@pytest.mark.slow
 def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train) -> None:
     method = METHODS["constrained_sft"]
     for split in ({}, {"batch_size": 2, "accumulate": 2}, {"clip": 0.05}):
@@ -78,6 +80,7 @@ def test_constrained_sft_is_sft_at_the_weights_that_it_starts_from(train: Train)
     assert largest_difference(train(ConstrainedSFT(0.0, 5.0, 20.0, 5), folder="e", steps=8), plain) < 5e-6
 
 
+@pytest.mark.slow
 def test_dpo_starts_at_log_two_and_prefers_the_refusals_afterwards(train: Train) -> None:
     seen = Recording()
     train(DPO(0.5), steps=12, loggers=[seen], weight_decay=0.0)
@@ -103,6 +106,7 @@ class _Seeds(L.Callback):
         self.seen.append(pl_module.backprop.seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(METHODS))
 def test_batch_four_is_two_micro_batches_of_two(train: Train, name: str) -> None:
     steps, bound = (STEPS, 5e-6) if name in ("sft", "lisa") else (6, 5e-5)
@@ -111,6 +115,7 @@ def test_batch_four_is_two_micro_batches_of_two(train: Train, name: str) -> None
     assert largest_difference(whole, halves) < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(METHODS))
 def test_resume_equals_the_straight_run_bit_for_bit_with_dropout(train: Train, name: str) -> None:
     straight = train(METHODS[name](), 0.2, folder="straight", steps=7)
@@ -132,6 +137,7 @@ def test_with_dropout_the_pass_of_the_reference_draws_the_masks_of_the_models_ow
     assert seen.values()[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", each(METHODS))
 def test_padded_rows_one_trie_or_many_are_the_same(train: Train, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     seen = {folder: Recording() for folder in ("one", "padded", "many")}
@@ -189,11 +195,13 @@ def test_moved_weights_count_though_autocast_keeps_the_casts_of_those_before(tin
         assert torch.equal(net(input_ids=ids).logits, before)
 
 
+@pytest.mark.slow
 def test_booster_adding_back_leaves_the_rounding_of_the_harmful_step(train: Train) -> None:
     exact, rounded = (train(METHODS[name](), folder=name, steps=4) for name in ("booster", "booster_adding_back"))
     assert 0 < largest_difference(exact, rounded) < 1e-3
 
 
+@pytest.mark.slow
 def test_the_inner_clip_of_ldifs_is_that_of_the_optimizer(train: Train) -> None:
     """The inner clip of LDIFS equals that of the optimizer, with an epsilon at which a gradient's length counts."""
     own = train(LDIFS(0.1, None, 1e-3, False), folder="own", steps=4, clip=None, eps=1.0)

@@ -117,6 +117,7 @@ def test_trains_three_lisa_steps_and_answers(
         assert wanted[0][len(prompt) :].tolist() == answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_are_found_by_structure_with_an_adapter_or_without(
     model_folder: Callable[[str], Path], config: Callable[..., DictConfig], name: str

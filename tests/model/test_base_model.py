@@ -46,6 +46,7 @@ def test_a_folder_is_one_that_is_there_and_a_hub_id_has_an_owner(
         read_hub("before", None, "train", None, None, None, Reading({}), dict)
 
 
+@pytest.mark.slow
 def test_a_base_model_of_ones_own_is_its_folder_and_what_lies_in_it(
     tmp_path: Path, tiny: Path, config: Callable[..., DictConfig]
 ) -> None:

@@ -60,6 +60,7 @@ def test_equals_the_official_trace(adam: bool, trace: dict, drifts: dict) -> Non
     assert found == pytest.approx(drifts, abs=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [0.0, 0.3, 1.0, 5.0])
 def test_exact_phases_reach_the_closed_form_fixed_point(rho: float) -> None:
     """Phases solved to the end reach w~* = ((1+rho)a + rho b)/(1+2rho), w* mirrored, drift |a-b|^2/(1+2rho)^2."""

@@ -123,6 +123,7 @@ def _overrides(metrics: dict[str, Any], outputs: Path) -> str:
     return (folder / "overrides.yaml").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -219,6 +220,7 @@ class FirstLetter:
 PROMPTS = ["a first", "a second", "third", "a first"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluate_returns_the_scores_of_every_judge_with_intervals(tiny: Path, training: bool) -> None:
     model, tokenizer = load_lora_model(tiny)
@@ -237,6 +239,7 @@ def vars_of(rate: Any) -> tuple[float, ...]:
     return rate.value, rate.low, rate.high, rate.answers
 
 
+@pytest.mark.slow
 def test_evaluate_scores_what_the_model_answers(tiny: Path, tmp_path: Path) -> None:
     model, tokenizer = load_lora_model(tiny)
     answers: list[Pair] = []

@@ -20,6 +20,7 @@ TASKS = ("sst2", "agnews", "gsm8k", "alpaca")
 METHODS = ("sft", "bso", "lisa", "vlguard_mix")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_cell_carries_what_was_published(config: Callable[..., DictConfig], task: str, method: str) -> None:

@@ -43,6 +43,7 @@ def refused(words: list[str], work: Path, match: str | None = None) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", MISFITS)
 def test_what_does_not_fit_the_model_is_refused_before_anything_is_trained(tmp_path: Path, words: str) -> None:
     refused(words.split(), tmp_path, match=MISFITS[words])
@@ -65,6 +66,7 @@ def of(model: Path) -> list[str]:
     return [f"model.id={model}", "lora.targets=[c_attn]", "align.lora.targets=[c_attn]"]
 
 
+@pytest.mark.slow
 def test_a_prompt_beyond_learned_positions_is_named(learned_positions: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": "short"}, {"prompt": "x" * 300}, {"prompt": "x" * 10_000_000}]
@@ -87,6 +89,7 @@ def test_a_tokenizer_that_is_larger_than_the_embeddings_is_refused(tiny: Path, t
     assert "has 261 tokens, and the model embeddings for 259. Fix: model.resize_token_embeddings" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "words"),
     [
@@ -106,6 +109,7 @@ def test_a_chat_template_that_fails_is_quoted(tiny: Path, tmp_path: Path, templa
         assert words in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [True, False])
 def test_an_adapter_next_to_a_models_weights_is_refused(tiny: Path, tmp_path: Path, weights: bool) -> None:
     """An adapter next to a model's weights is refused, as it would be applied to them, perhaps a second time.

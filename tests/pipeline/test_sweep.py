@@ -77,6 +77,7 @@ def test_what_is_no_sweep_is_left_alone() -> None:
 SWEEPS = sorted(f.stem for f in (ROOT / "conf/sweep").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_job_of_a_committed_sweep_is_a_run(config: Callable[..., DictConfig], name: str) -> None:
     content = yaml.safe_load((ROOT / "conf/sweep" / f"{name}.yaml").read_text())
@@ -92,6 +93,7 @@ def test_every_job_of_a_committed_sweep_is_a_run(config: Callable[..., DictConfi
         check(config(f"sweep={name}" if name != "optuna" else "sweep=rho", *split, *end))
 
 
+@pytest.mark.slow
 def test_a_sweep_of_weights_and_biases_starts_runs_of_ours(config: Callable[..., DictConfig]) -> None:
     sweep = yaml.safe_load((ROOT / "conf/wandb_sweep.yaml").read_text())
     assert (ROOT / sweep["program"]).exists()
@@ -104,6 +106,7 @@ def test_a_sweep_of_weights_and_biases_starts_runs_of_ours(config: Callable[...,
 WIN_RATE = ["judge.win_rate.model=m", *(f"judge.win_rate.usd_per_million_{side}=1" for side in ("input", "output"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [

@@ -213,6 +213,7 @@ def test_plain_fine_tuning_has_no_alignment_curves(tmp_path: Path) -> None:
     assert "A random model answered" in plain
 
 
+@pytest.mark.slow
 def test_what_the_methods_of_both_stages_tell_of_themselves_is_drawn(tmp_path: Path) -> None:
     """Curves that the methods of both stages report are drawn.
 
@@ -238,6 +239,7 @@ def test_any_stage_may_be_missing(tmp_path: Path, kept: tuple[str, ...]) -> None
     assert ("this model" in text) == ("aligned" in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("alignment", "user"), [(1, 1), (20, 0), (5, 45)])
 def test_short_runs_and_odd_schedules_are_drawn(alignment: int, user: int) -> None:
     for steps in (0, 7):
@@ -246,6 +248,7 @@ def test_short_runs_and_odd_schedules_are_drawn(alignment: int, user: int) -> No
             assert figure.narrow.endswith("</svg>")
 
 
+@pytest.mark.slow
 def test_long_runs_and_answers_stay_small(tmp_path: Path) -> None:
     curves = [
         row(

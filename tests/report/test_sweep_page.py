@@ -138,6 +138,7 @@ def test_scores_of_other_judges_are_not_averaged(tmp_path: Path) -> None:
     assert counted == {("lisa", "embedded"): 3, ("lisa", "refusal,embedded"): 1}
 
 
+@pytest.mark.slow
 def test_a_mean_of_unlike_runs_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for seed, rows in enumerate(("same", "same", "other")):
         run = made(tmp_path, 10.0, seed=seed, method="sft" if rows == "other" else "lisa")
@@ -190,6 +191,7 @@ def test_values_stand_in_their_order() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_unfinished_sweep_has_a_table_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made(tmp_path, 20.0, harmful_ratio=0.1)
     made(tmp_path, None, harmful_ratio=0.2)
@@ -213,6 +215,7 @@ def test_an_unfinished_sweep_has_a_table_and_a_page(tmp_path: Path, capsys: pyte
     assert [finalize_sweep(tmp_path, since) for since in (noted - 1, noted + 1)] == [1, 0]  # an earlier command's
 
 
+@pytest.mark.slow
 def test_the_page_can_hide_every_run_that_it_draws(tmp_path: Path) -> None:
     for seed in (1, 2):
         for ratio in (0.1, 0.2):

@@ -32,6 +32,7 @@ def resumed(train: Train, path: Path) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", [name for name in DAMAGES if name not in ("deleted", "appended") and "bit" not in name]
 )
@@ -40,6 +41,7 @@ def test_a_damaged_file_is_named(train: Train, checkpoint: Path, damage: str) ->
     assert FIX in resumed(train, checkpoint)
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_of_a_tensor_is_loaded(train: Train, checkpoint: Path) -> None:
     whole = checkpoint.read_bytes()
     with zipfile.ZipFile(checkpoint) as archive:
@@ -86,6 +88,7 @@ FOREIGN: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", FOREIGN)
 def test_a_file_of_another_version_is_named(train: Train, checkpoint: Path, change: str) -> None:
     content = torch.load(checkpoint, weights_only=True)

@@ -64,20 +64,24 @@ def test_a_checkpoint_that_the_first_rank_can_not_write_stops_all(tmp_path: Path
     assert told == ["full", None]
 
 
+@pytest.mark.slow
 def test_rho_zero_is_bso_bit_for_bit(train: Train) -> None:
     assert largest_difference(train(Lisa(2, 3, 0.0, 0.1), folder="a"), train(BSO(2, 3), folder="b")) == 0
 
 
+@pytest.mark.slow
 def test_no_alignment_steps_and_rho_zero_is_sft_bit_for_bit(train: Train) -> None:
     assert largest_difference(train(Lisa(0, 3, 0.0, 0.1), folder="a"), train(SFT(), folder="b")) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [Lisa(0, 1, 1.0, 0.5), Proximal(1.0, 0.5)])
 def test_the_penalty_rests_up_to_its_share_of_the_steps_and_no_longer(train: Train, method: Method) -> None:
     assert largest_difference(train(method, folder="a", steps=2), train(SFT(), folder="b", steps=2)) == 0
     assert largest_difference(train(method, folder="c", steps=4), train(SFT(), folder="d", steps=4)) > 1e-6
 
 
+@pytest.mark.slow
 def test_the_penalty_alone_is_lisa_without_alignment_steps_bit_for_bit(train: Train) -> None:
     alone = train(Proximal(1.0, 0.1), folder="a")
     assert largest_difference(alone, train(Lisa(0, 1, 1.0, 0.1), folder="b")) == 0
@@ -85,6 +89,7 @@ def test_the_penalty_alone_is_lisa_without_alignment_steps_bit_for_bit(train: Tr
     assert largest_difference(train(Proximal(0.0, 0.1), folder="d"), train(SFT(), folder="e")) == 0
 
 
+@pytest.mark.slow
 def test_the_joint_gradient_is_autograds_and_disturbs_nothing(train: Train) -> None:
     joint = JointGradient(rows=2, every=7)
     plain, measured = train(Lisa(2, 3, 1.0, 0.1), folder="a"), train(Lisa(2, 3, 1.0, 0.1), folder="b", more=[joint])
@@ -101,6 +106,7 @@ def test_the_joint_gradient_is_autograds_and_disturbs_nothing(train: Train) -> N
     assert joint.packs["user"][1] == labels[0] + labels[4] != labels[0] + labels[1]
 
 
+@pytest.mark.slow
 def test_lisa_differs_from_bso_and_bso_from_sft(train: Train) -> None:
     lisa, bso, sft = (train(m, folder=type(m).__name__) for m in (Lisa(2, 3, 1.0, 0.1), BSO(2, 3), SFT()))
     assert min(largest_difference(lisa, bso), largest_difference(bso, sft)) > 1e-3
@@ -121,6 +127,7 @@ def test_moments_are_not_reset_at_a_switch(train: Train) -> None:
     assert {int(state["step"]) for state in optimizer.state.values()} == {STEPS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("stop", [4, 5, 6, 12])
 def test_resume_equals_the_straight_run_bit_for_bit(train: Train, stop: int, dropout: float) -> None:
@@ -181,6 +188,7 @@ def test_a_checkpoint_is_mentioned_only_where_there_is_one(train: Train) -> None
         train(SFT(), lr=1e30)
 
 
+@pytest.mark.slow
 def test_a_stage_that_diverges_is_told_by_its_own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     words = ["experiment=smoke", "stages=[align]", f"cache_dir={tmp_path / 'cache'}"]
@@ -188,6 +196,7 @@ def test_a_stage_that_diverges_is_told_by_its_own_key(tmp_path: Path, monkeypatc
         run(composed([*words, "align.optim.lr=1e30"], tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_a_gradient_is_clipped_where_it_is_longer_and_nowhere_else(train: Train) -> None:
     free = train(SFT(), folder="free", clip=None)
     assert largest_difference(free, train(SFT(), folder="far", clip=1e9)) == 0

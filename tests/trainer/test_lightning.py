@@ -80,6 +80,7 @@ def test_a_bare_trainer_stops_after_the_last_step_and_logs_what_curves_csv_holds
     assert [row["switch/drift"] != "" for row in logged] == [s in (3, 6, 8, 11) for s in range(1, 12)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 5, 11])
 def test_resuming_by_ckpt_path_in_the_middle_of_a_state_changes_no_bit(
     tmp_path: Path, parts: Callable[[], tuple[LisaModule, LisaDataModule]], step: int
@@ -101,6 +102,7 @@ def run_smoke(out: Path, *overrides: str) -> dict[str, Any]:
     return json.loads((out / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_max_time_stops_at_a_step_with_a_checkpoint_and_leaves_the_run_unfinished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +123,7 @@ def test_max_time_stops_at_a_step_with_a_checkpoint_and_leaves_the_run_unfinishe
     assert curves[0] == curves[1]
 
 
+@pytest.mark.slow
 def test_loggers_and_callbacks_of_the_config_see_every_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     out = tmp_path / "out"

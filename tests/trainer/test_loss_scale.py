@@ -52,6 +52,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_scaling_by_a_power_of_two_changes_no_bit_in_float32(
     train: Train, monkeypatch: pytest.MonkeyPatch, name: str
@@ -64,6 +65,7 @@ def test_scaling_by_a_power_of_two_changes_no_bit_in_float32(
     assert largest_difference(plain, scaled) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_a_method_in_float16_moves_the_weights_as_in_float32(
     train: Train, tiny: Path, initial_scale: Any, name: str
@@ -103,6 +105,7 @@ def test_a_gradient_that_underflows_in_float16_is_float32s_with_scaling(train: T
         assert (gradient() - expected).norm() < 0.01 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EACH)
 def test_a_step_that_overflows_changes_nothing_but_the_scale(
     train: Train, tiny: Path, initial_scale: Any, name: str
@@ -139,6 +142,7 @@ class _Skipping(Method):
         return super().gradient(backprop, step, state)
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_skipped_steps_as_in_float32(
     train: Train, tiny: Path, initial_scale: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +162,7 @@ def test_training_goes_on_after_skipped_steps_as_in_float32(
     assert flat([half[name] - single[name] for name in start]).norm() < 0.03 * moved.norm()
 
 
+@pytest.mark.slow
 def test_resume_equals_the_straight_run_bit_for_bit_with_its_scale(
     train: Train, initial_scale: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +183,7 @@ def test_resume_equals_the_straight_run_bit_for_bit_with_its_scale(
     assert scale_of(straight).state_dict() == scale_of(resumed).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [SFT(), METHODS["booster"]()])
 def test_a_run_that_diverges_ends_in_a_sentence(train: Train, initial_scale: Any, method: Method) -> None:
     initial_scale(4.0)
