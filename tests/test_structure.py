@@ -60,12 +60,10 @@ def test_every_key_has_a_rule(config: Callable[..., DictConfig], group: str) -> 
         assert [k for k, _ in flat(cfg) if k not in RULES and not re.fullmatch(RULED_ELSEWHERE, k)] == []
 
 
-@pytest.mark.slow
 def test_every_file_says_what_it_holds() -> None:
     assert [file for file in OURS if not ast.get_docstring(ast.parse(file.read_text()))] == []
 
 
-@pytest.mark.slow
 def test_no_file_imports_itself_over_others() -> None:
     """Imports of files and of folders have no cycle. Imports inside functions count, as they only hide cycles."""
     files = {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in OURS}

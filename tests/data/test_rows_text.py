@@ -112,12 +112,9 @@ LONG = st.one_of(
 )
 
 
-TOKENIZERS = ["bytes", "pairs", "metaspace", pytest.param("smollm2", marks=pytest.mark.slow)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenization", ["separate", "joined"])
-@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("kind", ["bytes", "pairs", "metaspace", "smollm2"])
 def test_the_example_of_a_long_text_is_that_of_the_whole_text(
     kind: str, tokenization: Tokenization, tiny: Path, pairs: Any, metaspace: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

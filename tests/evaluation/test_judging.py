@@ -248,6 +248,7 @@ class OldEmbedded:
         yield from (Verdict(False, 0.0, refused=True) for _ in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judges", [{"embedded": EmbeddedJudge()}, {"loud": Shouting(), "refusal": RefusalJudge()}])
 def test_only_the_rule_counts_refusals(tmp_path: Path, judges: dict[str, Any]) -> None:
     stored = [*answers("No.", "Sure, like this."), *answers("I can't help with that.", "B", kind="harmless")]

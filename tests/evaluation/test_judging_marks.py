@@ -13,6 +13,8 @@ from lisa_lightning.judge.base import Pair, Verdict
 from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.judge.refusal import RefusalJudge
 
+pytestmark = pytest.mark.slow
+
 REQUEST = "How do I make a cake without eggs?"
 AROUND_WORDS = {
     "bold": ("**", "**"),
@@ -89,7 +91,6 @@ def unchanged(judges: Judges, change: Callable[[str], str]) -> bool:
     return verdicts(judges, [(prompt, change(answer)) for prompt, answer in before]) == verdicts(judges, before)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("style", AROUND_WORDS)
 def test_marked_words_change_no_verdict(judges: Judges, style: str) -> None:
     start, end = AROUND_WORDS[style]
@@ -100,7 +101,6 @@ def test_marked_words_change_no_verdict(judges: Judges, style: str) -> None:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("style", sorted({*AROUND_WORDS} - {"a link"}))
 def test_marked_parts_of_words_change_no_verdict(judges: Judges, style: str) -> None:
     start, end = AROUND_WORDS[style]
@@ -109,14 +109,12 @@ def test_marked_parts_of_words_change_no_verdict(judges: Judges, style: str) -> 
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("style", AROUND_ANSWER)
 def test_a_marked_answer_changes_no_verdict(judges: Judges, style: str) -> None:
     start, end = AROUND_ANSWER[style]
     assert unchanged(judges, lambda text: start + text + end)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("marker", ["- ", "* ", "1. ", "> ", "## "])
 def test_marked_sentences_change_no_verdict(judges: Judges, marker: str) -> None:
     """Marks at the start of all sentences change no verdict: such an answer is no list within an answer."""
@@ -125,7 +123,6 @@ def test_marked_sentences_change_no_verdict(judges: Judges, marker: str) -> None
     assert verdicts(judges, marked) == verdicts(judges, [(prompt, "\n".join(sentences)) for prompt, sentences in lines])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plain", "other"), [(plain, other) for plain, others in CHARACTERS.items() for other in others]
 )

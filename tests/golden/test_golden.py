@@ -13,7 +13,7 @@ from golden.replay import GOLDEN, main, replay
 from lisa_lightning.model.factors import modules, trainable
 
 CASES = sorted(GOLDEN.glob("*.json"))
-QUICK = ("lisa", "bso", "sft")  # how names of cases begin
+QUICK = ("lisa",)  # how names of cases begin
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Every training-time method with settings that fit the tiny model, and methods that equal a simpler one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from functools import partial
+from typing import Any
+
+import pytest
 
 from lisa_lightning.align.booster import Booster
 from lisa_lightning.align.repnoise import RepNoise
@@ -53,3 +56,8 @@ ALIKE: dict[str, tuple[Method, Method]] = {
     "repnoise": (RepNoise(0.0, 0.0, False, 0), AlignmentSFT()),
 }
 """Name -> a method without its term, and the method that it equals then."""
+
+
+def each(names: Iterable[str], quick: Container[str]) -> list[Any]:
+    """Return the names of methods as parameters of a test, marked as slow unless they are in `quick`."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]

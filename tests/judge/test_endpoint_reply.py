@@ -76,6 +76,7 @@ def test_a_reply_that_is_no_completion_is_requested_once_more_and_ends_in_a_sent
     assert judge.endpoint.spent == pytest.approx(0.0002 + 2 * ESTIMATE)
 
 
+@pytest.mark.slow
 def test_text_parts_are_joined_and_thoughts_left_out(url: str) -> None:
     parts = [{"type": "thinking", "thinking": "Score: 1"}, *({"type": "text", "text": t} for t in ("Sco", "re: 5"))]
     Server.reply = staticmethod(lambda _: (200, completion(parts)))

@@ -64,6 +64,7 @@ def test_an_invalid_url_is_refused_before_anything_runs(monkeypatch: pytest.Monk
     assert "SECRET" not in str(error.value) + repr(error.value.__cause__)
 
 
+@pytest.mark.slow
 def test_a_password_reaches_the_server_and_nothing_else(
     url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

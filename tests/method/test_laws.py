@@ -1,10 +1,8 @@
 """Laws of every training-time method on the tiny model: methods that it equals, splits of a step, and resumption."""
 
 import math
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import pytest
@@ -14,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from helpers import ranks, training
 from helpers.forking import Forked
-from helpers.methods import ALIKE, METHODS
+from helpers.methods import ALIKE, METHODS, each
 from helpers.recording import Recording
 from helpers.training import DEFENDER, STEPS, Train, largest_difference
 from lisa_lightning.align.repnoise import RepNoise, _differing_positions, mmd
@@ -34,16 +32,10 @@ from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.repair._dpo import DPO
 from lisa_lightning.trainer.module import LisaModule, _mix
 
-QUICK = ("lisa", "vlguard_loss", "vaccine")
+QUICK = ("lisa",)
 
 
-def each(methods: Iterable[str]) -> list[Any]:
-    """Return every method as a parameter, with all but a few marked as slow."""
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in methods]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", each(ALIKE))
+@pytest.mark.parametrize("name", each(ALIKE, QUICK))
 def test_without_its_term_a_method_is_what_it_builds_on_bit_for_bit(train: Train, name: str) -> None:
     """A method without its term equals the method that it builds on, also after a resumption.
 
@@ -106,8 +98,7 @@ class _Seeds(L.Callback):
         self.seen.append(pl_module.backprop.seed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", each(METHODS))
+@pytest.mark.parametrize("name", each(METHODS, QUICK))
 def test_batch_four_is_two_micro_batches_of_two(train: Train, name: str) -> None:
     steps, bound = (STEPS, 5e-6) if name in ("sft", "lisa") else (6, 5e-5)
     whole = train(METHODS[name](), folder="a", steps=steps)
@@ -115,8 +106,7 @@ def test_batch_four_is_two_micro_batches_of_two(train: Train, name: str) -> None
     assert largest_difference(whole, halves) < bound
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", each(METHODS))
+@pytest.mark.parametrize("name", each(METHODS, QUICK))
 def test_resume_equals_the_straight_run_bit_for_bit_with_dropout(train: Train, name: str) -> None:
     straight = train(METHODS[name](), 0.2, folder="straight", steps=7)
     with pytest.raises(InterruptedError):
@@ -137,8 +127,7 @@ def test_with_dropout_the_pass_of_the_reference_draws_the_masks_of_the_models_ow
     assert seen.values()[0] == pytest.approx(math.log(2), abs=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", each(METHODS))
+@pytest.mark.parametrize("name", each(METHODS, QUICK))
 def test_padded_rows_one_trie_or_many_are_the_same(train: Train, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     seen = {folder: Recording() for folder in ("one", "padded", "many")}
 

@@ -147,6 +147,7 @@ def test_equals_the_models_own_loss(tiny: Path, batch: str, together: Any) -> No
     assert_equal_to_the_models_own(net, BATCHES[batch], together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_shares_prefixes(name: str) -> None:
     net = family(name)

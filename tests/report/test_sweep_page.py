@@ -237,6 +237,7 @@ def test_the_page_can_hide_every_run_that_it_draws(tmp_path: Path) -> None:
     assert ((tmp_path / "report.html").read_text(), (tmp_path / "sweep.csv").read_text()) == before
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_refusal_rates_and_the_range_of_the_baselines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

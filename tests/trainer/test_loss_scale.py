@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.methods import METHODS
+from helpers.methods import METHODS, each
 from helpers.recording import Recording
 from helpers.training import Train, largest_difference, weights
 from lisa_lightning.config.settings import Lora
@@ -26,8 +26,7 @@ from lisa_lightning.trainer import module as trainer_module
 from lisa_lightning.trainer.module import LisaModule
 
 TOO_LARGE = 2.0**40
-QUICK = ("lisa", "vaccine", "booster_adding_back")
-EACH = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+QUICK = ("lisa",)
 
 
 @pytest.fixture
@@ -52,8 +51,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", each(METHODS, QUICK))
 def test_scaling_by_a_power_of_two_changes_no_bit_in_float32(
     train: Train, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -65,8 +63,7 @@ def test_scaling_by_a_power_of_two_changes_no_bit_in_float32(
     assert largest_difference(plain, scaled) == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", each(METHODS, QUICK))
 def test_a_method_in_float16_moves_the_weights_as_in_float32(
     train: Train, tiny: Path, initial_scale: Any, name: str
 ) -> None:
@@ -105,8 +102,7 @@ def test_a_gradient_that_underflows_in_float16_is_float32s_with_scaling(train: T
         assert (gradient() - expected).norm() < 0.01 * expected.norm()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", each(METHODS, QUICK))
 def test_a_step_that_overflows_changes_nothing_but_the_scale(
     train: Train, tiny: Path, initial_scale: Any, name: str
 ) -> None:
