@@ -7,7 +7,7 @@ Claims about curves also have a curves.csv, one line per point. Start at `main` 
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -28,10 +28,9 @@ from experiments.tables import (
 )
 from experiments.tuned import measure
 from experiments.untrained import measure_untrained
-from experiments.verdicts import read_verdicts, write_verdicts
+from experiments.verdicts import read_verdicts, stored_runs, write_verdicts
 from lisa_lightning.logger.curves import read_rows
 from lisa_lightning.report.comparisons import compare_settings
-from lisa_lightning.report.run_verdicts import VerdictKey, Verdicts
 from lisa_lightning.report.svg import Plot, save_png
 from lisa_lightning.report.sweep_page import score_plots
 from lisa_lightning.report.sweep_runs import Run, read_runs, seed_groups
@@ -157,7 +156,7 @@ def format_results(folder: Path, claim: Claim) -> str:
     tables = [format_table(rows, claim.keys), baseline_table(rows, read(folder / UNTRAINED))]
     verdicts = read_verdicts(folder, [*claim.keys, "seed"])
     if verdicts:
-        runs = _stored_runs(claim, rows, verdicts)
+        runs = stored_runs(rows, claim.keys, verdicts)
         comparisons = compare_settings(seed_groups(runs, claim.keys), claim.keys)
         tables += [comparison_table(comparisons, claim.primary)] if comparisons else []
     return "\n\n".join(filter(None, tables))
@@ -198,32 +197,7 @@ def _plots(claim: Claim, tables: dict[str, Rows]) -> list[Plot]:
             method_plot(seconds, "s", "Time of a step", "seconds"),
             method_plot(memory, "gib", "Peak memory", "GiB"),
         ]
-    return score_plots(seed_groups(_stored_runs(claim, results, {}), claim.keys), claim.keys)
-
-
-def _stored_runs(
-    claim: Claim, rows: Rows, verdicts: Mapping[tuple[str, ...], Mapping[VerdictKey, Verdicts]]
-) -> list[Run]:
-    """Return the runs whose scores are in results.csv.
-
-    Args:
-        claim: a claim about scores.
-        rows: lines of results.csv.
-        verdicts: values of the claim's keys and the seed -> verdicts.
-    """
-    scores = [f"{s}{end}" for s in SCORES for end in ("", "_low", "_high")]
-    return [
-        Run(
-            Path(),
-            "finished",
-            "",
-            {"stages": ["finetune"], **{k: row[k] for k in (*claim.keys, "seed")}},
-            {k: row[k] for k in ("method", "task") if k in row},
-            {f"final/{s}": float(row[s]) for s in scores},
-            verdicts.get(tuple(row[k] for k in (*claim.keys, "seed")), {}),
-        )
-        for row in rows
-    ]
+    return score_plots(seed_groups(stored_runs(results, claim.keys, {}), claim.keys), claim.keys)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,22 @@ from typing import Any, Final
 from omegaconf import OmegaConf
 
 from experiments.pictures import write_ranking
-from experiments.tables import BASELINES, SCORES, UNTRAINED, Rows, baseline_table, fill, merge, read, spread
+from experiments.tables import (
+    BASELINES,
+    SCORES,
+    UNTRAINED,
+    Rows,
+    baseline_table,
+    comparison_table,
+    fill,
+    merge,
+    read,
+    spread,
+)
 from experiments.untrained import measure_untrained
-from experiments.verdicts import write_verdicts
-from lisa_lightning.report.sweep_runs import Run, read_runs
+from experiments.verdicts import read_verdicts, stored_runs, write_verdicts
+from lisa_lightning.report.comparisons import Comparison, compare_groups
+from lisa_lightning.report.sweep_runs import Run, SeedGroup, read_runs
 
 VALIDATION: Final = (
     "source.harmful_prompts.path=embedded:harmful.jsonl",  # user rows come from the first 326
@@ -124,7 +136,11 @@ def measure(root: Path, overrides: Sequence[str]) -> int:
     needs = {name: entry.get("needs", "") for name, entry in entries.items()}
     # Other arms may have another aligned model.
     baselines = baseline_table(_rows_of(results, best["sft"]), read(out / UNTRAINED))
-    fill(out / "README.md", "\n\n".join(filter(None, [format_defenses(shown, results, needs), baselines])))
+    controls = {name: entry["like"] for name, entry in entries.items() if "like" in entry}
+    runs = stored_runs(results, ["arm"], read_verdicts(out, ["arm", "seed"]))
+    compared = compare_arms(shown, runs, controls)
+    tables = [format_defenses(shown, results, needs), baselines, comparison_table(compared, []) if compared else ""]
+    fill(out / "README.md", "\n\n".join(filter(None, tables)))
     write_ranking([(_label(arm), _rows_of(results, arm)) for arm in shown], out / "plot.png")
     return 0
 
@@ -157,6 +173,24 @@ def control(name: str, entry: Mapping[str, Any], defense: Arm) -> Arm:
     """
     inherited = {} if "choose" in entry else defense.fixed
     return Arm((name,), defense.tuned, entry.get("choose", defense.choices), {**inherited, **entry.get("set", {})})
+
+
+def compare_arms(shown: Sequence[Arm], runs: Sequence[Run], controls: Mapping[str, str]) -> list[Comparison]:
+    """Return the paired differences of each arm to SFT, and of a defense to its control.
+
+    Args:
+        shown: arms that are measured.
+        runs: their runs.
+        controls: control -> defense that it controls for.
+
+    Returns:
+        The comparisons that have verdicts on the same prompts.
+    """
+    groups = {_label(arm): SeedGroup((arm.name,), [r for r in runs if r.value("arm") == arm.name]) for arm in shown}
+    pairs = [(name, "sft") for name in groups if name != "sft"]
+    pairs += [(defense, control) for control, defense in controls.items() if {defense, control} <= {*groups}]
+    comparisons = (compare_groups(groups[name], groups[base], name, base) for name, base in pairs if base in groups)
+    return [comparison for comparison in comparisons if comparison.scores]
 
 
 def _complete_table(root: Path, path: Path, needed: Sequence[Arm], seeds: Sequence[int], extra: Sequence[str]) -> Rows:

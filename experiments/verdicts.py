@@ -1,5 +1,7 @@
 """Verdicts of a claim's runs by prompt, in two files next to results.csv: `write_verdicts` and `read_verdicts`.
 
+`stored_runs` joins them with results.csv.
+
 verdicts.csv has a line for each run and score, with a digit for each answer: 1 if it counts. prompts.csv has the hash
 of each prompt, in the order of the digits. Neither file contains text of prompts or answers.
 """
@@ -8,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from experiments.tables import Rows, merge, read, write
+from experiments.tables import SCORES, Rows, merge, read, write
 from lisa_lightning.report.run_verdicts import VerdictKey, Verdicts
 from lisa_lightning.report.sweep_runs import SHOWN_SCORES, Run
 from lisa_lightning.runtime.cache import short_hash
@@ -63,3 +65,28 @@ def read_verdicts(folder: Path, keys: Sequence[str]) -> dict[tuple[str, ...], di
         verdicts = Verdicts(tuple(by_name[row["prompts"]]), tuple(digit == "1" for digit in row["hits"][1:]))
         runs.setdefault(tuple(row[key] for key in keys), {})["", "final", row["metric"]] = verdicts
     return runs
+
+
+def stored_runs(
+    rows: Rows, keys: Sequence[str], verdicts: Mapping[tuple[str, ...], Mapping[VerdictKey, Verdicts]]
+) -> list[Run]:
+    """Return the runs whose scores are in results.csv.
+
+    Args:
+        rows: lines of results.csv.
+        keys: columns that distinguish the runs, besides the seed.
+        verdicts: values of `keys` and the seed -> verdicts.
+    """
+    names = [f"{score}{end}" for score in SCORES for end in ("", "_low", "_high")]
+    return [
+        Run(
+            Path(),
+            "finished",
+            "",
+            {"stages": ["finetune"], **{key: row[key] for key in (*keys, "seed")}},
+            {key: row[key] for key in ("method", "task") if key in row},
+            {f"final/{name}": float(row[name]) for name in names if row.get(name)},
+            verdicts.get(tuple(row[key] for key in (*keys, "seed")), {}),
+        )
+        for row in rows
+    ]

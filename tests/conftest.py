@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hypothesis import settings
 from omegaconf import DictConfig
 
 from helpers.chat_server import url  # noqa: F401  # a fixture
 from helpers.forking import Forked
 from helpers.paths import ROOT
+
+# A test must not fail because the machine is busy, and must try the same cases in every run.
+settings.register_profile("project", deadline=None, derandomize=True)
+settings.load_profile("project")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,15 +14,19 @@ from benchmarks.defenses import CURATES, METHODS, REPAIRS
 from experiments import __main__ as experiments
 from experiments import tuned
 from experiments.tables import BASELINES, SCORES, UNTRAINED, list_table, merge, read, spread, write
-from experiments.verdicts import read_verdicts, write_verdicts
+from experiments.verdicts import read_verdicts, stored_runs, write_verdicts
 from helpers.forking import Forked
 from helpers.judged_runs import save_run
 from helpers.paths import ROOT
 from lisa_lightning.config.validate import check
 from lisa_lightning.report.comparisons import compare_settings
+from lisa_lightning.report.run_verdicts import Verdicts
 from lisa_lightning.report.sweep_runs import read_runs, seed_groups
 from lisa_lightning.runtime.errors import UserError
 
+PROMPTS = tuple(map(str, range(100)))
+COUNTS = (60, 70, 10, 20, 40, 50)
+"""Flagged answers of two seeds of SFT, of a defense and of its control."""
 TINY = [
     "model=tiny",
     "align.optim.steps=2",
@@ -193,6 +197,26 @@ def test_stored_verdicts_give_the_paired_differences_of_the_runs(tmp_path: Path)
     (comparison,) = compare_settings(seed_groups(runs, ["method"]), ["method"])
     cells = ("lisa", "sft", "2", *map(str, comparison.scores.values()))
     assert f"| {' | '.join(f'**{cell}**' for cell in cells)} |" in experiments.format_results(out, claim)
+
+
+def test_each_arm_is_compared_with_sft_and_a_defense_with_its_control() -> None:
+    arms = [tuned.Arm((name,), {}, {}, {}) for name in ("sft", "seal", "seal_random")]
+    keys = [(arm.name, seed) for arm in arms for seed in ("1", "2")]
+    rows = [
+        {"arm": name, "seed": seed, "harmful_score": str(count)}
+        for count, (name, seed) in zip(COUNTS, keys, strict=True)
+    ]
+    verdicts = {
+        key: {("", "final", "harmful_score"): Verdicts(PROMPTS, tuple(i < count for i in range(100)))}
+        for count, key in zip(COUNTS, keys, strict=True)
+    }
+    runs = stored_runs(rows, ["arm"], verdicts)
+    compared = tuned.compare_arms(arms, runs, {"seal_random": "seal", "nlsr_random": "nlsr"})
+    differences = {(c.setting, c.baseline): c.scores["harmful_score"].difference.value for c in compared}
+    assert differences == pytest.approx(
+        {("seal", "sft"): -50, ("seal_random", "sft"): -20, ("seal", "seal_random"): -30}
+    )
+    assert tuned.compare_arms(arms, stored_runs(rows, ["arm"], {}), {}) == []
 
 
 @pytest.mark.slow

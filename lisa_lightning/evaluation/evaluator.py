@@ -14,7 +14,16 @@ from transformers import PreTrainedTokenizerBase
 from lisa_lightning.data.source import Rows
 from lisa_lightning.data.templates import MARKER, Template, encode_prompt
 from lisa_lightning.evaluation.generate import Stop, batches, generate
-from lisa_lightning.evaluation.stored import FLAG, INDEX, KIND, TEXT, Schema, parse_lines, read_stored_bytes
+from lisa_lightning.evaluation.stored import (
+    FLAG,
+    INDEX,
+    KIND,
+    OPTIONAL_FLAG,
+    TEXT,
+    Schema,
+    parse_lines,
+    read_stored_bytes,
+)
 from lisa_lightning.runtime.cache import short_hash
 from lisa_lightning.runtime.files import reraise_write_errors, write_text
 from lisa_lightning.runtime.ranks import on_rank_zero
@@ -48,7 +57,9 @@ class Answer:
     cut_off: bool = False
     """True if the answer was truncated at the maximum number of tokens."""
     origin: str = ""
-    """Hash of the model, of everything that determines its answers, and of the other fields of this answer."""
+    """Hash of the model, of everything that determines its answers, and of the fields before this one."""
+    correct: bool | None = None
+    """True if the task's rule accepts the answer; None if it was not applied."""
 
 
 ANSWER_SCHEMA: Final[Schema] = {
@@ -61,6 +72,7 @@ ANSWER_SCHEMA: Final[Schema] = {
     "target": TEXT,
     "cut_off": FLAG,
     "origin": TEXT,
+    "correct": OPTIONAL_FLAG._replace(may_be_missing=True),
 }
 """Fields of a line of responses.jsonl."""
 
@@ -244,7 +256,7 @@ def _matches_question(answer: Answer, questions: Sequence[Question], origin: str
 
 def _with_origin(answer: Answer, origin: str) -> Answer:
     """Return the answer with its `origin`: a hash of the evaluation's origin and the answer's content."""
-    return replace(answer, origin=short_hash([origin, asdict(replace(answer, origin=""))]))
+    return replace(answer, origin=short_hash([origin, asdict(replace(answer, origin="", correct=None))]))
 
 
 def _append(path: Path | None, answers: Sequence[Answer]) -> None:

@@ -1,6 +1,7 @@
 """Metrics of answers: rates with 95 % confidence intervals. Start at `judged_scores` and `task_scores`."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from lisa_lightning.evaluation.evaluator import Answer
 from lisa_lightning.evaluation.judging import Judged
@@ -34,6 +35,18 @@ def task_scores(task: Task, model: str, answers: Iterable[Answer]) -> list[Score
     # Test rows count as separate prompts even if their texts are equal.
     rows = [str(a.index) for a in task_answers]
     return [estimate_rate(hits, rows).score(model, "", metric) for metric, hits in hits_by_metric.items()]
+
+
+def mark_correct(task: Task, answers: Iterable[Answer]) -> list[Answer]:
+    """Return the answers, those to task rows with the verdict `correct` of the task's rule if it has one.
+
+    Args:
+        task: the task.
+        answers: answers of any kind.
+    """
+    if not isinstance(task, Scored):
+        return list(answers)
+    return [replace(a, correct=task.correct(a.response, a.target)) if a.kind == "task" else a for a in answers]
 
 
 def judged_scores(judged: Sequence[Judged]) -> list[Score]:

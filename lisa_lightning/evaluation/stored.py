@@ -20,6 +20,8 @@ class Check(NamedTuple):
     allowed: str
     """Description of the values that pass, for messages."""
     passes: Callable[[Any], bool]
+    may_be_missing: bool = False
+    """True for a field that files of earlier versions lack."""
 
 
 Schema = Mapping[str, Check]
@@ -63,7 +65,7 @@ def parse_line(line: bytes, schema: Schema) -> dict[str, Any]:
 
     Args:
         line: the line without its end.
-        schema: the fields of the object, all of them required.
+        schema: the fields of the object.
 
     Raises:
         DamagedLine: if the line is no JSON object of this schema.
@@ -85,11 +87,11 @@ def parse_line(line: bytes, schema: Schema) -> dict[str, Any]:
 
 def find_fault(values: Mapping[str, Any], schema: Schema) -> str | None:
     """Return a description of the first field that is missing, unknown or has a wrong value; None if all are valid."""
-    if missing := [name for name in schema if name not in values]:
+    if missing := [name for name, check in schema.items() if name not in values and not check.may_be_missing]:
         return f"field '{missing[0]}' is missing"
     if unknown := [name for name in values if name not in schema]:
         return f"field '{_shortened(unknown[0])}' is unknown"
-    wrong = [name for name, check in schema.items() if not check.passes(values[name])]
+    wrong = [name for name, value in values.items() if not schema[name].passes(value)]
     if not wrong:
         return None
     return f"{wrong[0]}={_shortened(_as_json(values[wrong[0]]))} is not {schema[wrong[0]].allowed}"

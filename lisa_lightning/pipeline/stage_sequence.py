@@ -16,7 +16,7 @@ from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.evaluation.alpaca_eval import alpaca_eval_outputs
 from lisa_lightning.evaluation.evaluator import Answer, Evaluator, held_out_questions, read_answers, write_answers
-from lisa_lightning.evaluation.metrics import task_scores
+from lisa_lightning.evaluation.metrics import mark_correct, task_scores
 from lisa_lightning.evaluation.scores import Metrics, Score
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.lora import set_base_model_name
@@ -201,7 +201,8 @@ def _repair(inputs: Inputs, tools: Tools, aligned: Model, finetuned: Model, defe
 def _evaluate(inputs: Inputs, tools: Tools, name: str, model: Model, results: StageResults) -> StageResults:
     """Return the results with the answers of a further model."""
     questions, path = held_out_questions(inputs.rows), tools.out / RESPONSES
-    answers, cost = evaluate(tools.cache, tools.models, tools.evaluator, inputs.fabric, name, model, questions, path)
+    generated, cost = evaluate(tools.cache, tools.models, tools.evaluator, inputs.fabric, name, model, questions, path)
+    answers = mark_correct(inputs.task, generated)
     if inputs.fabric.is_global_zero:
         _write_responses(path, results.answers, answers)
         if not isinstance(inputs.task, Scored):

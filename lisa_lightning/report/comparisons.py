@@ -56,14 +56,26 @@ def compare_settings(groups: Sequence[SeedGroup], keys: Sequence[str], first: Pa
     Returns:
         The comparisons that have a score with verdicts on the same prompts.
     """
-    comparisons = []
-    for baseline, group in _baselines(groups, keys, first):
-        pairs = _paired_runs(baseline, group)
-        paired = {name: _paired_score(pairs, name) for name in SHOWN_SCORES}
-        scores = {name: score for name, score in paired.items() if score is not None}
-        if scores:
-            comparisons.append(Comparison(_label(group, keys), _label(baseline, keys), len(pairs), scores))
-    return comparisons
+    comparisons = (
+        compare_groups(group, baseline, _label(group, keys), _label(baseline, keys))
+        for baseline, group in _baselines(groups, keys, first)
+    )
+    return [comparison for comparison in comparisons if comparison.scores]
+
+
+def compare_groups(group: SeedGroup, baseline: SeedGroup, setting: str, baseline_setting: str) -> Comparison:
+    """Return the paired differences between two settings.
+
+    Args:
+        group: runs of the setting.
+        baseline: runs to compare with. Runs with the same seed form a pair, and so do two single runs.
+        setting: name of the setting.
+        baseline_setting: name of the baseline.
+    """
+    pairs = _paired_runs(baseline, group)
+    paired = {name: _paired_score(pairs, name) for name in SHOWN_SCORES}
+    scores = {name: score for name, score in paired.items() if score is not None}
+    return Comparison(setting, baseline_setting, len(pairs), scores)
 
 
 def compared_scores(comparisons: Sequence[Comparison]) -> list[str]:

@@ -1,11 +1,16 @@
-"""Verdicts of a run by prompt, read from judged.jsonl. Start at `read_verdicts`."""
+"""Verdicts of a run by prompt, of its judges and of its task's rule. Start at `read_verdicts`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lisa_lightning.runtime.cache import short_hash
-from lisa_lightning.runtime.run_files import JUDGED
+from lisa_lightning.runtime.run_files import JUDGED, RESPONSES
+
+if TYPE_CHECKING:
+    from lisa_lightning.evaluation.evaluator import Answer
+    from lisa_lightning.evaluation.judging import Judged
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,23 +28,32 @@ VerdictKey = tuple[str, str, str]
 
 
 def read_verdicts(folder: Path) -> dict[VerdictKey, Verdicts]:
-    """Return the verdicts of a run for each judge, model and metric; {} without judged.jsonl.
+    """Return the verdicts of a run for each judge, model and metric.
 
     Args:
         folder: folder of the run. Its files are untrusted data.
 
+    Returns:
+        Verdicts of the judges in judged.jsonl, and those of the task's rule on task answers in responses.jsonl: judge
+        "", metric `accuracy`. {} without these files.
+
     Raises:
-        UserError: if a line of judged.jsonl is damaged.
+        UserError: if a line of a file is damaged.
     """
-    path = folder / JUDGED
-    if not path.exists():
+    if not (folder / JUDGED).exists() and not (folder / RESPONSES).exists():
         return {}
     # These import torch, which takes longer than all else that a report needs.
-    from lisa_lightning.evaluation.judging import Judged, read_judged
+    from lisa_lightning.evaluation.evaluator import read_answers
+    from lisa_lightning.evaluation.judging import read_judged
+
+    return _judges_verdicts(read_judged(folder / JUDGED)) | _task_verdicts(read_answers(folder / RESPONSES))
+
+
+def _judges_verdicts(judged: Sequence["Judged"]) -> dict[VerdictKey, Verdicts]:
     from lisa_lightning.evaluation.metrics import metric_hits
 
     groups: dict[tuple[str, str], list[Judged]] = {}
-    for line in sorted(read_judged(path), key=lambda line: line.index):
+    for line in sorted(judged, key=lambda line: line.index):
         groups.setdefault((line.judge, line.model), []).append(line)
     return {
         (judge, model, metric): Verdicts(
@@ -47,6 +61,19 @@ def read_verdicts(folder: Path) -> dict[VerdictKey, Verdicts]:
         )
         for (judge, model), lines in groups.items()
         for metric, hits in metric_hits(lines).items()
+    }
+
+
+def _task_verdicts(answers: Sequence["Answer"]) -> dict[VerdictKey, Verdicts]:
+    groups: dict[str, list[tuple[str, bool]]] = {}
+    for answer in sorted(answers, key=lambda answer: answer.index):
+        if answer.correct is not None:
+            # Rows with equal texts are separate test rows.
+            row = short_hash([answer.index, answer.prompt, answer.context, answer.target])
+            groups.setdefault(answer.model, []).append((row, answer.correct))
+    return {
+        ("", model, "accuracy"): Verdicts(tuple(row for row, _ in verdicts), tuple(hit for _, hit in verdicts))
+        for model, verdicts in groups.items()
     }
 
 

@@ -38,7 +38,7 @@ def batches(schedule: Schedule, size: int, accumulate: int = 1, **kwargs: Any) -
     )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 3), st.integers(1, 4), st.integers(0, 59))
 def test_ranks_and_micro_batches_split_the_same_rows(k1: int, k2: int, t: int) -> None:
     schedule = Schedule(k1, k2)

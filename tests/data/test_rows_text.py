@@ -123,7 +123,7 @@ def test_the_example_of_a_long_text_is_that_of_the_whole_text(
     tokenizer: Any = (made | {"smollm2": smollm2})[kind]()
     tokenizer.chat_template = "{{ messages[0].content }}"
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
     @given(LONG, LONG, st.sampled_from([1, 2, 9, 40]), st.sampled_from(["alpaca", "chat"]))
     def same(long: str, other: str, max_length: int, template: Template) -> None:
         for row in (Row("request", "x", long), Row(long, "x", other), Row("request", long, "answer")):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lisa_lightning.data.source import Row, Rows
@@ -27,7 +27,6 @@ def rows_of(train: list[Row], test: list[Row]) -> Rows:
     return Rows(train, [], [], test, [], [], [], {})
 
 
-@settings(deadline=None)  # the first call imports scikit-learn
 @given(COUNTS, COUNTS, COUNTS, COUNTS)
 def test_a_bag_of_words_knows_a_word_that_decides_and_the_majority_its_share(a: int, b: int, c: int, d: int) -> None:
     baselines = accuracy_baselines(SST2(), rows_of(reviews(a, b), reviews(c, d)), [])

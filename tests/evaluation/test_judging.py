@@ -209,7 +209,7 @@ def test_prompts_that_are_asked_again_bring_no_certainty() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=1, max_size=30))
 def test_an_interval_holds_its_share_and_stays_within_bounds(found: list[tuple[bool, int]]) -> None:
     s = estimate_rate([hit for hit, _ in found], [str(prompt) for _, prompt in found])

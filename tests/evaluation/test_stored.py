@@ -205,7 +205,7 @@ WRONG_ANSWER = [
     {"response": "\ud800"},
     {"more": 1},
 ]
-ONLY_ANSWER = [{"target": 1}, {"context": None}, {"cut_off": 0}, {"cut_off": "false"}, {"origin": None}]
+ONLY_ANSWER = [{"target": 1}, {"context": None}, {"cut_off": 0}, {"cut_off": "false"}, {"origin": None}, {"correct": 1}]
 
 
 def refused_lines(good: dict[str, Any], wrong: list[dict[str, Any]]) -> list[tuple[bytes, str]]:
@@ -242,15 +242,18 @@ def test_damaged_lines_of_responses_jsonl_are_refused(tmp_path: Path) -> None:
     write_answers(path, ANSWERS[:1])
     start = path.read_bytes()
     fix = f"Fix: delete {path} and repeat the run's command with resume=true; finished answers come from the cache"
-    for line, problem in refused_lines(asdict(ANSWERS[1]), WRONG_ANSWER + ONLY_ANSWER):
+    answer = asdict(ANSWERS[1])
+    # Answers of earlier versions have no verdict.
+    del answer["correct"]
+    for line, problem in refused_lines(answer, WRONG_ANSWER + ONLY_ANSWER):
         path.write_bytes(start + line + b"\n" + start)
         with pytest.raises(UserError) as refused:
             read_answers(path)
         assert str(refused.value).startswith(f"{path}, line 2: "), line[:80]
         assert problem in str(refused.value)
         assert str(refused.value).endswith(fix)
-    path.write_bytes(start + start[:-5])
-    assert read_answers(path) == ANSWERS[:1]
+    path.write_bytes(start + json.dumps(answer).encode() + b"\n" + start[:-5])
+    assert read_answers(path) == ANSWERS[:2]
 
 
 def test_only_answers_as_they_were_written_are_reused(tmp_path: Path) -> None:
@@ -269,6 +272,10 @@ def test_only_answers_as_they_were_written_are_reused(tmp_path: Path) -> None:
         write_answers(path, [other, replace(valid[0], **change), valid[2]])
         assert _resume_answers(path, "final", "one evaluation", questions) == {2: valid[2]}, change
         assert read_answers(path) == [other, valid[2]]
+    # A verdict is no part of what was generated.
+    judged_ones = [replace(answer, correct=True) for answer in valid]
+    write_answers(path, judged_ones)
+    assert _resume_answers(path, "final", "one evaluation", questions) == dict(enumerate(judged_ones))
     for others in (questions[:2], [questions[0], questions[2], questions[1]], []):
         write_answers(path, valid)
         assert len(_resume_answers(path, "final", "one evaluation", others)) == sum(

@@ -141,6 +141,28 @@ FAULTS = [
         ('            "limits": dict(self.max_new_tokens),\n', ""),
     ),
     *faults(
+        "evaluation/paired.py",
+        "evaluation/test_paired.py",
+        ("sums >= abs(int(differences.sum()))", "sums > abs(int(differences.sum()))"),
+        ("differences = second - first", "differences = first - second"),
+        ("count = len(set(prompts))", "count = len(prompts)"),
+        ("(rate * count + 1) / (count + 2)", "rate"),
+        ("        over_prompts = add_seed_spread(over_prompts, values.mean(axis=1).tolist())\n", "        pass\n"),
+        ("rng.integers(seeds, size=(draws, seeds))", "np.arange(seeds) + np.zeros((draws, 1), dtype=int)"),
+    ),
+    *faults(
+        "report/run_verdicts.py",
+        "report/test_comparisons.py",
+        ("return len({v.prompts for v in verdicts}) == 1", "return True"),
+        ("short_hash([answer.index, answer.prompt, answer.context, answer.target])", "short_hash(answer.prompt)"),
+    ),
+    *faults(
+        "report/comparisons.py",
+        "report/test_comparisons.py",
+        ('for run in group.runs if run.value("seed") in by_seed]', "for run in group.runs]"),
+        (" if len(pairs) == 1 else None)", ")"),
+    ),
+    *faults(
         "evaluation/judging.py",
         "evaluation/test_judging.py",
         ("== (name, judge.version)}", "== (name, j.version)}"),

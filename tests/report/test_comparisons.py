@@ -76,19 +76,21 @@ def test_methods_are_paired_with_sft_and_with_their_ablations_by_seed(tmp_path: 
         for seed, count in enumerate(pair):
             save_run(tmp_path, first(count), method=method, seed=seed)
     save_run(tmp_path, first(0), method="sft", seed=7)  # a seed without a partner
-    differences = {(c.setting, c.baseline): c.scores["harmful_score"] for c in comparisons(tmp_path)}
+    differences = {(c.setting, c.baseline): c.scores for c in comparisons(tmp_path)}
     pairs = [("bso", "sft"), ("lisa", "sft"), ("lisa", "bso"), ("lisa", "proximal"), ("proximal", "sft")]
     assert list(differences) == pairs
-    for (setting, baseline), score in differences.items():
+    for (setting, baseline), scores in differences.items():
         expected = (sum(counts[setting]) - sum(counts[baseline])) / 3
-        assert score.difference.value == pytest.approx(expected)
-        assert score.p is None
+        assert scores["harmful_score"].difference.value == pytest.approx(expected)
+        assert scores["accuracy"].difference.value == pytest.approx(-expected)
+        assert {score.p for score in scores.values()} == {None}
 
 
 def test_runs_on_other_prompts_are_not_paired(tmp_path: Path) -> None:
     save_run(tmp_path, first(30), method="sft")
     other = save_run(tmp_path, first(18), [f"other {prompt}" for prompt in PROMPTS])
-    assert comparisons(tmp_path) == []
+    (comparison,) = comparisons(tmp_path)
+    assert list(comparison.scores) == ["accuracy"]
     (other / "judged.jsonl").write_text('{"judge": "embedded"}\n')
     statuses = {run.folder.name: (run.status, "judged.jsonl, line 1" in run.cause) for run in read_runs([tmp_path])}
     assert statuses == {"sft-1": ("finished", False), "lisa-1": ("failed", True)}
