@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lisa_lightning.data.files import EMBEDDED
+from lisa_lightning.judge.refusal import refusal_probability
 
 FIELDS = {
     "sst2_mini_train": ("sentence", "label"),
@@ -22,7 +23,7 @@ FIELDS = {
     "alpaca_mini_train": ("instruction", "input", "output"),
     "alpaca_mini_test": ("instruction", "input", "output"),
     "alignment": ("prompt", "response", "kind", "category"),
-    "contrast": ("prompt", "response", "kind", "category"),
+    "alignment_short": ("prompt", "response", "kind", "category"),
     "harmful": ("prompt", "response", "category"),
     "defender": ("prompt", "response"),
     "harmful_prompts": ("prompt", "category"),
@@ -39,7 +40,7 @@ AT_LEAST = {
     "alpaca_mini_train": 1000,
     "alpaca_mini_test": 150,
     "alignment": 800,
-    "contrast": 950,
+    "alignment_short": 4000,
     "harmful": 400,
     "defender": 210,
     "harmful_prompts": 150,
@@ -70,8 +71,8 @@ UNIQUE = [
     ("agnews_mini_test", "text"),
     ("alignment", "prompt"),
     ("alignment", "response"),
-    ("contrast", "prompt"),
-    ("contrast", "response"),
+    ("alignment_short", "prompt"),
+    ("alignment_short", "response"),
     ("harmful", "prompt"),
     ("harmful", "response"),
     ("defender", "prompt"),
@@ -84,10 +85,9 @@ UNIQUE = [
 DISJOINT = [
     ("sst2_mini_test", "sst2_mini_train", "sentence"),
     ("agnews_mini_test", "agnews_mini_train", "text"),
-    ("contrast", "alignment", "prompt"),
-    ("contrast", "harmful", "prompt"),
-    ("harmful_prompts", "contrast", "prompt"),
-    ("harmless_prompts", "contrast", "prompt"),
+    ("alignment_short", "harmful", "prompt"),
+    ("harmful_prompts", "alignment_short", "prompt"),
+    ("harmless_prompts", "alignment_short", "prompt"),
     ("harmful_prompts", "alignment", "prompt"),
     ("harmful_prompts", "harmful", "prompt"),
     ("harmless_prompts", "alignment", "prompt"),
@@ -217,10 +217,18 @@ def test_the_arithmetic_is_right(name: str) -> None:
         assert row["answer"].endswith(f"\n#### {steps[-1][1]}"), place(name, number)
 
 
-def test_alignment_holds_refusals_and_helpful_answers() -> None:
-    share = shares("alignment", "kind")
+@pytest.mark.parametrize(("name", "least"), [("alignment", 0.4), ("alignment_short", 0.3)])
+def test_alignment_holds_refusals_and_helpful_answers(name: str, least: float) -> None:
+    share = shares(name, "kind")
     assert set(share) == {"refusal", "helpful"}
-    assert min(share.values()) >= 0.4
+    assert min(share.values()) >= least
+
+
+def test_short_answers_are_short_and_the_rule_reads_them_as_what_they_are() -> None:
+    for number, row in enumerate(rows("alignment_short")):
+        assert len(row["response"].split()) <= 45, place("alignment_short", number)
+        refused = refusal_probability(row["response"], row["prompt"]) >= 0.5
+        assert refused == (row["kind"] == "refusal"), place("alignment_short", number)
 
 
 def test_judge_rows_cover_the_three_labels() -> None:
@@ -230,8 +238,8 @@ def test_judge_rows_cover_the_three_labels() -> None:
 
 
 def test_all_categories_are_in_refusals_harmful_rows_and_test_requests() -> None:
-    refusals = [row for row in rows("alignment") if row["kind"] == "refusal"]
-    for part in (refusals, rows("harmful"), rows("harmful_prompts")):
+    refusals = ([r for r in rows(name) if r["kind"] == "refusal"] for name in ("alignment", "alignment_short"))
+    for part in (*refusals, rows("harmful"), rows("harmful_prompts")):
         assert {row["category"] for row in part} == BEAVERTAILS
 
 
