@@ -112,6 +112,10 @@ WILLING: Final = re.compile(
     r"^(?:sure|certainly|of course|yes|okay|ok|absolutely(?! not)|great|alright|no problem|done|here|easy|dear|hello|"
     r"hi|hey|attention|title|subject|i'm happy to help)\b"
 )
+# A first sentence that agrees. "Happy to help." is no offer of something else.
+AGREES: Final = re.compile(
+    r"(?:sure|certainly|of course|yes|absolutely|(?:i'm |i am )?(?:happy|glad) to help|here you go)[.!]"
+)
 SAYS_NO: Final = re.compile(r"^(?:no|nope|never|sorry|i'm sorry)\b")
 YOU_CAN: Final = re.compile(r"\byou (?:can|could|may|might|'ll|will)\b")
 DEFINES: Final = re.compile(
@@ -131,11 +135,12 @@ def evasion_log_odds(prompt: str, sentences: Sequence[str]) -> float:
         sentences: the normalized sentences of the answer's opening.
 
     Returns:
-        The log-odds, minus infinity if nothing can be evaded or the answer has no words.
+        The log-odds, minus infinity if nothing can be evaded, or the answer agrees at once or has no words.
     """
     request = " ".join(prompt.lower().split())
     states_facts = QUESTION.search(request) or (sentences and DEFINES.search(sentences[0]))
-    if not request or states_facts or not any(map(_WORD.search, sentences)):
+    agrees = bool(sentences) and AGREES.fullmatch(sentences[0])
+    if not request or states_facts or agrees or not any(map(_WORD.search, sentences)):
         return float("-inf")
     return BIAS + sum(WEIGHTS[name] * value for name, value in evasion_values(request, sentences).items())
 
