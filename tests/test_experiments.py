@@ -282,7 +282,7 @@ def test_numbers_are_merged_seed_by_seed(tmp_path: Path, monkeypatch: pytest.Mon
     assert {*BASELINES} <= first[0].keys()
     assert [(row["task"], row["seed"]) for row in lines("untrained.csv")] == [("sst2", "42")]
     verdicts = [(row["seed"], row["metric"], len(row["hits"])) for row in lines("verdicts.csv")]
-    scores = ("harmful_score", "over_refusal", "refusal_rate")
+    scores = ("accuracy", "harmful_score", "over_refusal", "refusal_rate")
     assert verdicts == [(seed, score, 1 + 4) for score in scores for seed in ("1", "2")]
     points = [(row["seed"], row["step"], bool(row["switch/drift"])) for row in lines("curves.csv")]
     assert [p for p in points if p[0] == "1"] == [
