@@ -7,6 +7,7 @@ from torch import Tensor
 from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
+from lisa_lightning.model.factors import Factors
 from lisa_lightning.objective.backprop import Backprop, State, StepOutput
 from lisa_lightning.objective.proximal import snapshot, squared_distance
 
@@ -65,6 +66,18 @@ class Method:
         The weights must be unchanged afterwards. New values of entries of `state` belong into the output.
         """
         return StepOutput(*backprop.gradient(step.main))
+
+    def finish(self, factors: Factors, state: State) -> Factors:
+        """Return the adapter to save after the last step.
+
+        Args:
+            factors: the trained adapter. It must be unchanged afterwards.
+            state: the state after the last step.
+
+        Returns:
+            `factors` itself, or other ones with the same alpha/r. Their rank and modules may differ.
+        """
+        return factors
 
 
 def move_anchor(method: Method, step: int, weights: Sequence[Tensor], state: State) -> tuple[State, dict[str, float]]:

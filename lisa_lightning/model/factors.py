@@ -8,6 +8,9 @@ from torch import Tensor
 
 PREFIX: Final = "base_model.model."
 """Prefix that peft adds to the name of a module."""
+Factors = dict[str, Tensor]
+"""An adapter's A [r, d_in] and B [d_out, r], by parameter name, in any order. Such a name is
+`base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`."""
 
 
 def modules(names: Iterable[str]) -> dict[str, tuple[str, str]]:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from lisa_lightning.config.instances import parse
 from lisa_lightning.config.settings import Lora, ModelSettings
 from lisa_lightning.model.base_model import base_model, load_pretrained, reraise_load_errors
+from lisa_lightning.model.factors import Factors, modules, trainable
 from lisa_lightning.model.frozen_linear import use_onednn
 from lisa_lightning.runtime.cache import cache_folder
 from lisa_lightning.runtime.errors import UserError, first_line
@@ -99,8 +100,7 @@ def attach(model: PreTrainedModel, lora: Lora, seed: int, key: str = "lora") -> 
         _refuse_tied(model, target, key)
     config = LoraConfig(
         r=lora.r,
-        # The saved config shall have 16 rather than 16.0.
-        lora_alpha=int(lora.alpha) if lora.alpha % 1 == 0 else lora.alpha,  # type: ignore[arg-type]  # peft accepts it
+        lora_alpha=_whole(lora.alpha),
         lora_dropout=lora.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -161,6 +161,41 @@ def attach_saved(model: PreTrainedModel, adapter: Path) -> PeftModel:
     net = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     net.train()
     return net
+
+
+@torch.no_grad()
+def set_adapter(net: PeftModel, factors: Factors) -> PeftModel:
+    """Return the model with an adapter of these factors and unchanged alpha/r.
+
+    Args:
+        net: a model with an adapter. It must not be used afterwards.
+        factors: A and B of every module, all of one rank. If their names or shapes are not those of the model's
+            adapter, a new adapter replaces it.
+    """
+    shapes = {name: weight.shape for name, weight in trainable(net).items()}
+    if {name: value.shape for name, value in factors.items()} != shapes:
+        net = _attach_of_other_shape(net, factors)
+    weights = trainable(net)
+    for name, value in factors.items():
+        weights[name].copy_(value)
+    return net
+
+
+def _attach_of_other_shape(net: PeftModel, factors: Factors) -> PeftModel:
+    """Replace a model's adapter by one of the factors' rank and modules, in training mode, with the same alpha/r."""
+    replaced: Any = net.peft_config["default"]
+    rank = next(len(factors[a]) for a, _ in modules(factors).values())
+    alpha = replaced.lora_alpha * rank / replaced.r
+    config = LoraConfig(r=rank, lora_alpha=_whole(alpha), target_modules=list(modules(factors)), task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        new = get_peft_model(net.unload(), config)
+    new.train()
+    return new
+
+
+def _whole(alpha: float) -> Any:
+    """Return alpha as a whole number if it is one, so that the saved config has 16 rather than 16.0."""
+    return int(alpha) if alpha % 1 == 0 else alpha
 
 
 def _refuse_absent(model: torch.nn.Module, target: str, key: str) -> None:

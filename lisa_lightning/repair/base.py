@@ -13,11 +13,8 @@ from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.model.alignment_delta import Delta
+from lisa_lightning.model.factors import Factors
 from lisa_lightning.runtime.errors import UserError
-
-Factors = dict[str, Tensor]
-"""An adapter's A [r, d_in] and B [d_out, r], by parameter name, in any order. Such a name is
-`base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight`."""
 
 
 @dataclass(frozen=True, slots=True)

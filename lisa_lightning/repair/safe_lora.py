@@ -11,8 +11,8 @@ from pydantic.dataclasses import dataclass
 from lisa_lightning.config.fields import STRICT, Cosine, CountOrZero, Seed
 from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.model.alignment_delta import Delta, compress, matching_deltas
-from lisa_lightning.model.factors import modules, trainable
-from lisa_lightning.repair.base import Factors, Repair, RepairInputs, RepairResult
+from lisa_lightning.model.factors import Factors, modules, trainable
+from lisa_lightning.repair.base import Repair, RepairInputs, RepairResult
 from lisa_lightning.runtime.errors import UserError
 
 

@@ -18,6 +18,7 @@ from lisa_lightning.data.interleave import Step
 from lisa_lightning.method.base import Method, move_anchor
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.factors import trainable
+from lisa_lightning.model.lora import set_adapter
 from lisa_lightning.objective.backprop import Backprop, IterStream, State, StepOutput
 from lisa_lightning.objective.loss import choose_packing
 from lisa_lightning.objective.loss_scale import LossScale
@@ -151,6 +152,12 @@ class LisaModule(L.LightningModule):
             weight.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.optim.clip or math.inf)
         self._require_finite(norm.item(), "gradient norm", step)
+
+    def finish(self) -> Any:
+        """Return the model with the adapter that the method saves. The module must not be trained afterwards."""
+        factors = {name: weight.detach() for name, weight in trainable(self.net).items()}
+        finished = self.method.finish(factors, self.state)
+        return self.net if finished is factors else set_adapter(self.net, finished)
 
     def log_curves(self, metrics: Mapping[str, float]) -> None:
         """Log metrics of the last step: through `log_dict` for callbacks, and to every logger."""

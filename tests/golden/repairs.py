@@ -9,9 +9,9 @@ from torch import Tensor
 
 from golden.case import deltas_of, rows_of, tiny_net, under
 from golden.errors import Errors
-from lisa_lightning.model.factors import PREFIX, modules
+from lisa_lightning.model.factors import PREFIX, Factors, modules
 from lisa_lightning.repair.antidote import Antidote
-from lisa_lightning.repair.base import Factors, RepairInputs
+from lisa_lightning.repair.base import RepairInputs
 from lisa_lightning.repair.nlsr import NLSR
 from lisa_lightning.repair.safe_lora import SafeLoRA
 

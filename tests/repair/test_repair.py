@@ -13,10 +13,10 @@ from golden.case import dense_deltas
 from lisa_lightning.data.packing import Example, Pack, pad
 from lisa_lightning.method.asft import distance
 from lisa_lightning.model.alignment_delta import Delta, low_rank_deltas, matching_deltas
-from lisa_lightning.model.factors import modules, trainable
+from lisa_lightning.model.factors import Factors, modules, trainable
 from lisa_lightning.model.lora import save_adapter
 from lisa_lightning.repair.antidote import Antidote
-from lisa_lightning.repair.base import Factors, RepairInputs
+from lisa_lightning.repair.base import RepairInputs
 from lisa_lightning.repair.nlsr import NLSR
 from lisa_lightning.repair.safe_lora import Projected, SafeLoRA
 from lisa_lightning.runtime.errors import UserError

@@ -51,6 +51,7 @@ def align(
         module = LisaModule(net, method, optim, settings.seed, key=cache.origin | key, optim_key="align.optim")
         cost = trainer.train("align", module, rows)
         if fabric.is_global_zero:
+            net = module.finish()
             save_adapter(net, str(models.base.folder), folder / "adapter")
             if stacked:
                 if models.settings.quantize is not None:

@@ -87,7 +87,7 @@ def finetune(
         configured = map(instantiate, callbacks.values())
         cost = trainer.train("finetune", module, rows, callbacks=[*curve.callbacks, *configured], discard=discard)
         if fabric.is_global_zero:
-            save_adapter(net, str(aligned.folder), folder / "adapter")
+            save_adapter(module.finish(), str(aligned.folder), folder / "adapter")
             trainer.export_curves("finetune", folder)
         return cost
 

@@ -14,11 +14,11 @@ from lisa_lightning.data.packing import Pack, pad
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
 from lisa_lightning.evaluation.scores import Metrics
-from lisa_lightning.model.factors import modules, trainable
-from lisa_lightning.model.lora import attach_saved, save_adapter
+from lisa_lightning.model.factors import Factors, modules, trainable
+from lisa_lightning.model.lora import attach_saved, save_adapter, set_adapter
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.stage_cache import StageCache, class_key, stream_hashes
-from lisa_lightning.repair.base import Factors, Repair, RepairInputs, set_factors
+from lisa_lightning.repair.base import Repair, RepairInputs
 from lisa_lightning.runtime.files import read_json, write_text
 
 
@@ -78,8 +78,7 @@ def repair(
             repaired = defense.repair(inputs(net))
             changes = _count_changes(trainable(net), repaired.factors)
             write_text(folder / "changed.json", json.dumps(changes))
-            set_factors(trainable(net), repaired.factors)
-            save_adapter(net, str(finetuned.folder), folder / "adapter")
+            save_adapter(set_adapter(net, repaired.factors), str(finetuned.folder), folder / "adapter")
         return {}
 
     folder, cost = cache.run("repair", key, make)
