@@ -19,8 +19,8 @@ from lisa_lightning.align.booster import Booster
 from lisa_lightning.align.repnoise import RepNoise
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.align.vaccine import Vaccine
-from lisa_lightning.curate._selector import UpperLoss
-from lisa_lightning.curate.pharmacist import Pharmacist, unlikelihood
+from lisa_lightning.curate._row_losses import RowPasses
+from lisa_lightning.curate.pharmacist import Pharmacist
 from lisa_lightning.curate.seal import SEAL
 from lisa_lightning.data.interleave import Batch, Examples, Step
 from lisa_lightning.data.packing import Example, pack, pad
@@ -78,9 +78,13 @@ SELECTOR: dict[str, Any] = {
     "upper_decay": 0.1,
     "seed": 0,
 }
-CURATES: dict[str, tuple[SEAL | Pharmacist, UpperLoss]] = {
-    "seal": (SEAL(**SELECTOR), lambda losses: losses),
-    "pharmacist": (Pharmacist(**SELECTOR), unlikelihood),
+PHARMACIST = Pharmacist(epochs=1, batch_size=SIZE, attack_batch=SIZE, micro_batch=SIZE)
+CURATES: dict[str, tuple[str, Callable[[RowPasses, Examples], Tensor]]] = {
+    "seal": ("2F 2B", lambda passes, rows: SEAL(**SELECTOR).fit_weights(passes, rows, rows)),
+    "pharmacist": (
+        "5F 3B",
+        lambda passes, rows: PHARMACIST.fit_logits(passes, rows, rows, rows, torch.zeros(len(rows))),
+    ),
 }
 REPAIRS: dict[str, tuple[str, Callable[[], Repair]]] = {
     "safe_lora": ("no pass", lambda: SafeLoRA("number", 10, 0.5)),
@@ -131,18 +135,18 @@ def measure(folder: Path, rows: Rows) -> list[Result]:
 def _selectors(backprop: Backprop, plain: SFT, rows: Rows) -> Iterator[Result]:
     """Yield the time of a selector's training, relative to as many steps of SFT on the same candidates."""
     candidates = Examples(rows.sst2[: SIZE * REPEATED], lambda row: row)
-    for name, (selector, upper_loss) in CURATES.items():
+    for name, (cost, select) in CURATES.items():
         ratios = []
         for _ in range(REPEATED):
             started = perf_counter()
-            selector.fit_weights(backprop, pack, candidates, candidates, upper_loss)
+            select(RowPasses(backprop, pack, SIZE), candidates)
             seconds = perf_counter() - started
             sft = [
                 _seconds(backprop, plain, plain.init(backprop), batch(rows.sst2, SIZE, i), i, set())
                 for i in range(REPEATED)
             ]
             ratios.append(seconds / sum(sft))
-        yield Result(f"{name}: a step, of SFT's", median(ratios), None, "lower", "times", f"2F 2B; {spread(ratios)}")
+        yield Result(f"{name}: a step, of SFT's", median(ratios), None, "lower", "times", f"{cost}; {spread(ratios)}")
 
 
 def _repairs(net: PeftModel, backprop: Backprop, plain: SFT, rows: Rows) -> Iterator[Result]:

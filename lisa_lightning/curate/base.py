@@ -3,15 +3,33 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from typing import final
+from typing import Annotated, final
 
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
+from lisa_lightning.config.fields import MAX_COUNT, Words
 from lisa_lightning.config.requirements import Requirement
+from lisa_lightning.curate._progress import Progress
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import Packing
 from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.runtime.errors import UserError
+
+
+def _check_keep(keep: float) -> float:
+    if keep > 1 and keep % 1:
+        raise ValueError("neither a share nor a number of rows")
+    return keep
+
+
+Keep = Annotated[
+    float | int,
+    Field(gt=0, le=MAX_COUNT),
+    AfterValidator(_check_keep),
+    Words("a share above 0, up to 1, or a whole number of rows above 1"),
+]
+"""Share of the rows to keep, or their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +42,8 @@ class Candidates:
     """Harmful rows of the provider; may be empty."""
     make_model: Callable[[], tuple[Backprop, Packing]]
     """Returns a fresh adapter on the base model, and the packing of its rows."""
+    progress: Progress | None = None
+    """File from which an interrupted selection continues; None for a selection that starts again."""
 
 
 class Selector(ABC):
@@ -33,7 +53,7 @@ class Selector(ABC):
     """
 
     keep: float
-    """Share of the rows to keep, above 0, up to 1; 1 keeps all, whatever their scores."""
+    """Share of the rows to keep, or their number if above 1; 1 keeps all, whatever their scores."""
 
     @property
     def requirements(self) -> Set[Requirement]:
@@ -55,9 +75,14 @@ class Selector(ABC):
         """Return the number of rows kept of `size` rows.
 
         Raises:
-            UserError: if `keep * size` rounds to zero.
+            UserError: if `keep` is a number above `size`, or if `keep * size` rounds to zero.
         """
-        count = round(self.keep * size)
+        count = int(self.keep) if self.keep > 1 else round(self.keep * size)
+        if count > size:
+            raise UserError(
+                f"curate.keep={count}: there are only {size} alignment rows. "
+                f"Fix: curate.keep={size} or less, or a share up to 1"
+            )
         if not count:
             raise UserError(
                 f"curate.keep={self.keep}: keeps none of the {size} alignment rows. Fix: a larger curate.keep"

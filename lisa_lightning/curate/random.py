@@ -6,8 +6,8 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from lisa_lightning.config.fields import STRICT, PositiveShare, Seed
-from lisa_lightning.curate.base import Candidates, Selector
+from lisa_lightning.config.fields import STRICT, Seed
+from lisa_lightning.curate.base import Candidates, Keep, Selector
 
 
 @final
@@ -15,8 +15,8 @@ from lisa_lightning.curate.base import Candidates, Selector
 class Random(Selector):
     """Draw scores uniformly from 0..1. No forward pass."""
 
-    keep: PositiveShare = 0.8
-    """Share of the rows to keep."""
+    keep: Keep = 0.8
+    """Share of the rows to keep, or their number if above 1."""
     seed: Seed = 0
     """Seed of the draw."""
 

@@ -194,3 +194,7 @@ class Examples:
 
     def __getitem__(self, index: int) -> Example:
         return self.encode(self.rows[index])
+
+    def subset(self, indices: Sequence[int]) -> "Examples":
+        """Return the rows of these indices, in their order."""
+        return Examples([self.rows[i] for i in indices], self.encode)

@@ -47,7 +47,7 @@ def _decoder_output() -> type[Any]:
 
 
 def completion_loss(model: Any, packs: Sequence[Pack]) -> Tensor:
-    """Return the sum, not the mean, of the cross-entropies of all supervised tokens, as a float32 scalar.
+    """Return the sum, not the mean, of the cross-entropies of all supervised tokens, as a scalar of at least float32.
 
     Every module of the model is called as usual, so hooks work. With dropout, a token that rows share has one mask for
     all of them.
@@ -60,7 +60,7 @@ def completion_loss(model: Any, packs: Sequence[Pack]) -> Tensor:
 
 
 def token_losses(model: Any, packs: Sequence[Pack]) -> Tensor:
-    """Return the float32 cross-entropies [S] of all supervised tokens, in the order of `packs`."""
+    """Return the cross-entropies [S], of at least float32, of all supervised tokens, in the order of `packs`."""
     return torch.cat([_cross_entropies(model, p, "none") for p in packs])
 
 
@@ -71,14 +71,15 @@ def row_losses(model: Any, packs: Sequence[Pack]) -> tuple[Tensor, Tensor]:
         Two tensors [R], in the order of the rows.
     """
     _, row, label_counts = torch.cat([p.row_index for p in packs]).unique(return_inverse=True, return_counts=True)
-    losses = torch.zeros(len(label_counts), device=row.device).index_add(0, row, token_losses(model, packs))
-    return losses, label_counts
+    losses = token_losses(model, packs)
+    return losses.new_zeros(len(label_counts)).index_add(0, row, losses), label_counts
 
 
 def _cross_entropies(model: Any, packed: Pack, reduction: str) -> Tensor:
-    return F.cross_entropy(
-        logits_at(model, packed, packed.logit_positions).float(), packed.targets, reduction=reduction
-    )
+    logits = logits_at(model, packed, packed.logit_positions)
+    # Logits of half precision are too coarse for the loss.
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(precise, packed.targets, reduction=reduction)
 
 
 def unembed(model: Any, hidden: Tensor) -> Tensor:

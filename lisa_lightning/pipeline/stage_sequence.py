@@ -132,6 +132,8 @@ def _align(inputs: Inputs, tools: Tools) -> tuple[Model, Metrics]:
             rows,
             _defender_rows(inputs, defenses.curate),
             LossScale() if inputs.settings.trainer.precision == "16-mixed" else None,
+            tools.trainer.checkpoints,
+            tools.trainer.checkpoint_steps,
         )
     model, align_metrics = align(
         tools.cache,

@@ -39,7 +39,7 @@ def test_every_parameter_has_a_meaning_and_allowed_values() -> None:
     described = {(cls.__name__, p.name): p for cls in settings_classes() for p in parameters(cls)}
     assert len(described) > 100
     assert [key for key, p in described.items() if not p.meaning.endswith(".") or not p.allowed] == []
-    assert described["SEAL", "keep"].meaning.startswith("Share of the rows to keep.")  # an inherited field
+    assert described["SEAL", "keep"].meaning.startswith("Share of the rows to keep, or")
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ FAULTS = [
         ("[t.to(self.device) for t in tensors]", "list(tensors)"),
     ),
     *faults(
-        "curate/_selector.py",
+        "curate/seal.py",
         "curate/test_curate.py",
         ("CLIP: Final = 1.0", "CLIP: Final = 9.0"),
         ("2 * theta.sigmoid()", "theta.sigmoid()"),
@@ -227,5 +227,23 @@ FAULTS = [
         "curate/test_curate.py",
         ("key=lambda i: -scores[i]", "key=lambda i: scores[i]"),
         ("round(self.keep * size)", "size"),
+    ),
+    *faults(
+        "curate/pharmacist.py",
+        "curate/test_curate.py",
+        ("(1 - self.attack_lr) * self.inner_lr", "self.inner_lr"),
+        ("change = -gamma * agreement.sum()", "change = 0 * gamma"),
+        ("for sign in (1, -1)", "for sign in (-1, 1)"),
+        ("_step(trained, attack, self.attack_lr)", "trained"),
+        ("size * weights[rows] * losses", "losses"),
+        ("passes.backprop.set_weights([saved[name]", "list([saved[name]"),
+        ('saved.get("logits", torch.zeros(len(trained)))', "torch.zeros(len(trained))"),
+        ("first_step, None)\n        batches", "0, None)\n        batches"),
+    ),
+    *faults(
+        "curate/_progress.py",
+        "curate/test_curate.py",
+        ('if metadata["key"] != self.key', "if False"),
+        ('if metadata["sha256"] != _digest(tensors)', "if False"),
     ),
 ]

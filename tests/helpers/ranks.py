@@ -3,6 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -11,9 +12,11 @@ from torch import Tensor
 from helpers.methods import ALIKE, METHODS
 from helpers.training import ALIGNMENT, DEFENDER, USER, deltas
 from lisa_lightning.config.settings import Lora
+from lisa_lightning.curate.base import Candidates
+from lisa_lightning.curate.pharmacist import Pharmacist
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Batch, Examples, StepBatches
-from lisa_lightning.data.packing import pack, pad
+from lisa_lightning.data.packing import Packing, pack, pad
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.base import Method, move_anchor
@@ -54,6 +57,21 @@ def steps(
     return [w.detach() for w in backprop.weights]
 
 
+def selection(tiny: Path) -> list[Tensor]:
+    """Return the scores of Pharmacist for the alignment rows, whose batches the ranks share."""
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    encoded = partial(encode, tokenizer, "chat", max_length=64)
+
+    def make_model() -> tuple[Backprop, Packing]:
+        net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+        return Backprop(net, lambda *_: iter(())), pack
+
+    settings: dict[str, Any] = {"validation_rows": 2, "warmup_steps": 3, "batch_size": 2, "attack_batch": 2}
+    pharmacist = Pharmacist(**settings, epochs=2, selector_lr=100.0)
+    return [pharmacist.scores(Candidates(Examples(ALIGNMENT, encoded), Examples(DEFENDER, encoded), make_model))]
+
+
 def scale_after_overflow(tiny: Path, rank: int) -> float:
     """Return the loss scale after a step whose gradients overflow on the second rank only."""
     net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
@@ -76,6 +94,7 @@ def main(tiny: Path, out: Path, rank: int, world: int) -> None:
         apart = "alignment" in method.unpacked_streams
         found[f"{name} without its term"] = steps(method, tiny, rank, world, 0.2)
         found[f"what {name} builds on"] = steps(builds_on, tiny, rank, world, 0.2, apart)
+    found["pharmacist"] = selection(tiny)
     found["loss scale after an overflow on the other rank"] = [torch.tensor(scale_after_overflow(tiny, rank))]
     at_reference = {"constrained_sft at its reference": METHODS["constrained_sft"], "what it is then": METHODS["sft"]}
     for name, make in at_reference.items():

@@ -233,5 +233,8 @@ def test_two_ranks_equal_one_that_has_their_rows_and_laws_hold_on_them(
     for name in ALIKE:
         without, builds_on = two[f"{name} without its term"], two[f"what {name} builds on"]
         assert all(torch.equal(a, b) for a, b in zip(without, builds_on, strict=True)), name
+    (one,), (other,) = ranks.selection(tiny), two["pharmacist"]
+    assert one[one > 0].std() > 1e-3
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
     assert two["loss scale after an overflow on the other rank"][0] == 1
     torch.testing.assert_close(two["constrained_sft at its reference"], two["what it is then"], atol=1e-6, rtol=0)

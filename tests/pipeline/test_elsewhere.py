@@ -27,6 +27,7 @@ RUNS = {
     "pharmacist, booster, ewc, safe_lora": [
         *("curate=pharmacist", "align=booster", "align.method.rho=5", "method=ewc", "repair=safe_lora"),
         *("repair.number=2", "source.alignment.take=8", "source.defender.take=8"),
+        *("curate.validation_rows=2", "curate.warmup_steps=2"),
     ],
     "repnoise, ldifs, nlsr": ["align=repnoise", "method=ldifs", "repair=nlsr", "source.alignment.take=40"],
 }

@@ -10,6 +10,7 @@ import torch
 from lightning.fabric import Fabric
 
 from lisa_lightning.config.settings import AdapterTraining
+from lisa_lightning.curate._progress import Progress
 from lisa_lightning.curate.base import Candidates, Selector
 from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.interleave import Examples
@@ -21,6 +22,7 @@ from lisa_lightning.objective.loss import choose_packing
 from lisa_lightning.objective.loss_scale import LossScale
 from lisa_lightning.pipeline.stages.models import ModelSource
 from lisa_lightning.pipeline.stages.stage_cache import StageCache, class_key, rows_hash
+from lisa_lightning.runtime.cache import short_hash
 from lisa_lightning.runtime.files import read_json, write_text
 
 
@@ -34,6 +36,8 @@ def curate(
     alignment: Sequence[Row],
     defender: Sequence[Row],
     loss_scale: LossScale | None,
+    checkpoints: Path,
+    checkpoint_steps: int,
 ) -> tuple[list[Row], Metrics]:
     """Return the alignment rows that a selector keeps, and the cost.
 
@@ -49,6 +53,8 @@ def curate(
         alignment: the candidate rows.
         defender: the provider's harmful rows, for a selector that needs them.
         loss_scale: scale of losses in float16; None in other precisions.
+        checkpoints: folder of the file from which an interrupted selection continues.
+        checkpoint_steps: steps between two saves of it.
     """
     # A share that keeps no row is refused before the scores are computed.
     selector.count(len(alignment))
@@ -62,6 +68,8 @@ def curate(
         "defender_rows": rows_hash(defender),
     }
 
+    progress = Progress(checkpoints / "curate.safetensors", short_hash(cache.origin | key), checkpoint_steps)
+
     def make_model() -> tuple[Backprop, Packing]:
         net = models.attach(models.base, settings.lora, "align.lora", settings.seed).to(fabric.device)
         backprop = Backprop(net, lambda stream, size: iter(()), loss_scale=loss_scale)
@@ -70,7 +78,7 @@ def curate(
     def make(folder: Path) -> Metrics:
         alignment_examples, defender_examples = (Examples(rows, encoder) for rows in (alignment, defender))
         with fabric.autocast(), no_autocast_cache():
-            scores = selector.scores(Candidates(alignment_examples, defender_examples, make_model))
+            scores = selector.scores(Candidates(alignment_examples, defender_examples, make_model, progress))
         if fabric.is_global_zero:
             write_text(folder / "scores.json", json.dumps({"scores": scores.float().tolist()}))
         return {}
