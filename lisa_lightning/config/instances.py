@@ -168,5 +168,5 @@ def load_class(target: Any, key: str) -> type[Any]:
 
 
 def _group(key: str) -> str:
-    """Return the config group of a section. NLSR's reference is trained by alignment methods."""
+    """Return the config group of a section. A reference adapter is trained by alignment methods."""
     return "align" if key.startswith("repair.reference.") else key.partition(".")[0]

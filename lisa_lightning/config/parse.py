@@ -26,7 +26,7 @@ def parse_settings(config: Mapping[str, Any]) -> RunSettings:
 
 def _without_methods(reference: Mapping[str, Any]) -> dict[str, Any]:
     """Return section `repair.reference` with the optimizer settings of each phase directly under its name."""
-    return {**reference, "sft": reference["sft"]["optim"], "dpo": reference["dpo"]["optim"]}
+    return {**reference, **{name: phase["optim"] for name, phase in reference.items() if isinstance(phase, Mapping)}}
 
 
 def _parse_section(kind: type[T], section: Mapping[str, Any], key: str) -> T:

@@ -275,14 +275,14 @@ class AdapterTraining:
 
 @dataclass(frozen=True, config=STRICT)
 class Reference:
-    """Section `repair.reference`: the safe reference adapter of NLSR."""
+    """Section `repair.reference`: the safe reference adapter of NLSR, and without `dpo` that of SafeMERGE."""
 
-    extrapolation: NonNegative
-    """The reference is w_dpo + extrapolation * (w_dpo - w_sft). The official code has 0.9."""
     sft: Optim
     """Optimizer of SFT on alignment rows."""
-    dpo: Optim
-    """Optimizer of DPO on refusals and harmful answers to the same requests."""
+    dpo: Optim | None = None
+    """Optimizer of DPO on refusals and harmful answers to the same requests; None for a reference of SFT alone."""
+    extrapolation: NonNegative = 0.0
+    """With `dpo` the reference is w_dpo + extrapolation * (w_dpo - w_sft). NLSR's official code has 0.9."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -307,7 +307,7 @@ class RunSettings:
     optim: Optim
     align: AdapterTraining
     reference: Reference | None
-    """Settings of `repair.reference`; None without NLSR."""
+    """Settings of `repair.reference`; None for a repair without reference."""
     task: TaskSettings
     source: dict[str, RowSet]
     evaluate: Evaluate

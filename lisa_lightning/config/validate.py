@@ -33,7 +33,7 @@ UNCHECKED_KEYS: Final = re.compile(
 )
 """Keys without a rule: the user's columns, sets and arguments of a task, and `align.method` of align=none."""
 REFERENCE_KEYS: Final = re.compile(r"repair\.reference\.(?!(sft|dpo)\.method\.)")
-"""Settings of NLSR that are not arguments of a class."""
+"""Settings of a reference adapter that are not arguments of a class."""
 GROUPS_WITH_NONE: Final = ("align", "curate", "repair", "logger", "callbacks")
 """Config groups with an option `none`."""
 
@@ -112,7 +112,8 @@ def _is_read(cfg: DictConfig, key: str) -> bool:
     if key in CLASS_SECTIONS or UNCHECKED_KEYS.fullmatch(key):
         return True
     if REFERENCE_KEYS.match(key):
-        return key in RULES and _names_class(_value(cfg, "repair.reference.sft.method"))
+        phase = "sft" if key.startswith("repair.reference.sft.") else "dpo"
+        return key in RULES and _names_class(_value(cfg, f"repair.reference.{phase}.method"))
     section = next((name for name in CLASS_SECTIONS if key.startswith(f"{name}.")), None)
     if section in CLASS_MAPPINGS:
         section = ".".join(key.split(".")[:2])

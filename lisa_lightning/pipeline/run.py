@@ -131,7 +131,7 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
     needs_defender = any("defender_rows" in defense.requirements for defense in defenses.by_group.values())
     data = settings.data
     rows = load_rows(settings.source, task, data.allow_overlap, needs_defender, data.strip)
-    if defenses.reference:
+    if defenses.reference and "dpo" in defenses.reference:
         # Rows without pairs are refused now rather than after the training.
         preference_pairs(rows)
     user = []
@@ -157,7 +157,9 @@ def build_defenses(config: Mapping[str, Any]) -> Defenses:
     if "repair" in defenses and "reference" in config["repair"]:
         reference = config["repair"]["reference"]
         defenses["reference"] = {
-            name: build(reference[name]["method"], f"repair.reference.{name}.method") for name in ("sft", "dpo")
+            name: build(reference[name]["method"], f"repair.reference.{name}.method")
+            for name in ("sft", "dpo")
+            if name in reference
         }
     return Defenses(**defenses)
 

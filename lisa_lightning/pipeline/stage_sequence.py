@@ -46,7 +46,7 @@ class Defenses:
     method: Method | None = None
     repair: Repair | None = None
     reference: Mapping[str, Method] | None = None
-    """Methods of both phases of NLSR's reference, `sft` and `dpo`."""
+    """Methods of the phases of a reference adapter: `sft`, and `dpo` for NLSR."""
 
     @property
     def by_group(self) -> dict[str, Defense]:

@@ -1,4 +1,4 @@
-"""Safe reference adapter of NLSR, trained by SFT and DPO on refusals and harmful answers. Start at
+"""Safe reference adapter of a repair, trained by SFT on alignment rows and for NLSR by DPO. Start at
 `reference_adapter`."""
 
 from collections.abc import Mapping, Sequence
@@ -35,9 +35,11 @@ def reference_adapter(
 ) -> tuple[Path, Metrics]:
     """Return the folder of a safe adapter, and the cost of its training.
 
-    It is extrapolated along the line from SFT on alignment rows to DPO:
+    With a phase of DPO it is extrapolated along the line from SFT on alignment rows to DPO:
 
         dpo + extrapolation * (dpo - sft)
+
+    Without that phase it is the result of SFT.
 
     Args:
         cache: the cache of stage results.
@@ -45,12 +47,11 @@ def reference_adapter(
         trainer: trains the adapter.
         fabric: the processes of the run.
         aligned: the aligned model.
-        methods: the methods of both phases, `sft` and `dpo`.
+        methods: the method of each phase, `sft` and, if `settings` has it, `dpo`.
         settings: section `repair.reference`.
         adapter: section `lora` of fine-tuning, with the seed of alignment.
         rows: all sets of the source.
     """
-    preferred, rejected = preference_pairs(rows)
     key = {
         "aligned": aligned.name,
         "reference": asdict(settings),
@@ -58,7 +59,7 @@ def reference_adapter(
         "lora": asdict(adapter.lora),
         "seed": adapter.seed,
         "alignment_rows": rows_hash(rows.alignment),
-        "defender_rows": rows_hash(rows.defender),
+        "defender_rows": rows_hash(rows.defender if settings.dpo else []),
     }
 
     def make(folder: Path) -> Metrics:
@@ -72,7 +73,9 @@ def reference_adapter(
 
         costs = [train_phase("sft", settings.sft, {"alignment": rows.alignment})]
         sft = {name: w.detach().clone() for name, w in trainable(net).items()}
-        costs.append(train_phase("dpo", settings.dpo, {"alignment": preferred, "defender": rejected}))
+        if settings.dpo is not None:
+            preferred, rejected = preference_pairs(rows)
+            costs.append(train_phase("dpo", settings.dpo, {"alignment": preferred, "defender": rejected}))
         if fabric.is_global_zero:
             weights = trainable(net).items()
             extrapolated = {n: w.detach().lerp(sft[n], -settings.extrapolation).cpu() for n, w in weights}

@@ -1,4 +1,4 @@
-"""Training of an adapter, shared by alignment, fine-tuning and NLSR's reference. Start at `AdapterTrainer.train`."""
+"""Training of an adapter, shared by alignment, fine-tuning and reference adapters. Start at `AdapterTrainer.train`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
