@@ -157,7 +157,12 @@ def _repairs(net: PeftModel, backprop: Backprop, plain: SFT, rows: Rows) -> Iter
         for i in range(REPEATED):
             examples = batch(rows.sst2, SIZE, i)
             inputs = RepairInputs(
-                factors, lambda: net, lambda _, examples=examples: pad(examples), lambda: _deltas(net), lambda: factors
+                factors,
+                lambda: net,
+                lambda _, examples=examples: pad(examples),
+                lambda: _deltas(net),
+                lambda: factors,
+                lambda: factors,
             )
             started = perf_counter()
             make().repair(inputs)

@@ -76,7 +76,24 @@ def compress(left: Tensor, right: Tensor) -> Tensor:
 
 
 def low_rank_deltas(folder: Path) -> dict[str, Delta]:
-    """Return the deltas of all modules that an alignment adapter changed.
+    """Return the deltas of all linear layers that an alignment adapter changed.
+
+    Args:
+        folder: folder of a peft adapter.
+
+    Returns:
+        Deltas by name of the module, such as `model.layers.0.self_attn.q_proj`.
+
+    Raises:
+        UserError: as in `low_rank_updates`.
+    """
+    deltas = {module: Delta.low_rank(*update) for module, update in low_rank_updates(folder).items()}
+    # For V = 0, C would be 0/0.
+    return {module: delta for module, delta in deltas.items() if delta.norm > 0}
+
+
+def low_rank_updates(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the update V of each linear layer that an alignment adapter adapts, as two factors.
 
     V = alpha/r * B A, in float32. Merging the adapter adds V, before rounding to the precision of the weights.
 
@@ -84,7 +101,7 @@ def low_rank_deltas(folder: Path) -> dict[str, Delta]:
         folder: folder of a peft adapter, with adapter_config.json and adapter_model.safetensors.
 
     Returns:
-        Deltas by name of the module, such as `model.layers.0.self_attn.q_proj`.
+        `left` [d_out, r], which is alpha/r * B, and `right` [r, d_in], which is A, by name of the module.
 
     Raises:
         UserError: if there is no such adapter, or if it is not of the form alpha/r * B A.
@@ -100,16 +117,15 @@ def low_rank_deltas(folder: Path) -> dict[str, Delta]:
                 f"{folder}: the alignment update can't be computed from an adapter with {key}={config[key]}. "
                 "Fix: align with a plain LoRA adapter"
             )
-    deltas = {}
+    updates = {}
     for name, a in weights.items():
         if name.endswith(".lora_A.weight"):
             rank = a.shape[0]
             scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
             b = weights[name.replace(".lora_A.", ".lora_B.")]
             module = name.removesuffix(".lora_A.weight").removeprefix(PREFIX)
-            deltas[module] = Delta.low_rank(scale * b.float(), a)
-    # For V = 0, C would be 0/0.
-    return {module: delta for module, delta in deltas.items() if delta.norm > 0}
+            updates[module] = (scale * b.float(), a.float())
+    return updates
 
 
 def matching_deltas(deltas: Mapping[str, Delta], modules: Iterable[str]) -> dict[str, Delta]:

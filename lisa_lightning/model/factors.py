@@ -1,4 +1,4 @@
-"""Names of the LoRA factors A and B of a model: `modules`, and its trainable weights: `trainable`."""
+"""LoRA factors of a model: `modules` returns their names, `trainable` the weights, `stack` the sum of two adapters."""
 
 from collections.abc import Iterable
 from typing import Final
@@ -27,6 +27,38 @@ def modules(names: Iterable[str]) -> dict[str, tuple[str, str]]:
         for name in names
         if ".lora_A." in name
     }
+
+
+def stack(first: Factors, second: Factors) -> Factors:
+    """Return the adapter whose update is the sum of the updates of two adapters with the same alpha/r.
+
+        B A + B' A' = [B, B'] [A; A']
+
+    Args:
+        first: an adapter of rank r, of linear layers.
+        second: an adapter of rank r', of linear layers. Its modules may be others.
+
+    Returns:
+        Factors of rank r + r' for the modules of both adapters. For a module that an adapter lacks, its part is zero.
+    """
+    stacked: Factors = {}
+    for a, b in (modules(first) | modules(second)).values():
+        present = first if a in first else second
+        for name, axis in ((a, 0), (b, 1)):
+            parts = [f[name] if name in f else _zeros_like(present[name], axis, _rank(f)) for f in (first, second)]
+            stacked[name] = torch.cat(parts, axis)
+    return stacked
+
+
+def _zeros_like(factor: Tensor, axis: int, rank: int) -> Tensor:
+    """Return zeros of the shape of a factor, but with another rank, the size of `axis`."""
+    shape = list(factor.shape)
+    shape[axis] = rank
+    return factor.new_zeros(shape)
+
+
+def _rank(factors: Factors) -> int:
+    return next((len(factors[a]) for a, _ in modules(factors).values()), 0)
 
 
 def trainable(net: torch.nn.Module) -> dict[str, Tensor]:

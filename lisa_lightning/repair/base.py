@@ -13,7 +13,7 @@ from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.factors import Factors
+from lisa_lightning.model.factors import Factors, modules, trainable
 from lisa_lightning.runtime.errors import UserError
 
 
@@ -21,7 +21,7 @@ from lisa_lightning.runtime.errors import UserError
 class RepairInputs:
     """Inputs of a repair. All but the factors are computed on call, since no repair needs everything.
 
-    alpha/r is not included: no repair's result depends on it.
+    alpha/r is not included: all adapters here have that of the finished adapter, and no repair's result depends on it.
     """
 
     factors: Factors
@@ -32,6 +32,8 @@ class RepairInputs:
     """All rows of a stream, padded."""
     deltas: Callable[[], Mapping[str, Delta]]
     """The alignment updates, by module."""
+    alignment: Callable[[], Factors]
+    """The alignment adapter. Its rank and modules may differ from those of the finished adapter."""
     reference: Callable[[], Factors]
     """A safe adapter with the same names and shapes."""
 
@@ -41,7 +43,8 @@ class RepairResult:
     """Result of a repair. Subclasses add how it was computed."""
 
     factors: Factors
-    """The repaired adapter. Tensors that the repair did not change are those of the input, not copies."""
+    """The repaired adapter, for the same alpha/r. Tensors that the repair did not change are those of the input, not
+    copies. If its rank is larger, the ranks of the input come first."""
 
 
 class Repair(ABC):
@@ -70,6 +73,30 @@ class Repair(ABC):
         Raises:
             UserError: if the adapter cannot be repaired with these inputs.
         """
+
+
+def draw_modules(names: Iterable[str], count: int, seed: int) -> list[str]:
+    """Return `count` of the modules, drawn at random: the control of a repair that selects modules."""
+    ordered = sorted(names)
+    drawn = torch.randperm(len(ordered), generator=torch.Generator().manual_seed(seed))
+    return [ordered[i] for i in drawn[:count].tolist()]
+
+
+def refuse_embeddings(net: Any, choice: str) -> None:
+    """Raise UserError if the adapter of an embedding would get another rank.
+
+    Args:
+        net: a model with an adapter.
+        choice: the repair as `GROUP=NAME`, for the message.
+    """
+    names = trainable(net)
+    others = names.keys() - {name for pair in modules(names).values() for name in pair}
+    if others:
+        embedding = min(others).partition(".lora_")[0].rpartition(".")[2]
+        raise UserError(
+            f"{choice}: changes the rank of the adapter, which an embedding's adapter does not allow. "
+            f"Fix: remove {embedding} from lora.targets"
+        )
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass as plain_dataclass
 from typing import Any, Literal, final
 
-import torch
 import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from lisa_lightning.config.fields import STRICT, Cosine, CountOrZero, Seed
 from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.model.alignment_delta import Delta, compress, matching_deltas
 from lisa_lightning.model.factors import Factors, modules, trainable
-from lisa_lightning.repair.base import Repair, RepairInputs, RepairResult
+from lisa_lightning.repair.base import Repair, RepairInputs, RepairResult, draw_modules
 from lisa_lightning.runtime.errors import UserError
 
 
@@ -100,8 +99,7 @@ class SafeLoRA(Repair):
         elif self.rounded and selected:
             selected = [module for module, value in compared.items() if value <= compared[selected[-1]]]
         if self.random:
-            drawn = torch.randperm(len(cosines), generator=torch.Generator().manual_seed(self.seed))
-            selected = [sorted(cosines)[i] for i in drawn[: len(selected)].tolist()]
+            selected = draw_modules(cosines, len(selected), self.seed)
         return tuple(module for module in cosines if module in selected)
 
 

@@ -8,7 +8,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lisa_lightning.config.settings import Lora, ModelSettings
-from lisa_lightning.model.alignment_delta import Delta, low_rank_deltas
+from lisa_lightning.model.alignment_delta import Delta, low_rank_deltas, low_rank_updates
+from lisa_lightning.model.factors import PREFIX, Factors
 from lisa_lightning.model.lora import attach, attach_saved, load
 from lisa_lightning.runtime.errors import UserError
 
@@ -66,9 +67,28 @@ class ModelSource:
         Raises:
             UserError: if stage `align` did not run, or fine-tuning continues its adapter.
         """
+        return low_rank_deltas(self._alignment_adapter(aligned))
+
+    def alignment(self, aligned: Model, scaling: float) -> Factors:
+        """Return the factors of the alignment adapter, whose alpha/r becomes `scaling`.
+
+        Args:
+            aligned: the aligned model.
+            scaling: alpha/r of the adapter that the factors will be used with. B is multiplied to fit it.
+
+        Raises:
+            UserError: as in `deltas`.
+        """
+        factors: Factors = {}
+        for module, (left, right) in low_rank_updates(self._alignment_adapter(aligned)).items():
+            factors[f"{PREFIX}{module}.lora_A.default.weight"] = right
+            factors[f"{PREFIX}{module}.lora_B.default.weight"] = left / scaling
+        return factors
+
+    def _alignment_adapter(self, aligned: Model) -> Path:
         if aligned.folder == self.base.folder:
             raise UserError(
                 "The alignment update is unknown: stage align did not run, or model.adapters=continued. "
                 "Fix: add align to stages (not align=none) and set model.adapters=stacked"
             )
-        return low_rank_deltas(aligned.folder / "adapter")
+        return aligned.folder / "adapter"

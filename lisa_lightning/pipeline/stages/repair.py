@@ -3,7 +3,9 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from lightning.fabric import Fabric
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -63,13 +65,15 @@ def repair(
 
     def inputs(net: PeftModel) -> RepairInputs:
         device = fabric.device
+        config: Any = net.peft_config["default"]
         return RepairInputs(
             {name: w.detach().to(device) for name, w in trainable(net).items()},
             # The unquantized model is moved to the device only if a repair needs it.
             net=lambda: net.to(device),
             rows=lambda stream: _iter_padded(rows[stream], encoder, batch_size),
             deltas=lambda: {name: delta.to(device) for name, delta in models.deltas(aligned).items()},
-            reference=lambda: {name: w.to(device) for name, w in _load_factors(reference).items()},
+            alignment=lambda: _on(device, models.alignment(aligned, config.lora_alpha / config.r)),
+            reference=lambda: _on(device, _load_factors(reference)),
         )
 
     def make(folder: Path) -> Metrics:
@@ -92,15 +96,31 @@ def _iter_padded(rows: Sequence[Row], encoder: Encoder, batch_size: int) -> Iter
         yield from pad(encoder(row) for row in rows[start : start + batch_size])
 
 
+def _on(device: torch.device, factors: Factors) -> Factors:
+    return {name: w.to(device) for name, w in factors.items()}
+
+
 def _load_factors(reference: Path | None) -> Factors:
     return load_file(reference / "reference.safetensors") if reference else {}
 
 
 def _count_changes(original: Mapping[str, Tensor], repaired: Factors) -> Metrics:
-    """Return the number of changed modules of an adapter, and the share of its changed entries."""
-    differing = {name: int((w != repaired[name].to(w.device)).sum()) for name, w in original.items()}
+    """Return the number of changed modules of an adapter, and the share of its changed entries.
+
+    Entries that the repair has added, by another rank or for other modules, are zero in the original adapter.
+    """
+    differing = {name: int((w != _padded(original.get(name), w)).sum()) for name, w in repaired.items()}
     changed_modules = sum(any(differing[name] for name in pair) for pair in modules(repaired).values())
     return {
         "repair/modules": changed_modules,
-        "repair/entries": sum(differing.values()) / sum(w.numel() for w in original.values()),
+        "repair/entries": sum(differing.values()) / sum(w.numel() for w in repaired.values()),
     }
+
+
+def _padded(original: Tensor | None, repaired: Tensor) -> Tensor:
+    """Return the original factor with zeros up to the shape of the repaired one."""
+    padded = torch.zeros_like(repaired)
+    if original is not None:
+        rows, columns = original.shape
+        padded[:rows, :columns] = original.detach()
+    return padded
