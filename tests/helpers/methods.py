@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lisa_lightning.align.booster import Booster
+from lisa_lightning.align.lox import LoX
 from lisa_lightning.align.repnoise import RepNoise
 from lisa_lightning.align.sft import SFT as AlignmentSFT
 from lisa_lightning.align.t_vaccine import TVaccine
@@ -36,6 +37,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "constrained_sft": partial(ConstrainedSFT, 0.1, 5.0, 20.0, 5),
     "asft": partial(AsFT, 0.1, False),
     "vaccine": partial(Vaccine, 2.0),
+    "lox": partial(LoX, 2, 1.0),
     "t_vaccine": partial(TVaccine, 2.0, 1, 3, 4, 0),
     "booster": partial(Booster, 5.0, 0.1, 0.0, False),
     "booster_vaccine": partial(Booster, 5.0, 0.1, 2.0, False),
@@ -50,6 +52,7 @@ ALIKE: dict[str, tuple[Method, Method]] = {
     "ldifs": (LDIFS(0.0, 0.1, None, False), SFT()),
     "asft": (AsFT(0.0, False), SFT()),
     "vaccine": (Vaccine(0.0), AlignmentSFT()),
+    "lox": (LoX(2, 0.0), AlignmentSFT()),
     "booster": (Booster(0.0, 0.1, 0.0, False), AlignmentSFT()),
     "booster_vaccine": (Booster(0.0, 0.1, 2.0, False), Vaccine(2.0)),
     "t_vaccine": (TVaccine(2.0, LAYERS, 3, 4, 0), Vaccine(2.0)),

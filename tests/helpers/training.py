@@ -123,7 +123,8 @@ def deltas(net: Any) -> dict[str, Delta]:
 
 
 def weights(module: LisaModule) -> dict[str, Tensor]:
-    return {n: w.detach() for n, w in trainable(module.net).items()}
+    """Return the adapter that the method saves."""
+    return module.method.finish({n: w.detach() for n, w in trainable(module.net).items()}, module.state)
 
 
 def largest_difference(a: LisaModule, b: LisaModule) -> float:

@@ -15,6 +15,7 @@ from helpers.forking import Forked
 from helpers.methods import ALIKE, METHODS, each
 from helpers.recording import Recording
 from helpers.training import DEFENDER, STEPS, Train, largest_difference
+from lisa_lightning.align.lox import LoX
 from lisa_lightning.align.repnoise import RepNoise, _differing_positions, mmd
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.config.settings import Lora
@@ -206,6 +207,26 @@ def test_official_repnoise_compares_with_nothing_where_all_other_answers_are_cut
     monkeypatch.setattr(training, cut_off, [Row("a prompt that leaves no room for its answer " * 2, "", "no")] * 5)
     module = train(RepNoise(0.1, 50.0, True, 0), steps=2)
     assert all(w.isfinite().all() for w in module.weights)
+
+
+@pytest.mark.parametrize(("rows", "rank", "columns"), [(9, 4, 7), (3, 5, 8), (8, 5, 3), (6, 6, 6)])
+@pytest.mark.parametrize("k", [1, 3, None])
+def test_lox_adds_the_leading_directions_of_the_update(rows: int, rank: int, columns: int, k: int | None) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    name = "base_model.model.layer.lora_{}.default.weight"
+    factors = {
+        name.format("A"): torch.randn(rank, columns, generator=generator),
+        name.format("B"): torch.randn(rows, rank, generator=generator),
+    }
+    update = factors[name.format("B")].double() @ factors[name.format("A")].double()
+    u, s, vh = torch.linalg.svd(update, full_matrices=False)
+    expected = update + 0.7 * u[:, :k] * s[:k] @ vh[:k]
+    for same_k in (k, 99) if k is None else (k,):
+        finished = LoX(same_k, 0.7).finish(factors, {})
+        assert finished[name.format("A")] is factors[name.format("A")]
+        product = finished[name.format("B")].double() @ factors[name.format("A")].double()
+        torch.testing.assert_close(product, expected, atol=1e-5, rtol=0)
+    assert LoX(k, 0.0).finish(factors, {}) is factors
 
 
 def test_inactive_layers_stand_still_and_their_moments_too(train: Train) -> None:
