@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lisa_lightning.align import sft as _align_sft
     from lisa_lightning.align.booster import Booster as Booster
+    from lisa_lightning.align.lox import LoX as LoX
     from lisa_lightning.align.repnoise import RepNoise as RepNoise
     from lisa_lightning.align.t_vaccine import TVaccine as TVaccine
     from lisa_lightning.align.vaccine import Vaccine as Vaccine
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from lisa_lightning.repair.antidote import Antidote as Antidote
     from lisa_lightning.repair.nlsr import NLSR as NLSR
     from lisa_lightning.repair.safe_lora import SafeLoRA as SafeLoRA
+    from lisa_lightning.repair.safe_merge import SafeMerge as SafeMerge
+    from lisa_lightning.repair.task_arithmetic import TaskArithmetic as TaskArithmetic
     from lisa_lightning.runtime.errors import UserError as UserError
     from lisa_lightning.trainer.module import LisaModule as LisaModule
 
@@ -72,6 +75,7 @@ _MODULES = {
     # Alignment
     "AlignmentSFT": "align.sft",
     "Booster": "align.booster",
+    "LoX": "align.lox",
     "RepNoise": "align.repnoise",
     "TVaccine": "align.t_vaccine",
     "Vaccine": "align.vaccine",
@@ -79,6 +83,8 @@ _MODULES = {
     "Antidote": "repair.antidote",
     "NLSR": "repair.nlsr",
     "SafeLoRA": "repair.safe_lora",
+    "SafeMerge": "repair.safe_merge",
+    "TaskArithmetic": "repair.task_arithmetic",
     # Judges
     "EmbeddedJudge": "judge.embedded",
     "Judge": "judge.base",

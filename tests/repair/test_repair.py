@@ -7,18 +7,21 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from golden.case import dense_deltas
 from lisa_lightning.data.packing import Example, Pack, pad
 from lisa_lightning.method.asft import distance
 from lisa_lightning.model.alignment_delta import Delta, low_rank_deltas, matching_deltas
-from lisa_lightning.model.factors import Factors, modules, trainable
+from lisa_lightning.model.factors import Factors, modules, stack, trainable
 from lisa_lightning.model.lora import save_adapter
 from lisa_lightning.repair.antidote import Antidote
 from lisa_lightning.repair.base import RepairInputs
 from lisa_lightning.repair.nlsr import NLSR
 from lisa_lightning.repair.safe_lora import Projected, SafeLoRA
+from lisa_lightning.repair.safe_merge import Merged, SafeMerge
+from lisa_lightning.repair.task_arithmetic import TaskArithmetic
 from lisa_lightning.runtime.errors import UserError
 
 
@@ -27,7 +30,9 @@ def never() -> Any:
 
 
 def given(factors: Factors, **rest: Callable[..., Any]) -> RepairInputs:
-    return RepairInputs(factors, **{**dict.fromkeys(("net", "rows", "deltas", "reference"), never), **rest})
+    return RepairInputs(
+        factors, **{**dict.fromkeys(("net", "rows", "deltas", "alignment", "reference"), never), **rest}
+    )
 
 
 def assert_equal(found: Factors, wanted: Factors, atol: float) -> None:
@@ -270,9 +275,141 @@ def test_nlsr_prefers_the_least_similar_and_its_control_replaces_as_much() -> No
         NLSR(0.16, 0.5, 0.2, 0).check(net, {})
 
 
+def other_adapter(factors: Factors, rank: int, seed: int = 5) -> Factors:
+    """Return a random adapter of the same modules and another rank."""
+    generator = torch.Generator().manual_seed(seed)
+    other: Factors = {}
+    for a, b in modules(factors).values():
+        other[a] = torch.randn(rank, factors[a].shape[1], generator=generator)
+        other[b] = torch.randn(len(factors[b]), rank, generator=generator)
+    return other
+
+
+def without(factors: Factors, module: str) -> Factors:
+    return {name: w for name, w in factors.items() if name not in modules(factors)[module]}
+
+
+def assert_update(factors: Factors, module: str, wanted: Tensor) -> None:
+    a, b = modules(factors)[module]
+    torch.testing.assert_close(factors[b] @ factors[a], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_stacked_adapters_have_the_sum_of_both_updates() -> None:
+    first = factors_of(tiny_net())
+    second = other_adapter(first, rank=2)
+    names = list(modules(first))
+    both = stack(without(first, names[0]), without(second, names[1]))
+    assert list(modules(both)) == [*names[1:], names[0]]
+    for module, (a, b) in modules(both).items():
+        updates = [f[b] @ f[a] for f, lacking in ((first, names[0]), (second, names[1])) if module != lacking]
+        assert len(both[a]) == both[b].shape[1] == 8
+        assert_update(both, module, torch.stack(updates).sum(0))
+
+
+def test_task_arithmetic_adds_the_alignment_update_also_to_modules_that_are_not_tuned() -> None:
+    factors = factors_of(tiny_net())
+    alignment = other_adapter(factors, rank=2)
+    untuned, unaligned, *_ = modules(factors)
+    tuned, vector = without(factors, untuned), without(alignment, unaligned)
+    found = TaskArithmetic(0.5).repair(given(tuned, alignment=lambda: vector)).factors
+    assert modules(found).keys() == modules(factors).keys()
+    for module, (a, b) in modules(factors).items():
+        update = torch.zeros(len(factors[b]), factors[a].shape[1])
+        update = update if module == untuned else update + factors[b] @ factors[a]
+        assert_update(found, module, update if module == unaligned else update + 0.5 * alignment[b] @ alignment[a])
+    assert TaskArithmetic(0.0).repair(given(tuned, alignment=lambda: vector)).factors is tuned
+
+
+@pytest.mark.parametrize("thinned", ["finetuned", "alignment"])
+def test_dare_drops_entries_of_b_and_rescales_the_others(thinned: Any) -> None:
+    factors = factors_of(tiny_net())
+    alignment = other_adapter(factors, rank=6)
+
+    def added(**kwargs: Any) -> Factors:
+        return (
+            TaskArithmetic(1.0, thinned=thinned, **kwargs).repair(given(factors, alignment=lambda: alignment)).factors
+        )
+
+    whole, dropped = added(), added(drop_rate=0.25, seed=1)
+    kept = 0
+    for a, b in modules(factors).values():
+        assert torch.equal(dropped[a], whole[a])
+        columns = slice(0, 6) if thinned == "finetuned" else slice(6, 12)
+        mask = dropped[b][:, columns] != 0
+        wanted = whole[b].clone()
+        wanted[:, columns] *= mask / 0.75
+        torch.testing.assert_close(dropped[b], wanted)
+        kept += int(mask.sum())
+    entries = sum(factors[b].numel() for _, b in modules(factors).values())
+    assert kept / entries == pytest.approx(0.75, abs=0.06)  # three standard deviations of 576 entries
+    assert_equal(added(drop_rate=0.25, seed=1), dropped, 0)
+    assert differing(added(drop_rate=0.25, seed=2), dropped)
+
+
+def test_the_control_of_task_arithmetic_adds_an_update_of_the_same_singular_values() -> None:
+    factors = factors_of(tiny_net())
+    alignment, none = other_adapter(factors, rank=2), {name: torch.zeros_like(w) for name, w in factors.items()}
+
+    def added(**kwargs: Any) -> Factors:
+        return TaskArithmetic(1.0, **kwargs).repair(given(none, alignment=lambda: alignment)).factors
+
+    control, plain = added(random=True), added()
+    for a, b in modules(factors).values():
+        one, other = control[b] @ control[a], plain[b] @ plain[a]
+        assert (one - other).abs().max() > 0.1
+        torch.testing.assert_close(torch.linalg.svdvals(one), torch.linalg.svdvals(other), atol=1e-5, rtol=0)
+    assert_equal(added(random=True), control, 0)
+    assert differing(added(random=True, seed=1), control)
+
+
+def test_safe_merge_equals_the_dense_equation_in_modules_below_the_threshold() -> None:
+    factors, safe = factors_of(tiny_net()), factors_of(tiny_net(1))
+    deltas = random_deltas(factors)
+    unaligned = next(iter(modules(factors)))
+    del deltas[unaligned]
+
+    def merged(*args: Any, **kwargs: Any) -> Merged:
+        return SafeMerge(*args, **kwargs).repair(given(factors, deltas=lambda: deltas, reference=lambda: safe))
+
+    cosines = merged(1.0).cosines
+    assert cosines == SafeLoRA("threshold", 0, 1.0).repair(given(factors, deltas=lambda: deltas)).cosines | {
+        unaligned: 0.0
+    }
+    threshold = sorted(cosines.values())[3]  # which isn't below itself
+    for merge in ("deltas", "factors"):
+        found = merged(threshold, 0.7, 0.4, merge=merge)
+        assert set(found.merged) == set(sorted(cosines, key=cosines.__getitem__)[:3])
+        assert unaligned in found.merged
+        for module, (a, b) in modules(factors).items():
+            update, safe_update = factors[b] @ factors[a], safe[b] @ safe[a]
+            cross = 0.28**0.5 * (factors[b] @ safe[a] + safe[b] @ factors[a]) if merge == "factors" else 0
+            wanted = 0.7 * update + 0.4 * safe_update + cross if module in found.merged else update
+            assert_update(found.factors, module, wanted)
+            assert len(found.factors[a]) == (12 if merge == "deltas" else 6)
+    assert SafeMerge(-1.0).repair(given(factors, deltas=lambda: deltas)).factors is factors
+    controls = [merged(threshold, random=True, seed=seed).merged for seed in (*range(9), 0)]
+    assert {len(control) for control in controls} == {3}
+    assert controls[0] == controls[-1]
+    assert len(set(controls)) > 1
+
+
+def test_an_embeddings_adapter_keeps_its_rank() -> None:
+    net: Any = tiny_net().unload()
+    net = get_peft_model(net, LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM"))
+    deltas = random_deltas(factors_of(net))
+    for repair in (TaskArithmetic(), SafeMerge()):
+        with pytest.raises(UserError, match=r"repair=.*: changes the rank.*Fix: remove embed_tokens from lora.targets"):
+            repair.check(net, deltas)
+        repair.check(tiny_net(), random_deltas(factors_of(tiny_net())))
+    SafeMerge(merge="factors").check(net, deltas)
+    with pytest.raises(UserError, match="aligning changed none of the modules"):
+        SafeMerge(merge="factors").check(net, {})
+
+
 def test_the_order_of_the_factors_does_not_matter() -> None:
     net = tiny_net()
     factors, rows = factors_of(net), pad(some_rows())
+    random_adapter = other_adapter(factors, rank=2)
     backwards = dict(reversed(factors.items()))
     deltas = random_deltas(factors)
     for repair in (
@@ -280,8 +417,12 @@ def test_the_order_of_the_factors_does_not_matter() -> None:
         Antidote(0.3, random=True),
         NLSR(0.8, 0.5, 0.2, seed=2),
         NLSR(0.8, 0.5, 0.2, seed=2, random=True),
+        TaskArithmetic(0.5, 0.3, random=True),
+        SafeMerge(0.5),
+        SafeMerge(0.5, random=True),
     ):
         rest = {"net": lambda: net, "rows": lambda stream: rows, "deltas": lambda: deltas}
+        rest["alignment"] = lambda: random_adapter
         one = repair.repair(given(factors, **rest, reference=lambda: {n: w + 1 for n, w in factors.items()}))
         other = repair.repair(given(backwards, **rest, reference=lambda: {n: w + 1 for n, w in backwards.items()}))
         assert_equal(one.factors, other.factors, 0)
