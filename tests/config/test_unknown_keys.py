@@ -86,9 +86,11 @@ def test_an_added_key_is_refused(config: Config, override: str, expected: str) -
     assert expected in refused(config("experiment=smoke", override))
 
 
-def test_a_reference_belongs_to_nlsr(config: Config) -> None:
-    cfg = config("experiment=smoke", "repair=safe_lora", "+repair.reference.extrapolation=1")
-    assert "repair.reference.extrapolation: the chosen repair does not read it" in refused(cfg)
+@pytest.mark.parametrize("key", ["extrapolation", "dpo.optim.lr"])
+@pytest.mark.parametrize("repair", ["safe_lora", "safe_merge"])
+def test_a_reference_by_dpo_belongs_to_nlsr(config: Config, repair: str, key: str) -> None:
+    cfg = config("experiment=smoke", f"repair={repair}", f"+repair.reference.{key}=1")
+    assert f"repair.reference.{key}: the chosen repair does not read it" in refused(cfg)
 
 
 @pytest.mark.slow

@@ -135,6 +135,17 @@ FAULTS = [
     ),
     *faults("pipeline/stages/repair.py", "pipeline/test_stages.py", ('        "repair": class_key(defense),\n', "")),
     *faults(
+        "pipeline/stages/repair.py",
+        "pipeline/test_other_rank.py",
+        ("padded[:rows, :columns] = original.detach()", "padded[:rows] = original.sum()"),
+    ),
+    *faults("pipeline/stages/models.py", "pipeline/test_other_rank.py", ("left / scaling", "left")),
+    *faults(
+        "pipeline/stages/reference.py",
+        "pipeline/test_other_rank.py",
+        ("rows_hash(rows.defender if settings.dpo else [])", "rows_hash(rows.defender)"),
+    ),
+    *faults(
         "evaluation/evaluator.py",
         "pipeline/test_stages.py",
         ('            "questions": short_hash([asdict(question) for question in questions]),\n', ""),

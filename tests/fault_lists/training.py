@@ -162,6 +162,34 @@ FAULTS = [
         "repair/safe_lora.py", "repair/test_repair.py", ("if value <= self.threshold", "if value >= self.threshold")
     ),
     *faults(
+        "align/lox.py",
+        "method/test_laws.py::test_lox_adds_the_leading_directions_of_the_update",
+        (".U[:, : self.k]", ".U[:, : self.k + 1]"),
+        ("(1 + self.coef) * b", "self.coef * b"),
+        ("        if self.coef == 0:\n            return factors\n", ""),
+    ),
+    *faults(
+        "model/factors.py",
+        "repair/test_repair.py",
+        ("for f in (first, second)]", "for f in (first, first)]"),
+        ("modules(first) | modules(second)", "modules(first)"),
+    ),
+    *faults(
+        "repair/task_arithmetic.py",
+        "repair/test_repair.py",
+        ("{b: self.coef * alignment[b]", "{b: alignment[b]"),
+        ("/ (1 - self.drop_rate)", "/ self.drop_rate"),
+        ('self.thinned == "finetuned"', 'self.thinned == "alignment"'),
+    ),
+    *faults(
+        "repair/safe_merge.py",
+        "repair/test_repair.py",
+        ("if value < self.threshold", "if value <= self.threshold"),
+        ("round(value, 5) if self.rounded else value", "value"),
+        ("sqrt(safe_weight) * safe", "safe_weight * safe"),
+        ("if m in deltas else 0.0 for m, pair in pairs.items()", "for m, pair in pairs.items() if m in deltas"),
+    ),
+    *faults(
         "repair/nlsr.py",
         "repair/test_repair.py golden/test_golden.py",
         ("descending=not self.most_similar_first", "descending=self.most_similar_first"),

@@ -72,6 +72,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "method.bias_length": 5,
     },
     "ewc": {"method.lamb": 1e9, "method.carry_over": True, "model.adapters": "continued"},
+    "lox": {"align.method.k": 6, "align.method.coef": 1.25},
     "ldifs": {"method.rho": 1e-4, "method.drop_threshold": 0.1, "method.inner_clip": 5},
     "nlsr": {
         "repair.sparsity_ratio": 0.8,
@@ -92,6 +93,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "proximal": {"method.rho": 1, "method.proximal_after": 0.1},
     "repnoise": {"align.method.alpha": 0.1, "align.method.beta": 0.001, "align.method.official": True},
     "safe_lora": {"repair.mode": "number", "lora.r": 8, "optim.lr": 5e-5, "optim.epochs": 5, "data.n": 1100},
+    "safe_merge": {
+        "repair.threshold": 0.35,
+        "repair.finetuned_weight": 0.8,
+        "repair.safe_weight": 0.2,
+        "repair.merge": "factors",
+        "lora.r": 8,
+    },
     "seal": {"curate.keep": 0.8, "curate.epochs": 3, "curate.selector_lr": 5e-3, "curate.adam": True},
     "t_vaccine": {
         "align.method.rho": 3,
@@ -99,6 +107,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "align.method.interval_steps": 20,
         "align.method.probability_steps": 200,
     },
+    "task_arithmetic": {"repair.coef": 1, "repair.drop_rate": 0.3, "repair.thinned": "finetuned"},
     "vaccine": {"align.method.rho": 2},
     "vaccine_gsm8k": {
         "align.method.rho": 2,

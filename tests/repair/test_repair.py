@@ -386,6 +386,9 @@ def test_safe_merge_equals_the_dense_equation_in_modules_below_the_threshold() -
             wanted = 0.7 * update + 0.4 * safe_update + cross if module in found.merged else update
             assert_update(found.factors, module, wanted)
             assert len(found.factors[a]) == (12 if merge == "deltas" else 6)
+    raised = next(module for module, value in cosines.items() if value < round(value, 5) < 1)
+    both = [merged(round(cosines[raised], 5), rounded=rounded).merged for rounded in (False, True)]
+    assert [raised in modules_of_one for modules_of_one in both] == [True, False]
     assert SafeMerge(-1.0).repair(given(factors, deltas=lambda: deltas)).factors is factors
     controls = [merged(threshold, random=True, seed=seed).merged for seed in (*range(9), 0)]
     assert {len(control) for control in controls} == {3}
