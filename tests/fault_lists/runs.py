@@ -9,7 +9,7 @@ FAULTS = [
         "pipeline/stages/repair.py",
         "pipeline/test_elsewhere.py",
         ("delta.to(device)", "delta"),
-        ("w.to(device) for name, w in _load_factors", "w for name, w in _load_factors"),
+        ("return {name: w.to(device) for name, w in factors.items()}", "return factors"),
     ),
     *faults(
         "logger/wandb.py",

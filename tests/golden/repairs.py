@@ -103,11 +103,11 @@ def _safe_merge(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Error
     wanted = facts["results"]["dare_linear"]
     merged = [name.removeprefix(PREFIX) for name in wanted["merged"]]
     for prefix, kept_factor in (("final_dare.", 1.0), ("final_dare_rescaled.", 1 / wanted["density"])):
-        thinned = [
+        finetuned, other = (
             {n: kept_factor * w * _mask(tensors, n, adapter) for n, w in factors.items()}
             for adapter, factors in (("finetuned", init), ("safe", safe))
-        ]
-        found = merge_factors(*thinned, merged, *wanted["weights"])
+        )
+        found = merge_factors(finetuned, other, merged, *wanted["weights"])
         errors.each("dare", {n: finetuned_scaling**0.5 * w for n, w in found.items()}, under(prefix, tensors))
 
 

@@ -74,7 +74,7 @@ def test_an_adapter_repaired_to_another_rank_is_saved_loaded_and_evaluated(tiny:
     assert len(saved) == 2 * len(both)
     assert metrics["repair/entries"] == sum(w.numel() for w in alignment.values()) / entries
 
-    dense = load(aligned.folder, "float32")
+    dense: Any = load(aligned.folder, "float32")
     with torch.no_grad():
         for update, factor in ((updates(factors, TUNE), 1.0), (updates(alignment, ALIGN), 0.5)):
             for module, value in update.items():
