@@ -28,10 +28,10 @@ class LoX(Aligner):
     matrix per module, in float32.
 
     Departures from the official code:
-        - `k: null` is the whole update, which is k = 0 there.
-        - It rounds both models and their difference to bfloat16.
-        - It also changes matrices that have no adapter here, such as embeddings. An adapter of an embedding stays as
-          trained.
+        - `k: null` amplifies the whole update, as k = 0 does in the official code.
+        - The official code rounds both models and their difference to bfloat16.
+        - It amplifies the update of every matrix. An alignment adapter changes only its modules, and that of an
+          embedding is not amplified.
     """
 
     k: Count | None = 6

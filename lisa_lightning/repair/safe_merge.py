@@ -37,13 +37,13 @@ class SafeMerge(Repair):
     and the others stay unchanged. The safe adapter is trained first, on the alignment rows (`repair.reference`). The
     merged adapter has twice the rank. A module that alignment left unchanged has C = 0 and cosine 0.
 
-    No forward pass: a few products of d_out x r matrices per module, beside the training of the safe adapter.
+    Cost: the training of the safe adapter, and a few products of d_out x r matrices per module. No forward pass.
 
     Departures from the official code:
-        - It merges factors, not updates; see `merge`.
-        - It rewrites the other modules too, with equal updates.
+        - Updates are merged. The official code merges factors; see `merge`.
+        - The other modules keep their factors. The official code rescales them, with equal updates.
         - Matrices are paired by name. The official code pairs them by position.
-        - Its merge type `dare_linear`, which drops entries at random, is left out.
+        - The official merge type `dare_linear`, which drops entries at random, is left out.
     """
 
     threshold: Cosine = 0.35

@@ -26,7 +26,7 @@ class TaskArithmetic(Repair):
 
     DARE (Yu et al., ICML 2024) first thins D or V: each entry is dropped with probability `drop_rate`, and the others
     are divided by 1 - `drop_rate`. Only the entries of B are thinned, since a thinned product is not of low rank. The
-    expected update stays the same. With A = 1 this is DARE on the full matrix.
+    expected update stays the same. For A = 1, where B is the full matrix, this is DARE itself.
 
     No forward pass: the factors are concatenated.
 
@@ -39,9 +39,9 @@ class TaskArithmetic(Repair):
     coef: NonNegative = 1.0
     """Factor of the alignment update; 0 adds nothing. MergeLM has 1."""
     drop_rate: ShareBelowOne = 0.0
-    """Share of entries that DARE drops; 0 for no DARE. RESTA has 0.3, as others quote it."""
+    """Share of entries that DARE drops; 0 for no DARE. The paper has 0.3, as others quote it."""
     thinned: Literal["finetuned", "alignment"] = "finetuned"
-    """Update that DARE thins: that of the `finetuned` adapter, as RESTA does, or the `alignment` update."""
+    """Update that DARE thins: that of the `finetuned` adapter, presumably as in RESTA, or the `alignment` update."""
     random: bool = False
     """Shuffle the rows of each V, which keeps its singular values: the control."""
     seed: Seed = 0
