@@ -4,8 +4,9 @@ Start reading at `StepBatches` and `row_permutation`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +29,8 @@ class Batch:
     """Supervised tokens of the batch over all micro-batches and ranks, the denominator of its mean loss."""
     unlabelled: int = 0
     """Rows of the batch without a supervised token, over all micro-batches and ranks. The loss ignores them."""
+    further: list["Batch"] = field(default_factory=list)
+    """Further batches of the step from the same stream."""
 
     @property
     def nonempty(self) -> list[list[Pack]]:
@@ -37,7 +40,7 @@ class Batch:
     def to(self, device: torch.device | str, **kwargs: Any) -> "Batch":
         """Return a copy of the batch on another device."""
         moved = [[p.to(device, **kwargs) for p in micro] for micro in self.micro_batches]
-        return replace(self, micro_batches=moved)
+        return replace(self, micro_batches=moved, further=[batch.to(device, **kwargs) for batch in self.further])
 
 
 @dataclass(slots=True)
@@ -55,6 +58,11 @@ class Step:
     def main(self) -> Batch:
         """Batch whose loss is logged, that of the first stream."""
         return next(iter(self.batches.values()))
+
+    @property
+    def unlabelled(self) -> int:
+        """Rows of all batches without a supervised token, over all micro-batches and ranks."""
+        return sum(b.unlabelled for first in self.batches.values() for b in (first, *first.further))
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "Step":
         """Return a copy of the step on another device. Lightning's batch transfer calls it."""
@@ -88,7 +96,8 @@ class StepBatches(Dataset[Step]):
         batch_size * accumulate * world
 
     With N rows, position i is entry i mod N of the permutation of epoch i div N. Ranks and micro-batches are offsets in
-    the block, so any split of the same total draws the same rows.
+    the block, so any split of the same total draws the same rows. Further batches of a step follow in the same block.
+    Each batch is sharded separately.
 
     Args:
         streams: examples of each stream, which are encoded when they are indexed. Memory grows with their number by the
@@ -146,7 +155,11 @@ class StepBatches(Dataset[Step]):
                 f"{type(self.method).__name__} draws {stream} rows, and this stage has none. "
                 "Fix: choose another method for this stage"
             )
-        return self._shard(stream, [examples[self._row(stream, steps_before * size + i)] for i in range(size)])
+        sizes = (size, *stream_batch.further)
+        start = steps_before * sum(sizes)
+        block = (examples[self._row(stream, start + i)] for i in range(sum(sizes)))
+        first, *further = [self._shard(stream, list(islice(block, size))) for size in sizes]
+        return replace(first, further=further)
 
     def _shard(self, stream: Stream, examples: Sequence[Example]) -> Batch:
         """Return this rank's micro-batches of a batch, with the token count of the unsharded batch."""

@@ -19,6 +19,8 @@ class StreamBatch:
     """Number of earlier steps that drew from the stream."""
     size: int | None = None
     """Rows of the step over all micro-batches and ranks; None for the batch size of `optim`."""
+    further: tuple[int, ...] = ()
+    """Rows of each further batch of the step. Sizes must be equal in all steps that draw from the stream."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,7 @@ class LisaModule(L.LightningModule):
             group["lr"] = lr
         self.state, metrics = move_anchor(self.method, step, self.weights, self.state)
         metrics["train/state"] = float(batch.main.stream == "alignment")
-        if unlabelled := sum(b.unlabelled for b in batch.batches.values()):
+        if unlabelled := batch.unlabelled:
             metrics["train/rows_without_label"] = float(unlabelled)
             self._warn_unlabelled(step, unlabelled)
 

@@ -1,6 +1,7 @@
 """Batches are a pure function of seed and step: any split draws the same rows, every epoch draws every row once."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from lisa_lightning.data.interleave import Examples, Step, StepBatches
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.packing import Example, pack
-from lisa_lightning.data.schedule import Schedule
+from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
 from lisa_lightning.data.source import Row, Rows
+from lisa_lightning.method.base import Method
 from lisa_lightning.method.bso import BSO
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.method.vlguard import VLGuard
@@ -47,6 +49,36 @@ def test_ranks_and_micro_batches_split_the_same_rows(k1: int, k2: int, t: int) -
     shares = [batches(schedule, 2, 2, rank=r, world=2)[t] for r in range(2)]
     assert sorted(rows(shares[0]) + rows(shares[1])) == rows(whole)
     assert {s.main.tokens for s in shares} == {whole.main.tokens} == {8}
+
+
+class Several(Method):
+    """Method that draws batches of these sizes in each step."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = sizes
+
+    def plan(self, step: int) -> dict[Stream, StreamBatch]:
+        return {"user": StreamBatch(step, self.sizes[0], tuple(self.sizes[1:]))}
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(0, 9))
+def test_batches_of_a_step_are_consecutive_and_each_is_sharded_separately(sizes: list[int], t: int) -> None:
+    def drawn(*shares: Step) -> list[list[int]]:
+        parts = zip(*([share.main, *share.main.further] for share in shares), strict=True)
+        packs = [[p for batch in part for micro in batch.micro_batches for p in micro] for part in parts]
+        return [sorted(target - 10 for p in part for target in p.targets.tolist()) for part in packs]
+
+    def step(micro_batch: int, **ranks: int) -> Step:
+        return StepBatches(streams(), pack, Several(sizes), 10, micro_batch, 1, seed=3, **ranks)[t]
+
+    single = StepBatches(streams(), pack, SFT(), 50, 1, 1, seed=3)
+    block = iter(range(t * sum(sizes), (t + 1) * sum(sizes)))
+    whole = step(5)
+    assert drawn(whole) == [sorted(rows(single[next(block)])[0] for _ in range(size)) for size in sizes]
+    assert drawn(step(2)) == drawn(*(step(2, rank=rank, world=2) for rank in range(2))) == drawn(whole)
+    assert drawn(whole.to("cpu")) == drawn(whole)
+    assert [batch.tokens for batch in (whole.main, *whole.main.further)] == sizes
 
 
 def test_rows_of_a_stream_that_a_method_looks_at_one_by_one_are_padded_and_no_others(
@@ -95,6 +127,8 @@ def test_a_batch_counts_its_supervised_tokens_and_the_rows_without_any() -> None
     of = {"user": Examples(range(4), lambda i: Example((1, 2, 3), (-100, 2 if i % 2 else -100, 3 if i > 0 else -100)))}
     batch = StepBatches(of, pack, SFT(), 1, 4, 1, seed=0)[0].main  # type: ignore[arg-type]
     assert (batch.tokens, batch.unlabelled) == (5, 1)
+    step = StepBatches(of, pack, Several([2, 1, 5]), 1, 4, 1, seed=0)[0]  # type: ignore[arg-type]
+    assert (step.main.tokens + sum(part.tokens for part in step.main.further), step.unlabelled) == (10, 2)
 
 
 @pytest.mark.parametrize("paired", [False, True])
