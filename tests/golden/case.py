@@ -26,13 +26,19 @@ from lisa_lightning.model.factors import PREFIX, trainable
 from lisa_lightning.model.lora import attach
 
 
-def tiny_net(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
-    """Return the case's Llama with its adapter, whose LoRA factors have their values at the start."""
+def tiny_model(facts: dict[str, Any], tensors: dict[str, Tensor]) -> LlamaForCausalLM:
+    """Return the case's Llama without its adapter."""
     sizes = dict(facts["model"])
     theta = sizes.pop("rope_theta", 10000.0)
     model = LlamaForCausalLM(LlamaConfig(**sizes, rope_parameters={"rope_type": "default", "rope_theta": theta}))
     whole = "aligned." if "aligned.lm_head.weight" in tensors else "base."
     model.load_state_dict({k.removeprefix(whole): v for k, v in tensors.items() if k.startswith(whole)}, strict=True)
+    return model
+
+
+def tiny_net(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    """Return the case's Llama with its adapter, whose LoRA factors have their values at the start."""
+    model = tiny_model(facts, tensors)
     lora = facts["lora"]
     targets = list(lora["targets"])
     net = attach(model, Lora(r=lora["r"], alpha=lora["alpha"], dropout=lora.get("dropout", 0.0), targets=targets), 0)
@@ -52,9 +58,20 @@ ELSEWHERE = {
     "rho": ("rho",),
     "seed": ("seed",),
     "first_factor": ("first_token_bias_factor",),
+    "attacks": ("tasks_sampled",),
+    "subsample": ("inner_subsample",),
+    "grad_scale": ("tamper_resistance_grad_scale",),
+    "representations": ("retain_representations",),
 }
 """Argument -> the names that a case may use for it, where they may differ."""
-OFFICIAL = {"carry_over": True, "official": True, "padding": True, "per_micro_batch": True, "add_back": True}
+OFFICIAL = {
+    "carry_over": True,
+    "official": True,
+    "padding": True,
+    "per_micro_batch": True,
+    "add_back": True,
+    "all_positions": True,
+}
 """Switches of behaviour that only the official code has. They are on unless a case says otherwise."""
 
 
@@ -72,6 +89,9 @@ def method_of(facts: dict[str, Any]) -> Method:
                 given[key] = facts[called]
     if name == "booster":
         given["rho"] *= facts.get("perturb_aware", False)  # else the case's rho is of the trainer's other methods
+    if name == "tar":
+        given["schedule_lambda"] = facts["schedule_lambda"] if facts["use_weighting_schedule"] else None
+        given["lower_bound"] = None if facts["unbounded"] else facts["lower_bound"]
     return instantiate(cfg, **({k: v for k, v in OFFICIAL.items() if k in cfg} | given))
 
 
@@ -127,13 +147,13 @@ def step_of(tensors: dict[str, Tensor], t: int, total: int, batches: list[int], 
         t,
         total,
         {
-            name: _batch(tensors, [f"step{i:03d}.{recorded[name]}" for i in batches], name, method)
+            name: batch_of(tensors, [f"step{i:03d}.{recorded[name]}" for i in batches], name, method)
             for name in method.plan(t)
         },
     )
 
 
-def _batch(tensors: dict[str, Tensor], prefixes: list[str], stream: Stream, method: Method) -> Batch:
+def batch_of(tensors: dict[str, Tensor], prefixes: list[str], stream: Stream, method: Method) -> Batch:
     micro, tokens = [], 0
     for prefix in prefixes:
         ids, labels, mask = (tensors[f"{prefix}.{name}"] for name in ("input_ids", "labels", "attention_mask"))

@@ -11,6 +11,7 @@ from lisa_lightning.align.lox import LoX
 from lisa_lightning.align.repnoise import RepNoise
 from lisa_lightning.align.sft import SFT as AlignmentSFT
 from lisa_lightning.align.t_vaccine import TVaccine
+from lisa_lightning.align.tar import TAR
 from lisa_lightning.align.vaccine import Vaccine
 from lisa_lightning.method.asft import AsFT
 from lisa_lightning.method.base import Method
@@ -25,6 +26,7 @@ from lisa_lightning.repair._dpo import DPO
 
 LAYERS = 2
 """Layers of the tiny model."""
+SHORT_ATTACKS = {"inner_steps": 2, "subsample": 1, "attack_lrs": (1e-3, 2e-3), "attack_rows": 3, "held_out_rows": 2}
 METHODS: dict[str, Callable[[], Method]] = {
     "sft": SFT,
     "lisa": partial(Lisa, 2, 3, 0.5, 0.1),
@@ -44,6 +46,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "booster_adding_back": partial(Booster, 5.0, 0.1, 0.0, True),
     # A weight at which the noise counts.
     "repnoise": partial(RepNoise, 0.1, 50.0, False, 0),
+    "tar": partial(TAR, attacks=2, switch_share=0.5, **SHORT_ATTACKS),
     "dpo": partial(DPO, 0.1),
 }
 ALIKE: dict[str, tuple[Method, Method]] = {
@@ -57,6 +60,7 @@ ALIKE: dict[str, tuple[Method, Method]] = {
     "booster_vaccine": (Booster(0.0, 0.1, 2.0, False), Vaccine(2.0)),
     "t_vaccine": (TVaccine(2.0, LAYERS, 3, 4, 0), Vaccine(2.0)),
     "repnoise": (RepNoise(0.0, 0.0, False, 0), AlignmentSFT()),
+    "tar": (TAR(grad_scale=0.0, representations=False, **SHORT_ATTACKS), AlignmentSFT()),
 }
 """Name -> a method without its term, and the method that it equals then."""
 
