@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lisa_lightning.align.lox import LoX as LoX
     from lisa_lightning.align.repnoise import RepNoise as RepNoise
     from lisa_lightning.align.t_vaccine import TVaccine as TVaccine
+    from lisa_lightning.align.tar import TAR as TAR
     from lisa_lightning.align.vaccine import Vaccine as Vaccine
     from lisa_lightning.config.optim import Optim as Optim
     from lisa_lightning.data.datamodule import LisaDataModule as LisaDataModule
@@ -77,6 +78,7 @@ _MODULES = {
     "Booster": "align.booster",
     "LoX": "align.lox",
     "RepNoise": "align.repnoise",
+    "TAR": "align.tar",
     "TVaccine": "align.t_vaccine",
     "Vaccine": "align.vaccine",
     # Repairs

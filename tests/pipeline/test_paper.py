@@ -108,6 +108,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "align.method.probability_steps": 200,
     },
     "task_arithmetic": {"repair.coef": 1, "repair.drop_rate": 0.3, "repair.thinned": "finetuned"},
+    "tar": {
+        "align.method.inner_steps": 64,
+        "align.method.subsample": 4,
+        "align.method.attack_lrs": [2e-6, 2e-5, 4e-5],
+        "align.method.grad_scale": 4,
+        "align.method.schedule_lambda": 0.0625,
+        "align.method.all_positions": True,
+        "align.optim.steps": 750,
+        "align.optim.lr": 2e-5,
+    },
     "vaccine": {"align.method.rho": 2},
     "vaccine_gsm8k": {
         "align.method.rho": 2,
