@@ -58,7 +58,8 @@ class TAR(Aligner):
     A step costs N * (K + K / subsample) + 1 forward and backward passes, and one forward pass with `representations`.
     At the defaults these are 8F 7B. It draws N * (K * attack_rows + held_out_rows) harmful rows, and N * K *
     attack_rows more alignment rows with `switch_share`. Memory: five more copies of the adapter, two of them the
-    adversary's moments. All passes draw the same dropout masks.
+    adversary's moments, and with `representations` the hidden states at the start of one micro-batch. All passes draw
+    the same dropout masks.
 
     Entropy counts the positions that predict a label, which are those that the adversary trains. Distances count the
     positions up to a row's last predictor.

@@ -69,7 +69,7 @@ def test_batches_of_a_step_are_consecutive_and_each_is_sharded_separately(sizes:
         packs = [[p for batch in part for micro in batch.micro_batches for p in micro] for part in parts]
         return [sorted(target - 10 for p in part for target in p.targets.tolist()) for part in packs]
 
-    def step(micro_batch: int, **ranks: int) -> Step:
+    def step(micro_batch: int, **ranks: Any) -> Step:
         return StepBatches(streams(), pack, Several(sizes), 10, micro_batch, 1, seed=3, **ranks)[t]
 
     single = StepBatches(streams(), pack, SFT(), 50, 1, 1, seed=3)

@@ -30,6 +30,7 @@ RUNS = {
         *("curate.validation_rows=2", "curate.warmup_steps=2"),
     ],
     "lox, task_arithmetic": ["align=lox", "repair=task_arithmetic", "repair.drop_rate=0.3", "repair.random=true"],
+    "tar": ["align=tar", "align.method.switch_share=1", "source.alignment.take=8", "source.defender.take=8"],
     "repnoise, ldifs, nlsr": ["align=repnoise", "method=ldifs", "repair=nlsr", "source.alignment.take=40"],
 }
 WITH_STATE = ("lisa", "ewc_carrying_over", "ldifs", "constrained_sft", "t_vaccine", "booster_adding_back", "repnoise")
