@@ -136,18 +136,14 @@ class TVaccine(Aligner):
 
 def _trained_weights(backprop: Backprop, active: list[int]) -> list[bool]:
     """Return for each trainable weight whether it has a gradient."""
-    attention = [{id(w) for w in block.parameters()} for block in backprop.attention_blocks]
-    layers = [{id(w) for w in layer.parameters()} for layer in backprop.layers]
+    attention = {id(w) for block in backprop.attention_blocks for w in block.parameters()}
 
-    def trains(weight: Tensor) -> bool:
-        for i, (layer_ids, attention_ids) in enumerate(zip(layers, attention, strict=True)):
-            if id(weight) in attention_ids:
-                return i in active
-            if id(weight) in layer_ids:
-                return i >= min(active)
-        return True
+    def trains(weight: Tensor, layer: int | None) -> bool:
+        if layer is None:
+            return True
+        return layer in active if id(weight) in attention else layer >= min(active)
 
-    return [trains(weight) for weight in backprop.weights]
+    return [trains(weight, layer) for weight, layer in zip(backprop.weights, backprop.layer_of, strict=True)]
 
 
 def sum_of_squares(gradients: list[list[Tensor]], block: int, device: torch.device) -> Tensor:

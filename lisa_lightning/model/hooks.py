@@ -38,6 +38,16 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     )
 
 
+def layer_of_parameters(model: Any) -> dict[str, int]:
+    """Return the index of the decoder layer of each parameter. Parameters outside the layers have no entry.
+
+    Raises:
+        UserError: if the model has no list of layers.
+    """
+    indices = {id(w): i for i, layer in enumerate(decoder_layers(model)) for w in layer.parameters()}
+    return {name: indices[id(w)] for name, w in model.named_parameters() if id(w) in indices}
+
+
 def attention_blocks(model: Any) -> list[nn.Module]:
     """Return the attention block of each layer, whose output is added to the residual stream.
 

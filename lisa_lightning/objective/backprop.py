@@ -16,7 +16,7 @@ from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.factors import trainable
-from lisa_lightning.model.hooks import attention_blocks, decoder_layers, final_norm, mlp_blocks
+from lisa_lightning.model.hooks import attention_blocks, final_norm, layer_of_parameters, mlp_blocks
 from lisa_lightning.objective.loss import completion_loss
 from lisa_lightning.objective.loss_scale import GradientOverflowError, LossScale
 
@@ -83,9 +83,10 @@ class Backprop:
         return {name: delta.to(self.device) for name, delta in self._deltas().items()}
 
     @cached_property
-    def layers(self) -> list[nn.Module]:
-        """The decoder layers. Raises UserError if the model has no list of them."""
-        return decoder_layers(self.model)
+    def layer_of(self) -> list[int | None]:
+        """The index of each trainable weight's decoder layer, None outside. Raises UserError if there is no layer."""
+        indices = layer_of_parameters(self.net)
+        return [indices.get(name) for name in self.names]
 
     @cached_property
     def attention_blocks(self) -> list[nn.Module]:

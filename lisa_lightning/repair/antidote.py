@@ -11,8 +11,9 @@ from torch import Tensor
 from lisa_lightning.config.fields import STRICT, Seed, Share
 from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.packing import Pack
+from lisa_lightning.model.factor_inputs import capture_inputs, swapped_factors
 from lisa_lightning.model.factors import Factors, modules
-from lisa_lightning.repair.base import Repair, RepairInputs, RepairResult, capture_inputs, swapped_factors
+from lisa_lightning.repair.base import Repair, RepairInputs, RepairResult
 from lisa_lightning.runtime.errors import UserError
 
 

@@ -1,13 +1,11 @@
 """The interface of a defense after fine-tuning: `Repair`, its inputs `RepairInputs` and its result `RepairResult`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.packing import Pack
@@ -97,85 +95,3 @@ def refuse_embeddings(net: Any, choice: str) -> None:
             f"{choice}: changes the rank of the adapter, which an embedding's adapter does not allow. "
             f"Fix: remove {embedding} from lora.targets"
         )
-
-
-@contextmanager
-def swapped_factors(net: Any, factors: Factors) -> Iterator[dict[str, Tensor]]:
-    """Yield the model's weights of these names, in evaluation mode and with the values of `factors`.
-
-    The weights may be overwritten inside. Values and mode are restored afterwards, bit for bit.
-
-    Args:
-        net: a `PeftModel`.
-        factors: values by parameter name.
-
-    Raises:
-        UserError: if the model has no factor of such a name and shape.
-    """
-    parameters = dict(net.named_parameters())
-    for name, value in factors.items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            raise UserError(
-                f"{name}: the model has no factor of this name and shape {tuple(value.shape)}. "
-                "Fix: use an adapter of this model"
-            )
-    weights = {name: parameters[name] for name in factors}
-    originals = {name: w.detach().clone() for name, w in weights.items()}
-    training = net.training
-    net.eval()
-    try:
-        set_factors(weights, factors)
-        yield weights
-    finally:
-        set_factors(weights, originals)
-        net.train(training)
-
-
-@torch.no_grad()
-def set_factors(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Overwrite the weights that `values` names."""
-    for name, value in values.items():
-        weights[name].copy_(value)
-
-
-@torch.no_grad()
-def capture_inputs(
-    net: Any, factors: Iterable[str], pack: Pack, on_input: Callable[[str, Tensor], None], masked: bool
-) -> None:
-    """Run padded rows through the model, and call `on_input` with the input of each factor.
-
-    The pass ends after the last of them. So it skips the unembedding, the most expensive product of a small model.
-
-    Args:
-        net: a `PeftModel`.
-        factors: parameter names.
-        pack: padded rows, on the model's device.
-        on_input: receives the name and the input, [R * T, columns].
-        masked: pass the attention mask to the model; without it padding counts as tokens.
-    """
-    assert pack.positions is None, "rows must be padded: a token of a trie belongs to several rows"
-    pending = set(factors)
-
-    def hook(name: str, x: Tensor) -> None:
-        on_input(name, x.flatten(0, -2))  # OPT flattens the inputs of its MLP itself
-        pending.discard(name)
-        if not pending:
-            raise _InputsComplete
-
-    handles = [
-        net.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
-            lambda _, inputs, name=name: hook(name, inputs[0])
-        )
-        for name in tuple(pending)
-    ]
-    mask = {"attention_mask": pack.mask.long()} if masked else {}
-    try:
-        with suppress(_InputsComplete):
-            net(input_ids=pack.ids, use_cache=False, **mask)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _InputsComplete(Exception):
-    """Signal to end a forward pass whose remaining output is not needed."""

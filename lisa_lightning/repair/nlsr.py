@@ -1,7 +1,7 @@
 """NLSR: restoring a safe reference adapter's critical entries in the modules that drifted from it."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass as plain_dataclass
 from itertools import groupby
 from typing import Any, final
@@ -14,17 +14,10 @@ from lisa_lightning.config.fields import STRICT, OpenShare, Seed, Share
 from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.factors import modules, trainable
-from lisa_lightning.model.hooks import decoder_layers, forward_hooks, skip_forward
-from lisa_lightning.repair.base import (
-    Factors,
-    Repair,
-    RepairInputs,
-    RepairResult,
-    capture_inputs,
-    set_factors,
-    swapped_factors,
-)
+from lisa_lightning.model.factor_inputs import LayerwiseInputs, set_factors, swapped_factors
+from lisa_lightning.model.factors import Factors, modules, trainable
+from lisa_lightning.model.hooks import decoder_layers
+from lisa_lightning.repair.base import Repair, RepairInputs, RepairResult
 from lisa_lightning.runtime.errors import UserError
 
 
@@ -142,7 +135,7 @@ class NLSR(Repair):
             raise UserError(
                 "repair=nlsr: needs alignment rows, and source.alignment has none. Fix: add rows to source.alignment"
             )
-        layerwise = _LayerwiseInputs(net, packs)
+        layerwise = LayerwiseInputs(net, packs)
         low_rank: Factors = {}
         with swapped_factors(net, reference) as weights:
             for layer, group in groupby(modules(reference).values(), key=lambda pair: layerwise.layer_of.get(pair[0])):
@@ -180,48 +173,6 @@ class NLSR(Repair):
         # A single module is neither the most nor the least similar. The official code computes 0/0 for it.
         rank = order.argsort() / (len(order) - 1) if len(order) > 1 else torch.tensor([0.5])
         return (self.prune_rate - self.epsilon + rank * 2 * self.epsilon).clamp(0, 1)
-
-
-class _LayerwiseInputs:
-    """Propagates the alignment rows one layer at a time, each layer after its factors have been replaced."""
-
-    def __init__(self, net: Any, packs: Sequence[Pack]) -> None:
-        self._net = net
-        self._packs = [pack.to(next(net.parameters()).device) for pack in packs]
-        self._layers = decoder_layers(net)
-        indices = {id(w): i for i, module in enumerate(self._layers) for w in module.parameters()}
-        self.layer_of = {name: indices[id(w)] for name, w in net.named_parameters() if id(w) in indices}
-        """Index of the layer of each parameter; parameters outside the layers have no entry."""
-        self._finished = 0  # number of layers
-        self._outputs: list[Any] = [None] * len(packs)  # of the last finished layer
-
-    def inputs(self, layer: int | None, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the inputs of factors of one layer at the answer tokens, after finishing all layers below.
-
-        Args:
-            layer: index of the layer; None for factors outside the layers.
-            names: parameter names.
-
-        Returns:
-            [tokens, r] float32 by name.
-        """
-        captured: dict[str, list[Tensor]] = {name: [] for name in names}
-        finished = self._layers[: self._finished]
-        previous = [] if layer is None else self._layers[max(0, layer - 1) : layer]
-        for i, pack in enumerate(self._packs):
-            # The activations are those of the answer tokens, not of the tokens that predict them.
-            answer = pack.logit_positions + 1
-
-            def capture(name: str, x: Tensor, answer: Tensor = answer) -> None:
-                captured[name].append(x[answer].float())
-
-            def store_output(_: int, out: Any, i: int = i) -> None:
-                self._outputs[i] = out
-
-            with skip_forward(finished, self._outputs[i]), forward_hooks(previous, store_output):
-                capture_inputs(self._net, names, pack, capture, masked=True)
-        self._finished = layer or self._finished
-        return {name: torch.cat(tensors) for name, tensors in captured.items()}
 
 
 def _sorted_by_layer(net: Any, factors: Factors) -> Factors:

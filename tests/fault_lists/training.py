@@ -218,6 +218,10 @@ FAULTS = [
         "repair/test_repair.py golden/test_golden.py",
         ("descending=not self.most_similar_first", "descending=self.most_similar_first"),
         ("return size > ordered", "return size >= ordered"),
+    ),
+    *faults(
+        "model/factor_inputs.py",
+        "repair/test_repair.py golden/test_golden.py",
         ("self._layers[: self._finished]", "self._layers[: self._finished + 1]"),
     ),
     *faults("objective/loss.py", "pipeline/test_elsewhere.py", ("[0].to(device) for packing", "[0] for packing")),
