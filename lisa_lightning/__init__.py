@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lisa_lightning.method.lisa import Lisa as Lisa
     from lisa_lightning.method.proximal import Proximal as Proximal
     from lisa_lightning.method.sft import SFT as SFT
+    from lisa_lightning.method.sppft import SPPFT as SPPFT
     from lisa_lightning.method.vlguard import VLGuard as VLGuard
     from lisa_lightning.method.vlguard_loss import VLGuardLoss as VLGuardLoss
     from lisa_lightning.model.lora import load_lora_model as load_lora_model
@@ -71,6 +72,7 @@ _MODULES = {
     "Method": "method.base",
     "Proximal": "method.proximal",
     "SFT": "method.sft",
+    "SPPFT": "method.sppft",
     "VLGuard": "method.vlguard",
     "VLGuardLoss": "method.vlguard_loss",
     # Alignment

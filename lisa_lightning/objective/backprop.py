@@ -16,7 +16,13 @@ from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.factors import trainable
-from lisa_lightning.model.hooks import attention_blocks, final_norm, layer_of_parameters, mlp_blocks
+from lisa_lightning.model.hooks import (
+    attention_blocks,
+    decoder_layers,
+    final_norm,
+    layer_of_parameters,
+    mlp_blocks,
+)
 from lisa_lightning.objective.loss import completion_loss
 from lisa_lightning.objective.loss_scale import GradientOverflowError, LossScale
 
@@ -81,6 +87,11 @@ class Backprop:
     def deltas(self) -> dict[str, Delta]:
         """Change of each linear layer at alignment, on the device of the weights."""
         return {name: delta.to(self.device) for name, delta in self._deltas().items()}
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers. Raises UserError if the model has no list of them."""
+        return decoder_layers(self.model)
 
     @cached_property
     def layer_of(self) -> list[int | None]:

@@ -165,6 +165,14 @@ FAULTS = [
         ("len(step.main.micro_batches) if self.per_micro_batch", "2 if self.per_micro_batch"),
     ),
     *faults(
+        "method/sppft.py",
+        "method/test_sppft.py golden/test_golden.py",
+        ("range(begin + 1, end)", "range(begin, end)"),
+        ("range(begin + 1, end)", "range(begin + 1, end + 1)"),
+        ("gradient(step.main, weights=weights)", "gradient(step.main)"),
+        ("begin + 2 > end", "begin + 1 > end"),
+    ),
+    *faults(
         "method/vlguard_loss.py",
         "golden/test_golden.py method/test_laws.py",
         ("user + self.lamb * safe for", "user + safe for"),

@@ -97,10 +97,11 @@ def method_of(facts: dict[str, Any]) -> Method:
 
 @dataclass(frozen=True, config=STRICT)
 class Rates(Optim):
-    """Optimizer of a case. AsFT's rate falls by gamma after each epoch."""
+    """Optimizer of a case. AsFT's rate falls by gamma after each epoch, SPPFT's rises over a fixed number of steps."""
 
     gamma: float = 1.0
     epoch: int = 1
+    warmup_steps: int = 0
 
     @classmethod
     def of_case(cls, facts: dict[str, Any], steps: int) -> "Rates":
@@ -115,16 +116,19 @@ class Rates(Optim):
             accumulate=1,
             clip=facts["max_grad_norm"],
             schedule=schedule,
-            warmup_ratio=facts.get("lr_warmup_ratio", 0.0),
+            warmup_ratio=0.0 if "warmup_steps" in facts else facts.get("lr_warmup_ratio", 0.0),
             weight_decay=facts["weight_decay"],
             betas=tuple(facts["betas"]),
             eps=facts["eps"],
             gamma=facts.get("gamma", 1.0),
             epoch=-(-facts.get("steps_per_epoch", steps) // accumulated(facts)),
+            warmup_steps=facts.get("warmup_steps", 0),
         )
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of a 0-based step."""
+        if step < self.warmup_steps:
+            return self.lr * step / self.warmup_steps
         return super().lr_at(step) * self.gamma ** (step // self.epoch)
 
 

@@ -73,6 +73,10 @@ def train(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
     if fisher := module.state.get("fisher"):
         off = torch.cat([(f - tensors[f"fisher.{n}"]).flatten() for n, f in zip(backprop.names, fisher, strict=True)])
         errors.add("fisher", off.norm() / torch.cat([f.flatten() for f in fisher]).norm(), 0.0)
+    if "frozen" in facts:
+        optimizer: Any = module.optimizers()
+        idle = [n for n, w in zip(backprop.names, backprop.weights, strict=True) if w not in optimizer.optimizer.state]
+        errors.same("frozen", idle, facts["frozen"])
     if isinstance(method, AsFT):
         _regulariser(facts, tensors, backprop, errors)
 

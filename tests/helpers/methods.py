@@ -20,6 +20,7 @@ from lisa_lightning.method.ewc import EWC
 from lisa_lightning.method.ldifs import LDIFS
 from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.method.sft import SFT
+from lisa_lightning.method.sppft import SPPFT
 from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.method.vlguard_loss import VLGuardLoss
 from lisa_lightning.repair._dpo import DPO
@@ -38,6 +39,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "ldifs_dropping": partial(LDIFS, 0.1, 0.1, 5.0, False),
     "constrained_sft": partial(ConstrainedSFT, 0.1, 5.0, 20.0, 5),
     "asft": partial(AsFT, 0.1, False),
+    "sppft": partial(SPPFT, 0, LAYERS),
     "vaccine": partial(Vaccine, 2.0),
     "lox": partial(LoX, 2, 1.0),
     "t_vaccine": partial(TVaccine, 2.0, 1, 3, 4, 0),

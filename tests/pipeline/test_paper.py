@@ -101,6 +101,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "lora.r": 8,
     },
     "seal": {"curate.keep": 0.8, "curate.epochs": 3, "curate.selector_lr": 5e-3, "curate.adam": True},
+    "sppft": {"method.begin": 4, "method.end": 15, "optim.lr": 3e-5, "optim.epochs": 3, "optim.accumulate": 32},
     "t_vaccine": {
         "align.method.rho": 3,
         "align.method.active_layers": 8,

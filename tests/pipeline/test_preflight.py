@@ -14,6 +14,7 @@ from lisa_lightning.runtime.errors import UserError
 
 MISFITS = {
     "repair=safe_lora repair.number=99": r"repair\.number=99: alignment changed only 4 of",
+    "method=sppft method.end=15": r"method\.end=15: the model has 2 layers\. Fix: method\.end=2 or less",
     "align=t_vaccine": r"align\.method\.active_layers=8 is not allowed; the model has 2",
     "align.lora.targets=[q_proj] lora.targets=[v_proj] method=asft": r"are fine-tuned \(v_proj\); it changed q_proj",
     "align.lora.targets=[q_proj] lora.targets=[v_proj] repair=safe_lora": r"are fine-tuned \(v_proj\)",
