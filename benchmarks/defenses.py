@@ -102,8 +102,8 @@ def measure(folder: Path, rows: Rows) -> list[Result]:
     net = attach(load(folder, "float32"), LORA, seed=0)
     randomize(list(trainable(net).values()))
 
-    def single_batch(stream: Stream, size: int) -> Iterator[Batch]:
-        return iter([_batch(stream, rows.sst2[:size], padded=False)])
+    def single_batch(stream: Stream, size: int, padded: bool) -> Iterator[Batch]:
+        return iter([_batch(stream, rows.sst2[:size], padded)])
 
     backprop = Backprop(net, single_batch, lambda: _deltas(net))
     plain = SFT()

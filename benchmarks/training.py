@@ -67,7 +67,7 @@ class Ours:
 
     def __init__(self, folder: Path, method: Method) -> None:
         self.net = attach(load(folder, "float32"), LORA, seed=0)
-        self.backprop = _TimedPasses(self.net, iter_stream=lambda stream, size: iter(()))
+        self.backprop = _TimedPasses(self.net, iter_stream=lambda *_: iter(()))
         self.weights = self.backprop.weights
         randomize(self.weights)
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4, weight_decay=0.0, foreach=True)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lisa_lightning.method.ldifs import LDIFS as LDIFS
     from lisa_lightning.method.lisa import Lisa as Lisa
     from lisa_lightning.method.proximal import Proximal as Proximal
+    from lisa_lightning.method.salora import SaLoRA as SaLoRA
     from lisa_lightning.method.sft import SFT as SFT
     from lisa_lightning.method.sppft import SPPFT as SPPFT
     from lisa_lightning.method.vlguard import VLGuard as VLGuard
@@ -72,6 +73,7 @@ _MODULES = {
     "Method": "method.base",
     "Proximal": "method.proximal",
     "SFT": "method.sft",
+    "SaLoRA": "method.salora",
     "SPPFT": "method.sppft",
     "VLGuard": "method.vlguard",
     "VLGuardLoss": "method.vlguard_loss",

@@ -90,7 +90,8 @@ def check_requirements(
             )
         if "stacked_adapters" in defense.requirements and settings.model.adapters == "continued":
             raise UserError(
-                f"{choice}: compares adapters on the aligned model. Fix: set model.adapters=stacked (now continued)"
+                f"{choice}: needs a separate adapter on the aligned model. "
+                "Fix: set model.adapters=stacked (now continued)"
             )
         optim = "align.optim" if group == "align" else "optim"
         micro_batches = (settings.align.optim if group == "align" else settings.optim).accumulate

@@ -161,26 +161,27 @@ class StepBatches(Dataset[Step]):
         first, *further = [self._shard(stream, list(islice(block, size))) for size in sizes]
         return replace(first, further=further)
 
-    def _shard(self, stream: Stream, examples: Sequence[Example]) -> Batch:
+    def _shard(self, stream: Stream, examples: Sequence[Example], padded: bool = False) -> Batch:
         """Return this rank's micro-batches of a batch, with the token count of the unsharded batch."""
         shard_size = -(-len(examples) // self.world)
         shard = examples[self.rank * shard_size : (self.rank + 1) * shard_size]
         micro_batches = [shard[i : i + self.batch_size] for i in range(0, len(shard), self.batch_size)]
         supervised = [e.supervised for e in examples]
-        packing = pad if stream in self.method.unpacked_streams else self.packing
+        packing = pad if padded or stream in self.method.unpacked_streams else self.packing
         return Batch(stream, [packing(m) for m in micro_batches], sum(supervised), supervised.count(0))
 
-    def iter_stream(self, stream: Stream, batch_size: int) -> Iterator[Batch]:
+    def iter_stream(self, stream: Stream, batch_size: int, padded: bool = False) -> Iterator[Batch]:
         """Yield every row of a stream once, unshuffled, sharded over the ranks.
 
         Args:
             stream: name of the stream.
             batch_size: rows of a batch over all micro-batches and ranks; the last batch may have fewer.
+            padded: pad the rows, even if steps pack rows of this stream.
         """
         examples = self.streams[stream]
         for start in range(0, len(examples), batch_size):
             end = min(start + batch_size, len(examples))
-            yield self._shard(stream, [examples[i] for i in range(start, end)])
+            yield self._shard(stream, [examples[i] for i in range(start, end)], padded)
 
     def _row(self, stream: Stream, position: int) -> int:
         """Return the row index at a position of the concatenated permutations of a stream."""

@@ -60,6 +60,14 @@ class Method:
         """
         return {"anchor": snapshot(backprop.weights)}
 
+    def start(self, backprop: Backprop, state: State) -> State:
+        """Prepare the model before the first step of a process, and return the state of that step.
+
+        A method may set the weights at the start of a training, and install hooks. Hooks stay until the adapter is
+        saved. After a resume, weights and state are those of the checkpoint, and hooks must be installed again.
+        """
+        return state
+
     def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
         """Return loss and gradient of a step, before clipping.
 

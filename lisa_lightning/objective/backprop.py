@@ -37,8 +37,8 @@ Gradients = Sequence[Tensor | None]
 """One for each trainable weight; None where the optimizer must skip the weight and its moments."""
 State = dict[str, list[Tensor]]
 """Tensors of a method by name. A checkpoint holds all of them."""
-IterStream = Callable[[Stream, int], Iterator[Batch]]
-"""Stream, rows a batch -> every row of the stream once (`StepBatches.iter_stream`)."""
+IterStream = Callable[[Stream, int, bool], Iterator[Batch]]
+"""Stream, rows a batch, whether to pad them -> every row of the stream once (`StepBatches.iter_stream`)."""
 Result = TypeVar("Result")
 
 
@@ -114,9 +114,15 @@ class Backprop:
         """The norm between the last layer and the unembedding. Raises UserError if there is none."""
         return final_norm(self.model)
 
-    def iter_stream(self, stream: Stream, batch_size: int) -> Iterator[Batch]:
-        """Yield every row of a stream once, `batch_size` at a time, sharded over the ranks."""
-        for batch in self._iter_stream(stream, batch_size):
+    def iter_stream(self, stream: Stream, batch_size: int, padded: bool = False) -> Iterator[Batch]:
+        """Yield every row of a stream once, `batch_size` at a time, sharded over the ranks.
+
+        Args:
+            stream: name of the stream.
+            batch_size: rows of a batch over all micro-batches and ranks; the last batch may have fewer.
+            padded: pad the rows, even if steps pack rows of this stream.
+        """
+        for batch in self._iter_stream(stream, batch_size, padded):
             yield batch.to(self.device)
 
     def gradient(

@@ -178,4 +178,4 @@ def _meta_peft_model(base: Path, settings: RunSettings, lora: Lora, key: str) ->
 
 
 def _init_method(method: Method, net: PeftModel, deltas: dict[str, Delta]) -> None:
-    method.init(Backprop(net, lambda stream, size: iter(()), lambda: deltas))
+    method.init(Backprop(net, lambda *_: iter(()), lambda: deltas))

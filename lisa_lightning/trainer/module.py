@@ -71,6 +71,8 @@ class LisaModule(L.LightningModule):
         self.optim_key = optim_key
         self.state: State = {}
         """State of the method; `setup` creates it, a checkpoint restores it."""
+        self.started = False
+        """True from the first step of this process on, before which the method may prepare the model."""
         self.warned_unlabelled = False
 
     def setup(self, stage: str) -> None:
@@ -88,6 +90,7 @@ class LisaModule(L.LightningModule):
         self.backprop = self.make_backprop(getattr(datamodule, "iter_stream", _no_stream))
         self.weights = self.backprop.weights
         self.state = self.method.init(self.backprop)
+        self.started = False
 
     def make_backprop(self, iter_stream: IterStream) -> Backprop:
         """Return the object that computes gradients for the method."""
@@ -116,6 +119,9 @@ class LisaModule(L.LightningModule):
         lr = self.optim.lr_at(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        if not self.started:
+            self.state = self.method.start(self.backprop, self.state)
+            self.started = True
         self.state, metrics = move_anchor(self.method, step, self.weights, self.state)
         metrics["train/state"] = float(batch.main.stream == "alignment")
         if unlabelled := batch.unlabelled:
@@ -247,7 +253,7 @@ def _take_over_scaling(trainer: L.Trainer) -> LossScale | None:
     return LossScale()
 
 
-def _no_stream(stream: str, batch_size: int) -> Any:
+def _no_stream(stream: str, batch_size: int, padded: bool) -> Any:
     raise UserError("The method reads whole streams of rows. Fix: fit with a LisaDataModule")
 
 

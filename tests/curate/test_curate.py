@@ -83,7 +83,7 @@ def net(seed: int = 0) -> Any:
 
 
 def backprop() -> Backprop:
-    return Backprop(net(), lambda stream, size: iter(()))
+    return Backprop(net(), lambda *_: iter(()))
 
 
 def given(alignment: Sequence[Example], harmful: Sequence[Example] = (), packing: Packing = pack) -> Candidates:
@@ -392,7 +392,7 @@ def test_a_selector_in_float16_skips_steps_that_overflow() -> None:
     """
 
     def scores(loss_scale: LossScale | None) -> Tensor:
-        made = Backprop(net(), lambda stream, size: iter(()), loss_scale=loss_scale)
+        made = Backprop(net(), lambda *_: iter(()), loss_scale=loss_scale)
         rows = examples(MIXED)
         return SEAL(**settings(epochs=9, adam=False)).scores(Candidates(rows, rows, lambda: (made, pack)))
 

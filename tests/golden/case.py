@@ -3,7 +3,7 @@
 `facts` is the case's JSON, `tensors` its safetensors.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from lisa_lightning.method.base import Method
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.factors import PREFIX, trainable
 from lisa_lightning.model.lora import attach
+from lisa_lightning.objective.backprop import IterStream
 
 
 def tiny_model(facts: dict[str, Any], tensors: dict[str, Tensor]) -> LlamaForCausalLM:
@@ -56,6 +57,7 @@ ELSEWHERE = {
     "lamb": ("lamb", "lambda_reg"),
     "safe_rows": ("alignment_batch_size",),
     "rho": ("rho",),
+    "safety_rank": ("safe_rank",),
     "seed": ("seed",),
     "first_factor": ("first_token_bias_factor",),
     "attacks": ("tasks_sampled",),
@@ -176,11 +178,22 @@ def examples(ids: Tensor, labels: Tensor, mask: Tensor) -> list[Example]:
     ]
 
 
-def fisher_batches(tensors: dict[str, Tensor]) -> Callable[[Stream, int], Iterator[Batch]]:
+def calibration_rows(tensors: dict[str, Tensor]) -> IterStream:
+    """Return the rows with which SaLoRA begins, as one batch of a stream."""
+    recorded = {"alignment": "safety", "user": "task"}
+
+    def whole(stream: Stream, size: int, padded: bool) -> Iterator[Batch]:
+        packs = rows_of(tensors, recorded[stream])
+        yield Batch(stream, [[pack] for pack in packs], sum(len(pack.targets) for pack in packs))
+
+    return whole
+
+
+def fisher_batches(tensors: dict[str, Tensor]) -> IterStream:
     prefixes = sorted({k.rpartition(".")[0] for k in tensors if k.startswith("fisher") and k.endswith(".input_ids")})
     names = ("input_ids", "labels", "attention_mask")
 
-    def whole(stream: Stream, size: int) -> Iterator[Batch]:
+    def whole(stream: Stream, size: int, padded: bool) -> Iterator[Batch]:
         for prefix in prefixes:
             ids, labels, mask = (tensors[f"{prefix}.{name}"] for name in names)
             yield Batch(stream, [pack(examples(ids, labels, mask.bool()))], int((labels[:, 1:] != IGNORED).sum()))

@@ -15,7 +15,17 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from golden.case import Rates, accumulated, deltas_of, fisher_batches, groups_of, method_of, step_of, tiny_net
+from golden.case import (
+    Rates,
+    accumulated,
+    calibration_rows,
+    deltas_of,
+    fisher_batches,
+    groups_of,
+    method_of,
+    step_of,
+    tiny_net,
+)
 from golden.errors import Errors
 from helpers.recording import Recording
 from lisa_lightning.align import repnoise
@@ -27,6 +37,7 @@ from lisa_lightning.method.asft import AsFT, distance
 from lisa_lightning.method.base import Method
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ldifs import LDIFS
+from lisa_lightning.method.salora import SaLoRA
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.factors import modules, trainable
 from lisa_lightning.objective.backprop import Backprop, IterStream, LossFn, State
@@ -43,12 +54,13 @@ def train(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
     groups = groups_of(facts)
     steps = [step_of(tensors, t, len(groups), batches, method) for t, batches in enumerate(groups)]
     deltas = {name: Delta(delta.root.double()) for name, delta in deltas_of(tensors).items()}
-    backprop = _MeanOfMeans(net, fisher_batches(tensors), lambda: deltas)
+    whole_streams = calibration_rows if isinstance(method, SaLoRA) else fisher_batches
+    backprop = _MeanOfMeans(net, whole_streams(tensors), lambda: deltas)
     backprop.accumulated = accumulated(facts)
     recorder = _Recorder(method)
     module = _ReplayedModule(net, method, Rates.of_case(facts, len(steps)), seed=facts["seed"])
     module.replayed = backprop
-    with _recorded_draws(facts, tensors), recorder.listening():
+    with _recorded_draws(facts, tensors), _recorded_start(tensors, errors), recorder.listening():
         _fit(module, steps, recorder)
 
     final = {name: weight.detach() for name, weight in trainable(net).items()}
@@ -92,6 +104,33 @@ def _recorded_draws(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Iterat
         return torch.tensor(facts["steps"][step]["active_layers"])
 
     with patch.object(RepNoise, "noise", noise), patch.object(TVaccine, "draw", draw):
+        yield
+
+
+@contextmanager
+def _recorded_start(tensors: dict[str, Tensor], errors: Errors) -> Iterator[None]:
+    """Compare the start of SaLoRA, and replace its factors by the recorded ones.
+
+    Singular vectors have free signs, and those of near singular values mix by rounding, unlike products B A.
+    """
+    start = SaLoRA.start
+
+    def recorded(method: SaLoRA, backprop: Backprop, state: State) -> State:
+        state = start(method, backprop, state)
+        names, init = backprop.names, [tensors[f"init.{name}"].double() for name in backprop.names]
+        computed, official = (dict(zip(names, values, strict=True)) for values in (state["anchor"], init))
+        update: State = {"anchor": init, "start_a": [], "start_b": []}
+        for i, (layer, (a, b)) in enumerate(modules(names).items()):
+            v, a0, b0 = (state[name][i] for name in ("projection", "start_a", "start_b"))
+            errors.add("projection", torch.eye(len(v)) - v @ v.T, tensors[f"C.{layer}"])
+            errors.add("start", computed[b] @ computed[a], official[b] @ official[a])
+            errors.add("residual", tensors[f"base.{layer}.weight"] - b0 @ a0, tensors[f"residual.{layer}.weight"])
+            update["start_a"].append(official[a])
+            update["start_b"].append(official[b] - v @ (v.T @ official[b]))
+        backprop.set_weights(init)
+        return start(method, backprop, state | update)
+
+    with patch.object(SaLoRA, "start", recorded):
         yield
 
 

@@ -19,6 +19,7 @@ from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ewc import EWC
 from lisa_lightning.method.ldifs import LDIFS
 from lisa_lightning.method.lisa import Lisa
+from lisa_lightning.method.salora import SaLoRA
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.method.sppft import SPPFT
 from lisa_lightning.method.vlguard import VLGuard
@@ -40,6 +41,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "constrained_sft": partial(ConstrainedSFT, 0.1, 5.0, 20.0, 5),
     "asft": partial(AsFT, 0.1, False),
     "sppft": partial(SPPFT, 0, LAYERS),
+    # More directions than the first layer's outputs have.
+    "salora": partial(SaLoRA, 6, 4, 5, 6),
     "vaccine": partial(Vaccine, 2.0),
     "lox": partial(LoX, 2, 1.0),
     "t_vaccine": partial(TVaccine, 2.0, 1, 3, 4, 0),

@@ -43,7 +43,7 @@ def steps(
     streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
     data = StepBatches(streams, pad if apart else pack, method, STEPS, 4 // world, 1, seed=1, rank=rank, world=world)
     backprop = Backprop(net, data.iter_stream, lambda: deltas(net))
-    state = method.init(backprop)
+    state = method.start(backprop, method.init(backprop))
     optimizer = torch.optim.SGD(backprop.weights, lr=0.1)  # AdamW would blow up what differs by rounding alone
     for t in range(count):
         backprop.seed = STEPS * rank + t

@@ -33,7 +33,16 @@ RUNS = {
     "tar": ["align=tar", "align.method.switch_share=1", "source.alignment.take=8", "source.defender.take=8"],
     "repnoise, ldifs, nlsr": ["align=repnoise", "method=ldifs", "repair=nlsr", "source.alignment.take=40"],
 }
-WITH_STATE = ("lisa", "ewc_carrying_over", "ldifs", "constrained_sft", "t_vaccine", "booster_adding_back", "repnoise")
+WITH_STATE = (
+    "lisa",
+    "ewc_carrying_over",
+    "ldifs",
+    "constrained_sft",
+    "t_vaccine",
+    "booster_adding_back",
+    "repnoise",
+    "salora",
+)
 """Methods with tensors that a checkpoint moves to the device."""
 
 

@@ -100,6 +100,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "repair.merge": "factors",
         "lora.r": 8,
     },
+    "salora": {
+        "method.safety_rank": 32,
+        "method.task_rank": 32,
+        "lora.r": 16,
+        "lora.alpha": 16,
+        "optim.lr": 1e-4,
+        "optim.batch_size": 16,
+    },
     "seal": {"curate.keep": 0.8, "curate.epochs": 3, "curate.selector_lr": 5e-3, "curate.adam": True},
     "sppft": {"method.begin": 4, "method.end": 15, "optim.lr": 3e-5, "optim.epochs": 3, "optim.accumulate": 32},
     "t_vaccine": {

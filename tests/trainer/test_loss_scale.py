@@ -113,10 +113,13 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale(
     assert scale_of(module).value == TOO_LARGE / 8
     assert recording.values("train/loss_scale") == [TOO_LARGE, TOO_LARGE / 2, TOO_LARGE / 4]
     assert recording.values("train/skipped") == [1, 1, 1]
-    start = fresh(tiny)
-    assert all(torch.equal(weight, start[name]) for name, weight in weights(module).items())
     optimizer: Any = module.optimizers()
     assert not optimizer.optimizer.state
+    if type(module.method).start is not Method.start:  # which has set the weights, and the anchor with them
+        assert all(map(torch.equal, module.weights, module.state["anchor"]))
+        return
+    start = fresh(tiny)
+    assert all(torch.equal(weight, start[name]) for name, weight in weights(module).items())
     initial = module.method.init(module.backprop)
     assert module.state.keys() == initial.keys()
     assert all(map(torch.equal, flat_state(module.state), flat_state(initial)))

@@ -72,7 +72,7 @@ def curate(
 
     def make_model() -> tuple[Backprop, Packing]:
         net = models.attach(models.base, settings.lora, "align.lora", settings.seed).to(fabric.device)
-        backprop = Backprop(net, lambda stream, size: iter(()), loss_scale=loss_scale)
+        backprop = Backprop(net, lambda *_: iter(()), loss_scale=loss_scale)
         return backprop, choose_packing(net.get_base_model(), encoder.max_length)
 
     def make(folder: Path) -> Metrics:
