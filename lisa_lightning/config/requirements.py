@@ -6,13 +6,16 @@ from typing import Any, Literal, Protocol
 from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.runtime.errors import UserError
 
-Requirement = Literal["defender_rows", "alignment_update", "stacked_adapters", "single_micro_batch"]
+Requirement = Literal[
+    "defender_rows", "alignment_update", "stacked_adapters", "single_micro_batch", "repair_without_reference"
+]
 """Requirement of a defense on the config:
 
 - defender_rows: the provider's harmful rows, `source.defender`
 - alignment_update: the update that the stage align makes to the model
 - stacked_adapters: a separate fine-tuning adapter on the aligned model
 - single_micro_batch: all rows of a step in one micro-batch of one process
+- repair_without_reference: no repair that compares the adapter with a reference of rank `lora.r`
 """
 
 
@@ -92,6 +95,11 @@ def check_requirements(
             raise UserError(
                 f"{choice}: needs a separate adapter on the aligned model. "
                 "Fix: set model.adapters=stacked (now continued)"
+            )
+        if "repair_without_reference" in defense.requirements and "repair" in defenses and settings.reference:
+            raise UserError(
+                f"{choice}: saves an adapter of another rank than lora.r, and repair={choices['repair']} compares it "
+                "with a reference of that rank. Fix: choose another repair"
             )
         optim = "align.optim" if group == "align" else "optim"
         micro_batches = (settings.align.optim if group == "align" else settings.optim).accumulate

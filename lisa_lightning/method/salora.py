@@ -1,6 +1,6 @@
 """SaLoRA: an adapter whose output stays orthogonal to the main directions of the outputs on safety rows."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import groupby
 from typing import Any, final
@@ -47,10 +47,11 @@ class SaLoRA(Method):
     Memory: A0, C B0 and V of each adapted layer, not C. In the passes before the first step the hidden states after one
     layer, and the inputs of a layer's modules at the answer tokens.
 
-    The saved adapter is a plain one of rank 2r, with the factors [C B, -C B0] and [A; A0]. Of a model that was trained
-    without a run it is `LisaModule.finish()`.
+    The saved adapter is a plain one of rank 2r, with the factors [C B, -C B0] and [A; A0]. After a training in Python
+    `LisaModule.finish()` returns the model with it.
 
     Departures from the official code:
+        - The safety rows are the first alignment rows. The official ones are harmful prompts with safe answers.
         - W is unchanged. The official code replaces it by W - C B0 A0, so that its adapter belongs on that model alone.
         - Singular vectors are exact. The official ones are randomized, inexact where the spectrum has no gap.
         - alpha/r may differ from 1, the official value. The start of training is the same for any.
@@ -71,8 +72,8 @@ class SaLoRA(Method):
 
     @property
     def requirements(self) -> frozenset[Requirement]:
-        """A separate adapter on the aligned model, since it gets other values at the start."""
-        return frozenset({"stacked_adapters"})
+        """A separate adapter, since it gets other values at the start, and no reference of the rank before."""
+        return frozenset({"stacked_adapters", "repair_without_reference"})
 
     def init(self, backprop: Backprop) -> State:
         """Return the state before the start.
@@ -126,10 +127,8 @@ class SaLoRA(Method):
     @torch.no_grad()
     def _initialize(self, backprop: Backprop) -> State:
         """Set the weights to A0 and B0. Return V, A0 and C B0 of each adapted layer, and these weights as anchor."""
-        safety, task = (
-            LayerwiseInputs(backprop.net, _first_rows(backprop, stream, count))
-            for stream, count in (("alignment", self.safety_rows), ("user", self.task_rows))
-        )
+        safety = LayerwiseInputs(backprop.net, _first_rows(backprop, "alignment", self.safety_rows))
+        task = LayerwiseInputs(backprop.net, _first_rows(backprop, "user", self.task_rows))
         weights = dict(zip(backprop.names, backprop.weights, strict=True))
         pairs = modules(weights)
         original: Factors = {b: torch.zeros_like(weights[b]) for _, b in pairs.values()}
@@ -206,7 +205,7 @@ def _first_rows(backprop: Backprop, stream: Stream, count: int) -> list[Pack]:
     return [pack for packs in batch.nonempty for pack in packs]
 
 
-def _with_state(names: Any, state: State) -> Iterator[tuple[tuple[str, str], Tensor, Tensor, Tensor]]:
+def _with_state(names: Iterable[str], state: State) -> Iterator[tuple[tuple[str, str], Tensor, Tensor, Tensor]]:
     """Yield the names of A and B of each adapted layer, with its V, A0 and C B0."""
     yield from zip(modules(names).values(), state["projection"], state["start_a"], state["start_b"], strict=True)
 

@@ -120,9 +120,9 @@ def test_the_start_is_the_best_approximation_for_any_alpha(tiny: Path, alpha: fl
 def test_an_adapter_that_does_not_fit_is_refused(
     tiny: Path, targets: list[str], r: int, safety_rank: int, message: str
 ) -> None:
-    model: Any = load(tiny, "float32").to("meta")
+    model: Any = load(tiny, "float32")
     with torch.device("meta"):
-        net = attach(model, Lora(r=r, alpha=4, dropout=0.0, targets=targets), 0)
+        net = attach(model.to("meta"), Lora(r=r, alpha=4, dropout=0.0, targets=targets), 0)
     with pytest.raises(UserError, match=message):
         SaLoRA(safety_rank).init(Backprop(net, lambda *_: iter(())))
 

@@ -16,6 +16,7 @@ MISFITS = {
     "repair=safe_lora repair.number=99": r"repair\.number=99: alignment changed only 4 of",
     "method=salora": r"method\.safety_rank=32: model\.layers\.0\.self_attn\.q_proj has 32 outputs, .* or less",
     "method=salora model.adapters=continued": r"method=salora: needs a separate adapter on the aligned model\. Fix: ",
+    "method=salora method.safety_rank=8 repair=nlsr": r"method=salora: saves an adapter of another rank .* repair=nlsr",
     "method=sppft method.end=15": r"method\.end=15: the model has 2 layers\. Fix: method\.end=2 or less",
     "align=t_vaccine": r"align\.method\.active_layers=8 is not allowed; the model has 2",
     "align.lora.targets=[q_proj] lora.targets=[v_proj] method=asft": r"are fine-tuned \(v_proj\); it changed q_proj",
