@@ -32,6 +32,8 @@ class Schedule:
 
     alignment_steps: int
     user_steps: int
+    user_first: bool = False
+    """Begin each cycle with its user steps. Lisa begins with its alignment steps."""
 
     def __post_init__(self) -> None:
         if self.alignment_steps < 0 or self.user_steps < 0 or self.alignment_steps + self.user_steps == 0:
@@ -42,7 +44,7 @@ class Schedule:
 
     def state(self, step: int) -> State:
         """Return the state of the optimizer step with 0-based index `step`."""
-        in_cycle = step % (self.alignment_steps + self.user_steps)
+        in_cycle = (step + self._skipped) % (self.alignment_steps + self.user_steps)
         return "alignment" if in_cycle < self.alignment_steps else "user"
 
     def switches_at(self, step: int) -> bool:
@@ -51,6 +53,11 @@ class Schedule:
 
     def steps_in(self, state: State, end: int) -> int:
         """Return the number of steps in `state` among the steps 0 .. end-1."""
-        cycles, remainder = divmod(end, self.alignment_steps + self.user_steps)
-        alignment = cycles * self.alignment_steps + min(remainder, self.alignment_steps)
+        cycles, remainder = divmod(end + self._skipped, self.alignment_steps + self.user_steps)
+        alignment = cycles * self.alignment_steps + min(remainder, self.alignment_steps) - self._skipped
         return alignment if state == "alignment" else end - alignment
+
+    @property
+    def _skipped(self) -> int:
+        """Alignment steps that the first cycle skips, so that it begins with its user steps."""
+        return self.alignment_steps if self.user_first else 0

@@ -27,21 +27,30 @@ def test_equals_the_official_state_machine() -> None:
             assert [schedule.state(t) for t in range(200)] == official_states(k1, k2, 200)
 
 
-@given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 120))
-@example(3, 4, 0)  # the first step follows none
-def test_counts_and_switches_agree_with_the_states(k1: int, k2: int, before: int) -> None:
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 120), st.booleans())
+@example(3, 4, 0, False)  # the first step follows none
+def test_counts_and_switches_agree_with_the_states(k1: int, k2: int, before: int, user_first: bool) -> None:
     if k1 + k2 == 0:
         return
-    schedule = Schedule(k1, k2)
+    schedule = Schedule(k1, k2, user_first)
     states = [schedule.state(t) for t in range(before + 1)]
     for state in ("alignment", "user"):
         assert schedule.steps_in(state, before) == states[:before].count(state)
     assert schedule.switches_at(before) == (before > 0 and states[before] != states[before - 1])
 
 
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_a_cycle_with_the_user_first_has_the_same_steps_in_the_other_order(k1: int, k2: int) -> None:
+    schedule, other = Schedule(k1, k2, user_first=True), Schedule(k1, k2)
+    cycle = [schedule.state(t) for t in range(k1 + k2)]
+    assert cycle == ["user"] * k2 + ["alignment"] * k1
+    assert [schedule.state(t) for t in range(k1 + k2, 60)] == [other.state(t) for t in range(k1, 60 - k2)]
+
+
+@pytest.mark.parametrize("user_first", [False, True])
 @pytest.mark.parametrize(("k1", "k2", "only"), [(0, 5, "user"), (5, 0, "alignment")])
-def test_a_state_of_length_zero_is_never_entered(k1: int, k2: int, only: str) -> None:
-    schedule = Schedule(k1, k2)
+def test_a_state_of_length_zero_is_never_entered(k1: int, k2: int, only: str, user_first: bool) -> None:
+    schedule = Schedule(k1, k2, user_first)
     assert {schedule.state(t) for t in range(50)} == {only}
     assert not any(schedule.switches_at(t) for t in range(50))
 

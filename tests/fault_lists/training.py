@@ -12,6 +12,9 @@ FAULTS = [
         ("self.state(step) != self.state(step - 1)", "self.state(step) == self.state(step - 1)"),
         ("min(remainder, self.alignment_steps)", "remainder"),
         ("return alignment if state", "return end - alignment if state"),
+        ("in_cycle = (step + self._skipped)", "in_cycle = step"),
+        ("divmod(end + self._skipped,", "divmod(end,"),
+        ("min(remainder, self.alignment_steps) - self._skipped", "min(remainder, self.alignment_steps)"),
         ("self.alignment_steps + self.user_steps == 0", "self.alignment_steps + self.user_steps < 0"),
     ),
     *faults(
