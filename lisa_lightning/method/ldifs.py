@@ -14,7 +14,7 @@ from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.hooks import capture_outputs
-from lisa_lightning.objective.backprop import Backprop, State, StepOutput, norm
+from lisa_lightning.objective.backprop import Backprop, State, StepOutput, clip
 from lisa_lightning.objective.loss import completion_loss
 
 
@@ -91,9 +91,7 @@ class LDIFS(Method):
         terms_total, loss_total = backprop.all_reduce_sum([terms_total, loss_total])
         metrics = {"ldifs/penalty": terms_total[active].sum().item()}
         if self.inner_clip is not None:
-            length = norm(gradients)
-            scale = (self.inner_clip / (length + 1e-6)).clamp(max=1.0)  # as in clip_grad_norm_
-            gradients = [gradient * scale for gradient in gradients]
+            gradients, length = clip(gradients, self.inner_clip)
             metrics["ldifs/gradient_norm"] = length.item()
         if self.drop_threshold is not None:
             metrics["ldifs/layers_kept"] = float(sum(active))

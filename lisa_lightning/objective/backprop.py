@@ -52,6 +52,8 @@ class StepOutput:
     metrics: dict[str, float] = field(default_factory=dict)
     state: State = field(default_factory=dict)
     """New values of entries of the method's state."""
+    clipped: bool = False
+    """Apply the gradients unchanged, since the method has clipped them."""
 
 
 class Backprop:
@@ -281,3 +283,13 @@ class Backprop:
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the Euclidean norm of all tensors together, in float32."""
     return torch.stack([t.float().square().sum() for t in tensors]).sum().sqrt()
+
+
+def clip(gradients: Sequence[Tensor], max_norm: float) -> tuple[list[Tensor], Tensor]:
+    """Return the gradients scaled down to a norm of at most `max_norm`, and their norm before.
+
+    The factor is that of `torch.nn.utils.clip_grad_norm_`.
+    """
+    length = norm(gradients)
+    factor = (max_norm / (length + 1e-6)).clamp(max=1.0)
+    return [gradient * factor for gradient in gradients], length
