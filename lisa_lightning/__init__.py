@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lisa_lightning.method.proximal import Proximal as Proximal
     from lisa_lightning.method.salora import SaLoRA as SaLoRA
     from lisa_lightning.method.sft import SFT as SFT
+    from lisa_lightning.method.spag import SPAG as SPAG
     from lisa_lightning.method.sppft import SPPFT as SPPFT
     from lisa_lightning.method.vlguard import VLGuard as VLGuard
     from lisa_lightning.method.vlguard_loss import VLGuardLoss as VLGuardLoss
@@ -74,6 +75,7 @@ _MODULES = {
     "Proximal": "method.proximal",
     "SFT": "method.sft",
     "SaLoRA": "method.salora",
+    "SPAG": "method.spag",
     "SPPFT": "method.sppft",
     "VLGuard": "method.vlguard",
     "VLGuardLoss": "method.vlguard_loss",

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence, Set
 from torch import Tensor
 
 from lisa_lightning.config.requirements import Requirement
+from lisa_lightning.data.dpp import DPP
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
 from lisa_lightning.model.factors import Factors
@@ -29,6 +30,15 @@ class Method:
     def schedule(self) -> Schedule:
         """The cycle of alignment and user steps."""
         return Schedule(alignment_steps=0, user_steps=1)
+
+    def lr_step(self, step: int) -> int:
+        """Return the step whose learning rate applies at `step`."""
+        return step
+
+    @property
+    def selection(self) -> DPP | None:
+        """Selection of the alignment rows that the stage finetune uses; None for all of them."""
+        return None
 
     @property
     def safe_share(self) -> float:
@@ -69,7 +79,7 @@ class Method:
         return state
 
     def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
-        """Return loss and gradient of a step, before clipping.
+        """Return loss and gradient of a step, before clipping unless the output is marked as clipped.
 
         The weights must be unchanged afterwards. New values of entries of `state` belong into the output.
         """

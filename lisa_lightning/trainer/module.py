@@ -116,7 +116,7 @@ class LisaModule(L.LightningModule):
         self.backprop.seed = _mix(self.seed, step, self.global_rank)
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        lr = self.optim.lr_at(step)
+        lr = self.optim.lr_at(self.method.lr_step(step))
         for group in optimizer.param_groups:
             group["lr"] = lr
         if not self.started:
@@ -156,7 +156,8 @@ class LisaModule(L.LightningModule):
         self._require_finite(output.loss, "loss", step)
         for weight, gradient in zip(self.weights, output.gradients, strict=True):
             weight.grad = gradient
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, self.optim.clip or math.inf)
+        max_norm = None if output.clipped else self.optim.clip
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, max_norm or math.inf)
         self._require_finite(norm.item(), "gradient norm", step)
 
     def finish(self) -> Any:

@@ -64,6 +64,9 @@ ELSEWHERE = {
     "subsample": ("inner_subsample",),
     "grad_scale": ("tamper_resistance_grad_scale",),
     "representations": ("retain_representations",),
+    "tau": ("safe_tau",),
+    "delta": ("safe_tolerance",),
+    "clip": ("max_grad_norm",),
 }
 """Argument -> the names that a case may use for it, where they may differ."""
 OFFICIAL = {
@@ -118,7 +121,7 @@ class Rates(Optim):
             accumulate=1,
             clip=facts["max_grad_norm"],
             schedule=schedule,
-            warmup_ratio=0.0 if "warmup_steps" in facts else facts.get("lr_warmup_ratio", 0.0),
+            warmup_ratio=_warmup_ratio(facts, steps),
             weight_decay=facts["weight_decay"],
             betas=tuple(facts["betas"]),
             eps=facts["eps"],
@@ -132,6 +135,12 @@ class Rates(Optim):
         if step < self.warmup_steps:
             return self.lr * step / self.warmup_steps
         return super().lr_at(step) * self.gamma ** (step // self.epoch)
+
+
+def _warmup_ratio(facts: dict[str, Any], steps: int) -> float:
+    if "warmup_steps" in facts:  # which `Rates` counts itself
+        return 0.0
+    return facts.get("lr_warmup_ratio", facts.get("lr_warmup_steps", 0) / facts.get("rounds", steps))
 
 
 def accumulated(facts: dict[str, Any]) -> int:

@@ -16,23 +16,27 @@ from safetensors.torch import load_file
 from golden.errors import Errors
 from golden.repairs import REPAIRS
 from golden.tamper_resistance import resist
-from golden.training import token_weights, train
+from golden.training import selection, token_weights, train
 
 GOLDEN = Path(__file__).parent
-TOLERANCES = {"booster": 3e-5, "repnoise": 5e-6, "ldifs": 5e-5, "nlsr": 2e-6, "lox": 3e-6, "tar": 1e-5}
+TOLERANCES = {"booster": 3e-5, "repnoise": 5e-6, "ldifs": 5e-5, "nlsr": 2e-6, "lox": 3e-6, "spag": 3e-6, "tar": 1e-5}
 """Tolerance by method, 1e-6 for others. It is absolute for weights, and relative to max(1, value) for other values.
 
 A loss near 5, recorded in float32 under an older transformers, is reproduced to 1.5e-6 at best, in float64 too.
 """
 
+PARTS = {"constrained_sft": token_weights, "spard_selection": selection, "tar": resist}
+"""Method -> replay of a case that is no training by this project's module."""
 TERM_TOLERANCES = {
     "layer entropies": 1.5e-5,
+    "scales": 2e-5,
     **dict.fromkeys(("projection", "start", "residual"), 1e-5),
     **dict.fromkeys(("outer gradient", "all weights"), 1e-4),
 }
 """Tolerances of single quantities.
 
 - Layer entropies pass through bfloat16, in which the last bit of a sum can change a rounding.
+- Scales are quotients of the difference of a loss and a threshold near it, which leaves few of the recorded digits.
 - SaLoRA's start was recorded from singular vectors in float32.
 - TAR's outer gradient, and weights that all train by it, contain the roundings of the adversaries' steps.
 """
@@ -46,10 +50,8 @@ def replay(case: Path) -> Errors:
     errors = Errors(TOLERANCES.get(name, 1e-6), TERM_TOLERANCES)
     if name in REPAIRS:
         REPAIRS[name](facts, tensors, errors)
-    elif name == "tar":
-        resist(facts, tensors, errors)
-    elif name == "constrained_sft":
-        token_weights(facts, tensors, errors)
+    elif name in PARTS:
+        PARTS[name](facts, tensors, errors)
     else:
         train(facts, tensors, errors)
     return errors

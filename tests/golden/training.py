@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -31,6 +32,7 @@ from helpers.recording import Recording
 from lisa_lightning.align import repnoise
 from lisa_lightning.align.repnoise import RepNoise
 from lisa_lightning.align.t_vaccine import TVaccine
+from lisa_lightning.data.dpp import DPP
 from lisa_lightning.data.interleave import Batch, Step
 from lisa_lightning.data.packing import IGNORED, Pack, pack_padded
 from lisa_lightning.method.asft import AsFT, distance
@@ -38,6 +40,7 @@ from lisa_lightning.method.base import Method
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ldifs import LDIFS
 from lisa_lightning.method.salora import SaLoRA
+from lisa_lightning.method.spag import SPAG
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.factors import modules, trainable
 from lisa_lightning.objective.backprop import Backprop, IterStream, LossFn, State
@@ -71,6 +74,7 @@ def train(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
         wanted = facts["steps"][batches[0]] | {"loss": sum(facts["steps"][i]["loss"] for i in batches)}
         _compare_step(wanted, found, recorder.states[t], step, errors)
         _compare_layers(wanted, recorder.layers[t], method, errors)
+        _compare_scales(wanted, recorder.layers[t], backprop.names, errors)
         for name, weight in recorder.before[t].items():
             if (recorded := tensors.get(f"before{batches[0]:03d}.{name}")) is not None:
                 errors.add("weights", weight, recorded)
@@ -190,6 +194,8 @@ class _Recorder(Callback):
             where: dict[str, Any] = {"mmd": repnoise, "_cross_entropy": repnoise}
             if isinstance(self.method, LDIFS):
                 where["_step_terms"] = LDIFS
+            if isinstance(self.method, SPAG):
+                where["scales"] = SPAG
             for name, owner in where.items():
                 stack.enter_context(patch.object(owner, name, listened(name, getattr(owner, name))))
             yield
@@ -218,6 +224,10 @@ def _compare_step(
         errors.same("states", step.main.stream, wanted["state"])
     if "switched" in wanted:
         errors.same("switches", "switch/drift" in found, wanted["switched"])
+    if "lr" in wanted:
+        errors.add("rates", found["train/lr"], wanted["lr"])
+    if "stepped" in wanted:
+        errors.same("steps taken", bool(found.get("spag/triggered", True)), wanted["stepped"])
     if "gradient_norm" in wanted:
         errors.add(
             "norms",
@@ -251,6 +261,15 @@ def _compare_layers(wanted: dict[str, Any], heard: dict[str, list[Tensor]], meth
         entropies = [*wanted["ce_harmful_hidden"], wanted["ce_harmful_final"]]
         harmful = heard["_cross_entropy"][1 : 1 + len(entropies)]  # behind the harmless rows'
         errors.add("layer entropies", torch.stack(harmful), entropies)
+
+
+def _compare_scales(
+    wanted: dict[str, Any], heard: dict[str, list[Tensor]], names: Sequence[str], errors: Errors
+) -> None:
+    """Compare the factors of each tensor's gradient with those of one recorded batch."""
+    if "stepped" in wanted:
+        scales = dict(zip(names, heard["scales"][0], strict=True)) if "scales" in heard else {}
+        errors.each("scales", scales, {n: torch.tensor(scale) for n, scale in wanted.get("scales", {}).items()})
 
 
 def _fit(module: LisaModule, steps: list[Step], recorder: _Recorder) -> None:
@@ -308,6 +327,18 @@ def token_weights(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Err
     errors.add("weights", method.weights(policy, reference, pack.label_index), tensors["weights"][:, 1:][counted])
     errors.add("loss", output.metrics["constrained_sft/loss"], facts["loss"])
     errors.add("gradient", output.gradients[0], tensors["grad_policy_logits"])
+
+
+def selection(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> None:
+    """Compare the selection of rows by SPARD's DPP, and the log-determinant of the selection's kernel."""
+    dpp = DPP(facts["safe_sample_ratio"], facts["power"])
+    selected = dpp.select(tensors["safe_embeddings"], tensors["reference_embeddings"])
+    errors.same("selected", selected, facts["selected"])
+    rows, references = (F.normalize(tensors[f"{name}_embeddings"].double(), dim=1) for name in ("safe", "reference"))
+    features = (rows @ references.T).amax(1, keepdim=True) ** facts["power"] * rows
+    kernel = features @ features.T + facts["epsilon"] * torch.eye(len(rows), dtype=torch.float64)
+    error = abs(kernel[selected][:, selected].logdet().item() - facts["log_determinant_4_decimals"])
+    errors.add("log determinant", max(0.0, error - 5e-5), 0.0)  # recorded with four decimals
 
 
 class _Logits(torch.nn.Module):

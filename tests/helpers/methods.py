@@ -21,6 +21,7 @@ from lisa_lightning.method.ldifs import LDIFS
 from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.method.salora import SaLoRA
 from lisa_lightning.method.sft import SFT
+from lisa_lightning.method.spag import SPAG
 from lisa_lightning.method.sppft import SPPFT
 from lisa_lightning.method.vlguard import VLGuard
 from lisa_lightning.method.vlguard_loss import VLGuardLoss
@@ -43,6 +44,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     "sppft": partial(SPPFT, 0, LAYERS),
     # More directions than the first layer's outputs have.
     "salora": partial(SaLoRA, 6, 4, 5, 6),
+    # A threshold between the losses of its first safe steps and those of the later ones.
+    "spag": partial(SPAG, 5.35, 0.1, 3.0, 2, None, 4, 0.5),
     "vaccine": partial(Vaccine, 2.0),
     "lox": partial(LoX, 2, 1.0),
     "t_vaccine": partial(TVaccine, 2.0, 1, 3, 4, 0),
