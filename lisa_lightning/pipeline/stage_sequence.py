@@ -29,6 +29,7 @@ from lisa_lightning.pipeline.stages.finetune import curve_evaluation, finetune
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.reference import reference_adapter
 from lisa_lightning.pipeline.stages.repair import repair
+from lisa_lightning.pipeline.stages.select import select
 from lisa_lightning.pipeline.stages.stage_cache import StageCache
 from lisa_lightning.pipeline.stages.train import AdapterTrainer
 from lisa_lightning.repair.base import Repair
@@ -148,13 +149,22 @@ def _align(inputs: Inputs, tools: Tools) -> tuple[Model, Metrics]:
 
 
 def _finetune(inputs: Inputs, tools: Tools, aligned: Model, method: Method) -> tuple[Model, Metrics]:
-    settings = inputs.settings
-    rows: dict[Stream, Sequence[Row]] = {
-        "alignment": inputs.rows.alignment,
-        "user": inputs.user,
-        "defender": _defender_rows(inputs, method),
-    }
-    return finetune(
+    """Return the fine-tuned model, trained with all alignment rows or with those that the method selects."""
+    settings, metrics = inputs.settings, {}
+    rows: dict[Stream, Sequence[Row]] = {"alignment": inputs.rows.alignment, "user": inputs.user}
+    if method.selection is not None:
+        rows["alignment"], metrics = select(
+            tools.cache,
+            tools.models,
+            tools.encoder,
+            inputs.fabric,
+            aligned,
+            method.selection,
+            rows,
+            settings.evaluate.batch_size,
+        )
+    rows["defender"] = _defender_rows(inputs, method)
+    model, finetune_metrics = finetune(
         tools.cache,
         tools.models,
         tools.trainer,
@@ -167,6 +177,7 @@ def _finetune(inputs: Inputs, tools: Tools, aligned: Model, method: Method) -> t
         curve=curve_evaluation(tools.evaluator, inputs.task, inputs.rows, settings.evaluate),
         callbacks=inputs.callbacks,
     )
+    return model, metrics | finetune_metrics
 
 
 def _repair(inputs: Inputs, tools: Tools, aligned: Model, finetuned: Model, defense: Repair) -> tuple[Model, Metrics]:

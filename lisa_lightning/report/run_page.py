@@ -28,6 +28,7 @@ KINDS: Final = {
 TIMES: Final = {
     "curate": "Curation",
     "align": "Alignment",
+    "select": "Selection of rows",
     "finetune": "Fine-tuning",
     "reference": "Reference adapter",
     "repair": "Repair",

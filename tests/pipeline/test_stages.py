@@ -81,6 +81,7 @@ def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
         (folder / "stage.json").write_text('{"seconds": 0, "peak_mib": 0, "steps": 0}')
         (folder / "scores.json").write_text(json.dumps({"scores": [0] * len(rows["alignment"])}))
         (folder / "changed.json").write_text("{}")
+        (folder / "rows.json").write_text('{"rows": [0]}')
         return folder
 
     def of(cfg: DictConfig) -> dict[str, str]:
@@ -122,3 +123,25 @@ def test_a_key_that_a_result_depends_on_changes_where_it_is_kept(kept: Kept, con
         changed[key] = [name for name in before if after[name] != before[name]]
     assert {key for key, stages in changed.items() if not stages} == FREE
     assert {key: changed[key] for key in FIRST} == {key: sorted(v, key=list(before).index) for key, v in FIRST.items()}
+
+
+@pytest.mark.slow
+def test_a_selection_depends_on_the_rows_of_both_sides_and_on_its_own_settings(
+    kept: Kept, config: Callable[..., DictConfig]
+) -> None:
+    chosen = ("experiment=smoke", "method=spag", "evaluate.every=0")
+    before = kept(config(*chosen))
+    tuned = ["select", "finetune", "evaluate final"]
+    assert list(before) == ["align", "evaluate aligned", *tuned]
+    for key, stages in {
+        "harmful_ratio=0.2": tuned,
+        "method.safe_ratio=0.1": tuned,
+        "method.power=2": tuned,
+        "align.seed=7": list(before),
+        "method.tau=0.5": tuned[1:],
+        "optim.clip=0.5": tuned[1:],
+        "lora.r=4": tuned[1:],
+    }.items():
+        after = kept(config(*chosen, key))
+        assert [name for name in before if after[name] != before[name]] == stages, key
+    assert "select" not in kept(config(*chosen, "method.safe_ratio=null"))
