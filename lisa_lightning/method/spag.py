@@ -58,7 +58,7 @@ class SPAG(Method):
     alpha_max: Positive = 1.0
     """Largest factor of a tensor's gradient in the safe step. The official script has 1."""
     safe_rows: Count = 1
-    """Alignment rows of a safe step. The official script has 1."""
+    """Alignment rows of a safe step. The official script has 1 in each of 4 micro-batches."""
     safe_ratio: Positive | None = 0.03
     """Alignment rows to select, relative to the user's rows; None uses all of them. The official script has 0.03."""
     power: CountOrZero = 4

@@ -110,6 +110,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "seal": {"curate.keep": 0.8, "curate.epochs": 3, "curate.selector_lr": 5e-3, "curate.adam": True},
     "sppft": {"method.begin": 4, "method.end": 15, "optim.lr": 3e-5, "optim.epochs": 3, "optim.accumulate": 32},
+    "spag": {
+        "method.tau": 0.2,
+        "method.delta": 0.1,
+        "method.alpha_max": 1,
+        "method.safe_ratio": 0.03,
+        "method.power": 4,
+        "method.clip": 1,
+        "optim.lr": 5e-5,
+        "optim.epochs": 20,
+        "data.during_alignment": "keep",
+    },
     "t_vaccine": {
         "align.method.rho": 3,
         "align.method.active_layers": 8,
