@@ -120,7 +120,7 @@ class Evaluate:
     max_new_tokens: Count = 24
     """Tokens of an answer to a safety prompt. The official code has 512."""
     batch_size: BatchSize = 48
-    """Prompts generated together; also rows that a repair reads together."""
+    """Prompts generated together; also rows that a repair or a selection reads together."""
     every: CountOrZero = 50
     """Optimizer steps between two evaluations during fine-tuning; 0 for none."""
     curve_harmful: Count = 24

@@ -64,6 +64,11 @@ def test_equal_rows_and_empty_embeddings_are_selected_in_their_order() -> None:
     assert DPP(1.0, 4).select(torch.zeros(3, 2), torch.ones(3, 2)) == [0, 1, 2]
 
 
+def test_rounding_makes_no_variance_negative() -> None:
+    features = normal(0, 8, 2) * 1e6
+    assert sorted(greedy_map(features, 8)) == list(range(8))
+
+
 @pytest.mark.parametrize(
     ("ratio", "candidates", "references", "count"),
     [(0.25, 30, 43, 10), (0.03, 100, 99, 2), (0.03, 100, 5, 1), (2.0, 100, 500, 100)],

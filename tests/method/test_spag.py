@@ -109,7 +109,7 @@ def test_a_scaled_tensor_is_no_longer_than_the_excess_and_than_its_largest_scale
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(3, 2, generator=generator) * 10.0**i for i in range(-3, 2)]
-    scales = spag(tau, alpha_max=alpha_max).scales(tau + excess, gradients)
+    scales = spag(tau, delta=0.3, alpha_max=alpha_max).scales(tau + excess, gradients)
     for gradient, scale in zip(gradients, scales.tolist(), strict=True):
         norm = gradient.norm().item()
         assert scale == pytest.approx(min(excess / norm, alpha_max), rel=1e-4)
