@@ -33,10 +33,13 @@ if TYPE_CHECKING:
     from lisa_lightning.method.bso import BSO as BSO
     from lisa_lightning.method.constrained_sft import ConstrainedSFT as ConstrainedSFT
     from lisa_lightning.method.ewc import EWC as EWC
+    from lisa_lightning.method.kl import KL as KL
     from lisa_lightning.method.ldifs import LDIFS as LDIFS
     from lisa_lightning.method.lisa import Lisa as Lisa
     from lisa_lightning.method.proximal import Proximal as Proximal
+    from lisa_lightning.method.safegrad import SafeGrad as SafeGrad
     from lisa_lightning.method.salora import SaLoRA as SaLoRA
+    from lisa_lightning.method.sbr import SBR as SBR
     from lisa_lightning.method.sft import SFT as SFT
     from lisa_lightning.method.spag import SPAG as SPAG
     from lisa_lightning.method.sppft import SPPFT as SPPFT
@@ -69,11 +72,14 @@ _MODULES = {
     "BSO": "method.bso",
     "ConstrainedSFT": "method.constrained_sft",
     "EWC": "method.ewc",
+    "KL": "method.kl",
     "LDIFS": "method.ldifs",
     "Lisa": "method.lisa",
     "Method": "method.base",
     "Proximal": "method.proximal",
+    "SBR": "method.sbr",
     "SFT": "method.sft",
+    "SafeGrad": "method.safegrad",
     "SaLoRA": "method.salora",
     "SPAG": "method.spag",
     "SPPFT": "method.sppft",

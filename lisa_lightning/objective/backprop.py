@@ -214,6 +214,16 @@ class Backprop:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
 
+    @contextmanager
+    def no_dropout(self) -> Iterator[None]:
+        """Disable dropout inside."""
+        training = self.net.training
+        self.net.eval()
+        try:
+            yield
+        finally:
+            self.net.train(training)
+
     @property
     def device(self) -> torch.device:
         """The device of the weights."""

@@ -54,6 +54,7 @@ def tiny_net(facts: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
 
 
 ELSEWHERE = {
+    "beta": ("lamb", "beta"),
     "lamb": ("lamb", "lambda_reg"),
     "safe_rows": ("alignment_batch_size",),
     "rho": ("rho",),
@@ -187,25 +188,35 @@ def examples(ids: Tensor, labels: Tensor, mask: Tensor) -> list[Example]:
     ]
 
 
-def calibration_rows(tensors: dict[str, Tensor]) -> IterStream:
-    """Return the rows with which SaLoRA begins, as one batch of a stream."""
+def whole_streams(tensors: dict[str, Tensor]) -> IterStream:
+    """Return the reader of whole streams.
+
+    These are the rows with which SaLoRA begins, the prompts of SBR's anchors, or the batches of EWC's Fisher sum.
+    """
+    if any(name.startswith("safety") for name in tensors):
+        return _calibration_rows(tensors)
+    prefixes = sorted({k.rpartition(".")[0] for k in tensors if k.startswith("fisher") and k.endswith(".input_ids")})
+    names = ("input_ids", "labels", "attention_mask")
+
+    def whole(stream: Stream, size: int, padded: bool) -> Iterator[Batch]:
+        if stream == "defender":
+            ids, mask = tensors["anchor.input_ids"], tensors["anchor.attention_mask"].bool()
+            prompts = [tuple(i[m].tolist()) for i, m in zip(ids, mask, strict=True)]
+            answered = [Example((*prompt, 0), (*[IGNORED] * len(prompt), 0)) for prompt in prompts]
+            yield Batch(stream, [pack(answered)], len(answered))
+        for prefix in prefixes:
+            ids, labels, mask = (tensors[f"{prefix}.{name}"] for name in names)
+            yield Batch(stream, [pack(examples(ids, labels, mask.bool()))], int((labels[:, 1:] != IGNORED).sum()))
+
+    return whole
+
+
+def _calibration_rows(tensors: dict[str, Tensor]) -> IterStream:
     recorded = {"alignment": "safety", "user": "task"}
 
     def whole(stream: Stream, size: int, padded: bool) -> Iterator[Batch]:
         packs = rows_of(tensors, recorded[stream])
         yield Batch(stream, [[pack] for pack in packs], sum(len(pack.targets) for pack in packs))
-
-    return whole
-
-
-def fisher_batches(tensors: dict[str, Tensor]) -> IterStream:
-    prefixes = sorted({k.rpartition(".")[0] for k in tensors if k.startswith("fisher") and k.endswith(".input_ids")})
-    names = ("input_ids", "labels", "attention_mask")
-
-    def whole(stream: Stream, size: int, padded: bool) -> Iterator[Batch]:
-        for prefix in prefixes:
-            ids, labels, mask = (tensors[f"{prefix}.{name}"] for name in names)
-            yield Batch(stream, [pack(examples(ids, labels, mask.bool()))], int((labels[:, 1:] != IGNORED).sum()))
 
     return whole
 

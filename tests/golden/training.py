@@ -16,17 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from golden.case import (
-    Rates,
-    accumulated,
-    calibration_rows,
-    deltas_of,
-    fisher_batches,
-    groups_of,
-    method_of,
-    step_of,
-    tiny_net,
-)
+from golden.case import Rates, accumulated, deltas_of, groups_of, method_of, step_of, tiny_net, whole_streams
 from golden.errors import Errors
 from helpers.recording import Recording
 from lisa_lightning.align import repnoise
@@ -38,8 +28,10 @@ from lisa_lightning.data.packing import IGNORED, Pack, pack_padded
 from lisa_lightning.method.asft import AsFT, distance
 from lisa_lightning.method.base import Method
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
+from lisa_lightning.method.kl import KL
 from lisa_lightning.method.ldifs import LDIFS
 from lisa_lightning.method.salora import SaLoRA
+from lisa_lightning.method.sbr import SBR
 from lisa_lightning.method.spag import SPAG
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.factors import modules, trainable
@@ -57,9 +49,11 @@ def train(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
     groups = groups_of(facts)
     steps = [step_of(tensors, t, len(groups), batches, method) for t, batches in enumerate(groups)]
     deltas = {name: Delta(delta.root.double()) for name, delta in deltas_of(tensors).items()}
-    whole_streams = calibration_rows if isinstance(method, SaLoRA) else fisher_batches
-    backprop = _MeanOfMeans(net, whole_streams(tensors), lambda: deltas)
-    backprop.accumulated = accumulated(facts)
+    # SBR's trainer divides by the tokens of the whole step, as this project does.
+    mean = Backprop if "items_in_batch" in facts["steps"][0] else _MeanOfMeans
+    backprop = mean(net, whole_streams(tensors), lambda: deltas)
+    if isinstance(backprop, _MeanOfMeans):
+        backprop.accumulated = accumulated(facts)
     recorder = _Recorder(method)
     module = _ReplayedModule(net, method, Rates.of_case(facts, len(steps)), seed=facts["seed"])
     module.replayed = backprop
@@ -73,6 +67,7 @@ def train(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> 
     for t, (step, batches, found) in enumerate(zip(steps, groups, recorder.metrics, strict=True)):
         wanted = facts["steps"][batches[0]] | {"loss": sum(facts["steps"][i]["loss"] for i in batches)}
         _compare_step(wanted, found, recorder.states[t], step, errors)
+        _compare_penalty(wanted, found, method, len(batches), errors)
         _compare_layers(wanted, recorder.layers[t], method, errors)
         _compare_scales(wanted, recorder.layers[t], backprop.names, errors)
         for name, weight in recorder.before[t].items():
@@ -248,6 +243,16 @@ def _compare_step(
         errors.add("mmd", found["repnoise/mmd"], sum(wanted["mmd_per_layer"]) / len(wanted["mmd_per_layer"]))
         errors.add("entropy", found["repnoise/entropy"], (wanted["ce_harmful_final"] + sum(hidden)) / len(hidden))
         errors.add("harmless", found["train/loss"], wanted["ce_harmless"])
+
+
+def _compare_penalty(
+    wanted: dict[str, Any], found: dict[str, float], method: Method, micro_batches: int, errors: Errors
+) -> None:
+    """Compare the term of KL or SBR with that of one recorded batch, which has no factor."""
+    if isinstance(method, KL):
+        errors.add("penalty", found["kl/penalty"], method.beta * wanted["kl"])
+    if isinstance(method, SBR):
+        errors.add("penalty", found["sbr/penalty"], method.lamb * micro_batches * wanted["anchor_loss"])
 
 
 def _compare_layers(wanted: dict[str, Any], heard: dict[str, list[Tensor]], method: Method, errors: Errors) -> None:

@@ -17,9 +17,12 @@ from lisa_lightning.method.asft import AsFT
 from lisa_lightning.method.base import Method
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ewc import EWC
+from lisa_lightning.method.kl import KL
 from lisa_lightning.method.ldifs import LDIFS
 from lisa_lightning.method.lisa import Lisa
+from lisa_lightning.method.safegrad import SafeGrad
 from lisa_lightning.method.salora import SaLoRA
+from lisa_lightning.method.sbr import SBR
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.method.spag import SPAG
 from lisa_lightning.method.sppft import SPPFT
@@ -46,6 +49,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "salora": partial(SaLoRA, 6, 4, 5, 6),
     # A threshold between the losses of its first safe steps and those of the later ones.
     "spag": partial(SPAG, 5.35, 0.1, 3.0, 2, None, 4, 0.5),
+    "kl": partial(KL, 2.0, "labels"),
+    "sbr": partial(SBR, 5.0, 3, False),
+    "safegrad": partial(SafeGrad, 1.0, 2),
     "vaccine": partial(Vaccine, 2.0),
     "lox": partial(LoX, 2, 1.0),
     "t_vaccine": partial(TVaccine, 2.0, 1, 3, 4, 0),
@@ -62,6 +68,8 @@ ALIKE: dict[str, tuple[Method, Method]] = {
     "vlguard_loss": (VLGuardLoss(0.0, 2), SFT()),
     "ldifs": (LDIFS(0.0, 0.1, None, False), SFT()),
     "asft": (AsFT(0.0, False), SFT()),
+    "kl": (KL(0.0, "labels"), SFT()),
+    "sbr": (SBR(0.0, 3, False), SFT()),
     "vaccine": (Vaccine(0.0), AlignmentSFT()),
     "lox": (LoX(2, 0.0), AlignmentSFT()),
     "booster": (Booster(0.0, 0.1, 0.0, False), AlignmentSFT()),

@@ -34,12 +34,7 @@ RUNS = {
     "repnoise, ldifs, nlsr": ["align=repnoise", "method=ldifs", "repair=nlsr", "source.alignment.take=40"],
 }
 WITH_STATE = (
-    "lisa",
-    "ewc_carrying_over",
-    "ldifs",
-    "constrained_sft",
-    "t_vaccine",
-    "booster_adding_back",
+    *("lisa", "ewc_carrying_over", "ldifs", "kl", "constrained_sft", "sbr", "t_vaccine", "booster_adding_back"),
     "repnoise",
     "salora",
 )

@@ -72,6 +72,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "method.bias_length": 5,
     },
     "ewc": {"method.lamb": 1e9, "method.carry_over": True, "model.adapters": "continued"},
+    "kl": {"method.beta": 0.1, "method.over": "positions", "model.adapters": "stacked", "optim.schedule": "cosine"},
     "lox": {"align.method.k": 6, "align.method.coef": 1.25},
     "ldifs": {"method.rho": 1e-4, "method.drop_threshold": 0.1, "method.inner_clip": 5},
     "nlsr": {
@@ -93,6 +94,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "proximal": {"method.rho": 1, "method.proximal_after": 0.1},
     "repnoise": {"align.method.alpha": 0.1, "align.method.beta": 0.001, "align.method.official": True},
     "safe_lora": {"repair.mode": "number", "lora.r": 8, "optim.lr": 5e-5, "optim.epochs": 5, "data.n": 1100},
+    "safegrad": {"method.lamb": 1, "method.safe_rows": 4},
     "safe_merge": {
         "repair.threshold": 0.35,
         "repair.finetuned_weight": 0.8,
@@ -107,6 +109,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "lora.alpha": 16,
         "optim.lr": 1e-4,
         "optim.batch_size": 16,
+    },
+    "sbr": {
+        "method.lamb": 50,
+        "method.anchors": 8,
+        "method.per_micro_batch": True,
+        "lora.r": 16,
+        "lora.alpha": 64,
+        "optim.lr": 1e-5,
+        "optim.epochs": 20,
+        "optim.batch_size": 8,
+        "optim.accumulate": 4,
     },
     "seal": {"curate.keep": 0.8, "curate.epochs": 3, "curate.selector_lr": 5e-3, "curate.adam": True},
     "sppft": {"method.begin": 4, "method.end": 15, "optim.lr": 3e-5, "optim.epochs": 3, "optim.accumulate": 32},

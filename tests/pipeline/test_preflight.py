@@ -24,6 +24,7 @@ MISFITS = {
     "align=repnoise align.method.official=true align.optim.accumulate=2": r"accumulate=1 \(now 2\) and one process",
     "align=tar align.method.all_positions=true align.optim.accumulate=2": r"Fix: align\.optim\.accumulate=1 \(now 2\)",
     "method=ldifs method.padding=true optim.accumulate=2": r"Fix: optim\.accumulate=1 \(now 2\) and one process",
+    "method=kl method.over=positions optim.accumulate=2": r"Fix: optim\.accumulate=1 \(now 2\) and one process",
     "lora.targets=[nope]": r"lora\.targets: the model has no module 'nope'",
     "lora.r=5000": r"lora\.r=5000 is above the rank of every adapted matrix\. Fix: lora\.r=32 or less",
     "align.lora.r=5000": r"align\.lora\.r=5000 is above the rank of every adapted matrix",
