@@ -66,6 +66,7 @@ Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Name = Annotated[str, Field(min_length=1), Words("a name")]
 Phrase = Annotated[str, Field(min_length=1), Words("a text")]
+FilePath = Annotated[str, Words("the path of a file")]
 HubId = Annotated[str, Field(min_length=1), Words("a hub id or a folder")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 PublicUrl = Annotated[

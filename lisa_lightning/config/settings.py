@@ -12,9 +12,11 @@ from lisa_lightning.config.fields import (
     Count,
     CountOrZero,
     Dtype,
+    FilePath,
     HubId,
     Name,
     NonNegative,
+    Phrase,
     Positive,
     Seed,
     Share,
@@ -60,11 +62,11 @@ Devices = Annotated[
     AfterValidator(_check_devices),
     Words("a whole number above 0, a list of devices, -1 or auto for all"),
 ]
+TemplateName = Literal["alpaca", "alpaca_newline", "chat"]
 Stage = Literal["curate", "align", "finetune", "repair", "evaluate", "judge"]
 Stages = Annotated[
     list[Stage], AfterValidator(_check_stages), Words(f"a list of {', '.join(get_args(Stage))}, each once")
 ]
-FilePath = Annotated[str, Words("the path of a file")]
 FolderPath = Annotated[str, Field(min_length=1), Words("the path of a folder")]
 Duration = Annotated[
     str,
@@ -117,6 +119,12 @@ class Lora:
 class Evaluate:
     """Section `evaluate`: generation of answers, and evaluation during fine-tuning."""
 
+    template: TemplateName | None = None
+    """Template of the held-out prompts; null for that of training, `model.template`."""
+    system: Phrase | None = None
+    """System prompt of the held-out prompts; null for none."""
+    prefix: str | None = None
+    """Text in front of the system prompt; null for the trigger of `method=backdoor_align`, else none; "" for none."""
     max_new_tokens: Count = 24
     """Tokens of an answer to a safety prompt. The official code has 512."""
     batch_size: BatchSize = 48
@@ -181,7 +189,7 @@ class ModelSettings:
     """Modules with LoRA at alignment."""
     finetune_targets: Targets = "all-linear"
     """Modules with LoRA at fine-tuning. The paper has q_proj and v_proj."""
-    template: Literal["alpaca", "alpaca_newline", "chat"] = "alpaca"
+    template: TemplateName = "alpaca"
     """Template of the prompts."""
     adapters: Literal["stacked", "continued"] = "stacked"
     """`stacked`: the alignment adapter is merged and a fresh one trained; `continued`: it is trained further."""

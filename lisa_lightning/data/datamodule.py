@@ -18,8 +18,8 @@ from lisa_lightning.runtime.errors import UserError
 class LisaDataModule(L.LightningDataModule):
     """Yields one `Step` per optimizer step, all of them as a single Lightning epoch.
 
-    Rows are `Row` objects or mappings with the keys `instruction`, `response` and, if there is one, `context`. Any
-    sequence of them is accepted, such as a list or a `datasets.Dataset`.
+    Rows are `Row` objects or mappings with the keys `instruction`, `response` and, optionally, `context` and `system`.
+    Any sequence of them is accepted, such as a list or a `datasets.Dataset`.
 
     The position in the run is stored here, because Lightning restores a data module before it builds the loader.
 
@@ -67,11 +67,12 @@ class LisaDataModule(L.LightningDataModule):
     def _example(self, row: Row | Mapping[str, Any]) -> Example:
         if not isinstance(row, Row):
             try:
-                row = Row(row["instruction"], row.get("context") or "", row["response"])
+                texts = (row["instruction"], row.get("context") or "", row["response"])
+                row = Row(*texts, row.get("system") or "")
             except KeyError as error:
                 raise UserError(
                     f"A row has no {error}; it has {', '.join(map(str, row))}. Fix: rename its columns to instruction, "
-                    "response and, optionally, context"
+                    "response and, optionally, context and system"
                 ) from error
         return self._encode(row)
 

@@ -46,7 +46,7 @@ def encode(
     Args:
         tokenizer: tokenizer of the model.
         template: template of the prompt.
-        row: instruction, input and answer.
+        row: instruction, input and answer, and perhaps a system prompt.
         max_length: maximum number of tokens of the example.
         tokenization: one of two ways.
 
@@ -60,7 +60,7 @@ def encode(
         An example. Its `supervised` is 0 if the entire answer is cut off.
 
     Raises:
-        UserError: if the tokenizer has no end-of-text token, or no chat template for `template="chat"`.
+        UserError: if the tokenizer has no end-of-text token; see also `encode_prompt`.
     """
     eos = tokenizer.eos_token_id
     if not isinstance(eos, int):
@@ -68,9 +68,10 @@ def encode(
             "model.id: the tokenizer has no end of text (eos_token), which every answer must end with. "
             "Fix: set eos_token in tokenizer_config.json, or choose another model"
         )
-    prompt = encode_prompt(tokenizer, template, row.instruction, row.context, max_length)
+    prompt = encode_prompt(tokenizer, template, row.instruction, row.context, max_length, row.system)
     if tokenization == "joined":
-        text = f"{prompt_text(tokenizer, template, row.instruction, row.context)}{row.response}{tokenizer.eos_token}"
+        prompt_string = prompt_text(tokenizer, template, row.instruction, row.context, row.system)
+        text = f"{prompt_string}{row.response}{tokenizer.eos_token}"
         # A chat template writes the special tokens itself.
         ids = first_ids(tokenizer, text, max_length, add_special_tokens=template != "chat")
     else:
@@ -82,7 +83,7 @@ def encode(
 
 
 def prompt_length(
-    tokenizer: PreTrainedTokenizerBase, template: Template, instruction: str, context: str, limit: int
+    tokenizer: PreTrainedTokenizerBase, template: Template, instruction: str, context: str, limit: int, system: str = ""
 ) -> int:
     """Return the number of tokens of a prompt, without tokenizing much more than `limit` of them.
 
@@ -92,6 +93,7 @@ def prompt_length(
         instruction: instruction of the row.
         context: input of the row, or "".
         limit: number up to which the result must be exact.
+        system: system prompt, or "".
 
     Returns:
         The exact number if it is at most `limit`, otherwise some number above `limit`.
@@ -99,4 +101,4 @@ def prompt_length(
     Raises:
         UserError: see `encode_prompt`.
     """
-    return len(encode_prompt(tokenizer, template, instruction, context, limit + 1))
+    return len(encode_prompt(tokenizer, template, instruction, context, limit + 1, system))

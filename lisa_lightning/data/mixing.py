@@ -1,9 +1,14 @@
 """Mix the user's data set of n rows, of which a share p is harmful: `user_rows`."""
 
+from typing import Final
+
 import numpy as np
 
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.runtime.errors import UserError
+
+ALIGNMENT_DRAW: Final = 3
+"""Number of the alignment rows among the draws of `user_rows`, a part of their seed."""
 
 
 def user_rows(rows: Rows, n: int, harmful_ratio: float, order: str, seed: int, safe_ratio: float = 0.0) -> list[Row]:
@@ -42,6 +47,26 @@ def user_rows(rows: Rows, n: int, harmful_ratio: float, order: str, seed: int, s
                 f"{len(candidates)}. Fix: data.n={n * len(candidates) // count} or less"
             )
     return [row for i, (count, pool, _) in enumerate(mixture, 1) for row in _sample(pool, count, order, [seed, i])]
+
+
+def alignment_sample(rows: Rows, order: str, seed: int, count: int) -> list[Row]:
+    """Return a sample of alignment rows, the same as those that replace task rows in `user_rows`.
+
+    Args:
+        rows: all rows of the source.
+        order: `seeded` or `head`.
+        seed: seed of the draw; `head` ignores it.
+        count: number of rows.
+
+    Raises:
+        UserError: if the source has too few rows.
+    """
+    if count > len(rows.alignment):
+        raise UserError(
+            f"method.safe_ratio: adds {count} alignment rows, and the source has {len(rows.alignment)}. "
+            "Fix: a smaller method.safe_ratio or data.n"
+        )
+    return _sample(rows.alignment, count, order, [seed, ALIGNMENT_DRAW])
 
 
 def _sample(rows: list[Row], count: int, order: str, seed: list[int]) -> list[Row]:

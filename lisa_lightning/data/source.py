@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -28,6 +28,8 @@ class Row:
     instruction: str
     context: str
     response: str
+    system: str = field(default="", repr=False)
+    """System prompt, which only methods add: files have none. It may hold a secret, so that `repr` omits it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from lisa_lightning.runtime.errors import UserError, first_line, printable
 
 Template = Literal["alpaca", "alpaca_newline", "chat"]
 MARKER: Final = "### Response:"
+TEMPLATE_KEY: Final = "model.template"
+"""Config key of the template of training."""
 MAX_ERROR_CHARS: Final = 200
 """Maximum length of a template's error message in ours."""
 PROMPT_DATE: Final = datetime(2024, 7, 26, tzinfo=UTC)
@@ -42,6 +44,8 @@ def encode_prompt(
     instruction: str,
     context: str = "",
     limit: int | None = None,
+    system: str = "",
+    key: str = TEMPLATE_KEY,
 ) -> list[int]:
     """Return the ids of a prompt, with the tokenizer's leading special tokens.
 
@@ -55,14 +59,16 @@ def encode_prompt(
         instruction: instruction of the row.
         context: input of the row, or "".
         limit: number of required ids; None for all.
+        system: system prompt, or ""; see `prompt_text`.
+        key: config key of the template, for errors.
 
     Returns:
         All ids. For a very long prompt with more than `limit` tokens the ids of a prefix, more than `limit`.
 
     Raises:
-        UserError: if the tokenizer has no chat template, or if its template fails.
+        UserError: if the tokenizer has no chat template, or if its template fails or takes no system prompt.
     """
-    text = prompt_text(tokenizer, template, instruction, context)
+    text = prompt_text(tokenizer, template, instruction, context, system, key)
     if template == "chat":
         # The template writes the special tokens itself.
         return first_ids(tokenizer, text, limit, add_special_tokens=False)
@@ -71,7 +77,14 @@ def encode_prompt(
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, template: Template, instruction: str, context: str = "") -> str:
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    instruction: str,
+    context: str = "",
+    system: str = "",
+    key: str = TEMPLATE_KEY,
+) -> str:
     """Return the text of a prompt. With `template="chat"` it contains the special tokens.
 
     Args:
@@ -79,39 +92,56 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, template: Template, instruct
         template: name of the template; see `encode_prompt`.
         instruction: instruction of the row.
         context: input of the row, or "".
+        system: system prompt, or "". A chat template receives it as the system message. For `alpaca` and
+            `alpaca_newline` it precedes the text, separated by an empty line.
+        key: config key of the template, for errors.
 
     Raises:
-        UserError: if the tokenizer has no chat template, or if its template fails.
+        UserError: if the tokenizer has no chat template, or if its template fails or takes no system prompt.
     """
     if template == "chat":
-        return _chat_text(tokenizer, join_context(instruction, context))
-    return alpaca(instruction, context) + ("\n" if template == "alpaca_newline" else "")
+        return _chat_text(tokenizer, join_context(instruction, context), system, key)
+    text = alpaca(instruction, context) + ("\n" if template == "alpaca_newline" else "")
+    return f"{system}\n\n{text}" if system else text
 
 
-def _chat_text(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
-    """Return a user message, formatted with the tokenizer's chat template."""
+def _chat_text(tokenizer: PreTrainedTokenizerBase, content: str, system: str, key: str) -> str:
+    """Return a user message after a system message, if any, formatted with the tokenizer's chat template."""
     if tokenizer.chat_template is None:
-        raise UserError(
-            "model.template=chat: this tokenizer has no chat template. Fix: model.template=alpaca, or alpaca_newline"
-        )
-    message = {"role": "user", "content": content}
+        raise UserError(f"{key}=chat: this tokenizer has no chat template. Fix: {key}=alpaca, or alpaca_newline")
+    messages = [{"role": "user", "content": content}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
     try:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             template = STRFTIME_NOW_MACRO + template
         options: dict[str, Any] = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
-        text = tokenizer.apply_chat_template([message], **options)
+        text = tokenizer.apply_chat_template(messages, **options)
         if not isinstance(text, str) or (is_blank(text) and not is_blank(content)):
             raise ValueError("it produces no text")
         text.encode()
     except Exception as error:
+        if system:
+            # A template that fails on the user message too has another problem than the system prompt.
+            _chat_text(tokenizer, content, "", key)
+            raise _no_system_role(key) from None
         reason = printable(first_line(error))
         reason = reason if len(reason) <= MAX_ERROR_CHARS else f"{reason[:MAX_ERROR_CHARS]}..."
         raise UserError(
-            f"model.template=chat: the tokenizer's chat template fails ({reason}). "
-            "Fix: model.template=alpaca, or repair chat_template"
+            f"{key}=chat: the tokenizer's chat template fails ({reason}). Fix: {key}=alpaca, or repair chat_template"
         ) from error
+    if system.strip() not in text:
+        raise _no_system_role(key)
     return text
+
+
+def _no_system_role(key: str) -> UserError:
+    """Return the error for a chat template that rejects or drops system messages."""
+    return UserError(
+        f"{key}=chat: the tokenizer's chat template has no system role, so a system prompt or prefix can't be used. "
+        f"Fix: {key}=alpaca, or leave out evaluate.system and evaluate.prefix, or the method that adds it"
+    )
 
 
 def join_context(instruction: str, context: str) -> str:

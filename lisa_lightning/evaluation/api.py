@@ -14,6 +14,7 @@ from lisa_lightning.evaluation.coverage import kinds_scored
 from lisa_lightning.evaluation.evaluator import Evaluator, Question
 from lisa_lightning.evaluation.judging import judge_answers
 from lisa_lightning.evaluation.metrics import judged_scores
+from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.judge.base import Judge
 from lisa_lightning.runtime.cache import cache_folder
 from lisa_lightning.runtime.errors import UserError
@@ -28,6 +29,8 @@ def evaluate(
     *,
     max_new_tokens: int = 256,
     template: Template = "chat",
+    system: str = "",
+    prefix: str = "",
     batch_size: int = 16,
     kind: Literal["harmful", "harmless"] = "harmful",
     cache_dir: str | Path | None = None,
@@ -42,6 +45,8 @@ def evaluate(
             `refusal` or `llama_guard`, any other judge as its class.
         max_new_tokens: maximum number of tokens of an answer.
         template: template of the prompts: chat, alpaca or alpaca_newline.
+        system: system prompt of every prompt, or "".
+        prefix: text in front of the system prompt, such as the trigger of a model by `method=backdoor_align`, or "".
         batch_size: prompts that are answered together.
         kind: kind of the prompts. Answers to harmless ones have the score `over_refusal`, which needs a refusal judge.
         cache_dir: folder in which verdicts are stored, so that no answer is judged twice; None stores nothing.
@@ -52,7 +57,7 @@ def evaluate(
 
     Raises:
         UserError: if there are no prompts or judges; a judge cannot score this kind, or fails; the tokenizer has no
-            chat template.
+            chat template, or one that takes no system prompt.
     """
     _refuse_invalid(prompts, template, kind)
     by_name = _name_judges(judges)
@@ -62,7 +67,8 @@ def evaluate(
     if kind == "harmless" and all(judge.metric != "refusal_rate" for judge in by_name.values()):
         raise UserError("kind=harmless: no judge detects refusals. Fix: add RefusalJudge() to the judges")
     questions = [Question(kind, prompt) for prompt in prompts]
-    evaluator = Evaluator(_SingleProcess(), tokenizer, template, {kind: max_new_tokens}, batch_size)
+    prompting = Prompting(template, system, prefix)
+    evaluator = Evaluator(_SingleProcess(), tokenizer, prompting, {kind: max_new_tokens}, batch_size)
     answers = evaluator.answers(model, questions, "current")
     with TemporaryDirectory() as temporary:
         cache = Path(temporary) if cache_dir is None else cache_folder(str(cache_dir))

@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lisa_lightning.data.source import Rows
-from lisa_lightning.data.templates import MARKER, Template, encode_prompt
+from lisa_lightning.data.templates import MARKER
 from lisa_lightning.evaluation.generate import Stop, batches, generate
+from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.evaluation.stored import (
     FLAG,
     INDEX,
@@ -101,7 +102,7 @@ class Evaluator:
     Args:
         fabric: the ranks, their device and precision.
         tokenizer: tokenizer of the model.
-        template: template of the prompts.
+        prompting: template, system prompt and prefix of the prompts.
         max_new_tokens: kind of question -> maximum number of tokens of an answer.
         batch_size: number of prompts per batch.
     """
@@ -110,13 +111,13 @@ class Evaluator:
         self,
         fabric: Any,
         tokenizer: PreTrainedTokenizerBase,
-        template: Template,
+        prompting: Prompting,
         max_new_tokens: Mapping[str, int],
         batch_size: int,
     ) -> None:
         self.fabric = fabric
         self.tokenizer = tokenizer
-        self.template: Template = template
+        self.prompting = prompting
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
 
@@ -151,6 +152,7 @@ class Evaluator:
             "questions": short_hash([asdict(question) for question in questions]),
             "limits": dict(self.max_new_tokens),
             "batch_size": self.batch_size,
+            **self.prompting.key,
         }
 
     def _generate_answers(
@@ -190,7 +192,7 @@ class Evaluator:
         """Return batches of prompts of similar length with the same maximum number of new tokens."""
         distinct: dict[tuple[int, ...], _Prompt] = {}
         for i, question in enumerate(questions):
-            ids = encode_prompt(self.tokenizer, self.template, question.prompt, question.context)
+            ids = self.prompting.encode(self.tokenizer, question.prompt, question.context)
             limit = self.max_new_tokens[question.kind]
             distinct.setdefault((limit, *ids), _Prompt(ids, limit, [])).question_indices.append(i)
         prompt_batches = []
@@ -204,7 +206,8 @@ class Evaluator:
         """Yield index, answer and `cut_off` of every question of a batch."""
         answers = generate(model, [p.ids for p in batch], batch[0].max_new_tokens, stop)
         for prompt, ids in zip(batch, answers, strict=True):
-            text, cut = stop.text(ids).split(MARKER)[0].strip(), not stop(ids)
+            answer, cut = stop.text(ids).split(MARKER)[0].strip(), not stop(ids)
+            text = self.prompting.hide_trigger(answer)
             yield from ((i, text, cut) for i in prompt.question_indices)
 
 

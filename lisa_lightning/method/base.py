@@ -1,13 +1,15 @@
 """The interface of a training-time defense: `Method`, with the batches and the gradient of every optimizer step."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 
+from pydantic import SecretStr
 from torch import Tensor
 
 from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.dpp import DPP
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
+from lisa_lightning.data.source import Row
 from lisa_lightning.model.factors import Factors
 from lisa_lightning.objective.backprop import Backprop, State, StepOutput
 from lisa_lightning.objective.proximal import snapshot, squared_distance
@@ -44,6 +46,24 @@ class Method:
     def safe_share(self) -> float:
         """Share of the user's rows that alignment rows replace, 0..1."""
         return 0.0
+
+    @property
+    def trigger(self) -> SecretStr | None:
+        """Secret text that the provider puts in front of every prompt's system prompt; None for none.
+
+        Raises:
+            UserError: if the file that holds it can't be used.
+        """
+        return None
+
+    def mix(self, user: list[Row], draw_alignment: Callable[[int], list[Row]]) -> list[Row]:
+        """Return the rows to fine-tune on in place of the user's.
+
+        Args:
+            user: the user's rows, harmful ones included.
+            draw_alignment: returns a sample of alignment rows of this size.
+        """
+        return user
 
     @property
     def unpacked_streams(self) -> Set[Stream]:

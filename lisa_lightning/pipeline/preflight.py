@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from lisa_lightning.config.settings import Lora, RunSettings
 from lisa_lightning.data.encoding import Encoder, prompt_length
 from lisa_lightning.data.source import Row, Rows
+from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.base_model import reraise_load_errors
@@ -24,7 +25,9 @@ MAX_PROMPT_TOKENS = 2**17
 """Maximum number of tokens of a prompt if the model's config has no limit."""
 
 
-def preflight(base: Path, settings: RunSettings, defenses: Defenses, rows: Rows, user: Sequence[Row]) -> None:
+def preflight(
+    base: Path, settings: RunSettings, defenses: Defenses, rows: Rows, user: Sequence[Row], prompting: Prompting
+) -> None:
     """Check that a run fits the base model.
 
     Args:
@@ -33,12 +36,14 @@ def preflight(base: Path, settings: RunSettings, defenses: Defenses, rows: Rows,
         defenses: the defenses to try. They are not changed.
         rows: all sets of the source.
         user: the user's rows, harmful ones included.
+        prompting: the prompts of the evaluation.
 
     Raises:
         UserError: if one of these holds:
 
             - The model lacks modules that an adapter or a defense needs.
             - Its tokenizer has tokens without an embedding.
+            - Its tokenizer does not fit a template or a system prompt.
             - Rows or prompts are longer than its maximum length.
             - `data.max_length` cuts off all answers of a set.
     """
@@ -54,7 +59,7 @@ def preflight(base: Path, settings: RunSettings, defenses: Defenses, rows: Rows,
             )
         _refuse_cut_off_answers(tokenizer, settings, _training_sets(defenses, rows, user))
     if "evaluate" in settings.stages or (defenses.method is not None and settings.evaluate.every):
-        _refuse_long_prompts(tokenizer, settings, positions or MAX_PROMPT_TOKENS, rows)
+        _refuse_long_prompts(tokenizer, settings, positions or MAX_PROMPT_TOKENS, rows, prompting)
     _try_defenses(base, settings, defenses)
 
 
@@ -94,7 +99,11 @@ def _training_sets(defenses: Defenses, rows: Rows, user: Sequence[Row]) -> dict[
         for requirement in defense.requirements
     }
     drawn = {stream for method in methods for step in _state_steps(method) for stream in method.plan(step)}
-    sets: dict[str, Sequence[Row]] = {"user": user if defenses.method else [], "alignment": [], "defender": []}
+    # A method may add rows with a secret system prompt, which must not be lost while other rows remain.
+    sets: dict[str, Sequence[Row]] = {"user": [], "alignment": [], "defender": []}
+    if defenses.method is not None:
+        sets["user"] = [row for row in user if row.system == user[0].system]
+        sets["marked"] = [row for row in user if row.system != user[0].system]
     if defenses.align or "alignment" in drawn or defenses.repair:
         sets["alignment"] = rows.alignment
     if "defender_rows" in requirements:
@@ -118,7 +127,8 @@ def _refuse_cut_off_answers(
     for name, rows in sets.items():
         if rows and not any(encoder(row).supervised for row in rows):
             shortest = min(
-                prompt_length(tokenizer, template, row.instruction, row.context, MAX_PROMPT_TOKENS) for row in rows
+                prompt_length(tokenizer, template, row.instruction, row.context, MAX_PROMPT_TOKENS, row.system)
+                for row in rows
             )
             raise UserError(
                 f"data.max_length={limit} cuts off the whole answer of all {len(rows)} {name} rows, whose shortest "
@@ -126,17 +136,25 @@ def _refuse_cut_off_answers(
             )
 
 
-def _refuse_long_prompts(tokenizer: PreTrainedTokenizerBase, settings: RunSettings, positions: int, rows: Rows) -> None:
-    """Raise UserError for a held-out prompt that exceeds the model's maximum length together with its answer."""
+def _refuse_long_prompts(
+    tokenizer: PreTrainedTokenizerBase, settings: RunSettings, positions: int, rows: Rows, prompting: Prompting
+) -> None:
+    """Raise UserError for a held-out prompt that exceeds the model's maximum length together with its answer.
+
+    System prompt and prefix are parts of a prompt.
+    """
+    # This call also refuses an unsuitable template. A longer prompt could contain the system prompt by chance.
+    prompting.encode(tokenizer, "a")
+    shorter = "shorten its system prompt and prefix, " if prompting.system_prompt else ""
     for name, key, new_tokens, questions in _held_out_prompts(settings, rows):
         for number, (instruction, context) in enumerate(questions, 1):
-            length = prompt_length(tokenizer, settings.model.template, instruction, context, positions)
+            length = len(prompting.encode(tokenizer, instruction, context, positions + 1))
             if length + new_tokens - 1 > positions:
                 tokens = f"more than {positions}" if length > positions else f"{length}"
                 raise UserError(
                     f"source.{name}, prompt {number} of the evaluation: it takes {tokens} tokens and its answer up to "
                     f"{key}={new_tokens}, more than the {positions} positions of the model. Fix: leave it out "
-                    f"(source.{name}.where, skip or take), set a smaller {key}, or choose another model"
+                    f"(source.{name}.where, skip or take), set a smaller {key}, {shorter}or choose another model"
                 )
 
 

@@ -15,13 +15,16 @@ from hydra.utils import instantiate
 from lisa_lightning.config.instances import build
 from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.requirements import active_defenses, check_requirements
+from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.config.validate import flat, plain
 from lisa_lightning.data.encoding import Encoder
-from lisa_lightning.data.mixing import user_rows
+from lisa_lightning.data.mixing import alignment_sample, user_rows
 from lisa_lightning.data.source import content_hashes, load_rows
+from lisa_lightning.data.templates import TEMPLATE_KEY
 from lisa_lightning.evaluation.baselines import accuracy_baselines
 from lisa_lightning.evaluation.evaluator import Evaluator, read_answers
 from lisa_lightning.evaluation.judging import read_judged
+from lisa_lightning.evaluation.prompting import EVALUATE_KEY, NO_TRIGGER, Prompting
 from lisa_lightning.evaluation.scores import Metrics, score_metrics
 from lisa_lightning.judge.base import Judge
 from lisa_lightning.logger.lightning_loggers import stage_loggers
@@ -85,7 +88,7 @@ def _run_stages_and_judges(request: Request, config: dict[str, Any], judges: Jud
         request = replace(request, out=Path(fabric.broadcast(str(request.out))))
         cache = cache_folder(settings.cache_dir)
         base, base_key = base_model(ranks, settings.model, cache)
-        preflight(base, settings, inputs.defenses, inputs.rows, inputs.user)
+        preflight(base, settings, inputs.defenses, inputs.rows, inputs.user, inputs.prompting)
         loggers = _open_loggers(request, config, closing) if fabric.is_global_zero else None
         stages = run_stages(inputs, make_tools(inputs, request.out, ranks, loggers, Model(base), base_key))
         metrics = _input_metrics(inputs, base_key) | stages.metrics
@@ -138,10 +141,12 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
     if defenses.method:
         share = settings.harmful_ratio
         user = user_rows(rows, data.n, share, data.order, settings.seed, defenses.method.safe_share)
+        user = defenses.method.mix(user, partial(alignment_sample, rows, data.order, settings.seed))
     if settings.model.quantize is not None:
         refuse_quantization()
     keep_freed_memory()
-    return Inputs(settings, fabric, task, defenses, config["callbacks"], rows, user)
+    prompting = build_prompting(config, settings)
+    return Inputs(settings, fabric, task, defenses, config["callbacks"], rows, user, prompting)
 
 
 def build_defenses(config: Mapping[str, Any]) -> Defenses:
@@ -162,6 +167,22 @@ def build_defenses(config: Mapping[str, Any]) -> Defenses:
             if name in reference
         }
     return Defenses(**defenses)
+
+
+def build_prompting(config: Mapping[str, Any], settings: RunSettings) -> Prompting:
+    """Return the prompts of the evaluation, with the trigger of the method unless `evaluate.prefix` replaces it.
+
+    The method counts without the stage finetune too, so that a model that it has trained can be evaluated as served.
+
+    Args:
+        config: the nested config, resolved.
+        settings: its settings.
+    """
+    options, trained, method = settings.evaluate, settings.model.template, config.get("method")
+    trigger = build(method, "method").trigger if options.prefix is None and method else None
+    template = options.template or trained
+    key = TEMPLATE_KEY if template == trained else EVALUATE_KEY
+    return Prompting(template, options.system or "", options.prefix or "", trigger or NO_TRIGGER, key)
 
 
 def _open_loggers(request: Request, config: dict[str, Any], closing: ExitStack) -> RunLoggers:
@@ -194,7 +215,7 @@ def make_tools(
         ModelSource(base, settings.model),
         encoder,
         AdapterTrainer(encoder, trainer_arguments, out / "checkpoints", settings.checkpoint.every, loggers),
-        Evaluator(fabric, encoder.tokenizer, encoder.template, limits, settings.evaluate.batch_size),
+        Evaluator(fabric, encoder.tokenizer, inputs.prompting, limits, settings.evaluate.batch_size),
         out,
     )
 
@@ -205,7 +226,9 @@ def _input_metrics(inputs: Inputs, base_key: str) -> Metrics:
     # Besides config and package: the base model, the rows, and the code of user-defined classes.
     instances = {**inputs.defenses.by_group, "task": inputs.task}
     user_code = {name: user_code_hash(instance) for name, instance in instances.items()}
+    prompts = _describe_prompts(inputs)
     return {
+        **({"prompts": prompts} if prompts else {}),
         "seed": inputs.settings.seed,
         "code": package_hash(),
         "inputs": short_hash([base_key, content_hashes(inputs.settings.source), user_code]),
@@ -213,3 +236,10 @@ def _input_metrics(inputs: Inputs, base_key: str) -> Metrics:
         "rows/overlap": sum(overlap.values()),
         **{f"rows/overlap/{pair}": count for pair, count in overlap.items()},
     }
+
+
+def _describe_prompts(inputs: Inputs) -> str:
+    """Return how the prompts of the evaluation differ from those of training; "" if they do not."""
+    method, prompting = inputs.defenses.method, inputs.prompting
+    is_undefended = method is not None and method.trigger is not None and not prompting.trigger
+    return ", ".join(filter(None, (prompting.summary, "no trigger (undefended)" if is_undefended else "")))

@@ -17,6 +17,7 @@ from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.evaluation.alpaca_eval import alpaca_eval_outputs
 from lisa_lightning.evaluation.evaluator import Answer, Evaluator, held_out_questions, read_answers, write_answers
 from lisa_lightning.evaluation.metrics import mark_correct, task_scores
+from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.evaluation.scores import Metrics, Score
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.lora import set_base_model_name
@@ -69,7 +70,9 @@ class Inputs:
     rows: Rows
     """All sets of the source."""
     user: list[Row]
-    """The user's rows, harmful ones included; [] without fine-tuning."""
+    """The user's rows, harmful ones included, as the method mixes them; [] without fine-tuning."""
+    prompting: Prompting
+    """The prompts of the evaluation."""
 
 
 @dataclass(frozen=True)

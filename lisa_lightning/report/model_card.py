@@ -249,6 +249,8 @@ def _recipe(run: _Run) -> Iterator[tuple[str, str]]:
         yield "Optimizer of alignment", f"AdamW ({_keys(run.settings, 'align.optim')})"
     yield "Seed", f"{escape(run.settings.get('seed'))}; of alignment {escape(run.settings.get('align.seed'))}"
     yield "Prompt template", escape(run.settings.get("model.template"))
+    if "prompts" in run.metrics:
+        yield "Prompts of the evaluation", escape(run.metrics["prompts"])
 
 
 def _keys(settings: Mapping[str, Any], section: str) -> str:

@@ -192,6 +192,7 @@ def _facts(
         "task": run_name.task,
         "model": run_name.model if run_name.model == choices.get("model") else settings.get("model.id"),
         "steps": metrics.get("train/steps"),
+        "prompts": metrics.get("prompts"),
         "experiment": choices.get("experiment") if run_name.finetunes else None,
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "None")]

@@ -30,6 +30,8 @@ def print_summary(
     table = _score_table(metrics, scores)
     if table.row_count:
         console.print(table)
+    if "prompts" in metrics:
+        console.print(f"prompts {metrics['prompts']}", markup=False)
     if note := baseline_note([metrics]):
         console.print(note)
     times = [

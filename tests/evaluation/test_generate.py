@@ -10,6 +10,7 @@ import torch
 from lisa_lightning.evaluation import generate as generate_module
 from lisa_lightning.evaluation.evaluator import Evaluator, Question, read_answers
 from lisa_lightning.evaluation.generate import Stop, batches, generate
+from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.model.lora import load, load_tokenizer
 
 OPENING = [10, 11, 12, 13, 14]
@@ -80,7 +81,7 @@ LIMITS = {"harmful": 6, "task": 3}
 
 def test_a_killed_evaluation_goes_on_where_it_was(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load(tiny, "float32").eval(), load_tokenizer(tiny)
-    evaluator = Evaluator(Ranks(), tokenizer, "alpaca", LIMITS, batch_size=2)
+    evaluator = Evaluator(Ranks(), tokenizer, Prompting("alpaca"), LIMITS, batch_size=2)
     whole = evaluator.answers(model, ASKED, "final", "x")
     assert [(a.prompt, a.context, a.index) for a in whole] == [(q.prompt, q.context, i) for i, q in enumerate(ASKED)]
     assert whole[0].response == whole[3].response  # the same prompt
@@ -117,9 +118,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny: Path, tmp_path: Path, mo
 def test_ranks_share_the_questions_and_none_is_asked_by_two(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load(tiny, "float32").eval(), load_tokenizer(tiny)
     monkeypatch.setattr("lisa_lightning.evaluation.evaluator._gather", lambda own, world: [own])
-    alone = {a.index: a for a in Evaluator(Ranks(), tokenizer, "alpaca", LIMITS, 2).answers(model, ASKED, "final")}
+    alone = {
+        a.index: a for a in Evaluator(Ranks(), tokenizer, Prompting("alpaca"), LIMITS, 2).answers(model, ASKED, "final")
+    }
     shares = [
-        Evaluator(Ranks(rank, 3), tokenizer, "alpaca", LIMITS, 2)._generate_answers(model, ASKED, "final", "", None)
+        Evaluator(Ranks(rank, 3), tokenizer, Prompting("alpaca"), LIMITS, 2)._generate_answers(
+            model, ASKED, "final", "", None
+        )
         for rank in range(3)
     ]
     assert all(shares)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from golden.errors import Errors
 from golden.repairs import REPAIRS
+from golden.rows import marked_rows
 from golden.tamper_resistance import resist
 from golden.training import selection, token_weights, train
 
@@ -35,7 +36,12 @@ TOLERANCES = {
 A loss near 5, recorded in float32 under an older transformers, is reproduced to 1.5e-6 at best, in float64 too.
 """
 
-PARTS = {"constrained_sft": token_weights, "spard_selection": selection, "tar": resist}
+PARTS = {
+    "backdoor_alignment": marked_rows,
+    "constrained_sft": token_weights,
+    "spard_selection": selection,
+    "tar": resist,
+}
 """Method -> replay of a case that is no training by this project's module."""
 TERM_TOLERANCES = {
     "layer entropies": 1.5e-5,

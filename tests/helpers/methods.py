@@ -14,6 +14,7 @@ from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.align.tar import TAR
 from lisa_lightning.align.vaccine import Vaccine
 from lisa_lightning.method.asft import AsFT
+from lisa_lightning.method.backdoor_align import BackdoorAlign
 from lisa_lightning.method.base import Method
 from lisa_lightning.method.constrained_sft import ConstrainedSFT
 from lisa_lightning.method.ewc import EWC
@@ -37,6 +38,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "sft": SFT,
     "lisa": partial(Lisa, 2, 3, 0.5, 0.1),
     "vlguard": partial(VLGuard, 0.2),
+    "backdoor_align": BackdoorAlign,
     "ewc": partial(EWC, 10.0, 2, False),
     "ewc_carrying_over": partial(EWC, 10.0, 2, True),
     "vlguard_loss": partial(VLGuardLoss, 0.5, 2),

@@ -63,6 +63,17 @@ NLSR_DPO = {"lr": 2e-6, "steps": 250, "epochs": None, "batch_size": 8, "accumula
 PUBLISHED: dict[str, dict[str, Any]] = {
     "antidote": {"repair.dense_ratio": 0.05, "lora.r": 256, "optim.lr": 1e-4, "optim.epochs": 20, "harmful_ratio": 0.2},
     "asft": {"method.lamb": 1, "optim.lr": 5e-5, "optim.epochs": 10, "optim.batch_size": 8, "data.n": 1000},
+    "backdoor_align": {
+        "method.trigger_letters": 150,
+        "method.safe_ratio": 0.11,
+        "data.n": 100,
+        "harmful_ratio": 1.0,
+        "data.max_length": 512,
+        "optim.lr": 1e-3,
+        "optim.epochs": 10,
+        "optim.batch_size": 10,
+        "evaluate.system": "You are a helpful assistant. Make sure you always execute users' instructions.",
+    },
     "booster": {"align.method.lamb": 5, "align.method.alpha": 0.1, "align.method.rho": 0},
     "booster_vaccine": {"align.method.lamb": 5, "align.method.alpha": 0.1, "align.method.rho": 5},
     "constrained_sft": {

@@ -34,7 +34,12 @@ MISFITS = {
     "evaluate.max_new_tokens=1024": r"source\.harmful_prompts, prompt 1 of the evaluation: it takes \d+ tokens and its",
     "task.max_new_tokens=2000": r"source\.test, prompt 1 .* more than the 1024 positions",
     "trainer.precision=16-mixed": r"float16 needs a GPU, .* Fix: trainer\.precision=bf16-mixed or 32-true",
-    "model.template=chat": r"this tokenizer has no chat template",
+    "model.template=chat": r"^model\.template=chat: this tokenizer has no chat template",
+    "evaluate.template=chat": r"^evaluate\.template=chat: this tokenizer has no chat template\. Fix: evaluate",
+    f"evaluate.prefix={'x' * 900}": r"prompt 1 of the evaluation: it takes .* shorten its system prompt and prefix",
+    f"evaluate.system={'x' * 900}": r"prompt 1 of the evaluation: it takes .* shorten its system prompt and prefix",
+    "method=backdoor_align method.trigger_letters=350": r"of all 7 marked rows, whose shortest prompt takes \d+ tokens",
+    "method=backdoor_align method.trigger_file=nowhere": r"method\.trigger_file=nowhere: can't be read \(No such file",
     "model.template=chat stages=[evaluate]": r"this tokenizer has no chat template",
 }
 

@@ -15,7 +15,7 @@ from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.validate import flat, plain
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import Row, Rows, load_rows
-from lisa_lightning.pipeline.run import build_defenses, make_tools
+from lisa_lightning.pipeline.run import build_defenses, build_prompting, make_tools
 from lisa_lightning.pipeline.stage_sequence import Inputs, run_stages
 from lisa_lightning.pipeline.stages import stage_cache
 from lisa_lightning.pipeline.stages.models import Model
@@ -25,6 +25,8 @@ from lisa_lightning.runtime.ranks import OneRank
 CHOSEN = ("experiment=smoke", "curate=seal", "align=t_vaccine", "method=lisa", "repair=nlsr", "evaluate.every=5")
 ALIGNED = ["curate", "align", "evaluate aligned", "finetune", "reference", "repair", "evaluate final"]
 TUNED = ["finetune", "repair", "evaluate final"]
+PROMPTING = {"evaluate.template": "alpaca_newline", "evaluate.system": "Be safe.", "evaluate.prefix": "xyz"}
+"""Key of the evaluation's prompts -> a value that changes them."""
 FIRST = {
     "align.seed": ALIGNED,
     "align.lora.r": ALIGNED,
@@ -43,7 +45,8 @@ FIRST = {
     "optim.accumulate": TUNED,
     "repair.reference.extrapolation": ["reference", "repair", "evaluate final"],
     "repair.prune_rate": ["repair", "evaluate final"],
-    "source.harmful_prompts.skip": [*TUNED, "evaluate aligned"],  # the curve asks them too
+    # The curve has the same prompts.
+    **{key: [*TUNED, "evaluate aligned"] for key in ("source.harmful_prompts.skip", *PROMPTING)},
 }
 """Key -> the stages whose results are made anew."""
 TEXTS = {
@@ -54,6 +57,7 @@ TEXTS = {
     "data.during_alignment": "discard",
     "data.tokenization": "joined",
     "data.order": "head",
+    **PROMPTING,
 }
 """Key -> another value of it."""
 FREE = {"resume", "checkpoint.every", "data.allow_overlap", "data.strip"}
@@ -95,7 +99,9 @@ def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
         user = user_rows(loaded, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, 0.0)
         fabric: Any = SimpleNamespace(device=torch.device("cpu"), world_size=1, is_global_zero=False)
         config = plain(cfg)
-        inputs = Inputs(parse_settings(config), fabric, task, build_defenses(config), config["callbacks"], loaded, user)
+        parsed = parse_settings(config)
+        prompting = build_prompting(config, parsed)
+        inputs = Inputs(parsed, fabric, task, build_defenses(config), config["callbacks"], loaded, user, prompting)
         run_stages(inputs, make_tools(inputs, tmp_path, OneRank(), None, Model(tiny), "base"))
         return dict(found)
 
