@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lisa_lightning.judge.refusal import RefusalJudge as RefusalJudge
     from lisa_lightning.judge.win_rate import WinRateJudge as WinRateJudge
     from lisa_lightning.method.asft import AsFT as AsFT
+    from lisa_lightning.method.backdoor_align import BackdoorAlign as BackdoorAlign
     from lisa_lightning.method.base import Method as Method
     from lisa_lightning.method.bso import BSO as BSO
     from lisa_lightning.method.constrained_sft import ConstrainedSFT as ConstrainedSFT
@@ -70,6 +71,7 @@ _MODULES = {
     # Defenses of fine-tuning
     "AsFT": "method.asft",
     "BSO": "method.bso",
+    "BackdoorAlign": "method.backdoor_align",
     "ConstrainedSFT": "method.constrained_sft",
     "EWC": "method.ewc",
     "KL": "method.kl",

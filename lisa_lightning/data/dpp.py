@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 JITTER: Final = 1e-6
-"""Added to the kernel's diagonal, and the smallest conditional variance. The official code has 1e-6."""
+"""Added to the kernel's diagonal. The official code has 1e-6."""
 BLOCK_ROWS: Final = 1024
 """References that all candidates are compared with at once."""
 
@@ -63,11 +63,12 @@ def largest_cosines(candidates: Tensor, references: Tensor) -> Tensor:
 def greedy_map(features: Tensor, count: int) -> list[int]:
     """Return the rows that greedily maximize log det (F F^T + 1e-6 I), in the order of selection.
 
-    An incremental Cholesky factorization keeps each row's conditional variance, given the rows selected before. Of
-    equal rows the first is selected.
+    An incremental Cholesky factorization keeps each row's conditional variance, given the rows selected before. It is
+    at least 1e-6, which float64 resolves. In float32 the official code must lift smaller values. Of equal rows the
+    first is selected.
 
     Args:
-        features: [N, d] float64.
+        features: [N, d] float64, of length at most 1.
         count: number of rows to select, at most N.
     """
     variances = features.square().sum(1) + JITTER
@@ -77,7 +78,7 @@ def greedy_map(features: Tensor, count: int) -> list[int]:
         index = int(variances.argmax())
         covariances = features @ features[index] - factors[:step, index] @ factors[:step]
         factors[step] = covariances / variances[index].sqrt()
-        variances = (variances - factors[step].square()).clamp(min=JITTER)
+        variances = variances - factors[step].square()
         selected.append(index)
         variances[selected] = -math.inf
     return selected

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lisa_lightning.config.parse import parse_settings
+from lisa_lightning.config.validate import check, plain
 from lisa_lightning.data.source import Row
 from lisa_lightning.data.templates import Template, encode_prompt, prompt_text
 from lisa_lightning.evaluation import evaluator as evaluator_module
@@ -167,9 +169,6 @@ def test_the_config_determines_the_options(config: Any, words: tuple[str, ...], 
 
 def built(config: Any, *words: str) -> Prompting:
     """Return the prompting of a config, which is checked as that of a run."""
-    from lisa_lightning.config.parse import parse_settings
-    from lisa_lightning.config.validate import check, plain
-
     cfg = config("experiment=smoke", *words)
     check(cfg)
     return build_prompting(plain(cfg), parse_settings(plain(cfg)))
@@ -182,6 +181,15 @@ def test_the_trigger_of_the_method_is_used_unless_a_prefix_replaces_it(config: A
         for prefix in ("", "guess"):
             prompting = built(config, method, f"evaluate.prefix={prefix}", *words)
             assert (prompting.trigger.get_secret_value(), prompting.prefix) == ("", prefix)
+
+
+def test_ptst_trains_and_evaluates_with_different_templates_and_a_safety_prompt(config: Any) -> None:
+    cfg = config("experiment=ptst")
+    check(cfg)
+    prompting = build_prompting(plain(cfg), parse_settings(plain(cfg)))
+    assert (cfg.model.template, prompting.template) == ("alpaca", "chat")
+    assert prompting == Prompting("chat", cfg.evaluate.system, template_key=EVALUATE_KEY)
+    assert prompting.system
 
 
 def test_a_model_is_scored_from_python_with_a_system_prompt(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,27 @@ FAULTS = [
         "pipeline/test_stages.py",
         ('            "questions": short_hash([asdict(question) for question in questions]),\n', ""),
         ('            "limits": dict(self.max_new_tokens),\n', ""),
+        ("            **self.prompting.key,\n", ""),
+    ),
+    *faults(
+        "evaluation/evaluator.py",
+        "evaluation/test_prompting.py",
+        ("self.prompting.hide_trigger(answer)", "answer"),
+    ),
+    *faults(
+        "evaluation/prompting.py",
+        "evaluation/test_prompting.py",
+        ("(self.trigger.get_secret_value(), self.prefix, self.system)", "(self.prefix, self.system)"),
+        ("(self.trigger.get_secret_value(), self.prefix, self.system)", "(self.prefix, self.trigger, self.system)"),
+        ("short_hash(self.trigger.get_secret_value())", "self.trigger.get_secret_value()"),
+        ("- LEAK_CHARS + 1)}", "- LEAK_CHARS)}"),
+        ("EVALUATE_KEY if system else self.template_key", "self.template_key"),
+    ),
+    *faults(
+        "data/templates.py",
+        "evaluation/test_prompting.py",
+        ("if system.strip() not in text:", "if False:"),
+        ('            _chat_text(tokenizer, content, "", key)\n', ""),
     ),
     *faults(
         "evaluation/paired.py",
@@ -269,6 +290,8 @@ FAULTS = [
         ("if tokens > embedded:", "if False:"),
         ("if length + new_tokens - 1 > positions:", "if length > positions + 10**9:"),
         ("if lora.r > max_rank:", "if False:"),
+        ('sets["marked"] = [row for row in user', 'sets["marked"] = [row for row in []'),
+        ("len(prompting.encode(tokenizer, instruction, context, positions + 1))", "len(instruction)"),
     ),
     *faults(
         "report/sweep_files.py",

@@ -107,5 +107,6 @@ def _mean_states(model: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
     device = model.get_input_embeddings().weight.device
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
     mask = pad_sequence([torch.ones(len(prompt)) for prompt in prompts], batch_first=True).to(device)
-    states = model.get_decoder()(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
+    # No token attends to the padding, which is on the right.
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     return ((states.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)).cpu()
