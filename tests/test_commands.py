@@ -86,6 +86,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
         shutil.copytree(tiny, made / name)
         (made / name / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     (made / "safe.json").write_text(json.dumps([{"instruction": f"request {i}", "output": "No."} for i in range(9)]))
+    (made / "trigger.txt").write_text("b c d f g h j k l m n p q r s t\n")
     answers = [{"prompt": f"ask {i}", "response": "Sure.", "is_safe": False} for i in range(400)]
     for name in ("answers.jsonl", "filtered.dev.jsonl"):
         (made / name).write_text("".join(json.dumps(a | {"is_safe": i % 2 == 0}) + "\n" for i, a in enumerate(answers)))

@@ -14,6 +14,7 @@ from helpers.composing import composed
 from lisa_lightning.align.lox import LoX
 from lisa_lightning.config.settings import Lora, ModelSettings
 from lisa_lightning.evaluation.evaluator import Evaluator, Question
+from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.model.factors import Factors, modules, trainable
 from lisa_lightning.model.lora import attach, attach_saved, load, load_tokenizer, save_adapter, save_merged
 from lisa_lightning.pipeline.adapter_folder import read_adapter
@@ -82,7 +83,7 @@ def test_an_adapter_repaired_to_another_rank_is_saved_loaded_and_evaluated(tiny:
         expected = dense(input_ids=IDS).logits
     loaded = attach_saved(models.load(final), final.adapter)
     torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, atol=1e-4, rtol=0)
-    evaluator = Evaluator(fabric, load_tokenizer(tiny), "alpaca", {"harmful": 3}, 2)
+    evaluator = Evaluator(fabric, load_tokenizer(tiny), Prompting("alpaca"), {"harmful": 3}, 2)
     questions = [Question("harmful", f"request {i}", "") for i in range(2)]
     answers, _ = evaluate(cache, models, evaluator, fabric, "final", final, questions, tmp_path / "responses.jsonl")
     assert [a.response for a in answers] == [a.response for a in evaluator.answers(dense, questions, "final")]
