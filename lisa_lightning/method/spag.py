@@ -36,8 +36,8 @@ class SPAG(Method):
     Otherwise the second step changes nothing: neither weights nor moments nor step counts.
 
     One forward and one backward pass a step. Before the training, one forward pass over the prompts of user and
-    alignment rows selects the alignment rows to use. `optim.epochs` and `optim.warmup_ratio` count both steps of a
-    round.
+    alignment rows selects the alignment rows to use. It needs memory for one hidden state of every row, see
+    `lisa_lightning/data/dpp.py`. `optim.epochs` and `optim.warmup_ratio` count both steps of a round.
 
     Departures of the official code from the closed-form projection that the paper's abstract names, followed here:
         - The norm is of each tensor, not of the whole gradient, and divides it once. A projection divides twice.
@@ -56,7 +56,7 @@ class SPAG(Method):
     delta: NonNegative = 0.1
     """Excess over `tau` up to which the safe step is left out. The official script has 0.1."""
     alpha_max: Positive = 1.0
-    """Largest factor of a tensor's gradient in the safe step. The official script has 1."""
+    """Largest factor of a tensor's gradient in the safe step. The official script has 1, its readme optim.lr."""
     safe_rows: Count = 1
     """Alignment rows of a safe step. The official script has 1 in each of 4 micro-batches."""
     safe_ratio: Positive | None = 0.03
