@@ -40,12 +40,9 @@ class KL(Method):
     beta: NonNegative = 1.0
     """Factor of the penalty; 0 is SFT. The official script for SST-2 has 0.1, as lamb, with `over: positions`."""
     over: Literal["labels", "vocabulary", "positions"] = "labels"
-    """Compared distributions. The official code has positions.
-
-    - labels: over the vocabulary, at positions that predict a label; the mean over these
-    - vocabulary: over the vocabulary, at all positions; the sum over these, divided by the number of rows
-    - positions: over the positions, for each entry of the vocabulary; the sum, divided by the number of rows
-    """
+    """Compared distributions. `labels`: over the vocabulary at positions that predict a label, the mean over these.
+    `vocabulary`: the same at all positions, the sum divided by the number of rows. `positions`, as in the official
+    code: over the positions, for each entry of the vocabulary, the sum divided by the number of rows."""
 
     @property
     def requirements(self) -> frozenset[Requirement]:
