@@ -80,8 +80,8 @@ def _lox(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> N
         adapter = _full_rank({name: aligned[name] - base[name] for name, w in base.items() if w.dim() > 1})
     for k, prefix in ((facts["k"], "final."), (None, "final_full.")):
         updates = _updates(LoX(k, facts["coef"]).finish(adapter, {}))
-        found = {name: base[name] + scaling * update for name, update in updates.items()}
-        errors.each("weights", found, under(prefix, tensors))
+        weights = {name: base[name] + scaling * update for name, update in updates.items()}
+        errors.each("weights", weights, under(prefix, tensors))
 
 
 def _safe_merge(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Errors) -> None:
@@ -91,24 +91,24 @@ def _safe_merge(facts: dict[str, Any], tensors: dict[str, Tensor], errors: Error
     safe = {name: (safe_scaling / finetuned_scaling) ** 0.5 * w for name, w in under("safe.", tensors).items()}
     cosines = {name.removeprefix(PREFIX): value for name, value in facts["cosines"].items()}
     for what, prefix in (("linear", "final."), ("tie", "final_tie.")):
-        wanted = facts["results"][what]
-        repair = SafeMerge(wanted["threshold"], *wanted["weights"], merge="factors", rounded=True)
-        found = repair.repair(_given(init, deltas=lambda: deltas, reference=lambda: safe))
-        errors.same("cosines", {module: round(value, 5) for module, value in found.cosines.items()}, cosines)
-        errors.same("merged", [PREFIX + module for module in found.merged], wanted["merged"])
+        recorded = facts["results"][what]
+        repair = SafeMerge(recorded["threshold"], *recorded["weights"], merge="factors", rounded=True)
+        repaired = repair.repair(_given(init, deltas=lambda: deltas, reference=lambda: safe))
+        errors.same("cosines", {module: round(value, 5) for module, value in repaired.cosines.items()}, cosines)
+        errors.same("merged", [PREFIX + module for module in repaired.merged], recorded["merged"])
         # The recorded adapters have alpha/r = 1.
         errors.each(
-            "weights", {n: finetuned_scaling**0.5 * w for n, w in found.factors.items()}, under(prefix, tensors)
+            "weights", {n: finetuned_scaling**0.5 * w for n, w in repaired.factors.items()}, under(prefix, tensors)
         )
-    wanted = facts["results"]["dare_linear"]
-    merged = [name.removeprefix(PREFIX) for name in wanted["merged"]]
-    for prefix, kept_factor in (("final_dare.", 1.0), ("final_dare_rescaled.", 1 / wanted["density"])):
+    recorded = facts["results"]["dare_linear"]
+    merged = [name.removeprefix(PREFIX) for name in recorded["merged"]]
+    for prefix, kept_factor in (("final_dare.", 1.0), ("final_dare_rescaled.", 1 / recorded["density"])):
         finetuned, other = (
             {n: kept_factor * w * _mask(tensors, n, adapter) for n, w in factors.items()}
             for adapter, factors in (("finetuned", init), ("safe", safe))
         )
-        found = merge_factors(finetuned, other, merged, *wanted["weights"])
-        errors.each("dare", {n: finetuned_scaling**0.5 * w for n, w in found.items()}, under(prefix, tensors))
+        factors = merge_factors(finetuned, other, merged, *recorded["weights"])
+        errors.each("dare", {n: finetuned_scaling**0.5 * w for n, w in factors.items()}, under(prefix, tensors))
 
 
 def _mask(tensors: dict[str, Tensor], name: str, adapter: str) -> Tensor:
@@ -134,8 +134,8 @@ def _task_arithmetic(facts: dict[str, Any], tensors: dict[str, Tensor], errors: 
 
         with patch.object(TaskArithmetic, "_draw", draw):
             repaired = repair.repair(_given(tuned, alignment=lambda: vector)).factors
-        found = {name: aligned[name] + update.view_as(aligned[name]) for name, update in _updates(repaired).items()}
-        errors.each("dare" if masks else "weights", found, under(prefix, tensors))
+        weights = {name: aligned[name] + update.view_as(aligned[name]) for name, update in _updates(repaired).items()}
+        errors.each("dare" if masks else "weights", weights, under(prefix, tensors))
 
 
 def _full_rank(updates: dict[str, Tensor]) -> Factors:

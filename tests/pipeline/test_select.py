@@ -30,9 +30,9 @@ def test_an_embedding_is_the_mean_of_the_last_states_of_the_prompt_alone(tiny: P
         with torch.no_grad():
             return model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0].mean(0)
 
-    wanted = torch.stack([alone(f"{r.instruction} {r.context}" if r.context else r.instruction) for r in ROWS])
-    found = prompt_embeddings(model, Encoder(tokenizer, "alpaca", 20), ROWS, batch_size)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    expected = torch.stack([alone(f"{r.instruction} {r.context}" if r.context else r.instruction) for r in ROWS])
+    embedded = prompt_embeddings(model, Encoder(tokenizer, "alpaca", 20), ROWS, batch_size)
+    torch.testing.assert_close(embedded, expected, atol=1e-5, rtol=0)
 
 
 def test_an_empty_prompt_has_an_embedding(tiny: Path) -> None:

@@ -289,9 +289,9 @@ def without(factors: Factors, module: str) -> Factors:
     return {name: w for name, w in factors.items() if name not in modules(factors)[module]}
 
 
-def assert_update(factors: Factors, module: str, wanted: Tensor) -> None:
+def assert_update(factors: Factors, module: str, expected: Tensor) -> None:
     a, b = modules(factors)[module]
-    torch.testing.assert_close(factors[b] @ factors[a], wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(factors[b] @ factors[a], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_stacked_adapters_have_the_sum_of_both_updates() -> None:
@@ -311,12 +311,12 @@ def test_task_arithmetic_adds_the_alignment_update_also_to_modules_that_are_not_
     alignment = other_adapter(factors, rank=2)
     untuned, unaligned, *_ = modules(factors)
     tuned, vector = without(factors, untuned), without(alignment, unaligned)
-    found = TaskArithmetic(0.5).repair(given(tuned, alignment=lambda: vector)).factors
-    assert modules(found).keys() == modules(factors).keys()
+    repaired = TaskArithmetic(0.5).repair(given(tuned, alignment=lambda: vector)).factors
+    assert modules(repaired).keys() == modules(factors).keys()
     for module, (a, b) in modules(factors).items():
         update = torch.zeros(len(factors[b]), factors[a].shape[1])
         update = update if module == untuned else update + factors[b] @ factors[a]
-        assert_update(found, module, update if module == unaligned else update + 0.5 * alignment[b] @ alignment[a])
+        assert_update(repaired, module, update if module == unaligned else update + 0.5 * alignment[b] @ alignment[a])
     assert TaskArithmetic(0.0).repair(given(tuned, alignment=lambda: vector)).factors is tuned
 
 
@@ -336,9 +336,9 @@ def test_dare_drops_entries_of_b_and_rescales_the_others(thinned: Any) -> None:
         assert torch.equal(dropped[a], whole[a])
         columns = slice(0, 6) if thinned == "finetuned" else slice(6, 12)
         mask = dropped[b][:, columns] != 0
-        wanted = whole[b].clone()
-        wanted[:, columns] *= mask / 0.75
-        torch.testing.assert_close(dropped[b], wanted)
+        expected = whole[b].clone()
+        expected[:, columns] *= mask / 0.75
+        torch.testing.assert_close(dropped[b], expected)
         kept += int(mask.sum())
     entries = sum(factors[b].numel() for _, b in modules(factors).values())
     assert kept / entries == pytest.approx(0.75, abs=0.06)  # three standard deviations of 576 entries
@@ -377,15 +377,15 @@ def test_safe_merge_equals_the_dense_equation_in_modules_below_the_threshold() -
     }
     threshold = sorted(cosines.values())[3]  # which isn't below itself
     for merge in ("deltas", "factors"):
-        found = merged(threshold, 0.7, 0.4, merge=merge)
-        assert set(found.merged) == set(sorted(cosines, key=cosines.__getitem__)[:3])
-        assert unaligned in found.merged
+        repaired = merged(threshold, 0.7, 0.4, merge=merge)
+        assert set(repaired.merged) == set(sorted(cosines, key=cosines.__getitem__)[:3])
+        assert unaligned in repaired.merged
         for module, (a, b) in modules(factors).items():
             update, safe_update = factors[b] @ factors[a], safe[b] @ safe[a]
             cross = 0.28**0.5 * (factors[b] @ safe[a] + safe[b] @ factors[a]) if merge == "factors" else 0
-            wanted = 0.7 * update + 0.4 * safe_update + cross if module in found.merged else update
-            assert_update(found.factors, module, wanted)
-            assert len(found.factors[a]) == (12 if merge == "deltas" else 6)
+            expected = 0.7 * update + 0.4 * safe_update + cross if module in repaired.merged else update
+            assert_update(repaired.factors, module, expected)
+            assert len(repaired.factors[a]) == (12 if merge == "deltas" else 6)
     raised = next(module for module, value in cosines.items() if value < round(value, 5) < 1)
     both = [merged(round(cosines[raised], 5), rounded=rounded).merged for rounded in (False, True)]
     assert [raised in modules_of_one for modules_of_one in both] == [True, False]
@@ -442,8 +442,8 @@ def test_padding_counts_for_nothing_and_the_net_stays_as_it_was() -> None:
     def low_rank(rows: list[Pack]) -> Factors:
         return realigned(net, factors, factors, rows).low_rank
 
-    for name, wanted in scores(apart).items():
-        torch.testing.assert_close(scores(together)[name], wanted, atol=1e-5, rtol=1e-4)
+    for name, expected in scores(apart).items():
+        torch.testing.assert_close(scores(together)[name], expected, atol=1e-5, rtol=1e-4)
     assert max((scores(together, pads_count=True)[n] - s).abs().max() for n, s in scores(apart).items()) > 0.1
     assert_equal(low_rank(together), low_rank(apart), 1e-3)
     after = net.state_dict()
