@@ -16,7 +16,7 @@ from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.factor_inputs import LayerwiseInputs, set_factors, swapped_factors
-from lisa_lightning.model.factors import Factors, modules
+from lisa_lightning.model.factors import Factors, adapted_embeddings, modules, stack
 from lisa_lightning.objective.backprop import Backprop, State
 from lisa_lightning.objective.loss import no_autocast
 from lisa_lightning.objective.proximal import snapshot
@@ -85,9 +85,8 @@ class SaLoRA(Method):
         _ = backprop.layers
         shapes = {name: tuple(w.shape) for name, w in zip(backprop.names, backprop.weights, strict=True)}
         pairs = modules(shapes)
-        if others := shapes.keys() - {name for pair in pairs.values() for name in pair}:
-            embedding = min(others).partition(".lora_")[0].rpartition(".")[2]
-            raise UserError(f"lora.targets: method=salora adapts linear layers. Fix: remove {embedding}")
+        if embeddings := adapted_embeddings(shapes):
+            raise UserError(f"lora.targets: method=salora adapts linear layers. Fix: remove {embeddings[0]}")
         for module, (a, b) in pairs.items():
             (rank, inputs), (outputs, _) = shapes[a], shapes[b]
             if self.safety_rank >= outputs:
@@ -118,11 +117,11 @@ class SaLoRA(Method):
 
     def finish(self, factors: Factors, state: State) -> Factors:
         """Return the plain adapter of twice the rank that computes the same."""
-        finished: Factors = {}
+        projected, start = dict(factors), Factors()
         for (a, b), v, a0, b0 in _with_state(factors, state):
-            finished[a] = torch.cat([factors[a], a0])
-            finished[b] = torch.cat([_project(v, factors[b]), -b0], 1)
-        return finished
+            projected[b] = _project(v, factors[b])
+            start |= {a: a0, b: -b0}
+        return stack(projected, start)
 
     @torch.no_grad()
     def _initialize(self, backprop: Backprop) -> State:

@@ -29,6 +29,17 @@ def modules(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     }
 
 
+def adapted_embeddings(names: Iterable[str]) -> list[str]:
+    """Return the embeddings that have an adapter, without their path, such as `embed_tokens`.
+
+    Args:
+        names: names of weights of an adapter.
+    """
+    every = set(names)
+    linear = {name for pair in modules(every).values() for name in pair}
+    return [name.partition(".lora_")[0].rpartition(".")[2] for name in sorted(every - linear)]
+
+
 def stack(first: Factors, second: Factors) -> Factors:
     """Return the adapter whose update is the sum of the updates of two adapters with the same alpha/r.
 

@@ -11,7 +11,7 @@ from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.factors import Factors, modules, trainable
+from lisa_lightning.model.factors import Factors, adapted_embeddings, trainable
 from lisa_lightning.runtime.errors import UserError
 
 
@@ -87,11 +87,8 @@ def refuse_embeddings(net: Any, choice: str) -> None:
         net: a model with an adapter.
         choice: the repair as `GROUP=NAME`, for the message.
     """
-    names = trainable(net)
-    others = names.keys() - {name for pair in modules(names).values() for name in pair}
-    if others:
-        embedding = min(others).partition(".lora_")[0].rpartition(".")[2]
+    if embeddings := adapted_embeddings(trainable(net)):
         raise UserError(
             f"{choice}: changes the rank of the adapter, which an embedding's adapter does not allow. "
-            f"Fix: remove {embedding} from lora.targets"
+            f"Fix: remove {embeddings[0]} from lora.targets"
         )

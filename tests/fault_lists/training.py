@@ -262,7 +262,7 @@ FAULTS = [
         ("set_factors(weights, original)", "set_factors(weights, reduced)"),
         ("b0 = v_task @ (v_task.T @ b0)", "pass"),
         ("reduced |= {a: a0, b: -_project(v, b0)}", "reduced |= {a: a0, b: -b0}"),
-        ("[_project(v, factors[b]), -b0]", "[factors[b], -b0]"),
+        ("projected[b] = _project(v, factors[b])", "projected[b] = factors[b]"),
         ("[_project(v, lora_b.weight), -b0]", "[lora_b.weight, -b0]"),
         ("self.s[:rank] / scaling", "self.s[:rank]"),
         ("min(rank, nonzero)", "rank"),
