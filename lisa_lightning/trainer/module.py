@@ -17,7 +17,7 @@ from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.method.base import Method, move_anchor
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.factors import trainable
+from lisa_lightning.model.factors import Factors, trainable
 from lisa_lightning.model.lora import set_adapter
 from lisa_lightning.objective.backprop import Backprop, IterStream, State, StepOutput
 from lisa_lightning.objective.loss import choose_packing
@@ -162,9 +162,14 @@ class LisaModule(L.LightningModule):
 
     def finish(self) -> Any:
         """Return the model with the adapter that the method saves. The module must not be trained afterwards."""
+        return set_adapter(self.net, self.finished_factors())
+
+    def finished_factors(self) -> Factors:
+        """Return the adapter that the method saves, on the device of the model."""
         factors = {name: weight.detach() for name, weight in trainable(self.net).items()}
-        finished = self.method.finish(factors, self.state)
-        return self.net if finished is factors else set_adapter(self.net, finished)
+        # After the last step Lightning moves the model to the CPU, and leaves the state on the device.
+        device = next(iter(factors.values())).device
+        return self.method.finish(factors, _moved(self.state, device))
 
     def log_curves(self, metrics: Mapping[str, float]) -> None:
         """Log metrics of the last step: through `log_dict` for callbacks, and to every logger."""
@@ -227,8 +232,7 @@ class LisaModule(L.LightningModule):
         checkpoint["state_dict"] = {}
         if self.backprop.loss_scale is not None:
             self.backprop.loss_scale.load_state_dict(checkpoint["loss_scale"])
-        state = checkpoint["method_state"]
-        self.state = {name: [t.to(self.device) for t in tensors] for name, tensors in state.items()}
+        self.state = _moved(checkpoint["method_state"], self.device)
 
     def _refuse_other_state(self, checkpoint: dict[str, Any]) -> None:
         """Raise ValueError unless moments and method state have the shapes of this run."""
@@ -240,6 +244,10 @@ class LisaModule(L.LightningModule):
         for index, state in checkpoint["optimizer_states"][0]["state"].items():
             moments = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
             _refuse_other_shapes(f"moments {index}", moments, dict.fromkeys(moments, self.weights[index]))
+
+
+def _moved(state: State, device: torch.device) -> State:
+    return {name: [tensor.to(device) for tensor in tensors] for name, tensors in state.items()}
 
 
 def _take_over_scaling(trainer: L.Trainer) -> LossScale | None:

@@ -124,7 +124,7 @@ def deltas(net: Any) -> dict[str, Delta]:
 
 def weights(module: LisaModule) -> dict[str, Tensor]:
     """Return the adapter that the method saves."""
-    return module.method.finish({n: w.detach() for n, w in trainable(module.net).items()}, module.state)
+    return module.finished_factors()
 
 
 def largest_difference(a: LisaModule, b: LisaModule) -> float:
