@@ -278,7 +278,8 @@ def directional_derivatives(passes: RowPasses, rows: Sequence[Example], directio
 def _precision(backprop: Backprop) -> torch.dtype:
     """Return the data type in which the model computes."""
     device = backprop.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else backprop.model.dtype
+    is_enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_enabled else backprop.model.dtype
 
 
 def _step(weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float) -> list[Tensor]:
