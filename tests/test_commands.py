@@ -121,6 +121,7 @@ def test_a_command_runs(
         }
     else:
         small = [] if "responses=" in line else [w for w in SMALL if "model.id=" not in line or w != "model=tiny"]
+        small += ["model.id=before"] if "experiment=ptst" in words else []  # it has a chat template
         metrics = run(composed([*words, *small, cache], out))
         assert metrics.keys() & {"final/harmful_score", "responses/refusal_rate", "aligned/harmful_score"}
 
