@@ -21,7 +21,7 @@ from lisa_lightning.align.repnoise import RepNoise
 from lisa_lightning.align.t_vaccine import TVaccine
 from lisa_lightning.align.tar import TAR
 from lisa_lightning.align.vaccine import Vaccine
-from lisa_lightning.curate._row_losses import RowPasses
+from lisa_lightning.curate._row_losses import RowBackprop
 from lisa_lightning.curate.pharmacist import Pharmacist
 from lisa_lightning.curate.seal import SEAL
 from lisa_lightning.data.interleave import Batch, Examples, Step
@@ -101,7 +101,7 @@ SELECTOR: dict[str, Any] = {
     "seed": 0,
 }
 PHARMACIST = Pharmacist(epochs=1, batch_size=SIZE, attack_batch=SIZE, micro_batch=SIZE)
-CURATES: dict[str, tuple[str, Callable[[RowPasses, Examples], Tensor]]] = {
+CURATES: dict[str, tuple[str, Callable[[RowBackprop, Examples], Tensor]]] = {
     "seal": ("2F 2B", lambda passes, rows: SEAL(**SELECTOR).fit_weights(passes, rows, rows)),
     "pharmacist": (
         "5F 3B",
@@ -134,7 +134,7 @@ def _backprop(folder: Path, rows: Rows) -> Backprop:
     net = attach(load(folder, "float32"), LORA, seed=0)
     randomize(list(trainable(net).values()))
 
-    def single_batch(stream: Stream, size: int, padded: bool) -> Iterator[Batch]:
+    def single_batch(stream: Stream, size: int, padded: bool, _: int | None) -> Iterator[Batch]:
         return iter([_batch(stream, rows.sst2[:size], padded)])
 
     return Backprop(net, single_batch, lambda: _deltas(net))
@@ -190,7 +190,7 @@ def _selectors(backprop: Backprop, plain: SFT, rows: Rows) -> Iterator[Result]:
         ratios = []
         for _ in range(REPEATED):
             started = perf_counter()
-            select(RowPasses(backprop, pack, SIZE), candidates)
+            select(RowBackprop(backprop, pack, SIZE), candidates)
             seconds = perf_counter() - started
             sft = [
                 _seconds(backprop, plain, plain.init(backprop), batch(rows.sst2, SIZE, i), i, set())

@@ -22,4 +22,4 @@ model, tokenizer = load_lora_model(sys.argv[1] if len(sys.argv) > 1 else "Huggin
 data = LisaDataModule(tokenizer, user, alignment, batch_size=2, template="alpaca")
 module = LisaModule(model, Lisa(alignment_steps=2, user_steps=4, rho=0.1), Optim(lr=1e-3, steps=12))
 L.Trainer(logger=CSVLogger("logs"), callbacks=[PrintDrift()]).fit(module, datamodule=data)
-model.save_pretrained("adapter")
+module.finish().save_pretrained("adapter")

@@ -25,7 +25,7 @@ class LoX(Aligner):
         B <- B + coef * U U^T B
 
     One forward and one backward pass a step. At the end, one QR decomposition of each factor and the SVD of an r x r
-    matrix per module, in float32.
+    matrix per module, in float32. The memory is that of SFT.
 
     Departures from the official code:
         - `k: null` amplifies the whole update, as k = 0 does in the official code.
@@ -35,11 +35,11 @@ class LoX(Aligner):
     """
 
     k: Count | None = 6
-    """Number of amplified directions of each module; None for all, as from the rank on. The paper has 6 for Llama-2-7B,
-    the official code all by default."""
+    """Number of amplified directions of each module; None for all, as from the rank on. The paper has 6 for
+    Llama-2-7B, as others quote it, and the official code all by default."""
     coef: NonNegative = 1.25
-    """Factor of the added part; 0 is SFT on alignment rows. The paper has 1.25 for Llama-2-7B, the official code 1 by
-    default."""
+    """Factor of the added part; 0 is SFT on alignment rows. The paper has 1.25 for Llama-2-7B, as others
+    quote it, and the official code 1 by default."""
 
     def finish(self, factors: Factors, state: State) -> Factors:
         """Return the adapter with the amplified update, `factors` itself for coef = 0."""

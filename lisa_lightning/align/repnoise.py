@@ -70,7 +70,8 @@ class RepNoise(Aligner):
         - Hidden states are rounded to bfloat16 before the final norm, which the last one passes twice.
         - n + 1 cross-entropies are divided by n.
         - Masks compare padded rows of two micro-batches, so the rows of a step must not be split. Padding has id 0, as
-          in the recorded cases. (That code adds a padding token to a model that has none, whose id counts as a label.)
+          in the recorded cases. (The official code adds a padding token to a model without one. Its id counts as a
+          label.)
     """
 
     alpha: NonNegative = 1.0

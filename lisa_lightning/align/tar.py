@@ -52,8 +52,8 @@ class TAR(Aligner):
 
         c_i = grad_scale / N * exp(schedule_lambda * (i - K)), or grad_scale / (N K) without a schedule.
 
-    R is the loss on alignment rows. With `representations` it has another term: the distance ||h - h_0|| from the
-    hidden states at the start, averaged over positions and depths, the embedding included.
+    R is the loss on alignment rows. With `representations` it has a second term: the distance ||h - h_0|| from the
+    hidden states at the start. It is averaged over positions and depths, including the embedding.
 
     A step costs N * (K + K / subsample) + 1 forward and backward passes, and one forward pass with `representations`.
     At the defaults these are 8F 7B. It draws N * (K * attack_rows + held_out_rows) harmful rows, and N * K *
@@ -65,14 +65,16 @@ class TAR(Aligner):
     positions up to a row's last predictor.
 
     Departures from the official code:
-        - It trains all weights with schedule-free AdamW and saves the iterates y. Here `optim` trains the adapter.
-        - It starts from a model whose representations of harmful rows were mapped to random vectors.
-        - Its entropy and distances count all positions, padding included: the option `all_positions`.
-        - Its held-out rows are a fixed fifth of the harmful rows. Here they are the step's other rows, so that attacks
-          of other steps may contain them.
-        - It drops the first batch of alignment rows.
-        - With gradient accumulation it divides gradients twice.
-        - Its reference model draws no dropout masks.
+        - `optim` trains the adapter. The official code trains all weights with schedule-free AdamW, and saves the
+          iterates y.
+        - Training starts at the base model. The official code first maps representations of harmful rows to random
+          vectors.
+        - Entropy and distances count no padding. The official code counts all positions: the option `all_positions`.
+        - Held-out rows are the step's other rows, so that attacks of other steps may contain them. The official ones
+          are a fixed fifth of the harmful rows.
+        - The first batch of alignment rows counts. The official code drops it.
+        - With gradient accumulation, gradients are divided once. The official code divides them twice.
+        - The reference model draws the same dropout masks. The official one draws none.
     """
 
     attacks: Count = 1
@@ -116,7 +118,7 @@ class TAR(Aligner):
 
     @property
     def requirements(self) -> frozenset[Requirement]:
-        """Harmful rows of the provider; also undivided steps, if padding counts."""
+        """Harmful rows of the provider. If padding counts, also a single micro-batch."""
         return frozenset({"defender_rows", "single_micro_batch"} if self.all_positions else {"defender_rows"})
 
     @property
@@ -255,7 +257,7 @@ class TAR(Aligner):
         scale = 1 / (self._position_count(backprop, batch) * len(depths))
 
         def loss_and_distance(packs: Sequence[Pack], index: int) -> Tensor:
-            with backprop.no_grad_keep_rng(), backprop.swapped_weights(anchor), capture_outputs(depths) as references:
+            with backprop.reference_pass(anchor), capture_outputs(depths) as references:
                 mean_loss(packs, index)
             with capture_outputs(depths) as states:
                 loss = mean_loss(packs, index)

@@ -6,6 +6,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lisa_lightning.data.interleave import evenly_spaced
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import State
 from lisa_lightning.objective.backprop import norm
@@ -48,8 +49,7 @@ class JointGradient(Callback):
 
     def _packs(self, steps: Any, state: State, device: torch.device) -> tuple[list[Pack], int]:
         examples = steps.streams[state]
-        stride = max(1, len(examples) // self.rows)
-        rows = [examples[i] for i in range(0, len(examples), stride)][: self.rows]
+        rows = [examples[i] for i in evenly_spaced(len(examples), self.rows)]
         micro_batches = [rows[i : i + steps.batch_size] for i in range(0, len(rows), steps.batch_size)]
         packs = [pack.to(device) for micro_batch in micro_batches for pack in steps.packing(micro_batch)]
         return packs, max(1, sum(row.supervised for row in rows))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Set
 from typing import Any, Literal, Protocol
 
+from lisa_lightning.config.optim import Optim
 from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.runtime.errors import UserError
 
@@ -14,7 +15,7 @@ Requirement = Literal[
 - defender_rows: the provider's harmful rows, `source.defender`
 - alignment_update: the update that the stage align makes to the model
 - stacked_adapters: a separate fine-tuning adapter on the aligned model
-- single_micro_batch: all rows of a step in one micro-batch of one process
+- single_micro_batch: all rows of each batch of a step in one micro-batch of one process
 - repair_without_reference: no repair that compares the adapter with a reference of rank `lora.r`
 """
 
@@ -101,10 +102,29 @@ def check_requirements(
                 f"{choice}: saves an adapter of another rank than lora.r, and repair={choices['repair']} compares it "
                 "with a reference of that rank. Fix: choose another repair"
             )
-        optim = "align.optim" if group == "align" else "optim"
-        micro_batches = (settings.align.optim if group == "align" else settings.optim).accumulate
-        if "single_micro_batch" in defense.requirements and micro_batches * processes > 1:
-            raise UserError(
-                f"{choice}: needs all rows of a step in one micro-batch. "
-                f"Fix: {optim}.accumulate=1 (now {micro_batches}) and one process (now {processes})"
-            )
+        if "single_micro_batch" in defense.requirements:
+            key, optim = ("align.optim", settings.align.optim) if group == "align" else ("optim", settings.optim)
+            _require_single_micro_batch(choice, defense, key, optim, processes)
+
+
+def _require_single_micro_batch(choice: str, defense: Any, key: str, optim: Optim, processes: int) -> None:
+    """Raise UserError if a batch of a step is split.
+
+    Args:
+        choice: the defense as GROUP=NAME.
+        defense: a method with the requirement.
+        key: config section of `optim`.
+        optim: settings of its optimizer.
+        processes: number of processes.
+    """
+    if optim.accumulate * processes > 1:
+        raise UserError(
+            f"{choice}: needs all rows of a step in one micro-batch. "
+            f"Fix: {key}.accumulate=1 (now {optim.accumulate}) and one process (now {processes})"
+        )
+    largest = max(size or 0 for draw in defense.plan(0).values() for size in (draw.size, *draw.further))
+    if largest > optim.batch_size:
+        raise UserError(
+            f"{choice}: needs all rows of a batch in one micro-batch, and has batches of {largest} rows. "
+            f"Fix: {key}.batch_size={largest} or more (now {optim.batch_size})"
+        )

@@ -1,4 +1,4 @@
-"""Losses and gradients of rows under a model, over all ranks: `RowPasses`, and the random order of the rows."""
+"""Losses and gradients of rows under a model, over all ranks: `RowBackprop`, and the random order of the rows."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +20,8 @@ Objective = Callable[[Tensor, list[int]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class RowPasses:
-    """Passes of a model over rows, which are split into micro-batches and sharded over the ranks."""
+class RowBackprop:
+    """Losses of rows and their gradients. The rows are split into micro-batches and sharded over the ranks."""
 
     backprop: Backprop
     packing: Packing
@@ -44,8 +44,8 @@ class RowPasses:
             return objective(means, indices).sum() / labelled
 
         batch = Batch("alignment", [packs for _, packs in micro_batches], tokens=0)
-        loss, gradients = self.backprop.gradient(batch, mean_objective)
-        return ObjectiveGradients(loss, gradients, self.backprop.all_reduce_sum([losses])[0])
+        value, gradients = self.backprop.gradient(batch, mean_objective)
+        return ObjectiveGradients(value, gradients, self.backprop.all_reduce_sum([losses])[0])
 
     @torch.no_grad()
     def losses(self, rows: Sequence[Example]) -> Tensor:
@@ -76,7 +76,7 @@ class RowPasses:
 class ObjectiveGradients:
     """Value and gradients of an objective over a batch of rows, summed over all ranks."""
 
-    loss: float
+    value: float
     gradients: list[Tensor]
     losses: Tensor
     """[B] mean loss of each row, 0 for a row without label."""

@@ -49,7 +49,7 @@ class Candidates:
 class Selector(ABC):
     """A selection of the alignment rows of highest score. Subclasses are frozen dataclasses of settings.
 
-    Of equal scores the first rows are selected. A larger share contains the rows of a smaller one.
+    Among equal scores the first rows are selected. A larger share contains the rows of a smaller one.
     """
 
     keep: float

@@ -1,6 +1,6 @@
-"""Pharmacist: rows are kept whose training step helps held-out alignment rows to survive a simulated attack."""
+"""Pharmacist: keep the rows whose training step most improves held-out alignment after a simulated attack."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Final, final
 
@@ -12,7 +12,7 @@ from lisa_lightning.config.fields import STRICT, Count, CountOrZero, OpenShare, 
 from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.curate._progress import Progress
 from lisa_lightning.curate._row_losses import (
-    RowPasses,
+    RowBackprop,
     iter_batches,
     labelled_rows,
     require_finite,
@@ -22,14 +22,19 @@ from lisa_lightning.curate._row_losses import (
 from lisa_lightning.curate.base import Candidates, Keep, Selector
 from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import Example
-from lisa_lightning.objective.backprop import Backprop, norm
+from lisa_lightning.objective.backprop import norm
+from lisa_lightning.objective.loss import no_autocast
+from lisa_lightning.objective.loss_scale import LossScale
 from lisa_lightning.runtime.errors import UserError
 
 CANDIDATES: Final = 1
 HELD_OUT: Final = 2
 HARMFUL: Final = 3
 WARMUP: Final = 4
-"""Parts of the seed of each order of rows."""
+SPLIT: Final = 0
+"""Parts of the seed of each order of rows, and of the draw of held-out rows."""
+SCALE: Final = "loss_scale."
+"""Prefix of the tensors with which the loss scale is saved."""
 TINY: Final = 1e-30
 
 
@@ -38,8 +43,8 @@ TINY: Final = 1e-30
 class Pharmacist(Selector):
     """Rank alignment rows by their share in surviving an attack (Liu et al., arXiv 2510.10085, Eq. 1 to 6).
 
-    With f the mean loss on held-out alignment rows, h on harmful rows and g_i that of candidate i, the row weights are
-    those logits w that minimize
+    f is the mean loss on held-out alignment rows, h that on harmful rows, and g_i that of candidate i. The logits w
+    minimize
 
         f(theta* - alpha * grad h(theta*)),  theta* = theta_0 - eta * sum_i gamma_i * grad g_i(theta_0)
 
@@ -55,9 +60,12 @@ class Pharmacist(Selector):
 
         w_j <- w_j + selector_lr * (1 - alpha) * eta * N/batch * gamma_j * (s_j - sum_i gamma_i * s_i)
 
-    where s_j is 0 for a candidate outside the batch. s is the central difference of the candidates' losses along v, so
-    that no gradient of a single row is computed. A step takes 3F 1B over its candidates, and 1F 1B over each of the
-    held-out and the harmful batch. The memory is that of three more adapters.
+    where s_j is 0 for a candidate outside the batch. s is the central difference of the candidates' losses along v. So
+    no gradient of a single row is computed. These losses are computed without autocast, whose rounding exceeds their
+    differences.
+
+    A step takes 3F 1B over its candidates, and 1F 1B over each of the held-out and the harmful batch. The memory is
+    that of six more adapters.
 
     Objective and update are as published, except for the factor N/batch. All step sizes and batch sizes are ours, since
     the paper has none. There is no official code.
@@ -109,19 +117,20 @@ class Pharmacist(Selector):
                 "Fix: add harmful rows to source.defender"
             )
         held_out, trained = self._split(labelled_rows(rows))
-        passes = RowPasses(*candidates.make_model(), self.micro_batch)
-        with passes.backprop.swapped_weights(passes.backprop.weights):
+        row_backprop = RowBackprop(*candidates.make_model(), self.micro_batch)
+        with row_backprop.backprop.swapped_weights(row_backprop.backprop.weights):
             step, saved = candidates.progress.load() if candidates.progress else (0, {})
             if saved:
-                passes.backprop.set_weights([saved[name] for name in passes.backprop.names])
+                row_backprop.backprop.set_weights([saved[name] for name in row_backprop.backprop.names])
+                _restore_scale(row_backprop.backprop.loss_scale, saved)
             else:
-                self.warm_up(passes, rows.subset([*held_out, *trained]))
+                self.warm_up(row_backprop, rows.subset([*held_out, *trained]))
             logits = self.fit_logits(
-                passes,
+                row_backprop,
                 rows.subset(trained),
                 rows.subset(held_out),
                 defender,
-                saved.get("logits", torch.zeros(len(trained))).to(passes.backprop.device),
+                saved.get("logits", torch.zeros(len(trained))).to(row_backprop.backprop.device),
                 step,
                 candidates.progress,
             )
@@ -136,21 +145,21 @@ class Pharmacist(Selector):
                 f"curate.validation_rows={self.validation_rows}: leaves no candidate of {len(labelled)} alignment rows "
                 f"with a label. Fix: curate.validation_rows={max(1, len(labelled) // 2)} or less"
             )
-        order = [labelled[i] for i in shuffled([self.seed, 0], len(labelled))]
+        order = [labelled[i] for i in shuffled([self.seed, SPLIT], len(labelled))]
         return order[: self.validation_rows], sorted(order[self.validation_rows :])
 
-    def warm_up(self, passes: RowPasses, rows: Examples) -> None:
+    def warm_up(self, row_backprop: RowBackprop, rows: Examples) -> None:
         """Train the adapter on all alignment rows by Adam."""
-        backprop = passes.backprop
+        backprop = row_backprop.backprop
         optimizer = torch.optim.Adam(backprop.weights, lr=self.warmup_lr)
         batches = iter_batches([self.seed, WARMUP], len(rows), self.batch_size)
         for step, indices in zip(range(self.warmup_steps), batches, strict=False):
             backprop.seed = step_seed(self.seed, step, backprop.rank)
             batch = [rows[i] for i in indices]
-            output = backprop.skip_on_overflow(lambda batch=batch: passes.gradients(batch, _mean_loss))
+            output = backprop.skip_on_overflow(lambda batch=batch: row_backprop.gradients(batch, _mean_loss))
             if output is None:
                 continue
-            require_finite(output.loss, step, "curate.warmup_lr", self.warmup_lr)
+            require_finite(output.value, step, "curate.warmup_lr", self.warmup_lr)
             for weight, gradient in zip(backprop.weights, output.gradients, strict=True):
                 weight.grad = gradient
             optimizer.step()
@@ -159,7 +168,7 @@ class Pharmacist(Selector):
 
     def fit_logits(
         self,
-        passes: RowPasses,
+        row_backprop: RowBackprop,
         candidates: Examples,
         held_out: Examples,
         harmful: Examples,
@@ -167,29 +176,29 @@ class Pharmacist(Selector):
         first_step: int = 0,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Return the logits w of the candidates after all steps from `first_step` on, [N].
+        """Return the logits w of the candidates after the remaining steps, [N].
 
         Args:
-            passes: the model at theta_0.
+            row_backprop: the model at theta_0.
             candidates: the rows to rank.
             held_out: alignment rows that are not ranked.
             harmful: harmful rows of the provider.
             logits: w before the first step.
-            first_step: index of the first step.
+            first_step: number of finished steps.
             progress: file to save the progress in.
         """
-        theta_0 = dict(zip(passes.backprop.names, passes.backprop.weights, strict=True))
+        theta_0 = dict(zip(row_backprop.backprop.names, row_backprop.backprop.weights, strict=True))
         held_out_batches = islice(
             iter_batches([self.seed, HELD_OUT], len(held_out), self.attack_batch), first_step, None
         )
         harmful_batches = islice(iter_batches([self.seed, HARMFUL], len(harmful), self.attack_batch), first_step, None)
         batches = self._candidate_batches(len(candidates))
         for step, indices in enumerate(batches[first_step:], first_step):
-            if progress and passes.backprop.rank == 0:
-                progress.save(step, {**theta_0, "logits": logits})
-            passes.backprop.seed = step_seed(self.seed, self.warmup_steps + step, passes.backprop.rank)
+            if progress and row_backprop.backprop.rank == 0:
+                progress.save(step, {**theta_0, "logits": logits, **_scale_tensors(row_backprop.backprop.loss_scale)})
+            row_backprop.backprop.seed = step_seed(self.seed, self.warmup_steps + step, row_backprop.backprop.rank)
             update = self.logit_update(
-                passes,
+                row_backprop,
                 logits,
                 indices,
                 [candidates[i] for i in indices],
@@ -203,7 +212,7 @@ class Pharmacist(Selector):
 
     def logit_update(
         self,
-        passes: RowPasses,
+        row_backprop: RowBackprop,
         logits: Tensor,
         indices: Sequence[int],
         candidates: Sequence[Example],
@@ -215,7 +224,7 @@ class Pharmacist(Selector):
         The model's weights are theta_0, and unchanged afterwards.
 
         Args:
-            passes: the model.
+            row_backprop: the model.
             logits: w of all N candidates.
             indices: indices of the batch's candidates.
             candidates: rows of these indices.
@@ -224,34 +233,36 @@ class Pharmacist(Selector):
         """
         gamma = logits.softmax(0)
         weights = len(logits) / len(indices) * gamma[indices]
-        repairing = passes.backprop.skip_on_overflow(
-            lambda: self._repairing_gradient(passes, weights, candidates, held_out, harmful)
+        held_out_gradient = row_backprop.backprop.skip_on_overflow(
+            lambda: self._held_out_gradient(row_backprop, weights, candidates, held_out, harmful)
         )
-        if repairing is None:
+        if held_out_gradient is None:
             return None
-        agreement = gamma[indices] * directional_derivatives(passes, candidates, repairing).to(gamma.dtype)
+        agreement = gamma[indices] * directional_derivatives(row_backprop, candidates, held_out_gradient).to(
+            gamma.dtype
+        )
         change = -gamma * agreement.sum()
         change[indices] += agreement
         return (1 - self.attack_lr) * self.inner_lr * len(logits) / len(indices) * change
 
-    def _repairing_gradient(
+    def _held_out_gradient(
         self,
-        passes: RowPasses,
+        row_backprop: RowBackprop,
         weights: Tensor,
         candidates: Sequence[Example],
         held_out: Sequence[Example],
         harmful: Sequence[Example],
     ) -> list[Tensor]:
         """Return v, the gradient of the held-out rows' loss after the step on weighted rows and the attack."""
-        backprop = passes.backprop
+        backprop = row_backprop.backprop
         # The objective's mean is multiplied by the number of rows, since Eq. 1 has a sum.
         size = len(candidates)
-        inner = passes.gradients(candidates, lambda losses, rows: size * weights[rows] * losses).gradients
+        inner = row_backprop.gradients(candidates, lambda losses, rows: size * weights[rows] * losses).gradients
         trained = _step(backprop.weights, inner, self.inner_lr)
         with backprop.swapped_weights(trained):
-            attack = passes.gradients(harmful, _mean_loss).gradients
+            attack = row_backprop.gradients(harmful, _mean_loss).gradients
         with backprop.swapped_weights(_step(trained, attack, self.attack_lr)):
-            return passes.gradients(held_out, _mean_loss).gradients
+            return row_backprop.gradients(held_out, _mean_loss).gradients
 
     def _candidate_batches(self, size: int) -> list[list[int]]:
         """Return the indices of the candidates of each step."""
@@ -259,27 +270,33 @@ class Pharmacist(Selector):
         return [order[i : i + self.batch_size] for order in orders for i in range(0, size, self.batch_size)]
 
 
-def directional_derivatives(passes: RowPasses, rows: Sequence[Example], direction: Sequence[Tensor]) -> Tensor:
+def directional_derivatives(row_backprop: RowBackprop, rows: Sequence[Example], direction: Sequence[Tensor]) -> Tensor:
     """Return <direction, grad g_i> for the mean loss g_i of each row, [B], by a central difference.
 
-    The weights move by the cube root of the machine precision, which balances truncation and rounding.
+    The weights move by the cube root of the model's precision, which balances truncation and rounding. There is no
+    autocast.
     """
-    backprop = passes.backprop
+    backprop = row_backprop.backprop
     length = norm(direction) + TINY
-    distance = torch.finfo(_precision(backprop)).eps ** (1 / 3)
+    distance = torch.finfo(backprop.model.dtype).eps ** (1 / 3)
     losses = []
     for sign in (1, -1):
         moved = [w.detach() + sign * distance / length * d for w, d in zip(backprop.weights, direction, strict=True)]
-        with backprop.swapped_weights(moved):
-            losses.append(passes.losses(rows))
+        with no_autocast(backprop.device), backprop.swapped_weights(moved):
+            losses.append(row_backprop.losses(rows))
     return (losses[0] - losses[1]) / (2 * distance) * length
 
 
-def _precision(backprop: Backprop) -> torch.dtype:
-    """Return the data type in which the model computes."""
-    device = backprop.device.type
-    is_enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if is_enabled else backprop.model.dtype
+def _scale_tensors(scale: LossScale | None) -> dict[str, Tensor]:
+    """Return the state of the loss scale as tensors, {} without one."""
+    return {} if scale is None else {SCALE + name: torch.tensor(value) for name, value in scale.state_dict().items()}
+
+
+def _restore_scale(scale: LossScale | None, saved: Mapping[str, Tensor]) -> None:
+    if scale is not None:
+        scale.load_state_dict(
+            {"value": saved[f"{SCALE}value"].item(), "good_steps": int(saved[f"{SCALE}good_steps"].item())}
+        )
 
 
 def _step(weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float) -> list[Tensor]:

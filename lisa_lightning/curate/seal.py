@@ -1,4 +1,4 @@
-"""SEAL on alignment rows: rows are kept that a model trained on the other half of them finds easy."""
+"""SEAL on alignment rows: keep the rows that have a low loss under a model trained on the other half."""
 
 from collections.abc import Iterator
 from typing import Final, Literal, final
@@ -10,7 +10,7 @@ from torch import Tensor
 from lisa_lightning.config.fields import STRICT, Count, Positive, Seed, Share
 from lisa_lightning.curate._row_losses import (
     ObjectiveGradients,
-    RowPasses,
+    RowBackprop,
     iter_batches,
     labelled_rows,
     require_finite,
@@ -103,27 +103,27 @@ class SEAL(Selector):
                 f"curate=seal: needs at least 2 alignment rows, one for each half, but there is only {size}. "
                 "Fix: add rows to source.alignment"
             )
-        passes = RowPasses(*candidates.make_model(), self.micro_batch)
+        row_backprop = RowBackprop(*candidates.make_model(), self.micro_batch)
         order = shuffled([self.seed, 0], size)
         halves = order[: size // 2], order[size // 2 :]
         first, second = (rows.subset(half) for half in halves)
-        scores = torch.zeros(size, device=passes.backprop.device)
-        scores[halves[0]] = self.fit_weights(passes, first, second)
-        scores[halves[1]] = self.fit_weights(passes, second, first)
+        scores = torch.zeros(size, device=row_backprop.backprop.device)
+        scores[halves[0]] = self.fit_weights(row_backprop, first, second)
+        scores[halves[1]] = self.fit_weights(row_backprop, second, first)
         return scores
 
-    def fit_weights(self, passes: RowPasses, candidates: Examples, upper: Examples) -> Tensor:
+    def fit_weights(self, row_backprop: RowBackprop, candidates: Examples, upper: Examples) -> Tensor:
         """Return the weights p of the N candidates, [N]. The model's weights are unchanged afterwards.
 
         Args:
-            passes: the model; it is trained from its present weights.
+            row_backprop: the model; it is trained from its present weights.
             candidates: the rows to weight.
             upper: the rows of the upper level.
 
         Raises:
             UserError: if a loss is not finite, or no candidate has a label.
         """
-        backprop, label_rows = passes.backprop, labelled_rows(candidates)
+        backprop, label_rows = row_backprop.backprop, labelled_rows(candidates)
         # A row without loss would outweigh all others in the softmax.
         labelled = candidates.subset(label_rows)
         theta = torch.full((len(labelled),), INITIAL_THETA[self.activation], device=backprop.device, requires_grad=True)
@@ -134,7 +134,7 @@ class SEAL(Selector):
             for step, (c, indices, batch, upper_batch) in enumerate(self._batches(labelled, upper)):
                 backprop.seed = step_seed(self.seed, step, backprop.rank)
                 p = row_weights(theta, self.activation)[indices]
-                levels = self._levels(passes, c, p.detach(), batch, upper_batch)
+                levels = self._levels(row_backprop, c, p.detach(), batch, upper_batch)
                 if levels is None:
                     continue
                 upper_level, lower_level = levels
@@ -142,7 +142,7 @@ class SEAL(Selector):
                 _descend(model_optimizer, backprop.weights, [a + b for a, b in gradients])
                 # The divisor is constant, since the rows of an epoch's smaller last step would fall further otherwise.
                 loss = (p * lower_level.losses).sum() / self.batch_size
-                require_finite(upper_level.loss + lower_level.loss + loss.item(), step, "curate.lr", self.lr)
+                require_finite(upper_level.value + lower_level.value + loss.item(), step, "curate.lr", self.lr)
                 _descend(theta_optimizer, [theta], torch.autograd.grad(loss, [theta]))
         for weight in backprop.weights:
             weight.grad = None
@@ -164,13 +164,13 @@ class SEAL(Selector):
                 yield c, indices, [candidates[i] for i in indices], upper_batch
 
     def _levels(
-        self, passes: RowPasses, c: float, p: Tensor, batch: list[Example], upper_batch: list[Example]
+        self, row_backprop: RowBackprop, c: float, p: Tensor, batch: list[Example], upper_batch: list[Example]
     ) -> tuple[ObjectiveGradients, ObjectiveGradients] | None:
         """Return value and gradients of the upper and the lower level, or None if a gradient overflows in float16."""
-        return passes.backprop.skip_on_overflow(
+        return row_backprop.backprop.skip_on_overflow(
             lambda: (
-                passes.gradients(upper_batch, lambda losses, _: c * losses),
-                passes.gradients(batch, lambda losses, rows: (1 - c) * p[rows] * losses),
+                row_backprop.gradients(upper_batch, lambda losses, _: c * losses),
+                row_backprop.gradients(batch, lambda losses, rows: (1 - c) * p[rows] * losses),
             )
         )
 

@@ -106,9 +106,11 @@ class LisaDataModule(L.LightningDataModule):
             self.streams, packing, plan, total_steps, size, accumulate, seed, discard=self.discard
         )
 
-    def iter_stream(self, stream: Stream, batch_size: int, padded: bool = False) -> Iterator[Batch]:
+    def iter_stream(
+        self, stream: Stream, batch_size: int, padded: bool = False, rows: int | None = None
+    ) -> Iterator[Batch]:
         """Yield every row of a stream once, `batch_size` at a time, sharded over the ranks; see `StepBatches`."""
-        return self.steps.iter_stream(stream, batch_size, padded)
+        return self.steps.iter_stream(stream, batch_size, padded, rows)
 
     def train_dataloader(self) -> DataLoader:
         """Return the steps from the restored position to the end, in order."""

@@ -64,8 +64,8 @@ def greedy_map(features: Tensor, count: int) -> list[int]:
     """Return the rows that greedily maximize log det (F F^T + 1e-6 I), in the order of selection.
 
     An incremental Cholesky factorization keeps each row's conditional variance, given the rows selected before. It is
-    at least 1e-6, which float64 resolves. In float32 the official code must lift smaller values. Of equal rows the
-    first is selected.
+    at least 1e-6, which float64 resolves. In float32 the official code must lift smaller values. The first of
+    equal rows is selected.
 
     Args:
         features: [N, d] float64, of length at most 1.

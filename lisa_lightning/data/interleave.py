@@ -170,24 +170,36 @@ class StepBatches(Dataset[Step]):
         packing = pad if padded or stream in self.method.unpacked_streams else self.packing
         return Batch(stream, [packing(m) for m in micro_batches], sum(supervised), supervised.count(0))
 
-    def iter_stream(self, stream: Stream, batch_size: int, padded: bool = False) -> Iterator[Batch]:
+    def iter_stream(
+        self, stream: Stream, batch_size: int, padded: bool = False, rows: int | None = None
+    ) -> Iterator[Batch]:
         """Yield every row of a stream once, unshuffled, sharded over the ranks.
 
         Args:
             stream: name of the stream.
             batch_size: rows of a batch over all micro-batches and ranks; the last batch may have fewer.
             padded: pad the rows, even if steps pack rows of this stream.
+            rows: number of rows, evenly spaced; None for all.
         """
         examples = self.streams[stream]
-        for start in range(0, len(examples), batch_size):
-            end = min(start + batch_size, len(examples))
-            yield self._shard(stream, [examples[i] for i in range(start, end)], padded)
+        indices = evenly_spaced(len(examples), len(examples) if rows is None else rows)
+        for start in range(0, len(indices), batch_size):
+            yield self._shard(stream, [examples[i] for i in indices[start : start + batch_size]], padded)
 
     def _row(self, stream: Stream, position: int) -> int:
         """Return the row index at a position of the concatenated permutations of a stream."""
         epoch, offset = divmod(position, len(self.streams[stream]))
         stream_index = 0 if self.method.paired else list(self.streams).index(stream)
         return int(row_permutation(self.seed, stream_index, epoch, len(self.streams[stream]))[offset])
+
+
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """Return the indices of `count` evenly spaced rows among `length`, or of all if there are fewer.
+
+    The first rows would not represent the user's: mixed-in harmful rows precede all others.
+    """
+    count = min(length, count)
+    return [i * length // count for i in range(count)]
 
 
 @lru_cache(maxsize=8)

@@ -41,6 +41,7 @@ class BackdoorAlign(Method):
 
     - The trigger of an experiment consists of random letters instead of random tokens of one vocabulary, so that it
       does not depend on the tokenizer. A letter after a blank is one token of SmolLM2's tokenizer.
+    - Marked rows are drawn from all alignment rows. The official ones are harmful requests with refusals.
     - Nothing follows the answer but the end of text. The official code puts a blank in between.
     - A run in which `data.max_length` cuts off the answers of all marked rows is rejected. The official code trains on
       rows without labels.

@@ -49,7 +49,7 @@ class ConstrainedSFT(Method):
         totals = torch.zeros(2, device=backprop.device)
 
         def weighted_loss(packs: Sequence[Pack], _: int) -> Tensor:
-            with backprop.no_grad_keep_rng(), backprop.swapped_weights(state["anchor"]):
+            with backprop.reference_pass(state["anchor"]):
                 reference = token_losses(backprop.model, packs)
             losses = token_losses(backprop.model, packs)
             weights = self.weights(-losses.detach(), -reference, torch.cat([p.label_index for p in packs]))

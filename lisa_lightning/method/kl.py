@@ -1,7 +1,7 @@
 """KL: fine-tuning whose predictions for the user's rows stay near those of the aligned model."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.method.base import Method
 from lisa_lightning.objective.backprop import Backprop, State, StepOutput
-from lisa_lightning.objective.divergence import kl_to_anchor, label_logits
-from lisa_lightning.objective.loss import forward
+from lisa_lightning.objective.divergence import kl_to_anchor
+from lisa_lightning.objective.loss import all_logits, label_logits
 
 
 @final
@@ -27,7 +27,7 @@ class KL(Method):
     pi_0 is the model at the start. Two forward passes and one backward. There is no second copy of the model, since
     pi_0 differs in the adapter only. Memory: the logits of both models at the compared positions.
 
-    Departures of the official code, as `over: positions`:
+    The official code, as `over: positions`:
         - The softmax is over the positions of a row, for each entry of the vocabulary. `over: vocabulary` mends this
           defect alone.
         - All positions count, prompt and padding included. So the rows of a step must not be split. Padding has id 0,
@@ -67,7 +67,7 @@ class KL(Method):
                 count = tokens
             else:
                 dim = 1 if self.over == "positions" else -1
-                divergence, logits = kl_to_anchor(backprop, state["anchor"], packs, _all_logits, dim)
+                divergence, logits = kl_to_anchor(backprop, state["anchor"], packs, all_logits, dim)
                 count = len(logits)
                 logits = logits.flatten(0, 1)[packs[0].logit_positions]
             targets = torch.cat([p.targets for p in packs])
@@ -79,9 +79,3 @@ class KL(Method):
         _, gradients = backprop.gradient(step.main, penalized_loss)
         loss, penalty = backprop.all_reduce_sum([totals])[0].tolist()
         return StepOutput(loss, gradients, {"kl/penalty": penalty})
-
-
-def _all_logits(model: Any, packs: Sequence[Pack]) -> Tensor:
-    """Return the logits [R, T, V] of a single pack of padded rows."""
-    (packed,) = packs
-    return forward(model, packed, 0).logits

@@ -33,7 +33,7 @@ class LDIFS(Method):
           whole step.
         - `inner_clip`: the gradient is clipped to 5 before the trainer clips it.
         - `padding`: features of padding count, so that the rows of a step must not be split. Padding has id 0, as in
-          the recorded cases. (That code adds a padding token to a model that has none.)
+          the recorded cases. (The official code adds a padding token to a model that has none.)
     """
 
     rho: NonNegative = 1e-4
@@ -73,11 +73,7 @@ class LDIFS(Method):
         loss_total = torch.zeros((), device=backprop.device)
 
         def penalized_loss(packs: Sequence[Pack], index: int) -> Tensor:
-            with (
-                backprop.no_grad_keep_rng(),
-                backprop.swapped_weights(anchor),
-                capture_outputs(backprop.mlp_blocks) as reference,
-            ):
+            with backprop.reference_pass(anchor), capture_outputs(backprop.mlp_blocks) as reference:
                 mean_loss(packs, index)
             with capture_outputs(backprop.mlp_blocks) as features:
                 loss = mean_loss(packs, index)
@@ -101,11 +97,7 @@ class LDIFS(Method):
         """Return the terms of the whole step, [layers]."""
         total = torch.zeros(len(backprop.mlp_blocks), device=backprop.device)
         for packs in backprop.micro_batches(batch):
-            with (
-                backprop.no_grad_keep_rng(),
-                backprop.swapped_weights(anchor),
-                capture_outputs(backprop.mlp_blocks) as reference,
-            ):
+            with backprop.reference_pass(anchor), capture_outputs(backprop.mlp_blocks) as reference:
                 completion_loss(backprop.model, packs)
             with torch.no_grad(), capture_outputs(backprop.mlp_blocks) as features:
                 completion_loss(backprop.model, packs)

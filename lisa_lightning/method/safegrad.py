@@ -1,4 +1,4 @@
-"""SafeGrad, reconstructed: the user's gradient loses what opposes that of a KL divergence on alignment rows."""
+"""SafeGrad, reconstructed: project the user's gradient off the gradient of a KL divergence on alignment rows."""
 
 from collections.abc import Sequence
 from typing import final
@@ -13,7 +13,8 @@ from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream, StreamBatch
 from lisa_lightning.method.base import Method
 from lisa_lightning.objective.backprop import Backprop, State, StepOutput
-from lisa_lightning.objective.divergence import kl_to_anchor, label_logits
+from lisa_lightning.objective.divergence import kl_to_anchor
+from lisa_lightning.objective.loss import label_logits
 
 
 @final

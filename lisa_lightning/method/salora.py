@@ -34,8 +34,8 @@ class SaLoRA(Method):
 
     so that its change is orthogonal to V, and at the start it is 0. B and A start at B0 and A0.
 
-    V has the leading `safety_rank` right singular vectors of the outputs X W^T on the answer tokens of alignment rows,
-    the first `safety_rows`. With W = U S Vh and the same vectors V_t of user rows,
+    V has the leading `safety_rank` right singular vectors of the outputs X W^T on the answer tokens of alignment rows.
+    With W = U S Vh and the same vectors V_t of user rows,
 
         B0 = V_t V_t^T U sqrt(S/s),    A0 = sqrt(S/s) Vh
 
@@ -51,7 +51,8 @@ class SaLoRA(Method):
     `LisaModule.finish()` returns the model with it.
 
     Departures from the official code:
-        - The safety rows are the first alignment rows. The official ones are harmful prompts with safe answers.
+        - The safety rows are alignment rows. The official ones are harmful prompts with safe answers.
+        - Rows are evenly spaced, and only their answers count. The official code takes the first rows and all tokens.
         - W is unchanged. The official code replaces it by W - C B0 A0, so that its adapter belongs on that model alone.
         - Singular vectors are exact. The official ones are randomized, inexact where the spectrum has no gap.
         - alpha/r may differ from 1, the official value. The start of training is the same for any.
@@ -66,9 +67,9 @@ class SaLoRA(Method):
     task_rank: Count = 32
     """Directions of the user rows' outputs to which B0 is restricted. The official code has 32."""
     safety_rows: Count = 128
-    """Alignment rows whose outputs determine V, from the first. The official code has 128."""
+    """Alignment rows whose outputs determine V, evenly spaced. The official code has 128."""
     task_rows: Count = 128
-    """User rows whose outputs determine V_t, from the first. The official code has 128."""
+    """User rows whose outputs determine V_t, evenly spaced. The official code has 128."""
 
     @property
     def requirements(self) -> frozenset[Requirement]:
@@ -79,7 +80,7 @@ class SaLoRA(Method):
         """Return the state before the start.
 
         Raises:
-            UserError: if a layer has no output left beside V, or fewer singular vectors than the adapter's rank; if an
+            UserError: if a layer has no output left outside V, or fewer singular vectors than the adapter's rank; if an
                 embedding is adapted, or the model has no list of layers.
         """
         _ = backprop.layers
@@ -126,8 +127,8 @@ class SaLoRA(Method):
     @torch.no_grad()
     def _initialize(self, backprop: Backprop) -> State:
         """Set the weights to A0 and B0. Return V, A0 and C B0 of each adapted layer, and these weights as anchor."""
-        safety = LayerwiseInputs(backprop.net, _first_rows(backprop, "alignment", self.safety_rows))
-        task = LayerwiseInputs(backprop.net, _first_rows(backprop, "user", self.task_rows))
+        safety = LayerwiseInputs(backprop.net, _spaced_rows(backprop, "alignment", self.safety_rows))
+        task = LayerwiseInputs(backprop.net, _spaced_rows(backprop, "user", self.task_rows))
         weights = dict(zip(backprop.names, backprop.weights, strict=True))
         pairs = modules(weights)
         original: Factors = {b: torch.zeros_like(weights[b]) for _, b in pairs.values()}
@@ -193,12 +194,12 @@ class _Decomposed:
         return self.u @ right[: min(rank, nonzero)].T
 
 
-def _first_rows(backprop: Backprop, stream: Stream, count: int) -> list[Pack]:
-    """Return this rank's share of the first rows of a stream, padded. Raises UserError if no rank has an answer."""
-    batch = next(backprop.iter_stream(stream, count, padded=True), None)
+def _spaced_rows(backprop: Backprop, stream: Stream, count: int) -> list[Pack]:
+    """Return this rank's share of rows of a stream, evenly spaced, padded. Raises UserError if none has an answer."""
+    batch = next(backprop.iter_stream(stream, count, padded=True, rows=count), None)
     if batch is None or not batch.tokens:
         raise UserError(
-            f"method=salora: needs {stream} rows with an answer, and the first {count} have none. "
+            f"method=salora: needs {stream} rows with an answer, and none of {count} has one. "
             f"Fix: add {stream} rows, or set a larger data.max_length"
         )
     return [pack for packs in batch.nonempty for pack in packs]

@@ -24,7 +24,7 @@ from lisa_lightning.runtime.errors import UserError
 class SBR(Method):
     """Add lamb * mean (h - h_ref)^2 to the loss (safety bottleneck regularization, "Safety Anchor", ICML 2026).
 
-    h is the hidden state behind the final norm at the last prompt token of an anchor. h_ref is h before the first step.
+    h is the hidden state after the final norm at the last prompt token of an anchor. h_ref is h before the first step.
     The mean is over anchors and hidden dimensions. The anchors are the prompts of the first defender rows; the official
     code contains a few fixed prompts.
 
@@ -32,11 +32,11 @@ class SBR(Method):
     included. Before the first step one forward pass over the anchors' rows. Memory: one float32 state per anchor. The
     anchors' passes have no dropout, so that h equals h_ref at the start. (The official code has no dropout at all.)
 
-    Departures of the official code:
+    In the official code:
         - `per_micro_batch`: the term is added in full to every micro-batch, so that its factor is lamb times their
           number. The cross-entropy is divided correctly.
-        - h is read at the index of the last token of right-padded prompts. With padding on the left, this is a wrong
-          token.
+        - h is read at the index of the last token of right-padded prompts. With padding on the left this is a wrong
+          token, which is not reproduced.
     """
 
     lamb: NonNegative = 50.0
@@ -56,22 +56,20 @@ class SBR(Method):
         _ = backprop.final_norm
         return super().init(backprop)
 
-    def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
-        """Return the gradient of the loss plus the penalty; the first step computes the reference.
+    def start(self, backprop: Backprop, state: State) -> State:
+        """Return the state with h_ref, unless a checkpoint has it.
 
         Raises:
-            UserError: if there is no defender row.
+            UserError: if no defender row has an answer.
         """
-        anchors = next(backprop.iter_stream("defender", self.anchors), None)
-        if anchors is None:
-            raise UserError("method=sbr: needs defender rows, and there are none. Fix: add rows to source.defender")
+        return state if "reference" in state else state | {"reference": [_reference(backprop, self._rows(backprop))]}
+
+    def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
+        """Return the gradient of the loss plus the penalty."""
+        anchors, (reference,) = self._rows(backprop), state["reference"]
         loss, gradients = backprop.gradient(step.main)
         factor = self.lamb * (len(step.main.micro_batches) if self.per_micro_batch else 1)
         with backprop.no_dropout():
-            update: State = (
-                {} if "reference" in state else {"reference": [_reference(backprop, anchors, state["anchor"])]}
-            )
-            (reference,) = (state | update)["reference"]
             starts = _row_starts(backprop, anchors)
 
             def anchor_loss(packs: Sequence[Pack], index: int) -> Tensor:
@@ -81,12 +79,22 @@ class SBR(Method):
 
             penalty, anchor_gradients = backprop.gradient(anchors, anchor_loss)
         total = [user + anchor for user, anchor in zip(gradients, anchor_gradients, strict=True)]
-        return StepOutput(loss, total, {"sbr/penalty": penalty}, update)
+        return StepOutput(loss, total, {"sbr/penalty": penalty})
+
+    def _rows(self, backprop: Backprop) -> Batch:
+        """Return the anchors' rows. Raises UserError if none has an answer, without which a row is left out."""
+        rows = next(backprop.iter_stream("defender", self.anchors), None)
+        if rows is None or not rows.tokens:
+            raise UserError(
+                f"method=sbr: needs defender rows with an answer, and the first {self.anchors} have none. "
+                "Fix: add rows to source.defender, or set a larger data.max_length"
+            )
+        return rows
 
 
-def _reference(backprop: Backprop, anchors: Batch, weights: Sequence[Tensor]) -> Tensor:
-    """Return the states [anchors, H] of all ranks under the weights at the start, in the order of the rows."""
-    with torch.no_grad(), backprop.swapped_weights(weights):
+def _reference(backprop: Backprop, anchors: Batch) -> Tensor:
+    """Return the states [anchors, H] of all ranks, in the order of the rows."""
+    with torch.no_grad(), backprop.no_dropout():
         states = [_last_states(backprop, packs)[:, None] for packs in backprop.micro_batches(anchors)]
     rows, _ = backprop.all_gather_rows(states, backprop.model.config.get_text_config().hidden_size)
     return rows.flatten(0, 1).float()

@@ -39,12 +39,14 @@ class SPAG(Method):
     alignment rows selects the alignment rows to use. It needs memory for one hidden state of every row, see
     `lisa_lightning/data/dpp.py`. `optim.epochs` and `optim.warmup_ratio` count both steps of a round.
 
-    Departures of the official code from the closed-form projection that the paper's abstract names, followed here:
+    The paper's abstract names a closed-form projection. The official code, which is followed here, differs from it:
         - The norm is of each tensor, not of the whole gradient, and divides it once. A projection divides twice.
         - AdamW receives the scaled gradient. So alpha_max weighs it against user gradients, and bounds no step.
 
     Departures from the official code:
         - All micro-batches of a step count. With accumulation, the official loop gets out of step.
+        - L is the mean over all label tokens of the safe rows. The official L is the mean of each micro-batch's mean.
+        - Safe rows are drawn from all alignment rows. The official ones are harmful requests with refusals.
         - An epoch of user rows does not restart the order of the alignment rows.
         - Rows are selected by embeddings of the model that is fine-tuned. The official code names no model.
         - A prompt's embedding leaves out tokens after data.max_length.

@@ -23,14 +23,15 @@ class SPPFT(Method):
 
     Adapters in the safety layers get no gradient. AdamW neither moves nor decays them, and they have no share in the
     clipped norm. They still add their part to the forward pass. One forward and one backward pass a step; the backward
-    pass computes no gradient of frozen adapters.
+    pass computes no gradient of frozen adapters. The memory is no more than SFT's.
 
     The safety layers of a model must be located first, which the paper does by scaling layers. By default they are
     those of the official script, at the same relative depth: layers 5 to 14 of 32, and 5 to 13 of 30.
 
     Departures from the official code:
-        - It trains all weights, also the norms of the safety layers. Here only adapters train.
-        - It looks for parameters named model.layers.N. Here layers are found by structure, under any name.
+        - Only adapters train. The official code trains all other weights, also the norms of the safety layers.
+        - The loss is on answers. The official code has it on prompts too.
+        - Layers are found by structure, under any name. The official code looks for parameters named model.layers.N.
         - A range without a layer is rejected. The official code freezes nothing then, without a message.
     """
 

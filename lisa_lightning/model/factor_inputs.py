@@ -105,8 +105,10 @@ class LayerwiseInputs:
         self._layers = decoder_layers(net)
         self.layer_of = layer_of_parameters(net)
         """Index of the layer of each parameter; parameters outside the layers have no entry."""
-        self._finished = 0  # number of layers
-        self._outputs: list[Any] = [None] * len(packs)  # of the last finished layer
+        self._finished = 0
+        """Number of finished layers."""
+        self._outputs: list[Any] = [None] * len(packs)
+        """Outputs of the last finished layer, by pack."""
 
     def inputs(self, layer: int | None, names: Sequence[str]) -> dict[str, Tensor]:
         """Return the inputs of factors of one layer at the answer tokens, after finishing all layers below.

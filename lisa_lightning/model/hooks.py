@@ -119,7 +119,7 @@ def _is_linear(module: nn.Module) -> bool:
 def capture_outputs(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Yield a list that collects the outputs of `blocks`, in the order of computation.
 
-    Of an output that is a tuple, the list gets the first element.
+    If an output is a tuple, the list gets its first element.
     """
     outputs: list[Tensor] = []
     with forward_hooks(blocks, lambda _, output: outputs.append(_hidden(output))):

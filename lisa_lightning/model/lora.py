@@ -164,7 +164,7 @@ def attach_saved(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
 
 @torch.no_grad()
-def set_adapter(net: PeftModel, factors: Factors) -> PeftModel:
+def replace_adapter(net: PeftModel, factors: Factors) -> PeftModel:
     """Return the model with an adapter of these factors and unchanged alpha/r.
 
     Args:
@@ -189,6 +189,8 @@ def _attach_of_other_shape(net: PeftModel, factors: Factors) -> PeftModel:
     config = LoraConfig(r=rank, lora_alpha=_whole(alpha), target_modules=list(modules(factors)), task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         new = get_peft_model(net.unload(), config)
+    # Peft takes the name from the folder that was loaded.
+    new.peft_config["default"].base_model_name_or_path = replaced.base_model_name_or_path
     new.train()
     return new
 

@@ -37,8 +37,8 @@ Gradients = Sequence[Tensor | None]
 """One for each trainable weight; None where the optimizer must skip the weight and its moments."""
 State = dict[str, list[Tensor]]
 """Tensors of a method by name. A checkpoint holds all of them."""
-IterStream = Callable[[Stream, int, bool], Iterator[Batch]]
-"""Stream, rows a batch, whether to pad them -> every row of the stream once (`StepBatches.iter_stream`)."""
+IterStream = Callable[[Stream, int, bool, int | None], Iterator[Batch]]
+"""Stream, rows a batch, whether to pad them, number of rows -> the rows in batches (`StepBatches.iter_stream`)."""
 Result = TypeVar("Result")
 
 
@@ -116,15 +116,18 @@ class Backprop:
         """The norm between the last layer and the unembedding. Raises UserError if there is none."""
         return final_norm(self.model)
 
-    def iter_stream(self, stream: Stream, batch_size: int, padded: bool = False) -> Iterator[Batch]:
+    def iter_stream(
+        self, stream: Stream, batch_size: int, padded: bool = False, rows: int | None = None
+    ) -> Iterator[Batch]:
         """Yield every row of a stream once, `batch_size` at a time, sharded over the ranks.
 
         Args:
             stream: name of the stream.
             batch_size: rows of a batch over all micro-batches and ranks; the last batch may have fewer.
             padded: pad the rows, even if steps pack rows of this stream.
+            rows: number of rows, evenly spaced; None for all.
         """
-        for batch in self._iter_stream(stream, batch_size, padded):
+        for batch in self._iter_stream(stream, batch_size, padded, rows):
             yield batch.to(self.device)
 
     def gradient(
@@ -212,6 +215,16 @@ class Backprop:
         """Disable gradients inside, with the dropout masks of the pass that follows."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+
+    @contextmanager
+    def reference_pass(self, anchor: Sequence[Tensor]) -> Iterator[None]:
+        """Set the weights of a reference model inside, without gradients and with the masks of the pass that follows.
+
+        Args:
+            anchor: values of the trainable weights.
+        """
+        with self.no_grad_keep_rng(), self.swapped_weights(anchor):
             yield
 
     @contextmanager

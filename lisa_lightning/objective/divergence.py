@@ -3,15 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.objective.backprop import Backprop
-from lisa_lightning.objective.loss import logits_at
 
 LogitsFn = Callable[[Any, Sequence[Pack]], Tensor]
-"""Model, packs of a micro-batch -> the logits to compare, such as `label_logits`."""
+"""Model, packs of a micro-batch -> the logits to compare, such as `loss.label_logits`."""
 
 
 def kl_to_anchor(
@@ -31,7 +29,7 @@ def kl_to_anchor(
     Returns:
         The sum over all distributions as a float32 scalar, and what `logits_fn` returns for pi.
     """
-    with backprop.no_grad_keep_rng(), backprop.swapped_weights(anchor):
+    with backprop.reference_pass(anchor):
         reference = logits_fn(backprop.model, packs)
     logits = logits_fn(backprop.model, packs)
     return kl_divergence(reference, logits, dim), logits
@@ -46,8 +44,3 @@ def kl_divergence(reference: Tensor, logits: Tensor, dim: int = -1) -> Tensor:
     log_p, log_q = (values.float().log_softmax(dim) for values in (reference, logits))
     p, q = log_p.exp(), log_q.exp()
     return (p * (log_p - log_q) + q - p).sum()
-
-
-def label_logits(model: Any, packs: Sequence[Pack]) -> Tensor:
-    """Return the logits [S, V] at the positions that predict a label, in the order of `packs`."""
-    return torch.cat([logits_at(model, packed, packed.logit_positions) for packed in packs])

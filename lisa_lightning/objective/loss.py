@@ -82,6 +82,17 @@ def _cross_entropies(model: Any, packed: Pack, reduction: str) -> Tensor:
     return F.cross_entropy(precise, packed.targets, reduction=reduction)
 
 
+def label_logits(model: Any, packs: Sequence[Pack]) -> Tensor:
+    """Return the logits [S, V] at the positions that predict a label, in the order of `packs`."""
+    return torch.cat([logits_at(model, packed, packed.logit_positions) for packed in packs])
+
+
+def all_logits(model: Any, packs: Sequence[Pack]) -> Tensor:
+    """Return the logits [R, T, V] of a single pack of padded rows."""
+    (packed,) = packs
+    return forward(model, packed, 0).logits
+
+
 def unembed(model: Any, hidden: Tensor) -> Tensor:
     """Return the logits [N, V] of final hidden states [N, H].
 

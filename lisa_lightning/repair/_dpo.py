@@ -53,7 +53,7 @@ class DPO(Aligner):
 
         def preference_loss(packs: Sequence[Pack], index: int) -> Tensor:
             sides = packs, rejected[index]
-            with backprop.no_grad_keep_rng(), backprop.swapped_weights(state["anchor"]):
+            with backprop.reference_pass(state["anchor"]):
                 reference = [row_losses(backprop.model, side)[0] for side in sides]
             gains = (start - row_losses(backprop.model, side)[0] for side, start in zip(sides, reference, strict=True))
             preferred, other = gains

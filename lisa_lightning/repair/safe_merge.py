@@ -38,6 +38,7 @@ class SafeMerge(Repair):
     merged adapter has twice the rank. A module that alignment left unchanged has C = 0 and cosine 0.
 
     Cost: the training of the safe adapter, and a few products of d_out x r matrices per module. No forward pass.
+    Memory: both adapters and the merged one.
 
     Departures from the official code:
         - Updates are merged. The official code merges factors; see `merge`.

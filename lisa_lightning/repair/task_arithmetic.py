@@ -1,4 +1,4 @@
-"""Task arithmetic: the alignment update is added once more to the fine-tuned model."""
+"""Task arithmetic: add the alignment update to the fine-tuned model again."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, final
@@ -28,11 +28,11 @@ class TaskArithmetic(Repair):
     are divided by 1 - `drop_rate`. Only the entries of B are thinned, since a thinned product is not of low rank. The
     expected update stays the same. For A = 1, where B is the full matrix, this is DARE itself.
 
-    No forward pass: the factors are concatenated.
+    No forward pass: the factors are concatenated. Memory: both adapters and their sum.
 
     Departures from the official code:
         - RESTA's code is not available. The sum and DARE are those of DARE's code (MergeLM).
-        - That code thins full matrices, and adds what alignment changed in norms and embeddings. An alignment adapter
+        - MergeLM thins full matrices, and adds what alignment changed in norms and embeddings. An alignment adapter
           changes only its modules.
     """
 

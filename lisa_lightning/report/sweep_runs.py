@@ -260,7 +260,7 @@ def _is_determined(runs: Sequence[Run], key: str, by: Sequence[str]) -> bool:
 def seed_groups(runs: Sequence[Run], keys: Sequence[str]) -> list[SeedGroup]:
     """Return the finished runs, grouped by their values of `keys` and sorted by them.
 
-    Of two runs with the same seed the later one counts.
+    If two runs have the same seed, the later one counts.
     """
     by_values: dict[tuple[str, ...], dict[str, Run]] = {}
     for run in runs:

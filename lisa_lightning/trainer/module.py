@@ -18,7 +18,7 @@ from lisa_lightning.data.interleave import Step
 from lisa_lightning.method.base import Method, move_anchor
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.factors import Factors, trainable
-from lisa_lightning.model.lora import set_adapter
+from lisa_lightning.model.lora import replace_adapter
 from lisa_lightning.objective.backprop import Backprop, IterStream, State, StepOutput
 from lisa_lightning.objective.loss import choose_packing
 from lisa_lightning.objective.loss_scale import LossScale
@@ -72,7 +72,7 @@ class LisaModule(L.LightningModule):
         self.state: State = {}
         """State of the method; `setup` creates it, a checkpoint restores it."""
         self.started = False
-        """True from the first step of this process on, before which the method may prepare the model."""
+        """True once `Method.start` has run in this process."""
         self.warned_unlabelled = False
 
     def setup(self, stage: str) -> None:
@@ -162,7 +162,7 @@ class LisaModule(L.LightningModule):
 
     def finish(self) -> Any:
         """Return the model with the adapter that the method saves. The module must not be trained afterwards."""
-        return set_adapter(self.net, self.finished_factors())
+        return replace_adapter(self.net, self.finished_factors())
 
     def finished_factors(self) -> Factors:
         """Return the adapter that the method saves, on the device of the model."""
@@ -262,7 +262,7 @@ def _take_over_scaling(trainer: L.Trainer) -> LossScale | None:
     return LossScale()
 
 
-def _no_stream(stream: str, batch_size: int, padded: bool) -> Any:
+def _no_stream(stream: str, batch_size: int, padded: bool, rows: int | None) -> Any:
     raise UserError("The method reads whole streams of rows. Fix: fit with a LisaDataModule")
 
 

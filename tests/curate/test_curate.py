@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from lisa_lightning.config.settings import Lora
 from lisa_lightning.curate._progress import Progress
-from lisa_lightning.curate._row_losses import RowPasses
+from lisa_lightning.curate._row_losses import RowBackprop
 from lisa_lightning.curate.base import Candidates, Selector
 from lisa_lightning.curate.pharmacist import Pharmacist, directional_derivatives
 from lisa_lightning.curate.random import Random
@@ -190,7 +190,7 @@ def test_the_selector_is_autograds(activation: str, adam: bool, rate: float) -> 
     candidates, upper = MIXED[:6], MIXED[4:]
     ours = backprop()
     before = [w.detach().clone() for w in ours.weights]
-    weights = curate.fit_weights(RowPasses(ours, pack, 4), examples(candidates), examples(upper))
+    weights = curate.fit_weights(RowBackprop(ours, pack, 4), examples(candidates), examples(upper))
     torch.testing.assert_close(weights, by_autograd(curate, candidates, upper), atol=2e-5, rtol=0)
     assert weights.std() > 1e-3
     assert all(torch.equal(w, b) for w, b in zip(ours.weights, before, strict=True))
@@ -224,12 +224,12 @@ def test_rows_that_agree_with_most_go_up_in_seal(adam: bool, batch: int) -> None
     assert scores[-1] == 0 < min(scores[:-1])
 
 
-def trained_passes(model: Any) -> RowPasses:
-    """Return passes of a model whose adapter is not fresh, so that every factor has a gradient."""
+def trained_backprop(model: Any) -> RowBackprop:
+    """Return the backprop of a model whose adapter is not fresh, so that every factor has a gradient."""
     torch.manual_seed(3)
     for weight in trainable(model).values():
         weight.data += 0.3 * torch.randn_like(weight)
-    return RowPasses(Backprop(model, lambda *_: iter(())), pack, micro_batch=2)
+    return RowBackprop(Backprop(model, lambda *_: iter(())), pack, micro_batch=2)
 
 
 def double_net() -> Any:
@@ -254,13 +254,13 @@ def row_gradients(model: Any, weights: Sequence[Tensor], rows: Sequence[Example]
 
 def test_pharmacists_update_is_autograds_gradient_of_its_objective() -> None:
     """The update equals that of autograd with the harmful gradient held fixed, times the published 1 - alpha."""
-    passes = trained_passes(double_net())
-    backprop, size = passes.backprop, len(MIXED)
+    row_backprop = trained_backprop(double_net())
+    backprop, size = row_backprop.backprop, len(MIXED)
     curate, indices = pharmacist(), [7, 2, 5, 0]
     batch, held_out, harmful = [MIXED[i] for i in indices], [row(5, 18), row(9, 16, 3)], [row(6, 20), row(7, 21, 2)]
     logits = torch.linspace(-1, 1, size, dtype=torch.float64)
     before = [w.detach().clone() for w in backprop.weights]
-    update = curate.logit_update(passes, logits, indices, batch, held_out, harmful)
+    update = curate.logit_update(row_backprop, logits, indices, batch, held_out, harmful)
     assert all(torch.equal(w, b) for w, b in zip(backprop.weights, before, strict=True))
 
     model, weights = backprop.net, dict(zip(backprop.names, before, strict=True))
@@ -286,14 +286,15 @@ def test_pharmacists_update_is_autograds_gradient_of_its_objective() -> None:
 
 
 def test_directional_derivatives_are_inner_products_with_each_rows_gradient() -> None:
-    passes = trained_passes(net())
-    direction = [torch.randn_like(w) for w in passes.backprop.weights]
-    gradients = row_gradients(passes.backprop.net, passes.backprop.weights, MIXED)
+    row_backprop = trained_backprop(net())
+    direction = [torch.randn_like(w) for w in row_backprop.backprop.weights]
+    gradients = row_gradients(row_backprop.backprop.net, row_backprop.backprop.weights, MIXED)
     products = [sum((d * g).sum() for d, g in zip(direction, row, strict=True)) for row in gradients]
     expected = torch.stack([torch.as_tensor(p) for p in products])
-    torch.testing.assert_close(
-        directional_derivatives(passes, MIXED, direction), expected, atol=1e-2 * float(expected.abs().max()), rtol=0
-    )
+    computed = directional_derivatives(row_backprop, MIXED, direction)
+    torch.testing.assert_close(computed, expected, atol=1e-2 * float(expected.abs().max()), rtol=0)
+    with torch.autocast("cpu", torch.bfloat16), no_autocast_cache():
+        assert torch.equal(directional_derivatives(row_backprop, MIXED, direction), computed)
 
 
 @pytest.mark.slow
@@ -302,9 +303,9 @@ def test_rows_that_contradict_held_out_rows_go_down_in_pharmacist() -> None:
     harmful, held_out = [row(5 + i, 20) for i in range(8)], [row(5 + i, 21) for i in range(8)]
     rows = [row(5 + i % 10, 20 if i % 2 else 21) for i in range(20)]
     selector = pharmacist(epochs=3, batch_size=10, warmup_steps=20, warmup_lr=1e-2)
-    passes = RowPasses(backprop(), pack, 4)
-    selector.warm_up(passes, examples(rows))
-    logits = selector.fit_logits(passes, examples(rows), examples(held_out), examples(harmful), torch.zeros(20))
+    row_backprop = RowBackprop(backprop(), pack, 4)
+    selector.warm_up(row_backprop, examples(rows))
+    logits = selector.fit_logits(row_backprop, examples(rows), examples(held_out), examples(harmful), torch.zeros(20))
     assert selector.selected_rows(logits.tolist()) == list(range(0, 20, 2))
 
 
@@ -352,6 +353,22 @@ def test_a_selection_continues_where_it_was_interrupted(tmp_path: Path) -> None:
     path.write_bytes(interrupted[:-1] + bytes([interrupted[-1] ^ 1]))
     with pytest.raises(UserError, match=r"curate\.safetensors can't be used \(its content has changed\)\. Fix: delete"):
         Progress(path, "one", 2).load()
+
+
+@pytest.mark.slow
+def test_a_selection_continues_with_its_loss_scale(tmp_path: Path) -> None:
+    def scale(progress: Progress) -> LossScale:
+        loss_scale, rows = LossScale(2.0**4), examples(MIXED)
+        made = Backprop(net(), lambda *_: iter(()), loss_scale=loss_scale)
+        pharmacist().scores(Candidates(rows, examples(MIXED[:3]), lambda: (made, pack), progress))
+        return loss_scale
+
+    straight = scale(Progress(tmp_path / "straight.safetensors", "one", 2))
+    path = tmp_path / "curate.safetensors"
+    with pytest.raises(InterruptedError):
+        scale(_Interrupted(path, "one", 2))
+    assert straight.good_steps > 4
+    assert scale(Progress(path, "one", 2)).state_dict() == straight.state_dict()
 
 
 class _Interrupted(Progress):

@@ -404,7 +404,7 @@ FAULTS = [
         ("for sign in (1, -1)", "for sign in (-1, 1)"),
         ("_step(trained, attack, self.attack_lr)", "trained"),
         ("size * weights[rows] * losses", "losses"),
-        ("passes.backprop.set_weights([saved[name]", "list([saved[name]"),
+        ("row_backprop.backprop.set_weights([saved[name]", "list([saved[name]"),
         ('saved.get("logits", torch.zeros(len(trained)))', "torch.zeros(len(trained))"),
         ("first_step, None)\n        batches", "0, None)\n        batches"),
     ),

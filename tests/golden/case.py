@@ -198,7 +198,7 @@ def whole_streams(tensors: dict[str, Tensor]) -> IterStream:
     prefixes = sorted({k.rpartition(".")[0] for k in tensors if k.startswith("fisher") and k.endswith(".input_ids")})
     names = ("input_ids", "labels", "attention_mask")
 
-    def whole(stream: Stream, size: int, padded: bool) -> Iterator[Batch]:
+    def whole(stream: Stream, size: int, padded: bool, rows: int | None) -> Iterator[Batch]:
         if stream == "defender":
             ids, mask = tensors["anchor.input_ids"], tensors["anchor.attention_mask"].bool()
             prompts = [tuple(i[m].tolist()) for i, m in zip(ids, mask, strict=True)]
@@ -214,7 +214,7 @@ def whole_streams(tensors: dict[str, Tensor]) -> IterStream:
 def _calibration_rows(tensors: dict[str, Tensor]) -> IterStream:
     recorded = {"alignment": "safety", "user": "task"}
 
-    def whole(stream: Stream, size: int, padded: bool) -> Iterator[Batch]:
+    def whole(stream: Stream, size: int, padded: bool, rows: int | None) -> Iterator[Batch]:
         packs = rows_of(tensors, recorded[stream])
         yield Batch(stream, [[pack] for pack in packs], sum(len(pack.targets) for pack in packs))
 

@@ -65,16 +65,11 @@ def test_anchors_have_no_dropout_and_users_rows_have_it(train: Train) -> None:
     assert trained.net.training
 
 
-def test_without_defender_rows_it_is_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "DEFENDER", [])
+@pytest.mark.parametrize("rows", [[], [Row("a prompt that leaves no room for its answer " * 2, "", "no")]])
+def test_without_an_anchor_it_is_refused(train: Train, monkeypatch: pytest.MonkeyPatch, rows: list[Row]) -> None:
+    monkeypatch.setattr(training, "DEFENDER", rows)
     with pytest.raises(UserError, match=r"method=sbr: needs defender rows"):
         train(SBR(50.0, 3, False), steps=1)
-
-
-def test_anchors_without_a_label_count_for_nothing(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "DEFENDER", [Row("a prompt that leaves no room for its answer " * 2, "", "no")])
-    module = train(SBR(50.0, 3, False), folder="none", steps=2)
-    assert largest_difference(module, train(SFT(), folder="sft", steps=2)) == 0
 
 
 def _penalty(module: LisaModule, seed: int = 0) -> float:

@@ -30,13 +30,15 @@ RUNS = {
         *("curate.validation_rows=2", "curate.warmup_steps=2"),
     ],
     "lox, task_arithmetic": ["align=lox", "repair=task_arithmetic", "repair.drop_rate=0.3", "repair.random=true"],
+    "spag, safe_merge": ["method=spag", "method.safe_ratio=0.2", "repair=safe_merge", "repair.threshold=1"],
+    "salora, task_arithmetic": ["method=salora", "method.safety_rank=4", "repair=task_arithmetic"],
     "tar": ["align=tar", "align.method.switch_share=1", "source.alignment.take=8", "source.defender.take=8"],
     "repnoise, ldifs, nlsr": ["align=repnoise", "method=ldifs", "repair=nlsr", "source.alignment.take=40"],
 }
 WITH_STATE = (
     *("lisa", "ewc_carrying_over", "ldifs", "kl", "constrained_sft", "sbr", "t_vaccine", "booster_adding_back"),
     "repnoise",
-    "salora",
+    *("salora", "spag", "safegrad"),
 )
 """Methods with tensors that a checkpoint moves to the device."""
 

@@ -22,6 +22,7 @@ MISFITS = {
     "align.lora.targets=[q_proj] lora.targets=[v_proj] method=asft": r"are fine-tuned \(v_proj\); it changed q_proj",
     "align.lora.targets=[q_proj] lora.targets=[v_proj] repair=safe_lora": r"are fine-tuned \(v_proj\)",
     "align=repnoise align.method.official=true align.optim.accumulate=2": r"accumulate=1 \(now 2\) and one process",
+    "align=tar align.method.all_positions=true align.optim.batch_size=4": r"Fix: align\.optim\.batch_size=8 or more",
     "align=tar align.method.all_positions=true align.optim.accumulate=2": r"Fix: align\.optim\.accumulate=1 \(now 2\)",
     "method=ldifs method.padding=true optim.accumulate=2": r"Fix: optim\.accumulate=1 \(now 2\) and one process",
     "method=kl method.over=positions optim.accumulate=2": r"Fix: optim\.accumulate=1 \(now 2\) and one process",

@@ -17,7 +17,7 @@ from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
 from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.model.factors import Factors, modules, trainable
-from lisa_lightning.model.lora import attach_saved, save_adapter, set_adapter
+from lisa_lightning.model.lora import attach_saved, replace_adapter, save_adapter
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.stage_cache import StageCache, class_key, stream_hashes
 from lisa_lightning.repair.base import Repair, RepairInputs
@@ -82,7 +82,7 @@ def repair(
             repaired = defense.repair(inputs(net))
             changes = _count_changes(trainable(net), repaired.factors)
             write_text(folder / "changed.json", json.dumps(changes))
-            save_adapter(set_adapter(net, repaired.factors), str(finetuned.folder), folder / "adapter")
+            save_adapter(replace_adapter(net, repaired.factors), str(finetuned.folder), folder / "adapter")
         return {}
 
     folder, cost = cache.run("repair", key, make)

@@ -103,7 +103,7 @@ def _prompt_ids(encoder: Encoder, row: Row) -> list[int]:
 
 
 def _mean_states(model: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Return the mean of the hidden states behind the final norm, [prompts, d] float32 on the CPU."""
+    """Return the mean of the hidden states after the final norm, [prompts, d] float32 on the CPU."""
     device = model.get_input_embeddings().weight.device
     ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
     mask = pad_sequence([torch.ones(len(prompt)) for prompt in prompts], batch_first=True).to(device)
