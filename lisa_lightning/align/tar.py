@@ -20,7 +20,7 @@ from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream, StreamBatch
 from lisa_lightning.model.hooks import capture_outputs
 from lisa_lightning.objective.backprop import Backprop, LossFn, State, StepOutput
-from lisa_lightning.objective.loss import forward, logits_at
+from lisa_lightning.objective.loss import all_logits, label_logits
 
 ADVERSARY_DECAY: Final = 0.01
 """Weight decay of the adversary's AdamW, torch's default, as in the official code."""
@@ -272,10 +272,7 @@ class TAR(Aligner):
 
     def _negative_entropy(self, model: nn.Module, packed: Pack) -> Tensor:
         """Return the negative entropy of the predictions, summed over the positions of a pack."""
-        if self.all_positions:
-            logits = forward(model, packed, 0).logits
-        else:
-            logits = logits_at(model, packed, packed.logit_positions)
+        logits = (all_logits if self.all_positions else label_logits)(model, [packed])
         log_probabilities = F.log_softmax(logits.float(), dim=-1)
         return (log_probabilities.exp() * log_probabilities).sum()
 

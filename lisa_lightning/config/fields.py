@@ -69,6 +69,7 @@ Phrase = Annotated[str, Field(min_length=1), Words("a text")]
 FilePath = Annotated[str, Words("the path of a file")]
 HubId = Annotated[str, Field(min_length=1), Words("a hub id or a folder")]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Template = Literal["alpaca", "alpaca_newline", "chat"]
 PublicUrl = Annotated[
     str,
     AfterValidator(_check_public_url),

@@ -22,6 +22,7 @@ from lisa_lightning.config.fields import (
     Share,
     ShareBelowOne,
     Size,
+    Template,
     Words,
 )
 from lisa_lightning.config.optim import Optim
@@ -62,7 +63,6 @@ Devices = Annotated[
     AfterValidator(_check_devices),
     Words("a whole number above 0, a list of devices, -1 or auto for all"),
 ]
-TemplateName = Literal["alpaca", "alpaca_newline", "chat"]
 Stage = Literal["curate", "align", "finetune", "repair", "evaluate", "judge"]
 Stages = Annotated[
     list[Stage], AfterValidator(_check_stages), Words(f"a list of {', '.join(get_args(Stage))}, each once")
@@ -119,7 +119,7 @@ class Lora:
 class Evaluate:
     """Section `evaluate`: generation of answers, and evaluation during fine-tuning."""
 
-    template: TemplateName | None = None
+    template: Template | None = None
     """Template of the held-out prompts; null for that of training, `model.template`."""
     system: Phrase | None = None
     """System prompt of the held-out prompts; null for none."""
@@ -189,7 +189,7 @@ class ModelSettings:
     """Modules with LoRA at alignment."""
     finetune_targets: Targets = "all-linear"
     """Modules with LoRA at fine-tuning. The paper has q_proj and v_proj."""
-    template: TemplateName = "alpaca"
+    template: Template = "alpaca"
     """Template of the prompts."""
     adapters: Literal["stacked", "continued"] = "stacked"
     """`stacked`: the alignment adapter is merged and a fresh one trained; `continued`: it is trained further."""

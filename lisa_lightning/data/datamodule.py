@@ -6,12 +6,12 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, Sampler
 
+from lisa_lightning.config.fields import Template
 from lisa_lightning.data.encoding import Encoder, Tokenization
 from lisa_lightning.data.interleave import Batch, BatchPlan, Examples, StepBatches
 from lisa_lightning.data.packing import Example, Packing
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
-from lisa_lightning.data.templates import Template
 from lisa_lightning.runtime.errors import UserError
 
 
@@ -109,7 +109,7 @@ class LisaDataModule(L.LightningDataModule):
     def iter_stream(
         self, stream: Stream, batch_size: int, padded: bool = False, rows: int | None = None
     ) -> Iterator[Batch]:
-        """Yield every row of a stream once, `batch_size` at a time, sharded over the ranks; see `StepBatches`."""
+        """Yield rows of a stream once, `batch_size` at a time, sharded over the ranks; see `StepBatches`."""
         return self.steps.iter_stream(stream, batch_size, padded, rows)
 
     def train_dataloader(self) -> DataLoader:

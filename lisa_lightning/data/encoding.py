@@ -5,9 +5,10 @@ from typing import Literal, final
 
 from transformers import PreTrainedTokenizerBase
 
+from lisa_lightning.config.fields import Template
 from lisa_lightning.data.packing import IGNORED, Example
 from lisa_lightning.data.source import Row
-from lisa_lightning.data.templates import Template, encode_prompt, prompt_text
+from lisa_lightning.data.templates import encode_prompt, prompt_text
 from lisa_lightning.data.tokens import first_ids
 from lisa_lightning.runtime.errors import UserError
 

@@ -173,7 +173,7 @@ class StepBatches(Dataset[Step]):
     def iter_stream(
         self, stream: Stream, batch_size: int, padded: bool = False, rows: int | None = None
     ) -> Iterator[Batch]:
-        """Yield every row of a stream once, unshuffled, sharded over the ranks.
+        """Yield rows of a stream once, unshuffled, sharded over the ranks.
 
         Args:
             stream: name of the stream.

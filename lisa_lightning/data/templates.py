@@ -1,15 +1,15 @@
 """Prompt templates by name, exactly as in the papers: `encode_prompt`, and `prompt_text` for the text."""
 
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
 
+from lisa_lightning.config.fields import Template
 from lisa_lightning.data.normal_form import is_blank
 from lisa_lightning.data.tokens import first_ids
 from lisa_lightning.runtime.errors import UserError, first_line, printable
 
-Template = Literal["alpaca", "alpaca_newline", "chat"]
 MARKER: Final = "### Response:"
 TEMPLATE_KEY: Final = "model.template"
 """Config key of the template of training."""

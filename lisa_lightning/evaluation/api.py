@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lisa_lightning.data.templates import Template
+from lisa_lightning.config.fields import Template
 from lisa_lightning.evaluation.coverage import kinds_scored
 from lisa_lightning.evaluation.evaluator import Evaluator, Question
 from lisa_lightning.evaluation.judging import judge_answers

@@ -6,7 +6,8 @@ from typing import Final, final
 from pydantic import SecretStr
 from transformers import PreTrainedTokenizerBase
 
-from lisa_lightning.data.templates import TEMPLATE_KEY, Template, encode_prompt
+from lisa_lightning.config.fields import Template
+from lisa_lightning.data.templates import TEMPLATE_KEY, encode_prompt
 from lisa_lightning.runtime.cache import short_hash
 
 EVALUATE_KEY: Final = "evaluate.template"

@@ -119,7 +119,7 @@ class Backprop:
     def iter_stream(
         self, stream: Stream, batch_size: int, padded: bool = False, rows: int | None = None
     ) -> Iterator[Batch]:
-        """Yield every row of a stream once, `batch_size` at a time, sharded over the ranks.
+        """Yield rows of a stream once, `batch_size` at a time, sharded over the ranks.
 
         Args:
             stream: name of the stream.

@@ -14,12 +14,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lisa_lightning.config.fields import Template
 from lisa_lightning.data import tokens
 from lisa_lightning.data.encoding import Tokenization, encode, prompt_length
 from lisa_lightning.data.normal_form import is_blank, normal_text
 from lisa_lightning.data.packing import IGNORED, Example, pack
 from lisa_lightning.data.source import Row
-from lisa_lightning.data.templates import Template, alpaca, encode_prompt
+from lisa_lightning.data.templates import alpaca, encode_prompt
 from lisa_lightning.model.lora import load_tokenizer
 from lisa_lightning.runtime.errors import UserError
 

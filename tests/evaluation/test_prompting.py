@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lisa_lightning.config.fields import Template
 from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.validate import check, plain
 from lisa_lightning.data.source import Row
-from lisa_lightning.data.templates import Template, encode_prompt, prompt_text
+from lisa_lightning.data.templates import encode_prompt, prompt_text
 from lisa_lightning.evaluation import evaluator as evaluator_module
 from lisa_lightning.evaluation.api import evaluate
 from lisa_lightning.evaluation.evaluator import Evaluator, Question

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.composing import composed
+from lisa_lightning.config.fields import Template
 from lisa_lightning.data.encoding import Tokenization, encode
 from lisa_lightning.data.mixing import alignment_sample, user_rows
 from lisa_lightning.data.packing import IGNORED
 from lisa_lightning.data.source import Row, Rows
-from lisa_lightning.data.templates import Template
 from lisa_lightning.evaluation.prompting import LEAK_CHARS, Prompting
 from lisa_lightning.method.backdoor_align import MIN_CHARS, BackdoorAlign
 from lisa_lightning.pipeline.run import run

@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from helpers.paths import ROOT
+from lisa_lightning.config.fields import Template
 from lisa_lightning.config.optim import Optim
 from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.settings import Lora
@@ -21,7 +22,7 @@ from lisa_lightning.config.validate import plain
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.source import Row
-from lisa_lightning.data.templates import Template, alpaca, encode_prompt
+from lisa_lightning.data.templates import alpaca, encode_prompt
 from lisa_lightning.evaluation.generate import Stop, generate
 from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.model.factors import trainable
