@@ -1,6 +1,6 @@
 """Pharmacist: keep the rows whose training step most improves held-out alignment after a simulated attack."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Final, final
 
@@ -24,7 +24,6 @@ from lisa_lightning.data.interleave import Examples
 from lisa_lightning.data.packing import Example
 from lisa_lightning.objective.backprop import norm
 from lisa_lightning.objective.loss import no_autocast
-from lisa_lightning.objective.loss_scale import LossScale
 from lisa_lightning.runtime.errors import UserError
 
 CANDIDATES: Final = 1
@@ -33,8 +32,6 @@ HARMFUL: Final = 3
 WARMUP: Final = 4
 SPLIT: Final = 0
 """Parts of the seed of each order of rows, and of the draw of held-out rows."""
-SCALE: Final = "loss_scale."
-"""Prefix of the tensors with which the loss scale is saved."""
 TINY: Final = 1e-30
 
 
@@ -122,7 +119,9 @@ class Pharmacist(Selector):
             step, saved = candidates.progress.load() if candidates.progress else (0, {})
             if saved:
                 row_backprop.backprop.set_weights([saved[name] for name in row_backprop.backprop.names])
-                _restore_scale(row_backprop.backprop.loss_scale, saved)
+                if (scale := row_backprop.backprop.loss_scale) is not None:
+                    value, good_steps = saved["loss_scale"].tolist()
+                    scale.load_state_dict({"value": value, "good_steps": int(good_steps)})
             else:
                 self.warm_up(row_backprop, rows.subset([*held_out, *trained]))
             logits = self.fit_logits(
@@ -195,7 +194,10 @@ class Pharmacist(Selector):
         batches = self._candidate_batches(len(candidates))
         for step, indices in enumerate(batches[first_step:], first_step):
             if progress and row_backprop.backprop.rank == 0:
-                progress.save(step, {**theta_0, "logits": logits, **_scale_tensors(row_backprop.backprop.loss_scale)})
+                tensors = {**theta_0, "logits": logits}
+                if (scale := row_backprop.backprop.loss_scale) is not None:
+                    tensors["loss_scale"] = torch.tensor([scale.value, scale.good_steps])
+                progress.save(step, tensors)
             row_backprop.backprop.seed = step_seed(self.seed, self.warmup_steps + step, row_backprop.backprop.rank)
             update = self.logit_update(
                 row_backprop,
@@ -285,18 +287,6 @@ def directional_derivatives(row_backprop: RowBackprop, rows: Sequence[Example], 
         with no_autocast(backprop.device), backprop.swapped_weights(moved):
             losses.append(row_backprop.losses(rows))
     return (losses[0] - losses[1]) / (2 * distance) * length
-
-
-def _scale_tensors(scale: LossScale | None) -> dict[str, Tensor]:
-    """Return the state of the loss scale as tensors, {} without one."""
-    return {} if scale is None else {SCALE + name: torch.tensor(value) for name, value in scale.state_dict().items()}
-
-
-def _restore_scale(scale: LossScale | None, saved: Mapping[str, Tensor]) -> None:
-    if scale is not None:
-        scale.load_state_dict(
-            {"value": saved[f"{SCALE}value"].item(), "good_steps": int(saved[f"{SCALE}good_steps"].item())}
-        )
 
 
 def _step(weights: Sequence[Tensor], gradients: Sequence[Tensor], lr: float) -> list[Tensor]:
