@@ -8,6 +8,7 @@ from graphlib import TopologicalSorter
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from faults import IN_RUNS, IN_TRAINING, stale
 from helpers.paths import ROOT
 from lisa_lightning.config.rules import RULES
 from lisa_lightning.config.validate import flat
@@ -77,6 +78,10 @@ def test_no_file_imports_itself_over_others() -> None:
             inside = [str(other).split(".")[1] for other in imported if str(other).startswith("lisa_lightning.")]
             folders.setdefault(name.split(".")[1], set()).update(inside)
     tuple(TopologicalSorter({name: others - {name} for name, others in folders.items()}).static_order())
+
+
+def test_every_fault_names_a_piece_of_the_code_and_a_test() -> None:
+    assert [problem for fault in [*IN_TRAINING, *IN_RUNS] if (problem := stale(fault))] == []
 
 
 def test_the_package_root_has_few_entries() -> None:
