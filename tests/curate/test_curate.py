@@ -349,6 +349,7 @@ def test_a_selection_continues_where_it_was_interrupted(tmp_path: Path) -> None:
     path.write_bytes(interrupted)
     assert not torch.equal(scores(Progress(path, "one", 2), MIXED[3:6]), straight), "the saved steps count"
     path.write_bytes(interrupted)
+    assert Progress(path, "other", 2).load() == (0, {})
     assert torch.equal(scores(Progress(path, "other", 2)), straight)
     path.write_bytes(interrupted[:-1] + bytes([interrupted[-1] ^ 1]))
     with pytest.raises(UserError, match=r"curate\.safetensors can't be used \(its content has changed\)\. Fix: delete"):
