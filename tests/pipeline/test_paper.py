@@ -184,7 +184,7 @@ def test_every_defense_has_its_papers_settings(config: Callable[..., DictConfig]
     assert set(DEFENSES) == own | {"booster_vaccine", "vaccine_gsm8k"} == set(PUBLISHED)
     for name, published in PUBLISHED.items():
         text = (ROOT / "conf" / "experiment" / "paper" / f"{name}.yaml").read_text(encoding="utf-8")
-        needed = ["source.refusals=pairs.json"] if "source.refusals" in text else []
+        needed = ["source.refusals=pairs.json"] if "Needs source.refusals" in text else []
         cfg = config(f"experiment=paper/{name}", *needed)
         check(cfg)
         defended = {"curate": cfg.curate, "align": cfg.align.method, "method": cfg.method, "repair": cfg.repair}
