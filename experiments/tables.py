@@ -92,7 +92,10 @@ def cross_table(rows: Rows, keys: Sequence[str]) -> str:
     Values of the first key are lines, those of the second are columns.
     """
     line_values, column_values = (sorted({row[k] for row in rows}, key=sort_key) for k in keys)
-    seeds = sorted({row["seed"] for row in rows})
+    seeds = {c: sorted({row["seed"] for row in rows if row[keys[1]] == c}) for c in column_values}
+    shared = [seed for seed in seeds[column_values[0]] if all(seed in s for s in seeds.values())]
+    more = {c: [seed for seed in s if seed not in shared] for c, s in seeds.items()}
+    further = "".join(f", at {keys[1]} {c} also {' and '.join(s)}" for c, s in more.items() if s)
     lines = [
         f"| {keys[0]} \\ {keys[1]} |" + "".join(f" {v} |" for v in column_values),
         "|---|" + "---|" * len(column_values),
@@ -100,7 +103,8 @@ def cross_table(rows: Rows, keys: Sequence[str]) -> str:
     for value in line_values:
         cells = [[r for r in rows if (r[keys[0]], r[keys[1]]) == (value, column)] for column in column_values]
         lines.append(f"| {value} |" + "".join(f" {' / '.join(spread(c, n) for n in CELL)} |" for c in cells))
-    return "\n".join(lines) + f"\n\nHarmful score / refusal rate / accuracy in percent, {_seeds(seeds)}."
+    note = f"Harmful score / refusal rate / accuracy in percent, {_seeds(shared, further)}."
+    return "\n".join(lines) + f"\n\n{note}"
 
 
 def list_table(rows: Rows, keys: Sequence[str]) -> str:
@@ -177,5 +181,7 @@ def spread(rows: Rows, name: str) -> str:
     return f"{fmean(values):.{decimals}f}" + (f" ± {stdev(values):.{decimals}f}" if len(values) > 1 else "")
 
 
-def _seeds(seeds: Sequence[str]) -> str:
-    return f"seeds {', '.join(seeds)}: mean ± standard deviation" if len(seeds) > 1 else f"seed {seeds[0]} alone"
+def _seeds(seeds: Sequence[str], further: str = "") -> str:
+    if len(seeds) == 1 and not further:
+        return f"seed {seeds[0]} alone"
+    return f"seeds {', '.join(seeds)}{further}: mean ± standard deviation"
