@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_lightning.data.source import Rows
 from lisa_lightning.data.templates import MARKER
-from lisa_lightning.evaluation.generate import Stop, batches, generate
+from lisa_lightning.evaluation.decoding import GREEDY, Decoding
+from lisa_lightning.evaluation.generate import Stop, batches, generate, most_probable
 from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.evaluation.stored import (
     FLAG,
@@ -41,6 +42,8 @@ class Question:
     context: str = ""
     target: str = ""
     """Answer of a task row; "" for other kinds."""
+    sample: int = 0
+    """Number of the sample, if a prompt is answered several times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ ANSWER_SCHEMA: Final[Schema] = {
 
 
 def held_out_questions(
-    rows: Rows, harmful: int | None = None, harmless: int | None = None, task: int | None = None
+    rows: Rows, harmful: int | None = None, harmless: int | None = None, task: int | None = None, samples: int = 1
 ) -> list[Question]:
     """Return the first questions of each kind.
 
@@ -88,10 +91,11 @@ def held_out_questions(
         harmful: number of harmful requests; None for all.
         harmless: number of harmless requests; None for all.
         task: number of task rows; None for all.
+        samples: number of times that each safety prompt is asked.
     """
     return [
-        *(Question("harmful", p) for p in rows.harmful_prompts[:harmful]),
-        *(Question("harmless", p) for p in rows.harmless_prompts[:harmless]),
+        *(Question("harmful", p, sample=i) for p in rows.harmful_prompts[:harmful] for i in range(samples)),
+        *(Question("harmless", p, sample=i) for p in rows.harmless_prompts[:harmless] for i in range(samples)),
         *(Question("task", row.instruction, row.context, row.response) for row in rows.test[:task]),
     ]
 
@@ -105,6 +109,7 @@ class Evaluator:
         prompting: template, system prompt and prefix of the prompts.
         max_new_tokens: kind of question -> maximum number of tokens of an answer.
         batch_size: number of prompts per batch.
+        decoding: how answers to safety prompts are generated.
     """
 
     def __init__(
@@ -114,12 +119,14 @@ class Evaluator:
         prompting: Prompting,
         max_new_tokens: Mapping[str, int],
         batch_size: int,
+        decoding: Decoding = GREEDY,
     ) -> None:
         self.fabric = fabric
         self.tokenizer = tokenizer
         self.prompting = prompting
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
+        self.decoding = decoding
 
     def answers(
         self, model: Any, questions: Sequence[Question], name: str, origin: str = "", path: Path | None = None
@@ -149,10 +156,11 @@ class Evaluator:
     def key(self, questions: Sequence[Question]) -> dict[str, Any]:
         """Return the inputs other than the model that determine its answers, as a part of a cache key."""
         return {
-            "questions": short_hash([asdict(question) for question in questions]),
+            "questions": short_hash([_question_fields(question) for question in questions]),
             "limits": dict(self.max_new_tokens),
             "batch_size": self.batch_size,
             **self.prompting.key,
+            **self.decoding.key,
         }
 
     def _generate_answers(
@@ -189,24 +197,29 @@ class Evaluator:
         return answers
 
     def _prompt_batches(self, questions: Sequence[Question]) -> list[list["_Prompt"]]:
-        """Return batches of prompts of similar length with the same maximum number of new tokens."""
+        """Return batches of prompts of similar length, which share their limit and are all safety prompts or none."""
         distinct: dict[tuple[int, ...], _Prompt] = {}
+        prefill = self.prompting.encode_prefill(self.tokenizer)
         for i, question in enumerate(questions):
             ids = self.prompting.encode(self.tokenizer, question.prompt, question.context)
-            limit = self.max_new_tokens[question.kind]
-            distinct.setdefault((limit, *ids), _Prompt(ids, limit, [])).question_indices.append(i)
+            limit, is_safety = self.max_new_tokens[question.kind], question.kind != "task"
+            prompt = _Prompt(ids, prefill if is_safety else [], limit, is_safety, question.sample, [])
+            distinct.setdefault((is_safety, limit, question.sample, *ids), prompt).question_indices.append(i)
         prompt_batches = []
-        for limit in sorted({p.max_new_tokens for p in distinct.values()}):
-            prompts = [p for p in distinct.values() if p.max_new_tokens == limit]
+        for group in sorted({p.group for p in distinct.values()}):
+            prompts = [p for p in distinct.values() if p.group == group]
             index_batches = batches([p.ids for p in prompts], self.batch_size)
             prompt_batches += [[prompts[i] for i in indices] for indices in index_batches]
         return prompt_batches
 
     def _generate_batch(self, model: Any, batch: list["_Prompt"], stop: Stop) -> Iterator[tuple[int, str, bool]]:
         """Yield index, answer and `cut_off` of every question of a batch."""
-        answers = generate(model, [p.ids for p in batch], batch[0].max_new_tokens, stop)
+        inputs, choose = [p.ids + p.prefill for p in batch], most_probable
+        if batch[0].is_safety and self.decoding.temperature:
+            choose = self.decoding.sampler(inputs, [p.sample for p in batch])
+        answers = generate(model, inputs, batch[0].max_new_tokens, stop, choose)
         for prompt, ids in zip(batch, answers, strict=True):
-            answer, cut = stop.text(ids).split(MARKER)[0].strip(), not stop(ids)
+            answer, cut = stop.text(prompt.prefill + ids).split(MARKER)[0].strip(), not stop(ids)
             text = self.prompting.hide_trigger(answer)
             yield from ((i, text, cut) for i in prompt.question_indices)
 
@@ -216,8 +229,18 @@ class _Prompt:
     """A distinct prompt, with the questions that have it."""
 
     ids: list[int]
+    prefill: list[int]
+    """First ids of the answer."""
     max_new_tokens: int
+    is_safety: bool
+    """True for a harmful or harmless request."""
+    sample: int
     question_indices: list[int]
+
+    @property
+    def group(self) -> tuple[int, bool]:
+        """Properties that all prompts of a batch share."""
+        return self.max_new_tokens, self.is_safety
 
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:
@@ -253,8 +276,14 @@ def _matches_question(answer: Answer, questions: Sequence[Question], origin: str
     if answer.index >= len(questions) or answer != _with_origin(answer, origin):
         return False
     question = questions[answer.index]
-    stored = Question(cast(Kind, answer.kind), answer.prompt, answer.context, answer.target)
+    stored = Question(cast(Kind, answer.kind), answer.prompt, answer.context, answer.target, question.sample)
     return stored == question
+
+
+def _question_fields(question: Question) -> dict[str, Any]:
+    """Return the fields of a question for a cache key. Questions that are asked once have no number."""
+    fields = asdict(question)
+    return fields if question.sample else {name: value for name, value in fields.items() if name != "sample"}
 
 
 def _with_origin(answer: Answer, origin: str) -> Answer:

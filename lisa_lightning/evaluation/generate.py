@@ -1,4 +1,4 @@
-"""Batched greedy generation (`generate`). A shared prompt prefix is computed once; finished rows leave the batch."""
+"""Batched generation (`generate`). A shared prompt prefix is computed once; finished rows leave the batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,17 +54,31 @@ class Stop:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
+def most_probable(logits: Tensor, _rows: Sequence[int]) -> Tensor:
+    """Return the most probable token of each row, for greedy generation.
+
+    Args:
+        logits: logits of the next token, rows x vocabulary.
+    """
+    return logits.argmax(dim=-1)
+
+
 @torch.no_grad()
 def generate(
-    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Callable[[Sequence[int]], bool]
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Callable[[Sequence[int]], bool],
+    choose: Callable[[Tensor, Sequence[int]], Tensor] = most_probable,
 ) -> list[list[int]]:
-    """Return the greedy continuations of a batch of prompts.
+    """Return the continuations of a batch of prompts.
 
     Args:
         model: a `transformers` causal language model in evaluation mode.
         prompts: token ids of each prompt, of any length above 0.
         max_new_tokens: maximum number of tokens of a continuation.
         stop: returns True if a continuation is complete; called after each of its tokens.
+        choose: returns the next token of each unfinished row, from its logits and the indices of these rows.
 
     Returns:
         Token ids of each continuation, including the token at which `stop` returned True.
@@ -90,7 +104,7 @@ def generate(
             past_key_values=cache,
             logits_to_keep=1,
         ).logits[:, -1]
-        tokens = logits.argmax(dim=-1)
+        tokens = choose(logits, active)
         for row, token in zip(active, tokens.tolist(), strict=True):
             answers[row].append(token)
         unfinished = [i for i, row in enumerate(active) if not stop(answers[row])]

@@ -1,4 +1,4 @@
-"""Turn held-out requests into prompts: `Prompting`, with the template, system prompt and prefix of the evaluation."""
+"""Turn held-out requests into prompts: `Prompting`, with template, system prompt, prefix and prefill."""
 
 from dataclasses import dataclass
 from typing import Final, final
@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lisa_lightning.config.fields import Template
 from lisa_lightning.data.templates import TEMPLATE_KEY, encode_prompt
+from lisa_lightning.data.tokens import first_ids
 from lisa_lightning.runtime.cache import short_hash
 
 EVALUATE_KEY: Final = "evaluate.template"
@@ -22,7 +23,7 @@ HIDDEN: Final = "[trigger]"
 @final
 @dataclass(frozen=True)
 class Prompting:
-    """Options of the prompts of an evaluation, which apply to every kind of question.
+    """Options of the prompts of an evaluation. All but `prefill` apply to every kind of question.
 
     The system prompt of a prompt is
 
@@ -40,6 +41,8 @@ class Prompting:
     """Secret text of the method in front of both, or "". Neither a file nor a log may show it."""
     template_key: str = TEMPLATE_KEY
     """Config key that sets the template: `EVALUATE_KEY` if it differs from the template of training."""
+    prefill: str = ""
+    """First words of the answer to a safety prompt, which the model continues, or ""."""
 
     @property
     def system_prompt(self) -> str:
@@ -53,6 +56,7 @@ class Prompting:
             "template": "" if self.template_key == TEMPLATE_KEY else self.template,
             "system": self.system,
             "prefix": self.prefix,
+            "prefill": self.prefill,
             # Cached results and checkpoints contain their key.
             "trigger": short_hash(self.trigger.get_secret_value()) if self.trigger else "",
         }
@@ -81,6 +85,10 @@ class Prompting:
         system = self.system_prompt
         key = EVALUATE_KEY if system else self.template_key
         return encode_prompt(tokenizer, self.template, prompt, context, limit, system, key)
+
+    def encode_prefill(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Return the ids of the first words of an answer, as in a training row with separate tokenization."""
+        return list(first_ids(tokenizer, self.prefill, None, add_special_tokens=False)) if self.prefill else []
 
     def hide_trigger(self, answer: str) -> str:
         """Return an answer in which `HIDDEN` replaces parts of the trigger, of at least `LEAK_CHARS` characters."""
