@@ -68,6 +68,10 @@ FAULTS = [
         "judge/llama_guard.py",
         "judge/test_llama_guard.py",
         ("Verdict(unsafe > safe", "Verdict(safe > unsafe"),
+    ),
+    *faults(
+        "judge/_causal_model.py",
+        "judge/test_llama_guard.py",
         ("partly = len(ids) > self.max_length", "partly = False"),
     ),
     *faults("judge/moderation.py", "judge/test_moderation.py", ("> self.threshold", ">= self.threshold")),
