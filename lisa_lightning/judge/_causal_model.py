@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lisa_lightning.config.fields import Dtype
 from lisa_lightning.data.tokens import SHORT_TEXT_CHARS, first_ids
 from lisa_lightning.judge._local_model import LocalModel
 from lisa_lightning.judge.base import Pair, fill_template
@@ -21,7 +22,7 @@ class CausalModel(LocalModel):
     Pairs are not batched, since padding could change a verdict.
     """
 
-    dtype: str
+    dtype: Dtype
     max_length: int
 
     @property

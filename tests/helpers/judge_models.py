@@ -123,3 +123,11 @@ def next_logits(folder: Path, model: Any, text: str, **options: Any) -> tuple[Pr
     with torch.no_grad():
         ids = torch.tensor([tokenizer(text, **options)["input_ids"]])
         return tokenizer, model.from_pretrained(folder).eval()(ids).logits[0, -1]
+
+
+@pytest.fixture(scope="module")
+def yes_or_no(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """Return the folder of a tiny random model of the architecture of HarmBench's classifier."""
+    folder = tmp_path_factory.mktemp("yes_or_no")
+    save_causal(folder, tiny, LlamaConfig, LlamaForCausalLM, "<s>", "yes", "Yes", " no", "nope")
+    return folder
