@@ -298,10 +298,10 @@ def test_verdicts_on_a_file_go_into_no_runs_folder(forked: Forked, tmp_path: Pat
 @pytest.mark.slow
 def test_help_names_what_can_be_chosen_and_says_what_keys_mean(forked: Forked, tmp_path: Path) -> None:
     shown = run(forked, tmp_path, "--help").stdout
-    (judges,) = re.findall(r"^  judge=embedded: who says .+\n +(.+)$", shown, re.MULTILINE)
+    (judges,) = re.findall(r"^  judge=embedded: who says .+\n((?: {3,}.+\n)+)", shown, re.MULTILINE)
     about = re.findall(r"^  (\w+)=\w+: ", shown, re.MULTILINE)
     assert sorted([*about, "paper"]) == sorted(f.name for f in (ROOT / "conf").iterdir() if f.is_dir())
-    assert judges.split(", ") == sorted(f.stem for f in (ROOT / "conf" / "judge").glob("[!_]*.yaml"))
+    assert " ".join(judges.split()).split(", ") == sorted(f.stem for f in (ROOT / "conf" / "judge").glob("[!_]*.yaml"))
     assert "harmful_ratio: 0.1          # Share p of harmful rows" in shown
     assert "${model.finetune_targets}" in shown
     assert re.search(r"^  rho: 0\.1 +# Proximal factor\. .* Allowed: a number of at least 0", shown, re.MULTILINE)
