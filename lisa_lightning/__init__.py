@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from lisa_lightning.judge.base import Pair as Pair
     from lisa_lightning.judge.base import Verdict as Verdict
     from lisa_lightning.judge.embedded import EmbeddedJudge as EmbeddedJudge
+    from lisa_lightning.judge.harmbench import HarmBenchJudge as HarmBenchJudge
     from lisa_lightning.judge.linear import LinearJudge as LinearJudge
     from lisa_lightning.judge.llama_guard import LlamaGuardJudge as LlamaGuardJudge
     from lisa_lightning.judge.moderation import ModerationJudge as ModerationJudge
     from lisa_lightning.judge.openai import OpenAIJudge as OpenAIJudge
     from lisa_lightning.judge.refusal import RefusalJudge as RefusalJudge
+    from lisa_lightning.judge.strongreject import StrongRejectJudge as StrongRejectJudge
+    from lisa_lightning.judge.strongreject_finetuned import StrongRejectFinetunedJudge as StrongRejectFinetunedJudge
+    from lisa_lightning.judge.wildguard import WildGuardJudge as WildGuardJudge
     from lisa_lightning.judge.win_rate import WinRateJudge as WinRateJudge
     from lisa_lightning.method.asft import AsFT as AsFT
     from lisa_lightning.method.backdoor_align import BackdoorAlign as BackdoorAlign
@@ -103,6 +107,7 @@ _MODULES = {
     "TaskArithmetic": "repair.task_arithmetic",
     # Judges
     "EmbeddedJudge": "judge.embedded",
+    "HarmBenchJudge": "judge.harmbench",
     "Judge": "judge.base",
     "LinearJudge": "judge.linear",
     "LlamaGuardJudge": "judge.llama_guard",
@@ -110,7 +115,10 @@ _MODULES = {
     "OpenAIJudge": "judge.openai",
     "Pair": "judge.base",
     "RefusalJudge": "judge.refusal",
+    "StrongRejectFinetunedJudge": "judge.strongreject_finetuned",
+    "StrongRejectJudge": "judge.strongreject",
     "Verdict": "judge.base",
+    "WildGuardJudge": "judge.wildguard",
     "WinRateJudge": "judge.win_rate",
     # Evaluation and the whole pipeline
     "UserError": "runtime.errors",

@@ -54,6 +54,7 @@ JUDGED_SCHEMA: Final[Schema] = {
     "metric": one_of("harmful_score", "refusal_rate", "win_rate"),
     "kind": KIND,
     "index": INDEX,
+    "graded": FLAG._replace(may_be_missing=True),
 }
 
 
@@ -76,6 +77,8 @@ class Judged:
     version: str
     pair: str
     """Hash of the judge's input."""
+    graded: bool = False
+    """True if the judge's scores are grades; absent from files of earlier versions."""
 
 
 def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cache: Path) -> list[Judged]:
@@ -119,6 +122,7 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
                 index=answer.index,
                 version=judge.version,
                 pair=_key(pair),
+                graded=getattr(judge, "graded", False),
             )
             for answer, pair, verdict in zip(scored, pairs, verdicts, strict=True)
         ]

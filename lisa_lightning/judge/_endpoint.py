@@ -67,13 +67,15 @@ class Endpoint:
     Args:
         name: name of the judge, for config keys in messages.
         settings: model, URL, prices and limits.
+        system: system message of every request; "" for none.
 
     Raises:
         UserError: if the key is missing, no HTTP header can contain it, or the URL is not valid.
     """
 
-    def __init__(self, name: str, settings: EndpointSettings) -> None:
+    def __init__(self, name: str, settings: EndpointSettings, system: str = "") -> None:
         _api_key(name)
+        self.system = system
         self.name, self.settings, self.model_shown = name, settings, printable(settings.model)[:100]
         self._url = _configured_url(name, settings.base_url)
         self.prices = (settings.usd_per_million_input / 1e6, settings.usd_per_million_output / 1e6)
@@ -200,7 +202,7 @@ class Endpoint:
     def _paid_reply(self, text: str) -> Completion:
         import openai
 
-        cost = self._price(len(text.encode()) / BYTES_PER_TOKEN, self.settings.max_output_tokens)
+        cost = self._price(len((self.system + text).encode()) / BYTES_PER_TOKEN, self.settings.max_output_tokens)
         with self._lock:
             if self.spent + self._reserved + cost > self.settings.max_cost_usd:
                 raise _CapReached
@@ -231,6 +233,8 @@ class Endpoint:
         """Send one request. If the model rejects max_tokens or temperature, retry without it and remember that."""
         import openai
 
+        messages: list[Any] = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": text})
         while True:
             # Other threads may change the attributes during this attempt.
             limit_key, temperature = self._limit_key, self._temperature
@@ -240,7 +244,7 @@ class Endpoint:
             try:
                 # Streaming avoids that the library parses the body or reads it without a limit.
                 with self._client.chat.completions.with_streaming_response.create(
-                    model=self.settings.model, messages=[{"role": "user", "content": text}], **parameters
+                    model=self.settings.model, messages=messages, **parameters
                 ) as response:
                     return read_completion(response.iter_bytes(), self.settings.timeout_s)
             except openai.BadRequestError as error:

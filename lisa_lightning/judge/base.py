@@ -46,6 +46,9 @@ class Judge(Protocol):
     The constructor's arguments are the keys of conf/judge/NAME.yaml. It runs before hours of training, so it raises
     `UserError` for every problem that shows without loading a model: a missing key, or missing weights. It downloads
     weights. They are loaded at the first verdict.
+
+    A judge whose scores are grades declares `graded: ClassVar[bool] = True`. The metric `max_severity` then counts
+    answers with the highest grade.
     """
 
     metric: ClassVar[Metric]

@@ -39,6 +39,7 @@ class OpenAIJudge(EndpointSettings):
     """
 
     metric: ClassVar[Metric] = "harmful_score"
+    graded: ClassVar[bool] = True
 
     rubric: Phrase
     """The question, with placeholders {prompt} and {response}. The reply must contain `Score: N`. Tags around

@@ -54,14 +54,18 @@ def test_the_page_of_tables_is_current() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice not in UNPARAMETERIZED])
 def test_the_settings_of_every_choice_are_json_and_those_of_the_config(
-    config: Callable[..., DictConfig], choice: str, guard: Path, monkeypatch: pytest.MonkeyPatch
+    config: Callable[..., DictConfig], choice: str, guard: Path, yes_or_no: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     group, _, name = choice.partition("=")
     needed = {
         "moderation": (f"id={guard}", "harmful_labels=[LABEL_1]"),
-        "llama_guard": (f"id={guard}",),
-        **dict.fromkeys(("openai", "win_rate"), ("model=m", "usd_per_million_input=1", "usd_per_million_output=2")),
+        "harmbench": (f"id={yes_or_no}",),
+        **dict.fromkeys(("llama_guard", "strongreject_finetuned", "wildguard"), (f"id={guard}",)),
+        **dict.fromkeys(
+            ("openai", "strongreject", "win_rate"),
+            ("model=m", "usd_per_million_input=1", "usd_per_million_output=2"),
+        ),
     }
     cfg = plain(config(choice, *(f"judge.{name}.{key}" for key in needed.get(name, ()))))
     for key, section in class_sections(cfg):

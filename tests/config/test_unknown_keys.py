@@ -16,7 +16,7 @@ CHOICES = [
     f"{group}={file.stem}"
     for group in ("method", "align", "curate", "repair", "judge", "model", "trainer", "task")
     for file in sorted((CONF / group).glob("[!_]*.yaml"))
-    if file.stem not in ("openai", "win_rate", "linear")
+    if file.stem not in ("openai", "strongreject", "strongreject_finetuned", "win_rate", "linear")
 ]
 OWN_COLUMNS = re.compile(r".*\.(columns|labels|where)\..*")
 
@@ -122,7 +122,7 @@ def test_a_key_of_ones_own_experiment_file_is_checked_too(config: Config, tmp_pa
     assert "did you mean optim.warmup_ratio" in refused(cfg)
 
 
-@pytest.mark.parametrize("endpoint", ["openai", "win_rate"])
+@pytest.mark.parametrize("endpoint", ["openai", "strongreject", "win_rate"])
 def test_judges_behind_an_endpoint_know_their_keys(config: Config, endpoint: str) -> None:
     needed = [f"judge.{endpoint}.{k}" for k in ("model=m", "usd_per_million_input=1", "usd_per_million_output=1")]
     cfg = config("experiment=smoke", f"judge={endpoint}", *needed)

@@ -103,9 +103,10 @@ REFUSED_OF_CHOICES = {
 NEEDED = {  # what has no value as shipped
     **{
         name: (f"judge.{name}.model=m", *(f"judge.{name}.usd_per_million_{side}=1" for side in ("input", "output")))
-        for name in ("openai", "win_rate")
+        for name in ("openai", "strongreject", "win_rate")
     },
     "linear": ("judge.linear.rows.path=rows.jsonl",),
+    "strongreject_finetuned": ("judge.strongreject_finetuned.id=folder",),
 }
 REFUSED_OF_JUDGES = {
     "judge.moderation.batch_size=0": "judge.moderation.batch_size=0 is not allowed; it must be a whole number above 0",
@@ -120,6 +121,13 @@ REFUSED_OF_JUDGES = {
     "judge.moderation.revision=1": "judge.moderation.revision=1",
     "judge.llama_guard.max_length=0": "judge.llama_guard.max_length=0",
     "judge.llama_guard.dtype=float": "judge.llama_guard.dtype=float is not allowed",
+    "judge.llama_guard.template=''": "it must be a text, or null",
+    "judge.harmbench.template=null": "judge.harmbench.template=None is not allowed; it must be a text",
+    "judge.harmbench.max_response_length=0": "it must be a whole number above 0",
+    "judge.strongreject.flag_from=0": "judge.strongreject.flag_from=0 is not allowed",
+    "judge.strongreject.system=null": "judge.strongreject.system=None is not allowed; it must be a text",
+    "judge.strongreject_finetuned.flag_from=2": "judge.strongreject_finetuned.flag_from=2 is not allowed",
+    "judge.wildguard.max_new_tokens=0": "it must be a whole number above 0, up to 65536",
     "judge.openai.flag_from=1": "judge.openai.flag_from=1 is not allowed; it must be 2, 3, 4 or 5",
     "judge.openai.concurrency=0": "judge.openai.concurrency=0 is not allowed; it must be a whole number above 0",
     "judge.openai.retries=-1": "a whole number of at least 0",
@@ -290,10 +298,10 @@ def test_verdicts_on_a_file_go_into_no_runs_folder(forked: Forked, tmp_path: Pat
 @pytest.mark.slow
 def test_help_names_what_can_be_chosen_and_says_what_keys_mean(forked: Forked, tmp_path: Path) -> None:
     shown = run(forked, tmp_path, "--help").stdout
-    (judges,) = re.findall(r"^  judge=embedded: who says .+\n +(.+)$", shown, re.MULTILINE)
+    (judges,) = re.findall(r"^  judge=embedded: who says .+\n((?: {3,}.+\n)+)", shown, re.MULTILINE)
     about = re.findall(r"^  (\w+)=\w+: ", shown, re.MULTILINE)
     assert sorted([*about, "paper"]) == sorted(f.name for f in (ROOT / "conf").iterdir() if f.is_dir())
-    assert judges.split(", ") == sorted(f.stem for f in (ROOT / "conf" / "judge").glob("[!_]*.yaml"))
+    assert " ".join(judges.split()).split(", ") == sorted(f.stem for f in (ROOT / "conf" / "judge").glob("[!_]*.yaml"))
     assert "harmful_ratio: 0.1          # Share p of harmful rows" in shown
     assert "${model.finetune_targets}" in shown
     assert re.search(r"^  rho: 0\.1 +# Proximal factor\. .* Allowed: a number of at least 0", shown, re.MULTILINE)

@@ -238,6 +238,29 @@ def test_every_score_comes_with_interval_and_count(tmp_path: Path) -> None:
     assert all(s.low is not None and s.high is not None and s.low < s.value < s.high for s in scores)
 
 
+class Graded:
+    """Judge whose scores are the answers themselves."""
+
+    metric: ClassVar[Metric] = "harmful_score"
+    version = "1"
+
+    def __init__(self, graded: bool) -> None:
+        self.graded = graded
+
+    def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
+        yield from (Verdict(float(p.response) >= 0.5, float(p.response)) for p in pairs)
+
+
+def test_maximal_severity_counts_the_highest_grade_of_graded_judges_alone(tmp_path: Path) -> None:
+    stored = [*answers("1", "0.875", "0.876", "0"), *answers("1", kind="harmless")]
+    judges = {"graded": Graded(True), "binary": Graded(False), "loud": Shouting()}
+    judged = judge_answers(judges, stored, tmp_path, tmp_path)
+    assert [j.graded for j in judged] == [True] * 5 + [False] * 10
+    scores = [(s.judge, s.value, s.answers) for s in judged_scores(judged) if s.metric == "max_severity"]
+    assert scores == [("graded", 50.0, 4)]
+    assert read_judged(tmp_path / "judged.jsonl") == judged
+
+
 class OldEmbedded:
     """An earlier version of the embedded judge, which also had an opinion on refusals: all are."""
 

@@ -187,6 +187,7 @@ WRONG_VERDICT = [
     {"refused": "no"},
     {"partly": 1},
     {"categories": None},
+    {"graded": None},
     {"metric": "score"},
     {"version": 1},
     {"pair": []},
@@ -208,11 +209,15 @@ WRONG_ANSWER = [
 ONLY_ANSWER = [{"target": 1}, {"context": None}, {"cut_off": 0}, {"cut_off": "false"}, {"origin": None}, {"correct": 1}]
 
 
+OPTIONAL = {"graded"}
+"""Fields that lines of earlier versions lack."""
+
+
 def refused_lines(good: dict[str, Any], wrong: list[dict[str, Any]]) -> list[tuple[bytes, str]]:
     """Return lines that must be refused, each with a part of its message."""
     lines = [(line, problem.replace("model", next(iter(good)))) for line, problem in DAMAGE.items()]
     lines += [(json.dumps(good | change).encode(), next(iter(change))) for change in wrong]
-    short = ({key: value for key, value in good.items() if key != gone} for gone in good)
+    short = ({key: value for key, value in good.items() if key != gone} for gone in good.keys() - OPTIONAL)
     return lines + [(json.dumps(row).encode(), "is missing") for row in short]
 
 
@@ -228,6 +233,9 @@ def test_damaged_lines_of_judged_jsonl_are_refused(tmp_path: Path) -> None:
         assert str(refused.value).startswith(f"{path}, line 2: "), line[:80]
         assert str(refused.value).endswith(fix)
         assert len(str(refused.value)) < 400
+    earlier = {key: value for key, value in asdict(first).items() if key not in OPTIONAL}
+    path.write_text(json.dumps(earlier) + "\n", encoding="utf-8")
+    assert read_judged(path) == [first]
     path.write_bytes(start + start.rstrip())
     with pytest.raises(UserError, match=r"line 2: the end of the line is missing"):
         read_judged(path)

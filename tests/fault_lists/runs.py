@@ -68,9 +68,37 @@ FAULTS = [
         "judge/llama_guard.py",
         "judge/test_llama_guard.py",
         ("Verdict(unsafe > safe", "Verdict(safe > unsafe"),
+    ),
+    *faults(
+        "judge/_causal_model.py",
+        "judge/test_llama_guard.py",
         ("partly = len(ids) > self.max_length", "partly = False"),
     ),
     *faults("judge/moderation.py", "judge/test_moderation.py", ("> self.threshold", ">= self.threshold")),
+    *faults(
+        "judge/harmbench.py",
+        "judge/test_harmbench.py",
+        ("text.strip().lower() == w", "text == w"),
+        ("partly=clipped or partly", "partly=partly"),
+    ),
+    *faults(
+        "judge/strongreject.py",
+        "judge/test_strongreject.py",
+        ("self.specificity - 2) / 8", "self.specificity) / 10"),
+        ("answers.setdefault(question, int(answer))", "answers[question] = int(answer)"),
+    ),
+    *faults(
+        "judge/strongreject_finetuned.py",
+        "judge/test_strongreject_finetuned.py",
+        (", add_special_tokens=True", ""),
+        ("score >= self.flag_from", "score > self.flag_from"),
+    ),
+    *faults(
+        "judge/wildguard.py",
+        "judge/test_wildguard.py",
+        ("return ANSWERS[words[1]], ANSWERS[words[2]]", "return ANSWERS[words[2]], ANSWERS[words[1]]"),
+        ("unread.append(number)", "pass"),
+    ),
     *faults(
         "judge/linear.py",
         "judge/test_linear.py",
@@ -86,6 +114,8 @@ FAULTS = [
         "evaluation/test_judging.py",
         ('if j.kind == "harmless"]', 'if j.kind == "harmful"]'),
         ('if j.metric == "harmful_score"]', "if j.metric]"),
+        ("j.score > MAX_SEVERITY_ABOVE", "j.score >= MAX_SEVERITY_ABOVE"),
+        ("if j.graded]", "]"),
     ),
     *faults(
         "evaluation/scores.py",

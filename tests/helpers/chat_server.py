@@ -32,7 +32,7 @@ class Server(Quiet):
         body["authorization"], body["path"] = self.headers["Authorization"], self.path
         body["host"] = self.headers["Host"]
         Server.asked.append(body)
-        status, content = type(self).parameters(body) or type(self).reply(body["messages"][0]["content"])
+        status, content = type(self).parameters(body) or type(self).reply(body["messages"][-1]["content"])
         answer: dict[str, Any] = {"error": {"message": content}}
         if status == 200:
             message = {"role": "assistant", "content": content}

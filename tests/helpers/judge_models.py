@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from omegaconf import OmegaConf
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerBase
 
+from helpers.paths import CONF
 from lisa_lightning.judge.base import Pair, Verdict
 from lisa_lightning.judge.llama_guard import LlamaGuardJudge
 from lisa_lightning.judge.moderation import ModerationJudge
@@ -78,5 +81,53 @@ def guard(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
 
 
 def guarding(folder: Path, pairs: list[Pair] = PAIRS, **more: Any) -> list[Verdict]:
-    settings: dict[str, Any] = {"before": "\n\n", "safe": "safe", "unsafe": "unsafe", "max_length": 4096}
+    settings: dict[str, Any] = {
+        "template": None,
+        "before": "\n\n",
+        "safe": "safe",
+        "unsafe": "unsafe",
+        "max_length": 4096,
+    }
     return list(LlamaGuardJudge(str(folder), None, "float32", **(settings | more)).verdicts(pairs))
+
+
+def shipped(name: str, folder: Path, **more: Any) -> dict[str, Any]:
+    """Return the settings in conf/judge/NAME.yaml, with float32 weights in the folder."""
+    config: Any = OmegaConf.load(CONF / "judge" / f"{name}.yaml")
+    config[name].id = str(folder)
+    settings: Any = OmegaConf.to_container(config[name])
+    del settings["_target_"]
+    return settings | {"dtype": "float32"} | more
+
+
+def save_causal(folder: Path, tiny: Path, config: Any, model: Any, start: str, *words: str) -> None:
+    """Save a tiny random model, with a tokenizer that has a start token and tokens for the words."""
+    tokenizer: Any = load_tokenizer(tiny)
+    tokenizer.add_special_tokens({"bos_token": start})
+    tokenizer.add_tokens(list(words))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 8192, "bos_token_id": tokenizer.bos_token_id}
+    net = model(config(**(SHAPE | sizes), pad_token_id=1, tie_word_embeddings=False))
+    with torch.no_grad():
+        net.lm_head.weight.mul_(20)
+    net.save_pretrained(folder)
+
+
+def next_logits(folder: Path, model: Any, text: str, **options: Any) -> tuple[PreTrainedTokenizerBase, torch.Tensor]:
+    """Return the tokenizer, and the logits of the token after the text."""
+    tokenizer = load_tokenizer(folder)
+    with torch.no_grad():
+        ids = torch.tensor([tokenizer(text, **options)["input_ids"]])
+        return tokenizer, model.from_pretrained(folder).eval()(ids).logits[0, -1]
+
+
+@pytest.fixture(scope="module")
+def yes_or_no(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """Return the folder of a tiny random model of the architecture of HarmBench's classifier."""
+    folder = tmp_path_factory.mktemp("yes_or_no")
+    save_causal(folder, tiny, LlamaConfig, LlamaForCausalLM, "<s>", "yes", "Yes", " no", "nope")
+    return folder

@@ -1,5 +1,6 @@
 """The judge that is asked for a word: a tiny random model, with its verdict checked against its logits."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from transformers import LlamaForCausalLM
 
 from helpers.judge_models import PAIRS, guarding
 from lisa_lightning.data.tokens import first_ids
-from lisa_lightning.judge import llama_guard
+from lisa_lightning.judge import _causal_model
 from lisa_lightning.judge.base import Pair
+from lisa_lightning.judge.llama_guard import LlamaGuardJudge
 from lisa_lightning.model.lora import load_tokenizer
+from lisa_lightning.runtime.cache import short_hash
 from lisa_lightning.runtime.errors import UserError
 
 
@@ -54,6 +57,37 @@ def test_words_that_can_not_be_told_apart_and_models_that_are_no_guards(guard: P
         guarding(tiny, [])
 
 
+def test_a_template_replaces_the_chat_template(guard: Path, tiny: Path, tmp_path: Path) -> None:
+    template = "<user>{prompt}<assistant>{response}<verdict>"
+    verdicts = guarding(guard, PAIRS, template=template)
+    for verdict, expected in zip(verdicts, guarding(guard), strict=True):
+        assert verdict.score == pytest.approx(expected.score, abs=1e-6)
+    plain = shutil.copytree(guard, tmp_path / "plain")
+    load_tokenizer(tiny).save_pretrained(plain)
+    (plain / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"has no chat template\. Fix: .* set judge\.llama_guard\.template to"):
+        guarding(plain)
+    assert guarding(plain, PAIRS, template=template) == verdicts
+    with pytest.raises(UserError, match=r"judge\.llama_guard\.template: a placeholder is missing\. Fix: "):
+        guarding(guard, template="{prompt}")
+
+
+def test_a_template_changes_the_version_and_its_absence_does_not(guard: Path) -> None:
+    settings: dict[str, Any] = {
+        "revision": None,
+        "dtype": "float32",
+        "before": "\n\n",
+        "safe": "safe",
+        "unsafe": "unsafe",
+    }
+    judge = LlamaGuardJudge(str(guard), template=None, max_length=4096, **settings)
+    # This hash is that of versions without the key, so that their verdicts stay in the cache.
+    assert judge.version == short_hash([1, judge._weights[1], "float32", "\n\n", "safe", "unsafe", 4096])
+    assert (
+        LlamaGuardJudge(str(guard), template="{prompt}{response}", max_length=4096, **settings).version != judge.version
+    )
+
+
 @pytest.mark.slow
 def test_a_very_long_answer_has_the_verdict_of_its_beginning(guard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
@@ -63,7 +97,7 @@ def test_a_very_long_answer_has_the_verdict_of_its_beginning(guard: Path, monkey
         lengths.append(len(ids))
         return ids
 
-    monkeypatch.setattr(llama_guard, "first_ids", counting)
+    monkeypatch.setattr(_causal_model, "first_ids", counting)
     for words in ("a b ", "word", "answer 1\n"):
         pairs = [Pair("request 1", words * count) for count in (100, 20_000, 1_000_000)]
         wanted, *others = guarding(guard, pairs, max_length=100)
