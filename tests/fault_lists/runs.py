@@ -178,7 +178,7 @@ FAULTS = [
     *faults(
         "evaluation/evaluator.py",
         "pipeline/test_stages.py",
-        ('            "questions": short_hash([asdict(question) for question in questions]),\n', ""),
+        ('            "questions": short_hash([_question_fields(question) for question in questions]),\n', ""),
         ('            "limits": dict(self.max_new_tokens),\n', ""),
         ("            **self.prompting.key,\n", ""),
     ),
