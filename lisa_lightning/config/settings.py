@@ -18,6 +18,7 @@ from lisa_lightning.config.fields import (
     NonNegative,
     Phrase,
     Positive,
+    PositiveShare,
     Seed,
     Share,
     ShareBelowOne,
@@ -125,6 +126,14 @@ class Evaluate:
     """System prompt of the held-out prompts; null for none."""
     prefix: str | None = None
     """Text in front of the system prompt; null for the trigger of `method=backdoor_align`, else none; "" for none."""
+    prefill: Phrase | None = None
+    """First words of the answers to safety prompts, which the model continues; null for none."""
+    samples: Count = 1
+    """Answers to each safety prompt; more than one needs a temperature above 0."""
+    temperature: NonNegative = 0.0
+    """Temperature of the answers to safety prompts; 0 for greedy ones."""
+    top_p: PositiveShare = 1.0
+    """Probability of the nucleus from which tokens are drawn; 1 for all tokens."""
     max_new_tokens: Count = 24
     """Tokens of an answer to a safety prompt. The official code has 512."""
     batch_size: BatchSize = 48

@@ -167,6 +167,13 @@ def _check_combinations(cfg: DictConfig) -> None:
         raise UserError(f"stages={quoted(cfg.stages)}: judge needs evaluate's answers; alone it judges stored ones")
     if cfg.evaluate.gradient_rows and not cfg.evaluate.every:
         raise UserError(f"evaluate.gradient_rows={cfg.evaluate.gradient_rows} needs evaluate.every above 0")
+    evaluate = cfg.evaluate
+    if not evaluate.temperature and (evaluate.samples > 1 or evaluate.top_p < 1):
+        key = "samples" if evaluate.samples > 1 else "top_p"
+        raise UserError(
+            f"evaluate.{key}={evaluate[key]}: at evaluate.temperature=0 all answers to a prompt are equal. "
+            "Fix: set evaluate.temperature above 0, such as 0.7"
+        )
     for optim in OPTIMS:
         steps, epochs = (_value(cfg, f"{optim}.{key}") for key in ("steps", "epochs"))
         if "absent" not in (steps, epochs) and (steps is None) == (epochs is None):

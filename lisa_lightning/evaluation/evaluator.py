@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, cast, final
 
 import torch
 from tqdm.auto import tqdm
@@ -100,33 +100,21 @@ def held_out_questions(
     ]
 
 
+@final
+@dataclass(frozen=True)
 class Evaluator:
-    """Generates answers in batches that are distributed over the ranks. Equal prompts are answered once.
+    """Generates answers in batches that are distributed over the ranks. Equal prompts are answered once."""
 
-    Args:
-        fabric: the ranks, their device and precision.
-        tokenizer: tokenizer of the model.
-        prompting: template, system prompt and prefix of the prompts.
-        max_new_tokens: kind of question -> maximum number of tokens of an answer.
-        batch_size: number of prompts per batch.
-        decoding: how answers to safety prompts are generated.
-    """
-
-    def __init__(
-        self,
-        fabric: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        prompting: Prompting,
-        max_new_tokens: Mapping[str, int],
-        batch_size: int,
-        decoding: Decoding = GREEDY,
-    ) -> None:
-        self.fabric = fabric
-        self.tokenizer = tokenizer
-        self.prompting = prompting
-        self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
-        self.decoding = decoding
+    fabric: Any
+    """The ranks, their device and precision."""
+    tokenizer: PreTrainedTokenizerBase
+    prompting: Prompting
+    max_new_tokens: Mapping[str, int]
+    """Kind of question -> maximum number of tokens of an answer."""
+    batch_size: int
+    """Number of prompts per batch."""
+    decoding: Decoding = GREEDY
+    """Generation of answers to safety prompts."""
 
     def answers(
         self, model: Any, questions: Sequence[Question], name: str, origin: str = "", path: Path | None = None

@@ -22,6 +22,7 @@ from lisa_lightning.data.mixing import alignment_sample, user_rows
 from lisa_lightning.data.source import content_hashes, load_rows
 from lisa_lightning.data.templates import TEMPLATE_KEY
 from lisa_lightning.evaluation.baselines import accuracy_baselines
+from lisa_lightning.evaluation.decoding import Decoding
 from lisa_lightning.evaluation.evaluator import Evaluator, read_answers
 from lisa_lightning.evaluation.judging import read_judged
 from lisa_lightning.evaluation.prompting import EVALUATE_KEY, NO_TRIGGER, Prompting
@@ -182,7 +183,8 @@ def build_prompting(config: Mapping[str, Any], settings: RunSettings) -> Prompti
     trigger = build(method, "method").trigger if options.prefix is None and method else None
     template = options.template or trained
     key = TEMPLATE_KEY if template == trained else EVALUATE_KEY
-    return Prompting(template, options.system or "", options.prefix or "", trigger or NO_TRIGGER, key)
+    texts = (options.system or "", options.prefix or "")
+    return Prompting(template, *texts, trigger or NO_TRIGGER, key, options.prefill or "")
 
 
 def _open_loggers(request: Request, config: dict[str, Any], closing: ExitStack) -> RunLoggers:
@@ -209,13 +211,15 @@ def make_tools(
     trainer_arguments = {name: value for name, value in asdict(settings.trainer).items() if name != "timeout_min"}
     safety_limit = settings.evaluate.max_new_tokens
     limits = {"harmful": safety_limit, "harmless": safety_limit, "task": settings.task.max_new_tokens}
+    options = settings.evaluate
+    decoding = Decoding(options.samples, options.temperature, options.top_p, settings.seed)
     origin = run_origin(settings, base_key, fabric)
     return Tools(
         StageCache(cache_folder(settings.cache_dir), origin, fabric, ranks, loggers),
         ModelSource(base, settings.model),
         encoder,
         AdapterTrainer(encoder, trainer_arguments, out / "checkpoints", settings.checkpoint.every, loggers),
-        Evaluator(fabric, encoder.tokenizer, inputs.prompting, limits, settings.evaluate.batch_size),
+        Evaluator(fabric, encoder.tokenizer, inputs.prompting, limits, options.batch_size, decoding),
         out,
     )
 

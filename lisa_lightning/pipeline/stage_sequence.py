@@ -15,6 +15,7 @@ from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.evaluation.alpaca_eval import alpaca_eval_outputs
+from lisa_lightning.evaluation.decoding import GREEDY
 from lisa_lightning.evaluation.evaluator import Answer, Evaluator, held_out_questions, read_answers, write_answers
 from lisa_lightning.evaluation.metrics import mark_correct, task_scores
 from lisa_lightning.evaluation.prompting import Prompting
@@ -177,7 +178,8 @@ def _finetune(inputs: Inputs, tools: Tools, aligned: Model, method: Method) -> t
         settings.finetune,
         rows,
         discard=settings.data.during_alignment == "discard",
-        curve=curve_evaluation(tools.evaluator, inputs.task, inputs.rows, settings.evaluate),
+        # Points of a curve compare steps, which draws would blur.
+        curve=curve_evaluation(replace(tools.evaluator, decoding=GREEDY), inputs.task, inputs.rows, settings.evaluate),
         callbacks=inputs.callbacks,
     )
     return model, metrics | finetune_metrics
@@ -216,7 +218,8 @@ def _repair(inputs: Inputs, tools: Tools, aligned: Model, finetuned: Model, defe
 
 def _evaluate(inputs: Inputs, tools: Tools, name: str, model: Model, results: StageResults) -> StageResults:
     """Return the results with the answers of a further model."""
-    questions, path = held_out_questions(inputs.rows), tools.out / RESPONSES
+    path = tools.out / RESPONSES
+    questions = held_out_questions(inputs.rows, samples=tools.evaluator.decoding.samples)
     generated, cost = evaluate(tools.cache, tools.models, tools.evaluator, inputs.fabric, name, model, questions, path)
     answers = mark_correct(inputs.task, generated)
     if inputs.fabric.is_global_zero:
