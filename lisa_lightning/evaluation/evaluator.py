@@ -61,9 +61,11 @@ class Answer:
     cut_off: bool = False
     """True if the answer was truncated at the maximum number of tokens."""
     origin: str = ""
-    """Hash of the model, of everything that determines its answers, and of the fields before this one."""
+    """Hash of the model, of everything that determines its answers, and of all other fields but `correct`."""
     correct: bool | None = None
     """True if the task's rule accepts the answer; None if it was not applied."""
+    sample: int = 0
+    """Number of the sample, if the prompt is answered several times."""
 
 
 ANSWER_SCHEMA: Final[Schema] = {
@@ -77,6 +79,7 @@ ANSWER_SCHEMA: Final[Schema] = {
     "cut_off": FLAG,
     "origin": TEXT,
     "correct": OPTIONAL_FLAG._replace(may_be_missing=True),
+    "sample": INDEX._replace(may_be_missing=True),
 }
 """Fields of a line of responses.jsonl."""
 
@@ -174,7 +177,9 @@ class Evaluator:
             for start in range(0, len(pending), world):
                 rank_batches = pending[start + fabric.global_rank : start + world][:1]
                 generated = [
-                    _with_origin(Answer(name, q.kind, i, q.prompt, q.context, text, q.target, cut), origin)
+                    _with_origin(
+                        Answer(name, q.kind, i, q.prompt, q.context, text, q.target, cut, sample=q.sample), origin
+                    )
                     for i, text, cut in (self._generate_batch(model, rank_batches[0], stop) if rank_batches else ())
                     for q in (questions[i],)
                 ]
@@ -264,7 +269,7 @@ def _matches_question(answer: Answer, questions: Sequence[Question], origin: str
     if answer.index >= len(questions) or answer != _with_origin(answer, origin):
         return False
     question = questions[answer.index]
-    stored = Question(cast(Kind, answer.kind), answer.prompt, answer.context, answer.target, question.sample)
+    stored = Question(cast(Kind, answer.kind), answer.prompt, answer.context, answer.target, answer.sample)
     return stored == question
 
 

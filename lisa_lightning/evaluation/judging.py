@@ -55,6 +55,7 @@ JUDGED_SCHEMA: Final[Schema] = {
     "kind": KIND,
     "index": INDEX,
     "graded": FLAG._replace(may_be_missing=True),
+    "sample": INDEX._replace(may_be_missing=True),
 }
 
 
@@ -79,6 +80,8 @@ class Judged:
     """Hash of the judge's input."""
     graded: bool = False
     """True if the judge's scores are grades; absent from files of earlier versions."""
+    sample: int = 0
+    """Number of the sample, as in the answer; absent from files of earlier versions."""
 
 
 def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cache: Path) -> list[Judged]:
@@ -123,6 +126,7 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
                 version=judge.version,
                 pair=_key(pair),
                 graded=getattr(judge, "graded", False),
+                sample=answer.sample,
             )
             for answer, pair, verdict in zip(scored, pairs, verdicts, strict=True)
         ]

@@ -7,7 +7,7 @@ from typing import Any, Final
 Metrics = dict[str, Any]
 """Content of metrics.json, or a part of it."""
 METRICS: Final = (
-    *("harmful_score", "max_severity", "refusal_rate", "over_refusal", "win_rate"),
+    *("harmful_score", "harmful_score_at_k", "max_severity", "refusal_rate", "over_refusal", "win_rate"),
     *("accuracy", "lenient_accuracy", "cut_off", "partly_judged"),
 )
 """Metrics with an interval. Those of a judge's categories are counts, named `category/NAME`."""

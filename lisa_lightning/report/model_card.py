@@ -36,6 +36,7 @@ MAX_CHARS: Final = 300
 """Maximum number of characters of a value in a table."""
 QUESTIONS: Final = {
     "harmful_score": "held-out harmful requests",
+    "harmful_score_at_k": "held-out harmful requests",
     "max_severity": "held-out harmful requests",
     "refusal_rate": "held-out harmful requests",
     "partly_judged": "held-out harmful requests",

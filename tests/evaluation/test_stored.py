@@ -206,10 +206,18 @@ WRONG_ANSWER = [
     {"response": "\ud800"},
     {"more": 1},
 ]
-ONLY_ANSWER = [{"target": 1}, {"context": None}, {"cut_off": 0}, {"cut_off": "false"}, {"origin": None}, {"correct": 1}]
+ONLY_ANSWER = [
+    {"target": 1},
+    {"context": None},
+    {"cut_off": 0},
+    {"cut_off": "false"},
+    {"origin": None},
+    {"correct": 1},
+    {"sample": -1},
+]
 
 
-OPTIONAL = {"graded"}
+OPTIONAL = {"graded", "sample"}
 """Fields that lines of earlier versions lack."""
 
 
