@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
+from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,14 +68,13 @@ class Harness:
             precision: `trainer.precision`.
             task: one of `tasks`.
         """
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-
+        simple_evaluate = import_module("lm_eval.evaluator").simple_evaluate
+        hflm = import_module("lm_eval.models.huggingface").HFLM
         model.eval()
         with quiet(), isolate_rng():
-            wrapped = HFLM(
+            wrapped = hflm(
                 pretrained=model,
-                tokenizer=tokenizer,  # type: ignore[arg-type]
+                tokenizer=tokenizer,
                 batch_size=self.batch_size,
                 mixed_precision_dtype=AUTOCAST.get(precision),
                 trust_remote_code=False,
@@ -112,10 +112,8 @@ def load_harness(settings: Evaluate) -> Harness | None:
             "Fix: name the folder with the YAML files of the tasks"
         )
     with quiet():
-        import evaluate
-
         # Otherwise a metric that the harness lacks would be Python code from the hub.
-        evaluate.config.HF_EVALUATE_OFFLINE = True
+        import_module("evaluate").config.HF_EVALUATE_OFFLINE = True
         manager = _task_manager(settings.lm_eval, settings.lm_eval_folder)
         files = {task: _load_files(manager, task, settings) for task in settings.lm_eval}
     return Harness(
@@ -130,15 +128,13 @@ def load_harness(settings: Evaluate) -> Harness | None:
 
 def _task_manager(tasks: Sequence[str], folder: str | None) -> Any:
     """Return the tasks of the folder, and those of the harness unless the folder has all that are named."""
-    from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._index import Kind
-
+    task_manager = import_module("lm_eval.tasks").TaskManager
     if folder is not None:
-        local = TaskManager(include_path=folder, include_defaults=False)
+        local = task_manager(include_path=folder, include_defaults=False)
         # A group or a tag may have members in the harness, whose 14,000 files take seconds to read.
-        if all(task in local.task_index and local.task_index[task].kind is Kind.TASK for task in tasks):
+        if all(task in local.task_index and local.task_index[task].kind.name == "TASK" for task in tasks):
             return local
-    return TaskManager(include_path=folder)
+    return task_manager(include_path=folder)
 
 
 def _load_files(manager: Any, task: str, settings: Evaluate) -> str:
