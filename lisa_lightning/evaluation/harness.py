@@ -85,12 +85,18 @@ class Harness:
                 limit=self.limit,
                 num_fewshot=self.num_fewshot,
                 task_manager=self.manager,
-                system_instruction=prompting.system_prompt or None,
+                system_instruction=_system_instruction(prompting),
                 apply_chat_template=prompting.template == "chat",
                 log_samples=False,
                 confirm_run_unsafe_code=False,
             )
         return results["results"]
+
+
+def _system_instruction(prompting: Prompting) -> str | None:
+    """Return the system prompt of every request, None without one. An empty line ends it outside a chat template."""
+    end = "" if prompting.template == "chat" else "\n\n"
+    return f"{prompting.system_prompt}{end}" if prompting.system_prompt else None
 
 
 def load_harness(settings: Evaluate) -> Harness | None:

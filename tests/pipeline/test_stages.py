@@ -60,8 +60,11 @@ TEXTS = {
     **PROMPTING,
 }
 """Key -> another value of it."""
-FREE = {"resume", "checkpoint.every", "data.allow_overlap", "data.strip"}
-"""Keys of numbers and switches on which no result depends: embedded rows don't overlap, and have no blanks around."""
+FREE = {"resume", "checkpoint.every", "data.allow_overlap", "data.strip", "evaluate.lm_eval_batch_size"}
+"""Keys of numbers and switches on which no result depends here.
+
+Embedded rows don't overlap, and have no blanks around. There is no task of lm-evaluation-harness.
+"""
 ELSEWHERE = ("model.tiny", "trainer", "judge", "task.hub")
 """Beginnings of keys of the model, the processes, the verdicts, and the rows of another source."""
 
