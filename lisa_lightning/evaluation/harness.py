@@ -71,7 +71,7 @@ class Harness:
         simple_evaluate = import_module("lm_eval.evaluator").simple_evaluate
         hflm = import_module("lm_eval.models.huggingface").HFLM
         model.eval()
-        with quiet(), isolate_rng():
+        with guarded(), isolate_rng():
             wrapped = hflm(
                 pretrained=model,
                 tokenizer=tokenizer,
@@ -117,9 +117,7 @@ def load_harness(settings: Evaluate) -> Harness | None:
             f"{KEY}_folder={settings.lm_eval_folder}: there is no such folder. "
             "Fix: name the folder with the YAML files of the tasks"
         )
-    with quiet():
-        # Otherwise a metric that the harness lacks would be Python code from the hub.
-        import_module("evaluate").config.HF_EVALUATE_OFFLINE = True
+    with guarded():
         manager = _task_manager(settings.lm_eval, settings.lm_eval_folder)
         files = {task: _load_files(manager, task, settings) for task in settings.lm_eval}
     return Harness(
@@ -217,12 +215,19 @@ def _listed(tasks: Sequence[str]) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hide notices of the harness, but no errors."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def guarded() -> Iterator[None]:
+    """Hide messages of the harness, whose errors are raised, and refuse metrics that are code of the hub."""
+    logger, metrics = logging.getLogger("lm_eval"), import_module("evaluate")
+    level, load = logger.level, metrics.load
+    logger.setLevel(logging.CRITICAL)
+    metrics.load = _refuse_hub_code
     try:
         yield
     finally:
         logger.setLevel(level)
+        metrics.load = load
+
+
+def _refuse_hub_code(name: str, *_: Any, **__: Any) -> Any:
+    """Replace `evaluate.load`, which runs Python from the hub or from the current folder."""
+    raise UserError(f"its metric {name} is code of the hub, which no run loads")
