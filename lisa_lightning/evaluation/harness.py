@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, cast, final
 
 from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
@@ -148,8 +148,9 @@ def _load_files(manager: Any, task: str, settings: Evaluate) -> str:
     try:
         members = list(manager.load([task])["tasks"].values())
     except Exception as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(
-            f"{KEY}=[{printable(task)}]: the task can't be loaded ({printable(first_line(error))}). "
+            f"{KEY}=[{printable(task)}]: the task can't be loaded ({kind}{printable(first_line(error))}). "
             "Fix: make its data and packages available, or leave it out"
         ) from error
     for member in members:
@@ -217,7 +218,7 @@ def _listed(tasks: Sequence[str]) -> str:
 @contextmanager
 def guarded() -> Iterator[None]:
     """Hide messages of the harness, whose errors are raised, and refuse metrics that are code of the hub."""
-    logger, metrics = logging.getLogger("lm_eval"), import_module("evaluate")
+    logger, metrics = logging.getLogger("lm_eval"), cast(Any, import_module("evaluate"))
     level, load = logger.level, metrics.load
     logger.setLevel(logging.CRITICAL)
     metrics.load = _refuse_hub_code

@@ -43,9 +43,9 @@ def write_task(folder: Path, name: str = "sums", rows: Sequence[dict[str, Any]] 
 
 def loaded(folder: Path, tasks: Sequence[str] = ("sums",), **options: Any) -> Harness:
     """Return the tasks of a folder."""
-    loaded = load_harness(Evaluate(lm_eval=[*tasks], lm_eval_folder=str(folder), **options))
-    assert loaded is not None
-    return loaded
+    tasks_of_folder = load_harness(Evaluate(lm_eval=[*tasks], lm_eval_folder=str(folder), **options))
+    assert tasks_of_folder is not None
+    return tasks_of_folder
 
 
 def probabilities(model: Any, tokenizer: Any, row: dict[str, Any], before: str = "") -> np.ndarray:
@@ -121,8 +121,13 @@ def test_a_task_without_its_rows_or_its_metric_is_refused(tmp_path: Path) -> Non
     path.write_text(yaml.safe_dump(task | {"dataset_kwargs": {"data_files": {"test": str(tmp_path / "none.jsonl")}}}))
     with pytest.raises(UserError, match=r"^evaluate.lm_eval=\[sums\]: the task can't be loaded \(.*none.jsonl"):
         loaded(tmp_path)
-    path.write_text(yaml.safe_dump(task | {"metric_list": [{"metric": "no_such", "hf_evaluate": True}]}))
-    with pytest.raises(UserError, match=r"^evaluate.lm_eval=\[sums\]: "):
+    metric = {"metric": "no_such", "hf_evaluate": True, "aggregation": "mean", "higher_is_better": True}
+    path.write_text(yaml.safe_dump(task | {"metric_list": [metric]}))
+    with pytest.raises(UserError, match=r"^evaluate.lm_eval=\[sums\]: its metric no_such is code of the hub"):
+        loaded(tmp_path)
+    (tmp_path / "code.py").write_text("from evaluate import load\n\n\nrouge = load('rouge')\n")
+    path.write_text(path.read_text() + "doc_to_text: !function code.rouge\n")
+    with pytest.raises(UserError, match=r"can't be loaded \(its metric rouge is code of the hub"):
         loaded(tmp_path)
 
 

@@ -44,8 +44,8 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def words(cache: Path, folder: Path, *tasks: str) -> list[str]:
     """Return the overrides of a run with tasks of a folder."""
-    own = [f"evaluate.lm_eval=[{','.join(tasks)}]", f"evaluate.lm_eval_folder={folder}", "evaluate.lm_eval_limit=8"]
-    return [*WORDS, *own, f"cache_dir={cache}"]
+    harness = [f"evaluate.lm_eval=[{','.join(tasks)}]", f"evaluate.lm_eval_folder={folder}", "evaluate.lm_eval_limit=8"]
+    return [*WORDS, *harness, f"cache_dir={cache}"]
 
 
 def test_a_run_measures_both_models_and_shows_them(
