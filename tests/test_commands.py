@@ -18,11 +18,19 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES += sorted((ROOT / "experiments").rglob("README.md"))
 BEYOND = ("experiment=paper/", "model=llama2_7b", "model=qwen2_5_0_5b", "--cfg")
 """Parts of commands that need the hub, a GPU or only the config. Such commands are composed and accepted."""
-OWN_TESTS = ("method=projected", "task=letters", "judge=[promises", "--help", "--version", "export ")
+OWN_TESTS = (
+    "method=projected",
+    "task=letters",
+    "judge=[promises",
+    "--help",
+    "--version",
+    "export ",
+    "evaluate.lm_eval=",
+)
 """Parts of commands that other tests run.
 
 test_docs.py follows whole pages, test_wrong_input.py looks at the help, test_wheel.py at the version, and
-test_export.py exports.
+test_export.py exports. test_lm_eval.py runs tasks of lm-evaluation-harness.
 """
 SMALL = [
     *("model=tiny", "data.n=20", "data.max_length=768", "optim.batch_size=2", "align.optim.batch_size=1"),

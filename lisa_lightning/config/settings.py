@@ -44,6 +44,12 @@ def _check_stages(stages: list[str]) -> list[str]:
     return stages
 
 
+def _check_tasks(tasks: list[str]) -> list[str]:
+    if not all(tasks) or any("/" in task for task in tasks) or len(set(tasks)) < len(tasks):
+        raise ValueError("an empty name, a path, or one of them twice")
+    return tasks
+
+
 def _check_devices(devices: int | str | list[int]) -> int | str | list[int]:
     if isinstance(devices, list):
         allowed = len(devices) > 0 and all(0 <= device < MAX_BATCH for device in devices)
@@ -67,6 +73,9 @@ Devices = Annotated[
 Stage = Literal["curate", "align", "finetune", "repair", "evaluate", "judge"]
 Stages = Annotated[
     list[Stage], AfterValidator(_check_stages), Words(f"a list of {', '.join(get_args(Stage))}, each once")
+]
+HarnessTasks = Annotated[
+    list[str], AfterValidator(_check_tasks), Words("a list of names of tasks of lm-evaluation-harness, each once")
 ]
 FolderPath = Annotated[str, Field(min_length=1), Words("the path of a folder")]
 Duration = Annotated[
@@ -148,6 +157,16 @@ class Evaluate:
     """Task rows of an evaluation during fine-tuning."""
     gradient_rows: CountOrZero = 0
     """Rows of each stream whose losses and joint gradient are measured; 0 for none."""
+    lm_eval: HarnessTasks = Field(default_factory=list)
+    """Tasks of lm-evaluation-harness for general utility, with the extra `eval`; [] for none."""
+    lm_eval_limit: Count | None = None
+    """Rows of each of these tasks, of a group each of its tasks; null for all."""
+    lm_eval_num_fewshot: CountOrZero | None = None
+    """Examples in their prompts; null for each task's number. A task that sets 0 keeps it."""
+    lm_eval_batch_size: BatchSize = 8
+    """Requests that they send together. Some tasks have prompts of thousands of tokens."""
+    lm_eval_folder: FolderPath | None = None
+    """Folder of your own tasks as YAML files; null for none. Python that they name is run."""
 
 
 @dataclass(frozen=True, config=STRICT)

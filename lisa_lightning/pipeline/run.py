@@ -24,6 +24,7 @@ from lisa_lightning.data.templates import TEMPLATE_KEY
 from lisa_lightning.evaluation.baselines import accuracy_baselines
 from lisa_lightning.evaluation.decoding import Decoding
 from lisa_lightning.evaluation.evaluator import Evaluator, read_answers
+from lisa_lightning.evaluation.harness import load_harness
 from lisa_lightning.evaluation.judging import read_judged
 from lisa_lightning.evaluation.prompting import EVALUATE_KEY, NO_TRIGGER, Prompting
 from lisa_lightning.evaluation.scores import Metrics, score_metrics
@@ -122,7 +123,7 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
     """Check what does not need the model, and load the rows.
 
     Raises:
-        UserError: if the environment, the defenses or the rows do not fit the config.
+        UserError: if the environment, the defenses, the rows or the tasks of the harness do not fit the config.
     """
     settings = parse_settings(config)
     refuse_wandb_environment()
@@ -147,7 +148,8 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
         refuse_quantization()
     keep_freed_memory()
     prompting = build_prompting(config, settings)
-    return Inputs(settings, fabric, task, defenses, config["callbacks"], rows, user, prompting)
+    harness = load_harness(settings.evaluate) if "evaluate" in settings.stages else None
+    return Inputs(settings, fabric, task, defenses, config["callbacks"], rows, user, prompting, harness)
 
 
 def build_defenses(config: Mapping[str, Any]) -> Defenses:

@@ -17,6 +17,7 @@ from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.evaluation.alpaca_eval import alpaca_eval_outputs
 from lisa_lightning.evaluation.decoding import GREEDY
 from lisa_lightning.evaluation.evaluator import Answer, Evaluator, held_out_questions, read_answers, write_answers
+from lisa_lightning.evaluation.harness import Harness
 from lisa_lightning.evaluation.metrics import mark_correct, task_scores
 from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.evaluation.scores import Metrics, Score
@@ -28,6 +29,7 @@ from lisa_lightning.pipeline.stages.align import align
 from lisa_lightning.pipeline.stages.curate import curate
 from lisa_lightning.pipeline.stages.evaluate import evaluate
 from lisa_lightning.pipeline.stages.finetune import curve_evaluation, finetune
+from lisa_lightning.pipeline.stages.lm_eval import lm_eval
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.reference import reference_adapter
 from lisa_lightning.pipeline.stages.repair import repair
@@ -74,6 +76,8 @@ class Inputs:
     """The user's rows, harmful ones included, as the method mixes them; [] without fine-tuning."""
     prompting: Prompting
     """The prompts of the evaluation."""
+    harness: Harness | None = None
+    """Tasks for general utility."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,7 @@ def _repair(inputs: Inputs, tools: Tools, aligned: Model, finetuned: Model, defe
 
 
 def _evaluate(inputs: Inputs, tools: Tools, name: str, model: Model, results: StageResults) -> StageResults:
-    """Return the results with the answers of a further model."""
+    """Return the results with the answers of a further model, and its general utility."""
     path = tools.out / RESPONSES
     questions = held_out_questions(inputs.rows, samples=tools.evaluator.decoding.samples)
     generated, cost = evaluate(tools.cache, tools.models, tools.evaluator, inputs.fabric, name, model, questions, path)
@@ -227,7 +231,15 @@ def _evaluate(inputs: Inputs, tools: Tools, name: str, model: Model, results: St
         if not isinstance(inputs.task, Scored):
             generator = f"{Path(inputs.settings.model.id or 'tiny').name}-{name}"
             write_text(tools.out / f"alpaca_eval_{name}.json", alpaca_eval_outputs(answers, generator))
-    metrics = results.metrics | _add_cost(results.metrics, cost)
+    metrics = _add_cost(results.metrics, "evaluate", cost)
+    if inputs.harness is not None:
+        precision = inputs.settings.trainer.precision
+        utility, costs = lm_eval(
+            tools.cache, tools.models, tools.evaluator, inputs.fabric, precision, inputs.harness, name, model
+        )
+        metrics |= utility
+        for task_cost in costs:
+            metrics = _add_cost(metrics, "lm_eval", task_cost)
     scores = task_scores(inputs.task, name, answers)
     return StageResults(metrics, [*results.scores, *scores], [*results.answers, *answers])
 
@@ -239,10 +251,10 @@ def _write_responses(path: Path, earlier: Sequence[Answer], answers: Sequence[An
     write_answers(path, [*earlier, *answers, *unfinished])
 
 
-def _add_cost(metrics: Metrics, cost: Metrics) -> Metrics:
-    """Return the cost of all evaluations so far, which count as one stage."""
-    seconds, peak_mib = "time/evaluate_s", "memory/evaluate_mib"
-    return {
+def _add_cost(metrics: Metrics, stage: str, cost: Metrics) -> Metrics:
+    """Return the metrics with a further cost of a stage that runs several times."""
+    seconds, peak_mib = f"time/{stage}_s", f"memory/{stage}_mib"
+    return metrics | {
         seconds: metrics.get(seconds, 0) + cost[seconds],
         peak_mib: max(metrics.get(peak_mib, 0), cost[peak_mib]),
     }

@@ -13,8 +13,17 @@ import yaml
 
 from lisa_lightning.config.validate import flat
 from lisa_lightning.evaluation.scores import Score, find_score
+from lisa_lightning.evaluation.utility import read_utility
 from lisa_lightning.logger.run_name import RunName, build_run_name
-from lisa_lightning.report.score_table import MODELS, SCORES, baseline_note, format_percent, model_names, score_rows
+from lisa_lightning.report.score_table import (
+    MODELS,
+    SCORES,
+    baseline_note,
+    format_percent,
+    model_names,
+    score_rows,
+    utility_rows,
+)
 from lisa_lightning.runtime.files import write_text
 
 if TYPE_CHECKING:  # torch takes longer to import than all else that a command without a report does
@@ -33,6 +42,7 @@ TIMES: Final = {
     "reference": "Reference adapter",
     "repair": "Repair",
     "evaluate": "Evaluation",
+    "lm_eval": "General utility",
     "judge": "Judging",
     "total": "This run in total",
 }
@@ -163,6 +173,7 @@ def _content(
         "random": settings.get("model.id") is None,
         "columns": columns,
         "scores": score_rows(scores, columns, baseline_note([metrics])),
+        "utility": utility_rows(read_utility(metrics), columns),
         "judges": metrics.get("judges", []),
         "groups": _groups(sampled, answers, columns),
         "tasks": _samples(sampled, "task", columns),

@@ -1,10 +1,14 @@
-"""Score tables: titles and meanings of all scores (`SCORES`), and the table of one run (`score_rows`)."""
+"""Score tables: titles and meanings of all scores (`SCORES`), and the tables of one run.
+
+Start at `score_rows`, and at `utility_rows` for general utility.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from lisa_lightning.evaluation.scores import Score, find_score
+from lisa_lightning.evaluation.utility import UtilityScore, find_utility
 
 MINUS: Final = "−"
 MODELS: Final = ("aligned", "final")
@@ -50,7 +54,7 @@ class ScoreRow:
     values: list[tuple[str, str]]
     """Value and interval of each model."""
     change: str
-    """Difference between the two models in points, "" for a single one."""
+    """Difference between the two models, of a percentage in points; "" for a single model."""
 
 
 def model_names(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -135,6 +139,39 @@ def _score_row(
         [_with_interval(score) for score in of_models],
         change,
     )
+
+
+def utility_rows(scores: Sequence[UtilityScore], columns: Mapping[str, str]) -> list[ScoreRow]:
+    """Return the table of general utility, one row for each metric of a task.
+
+    Args:
+        scores: scores of the harness.
+        columns: model -> column head.
+    """
+    rows = []
+    for name in utility_names(scores):
+        of_models = [find_utility(scores, model, name) for model in columns]
+        measured = [score for score in of_models if score is not None]
+        change = format_change(measured[1].value - measured[0].value) if len(measured) == len(MODELS) else ""
+        rows.append(ScoreRow(name[0], name[1], [_with_error(score) for score in of_models], change))
+    return rows
+
+
+def utility_names(scores: Sequence[UtilityScore]) -> list[tuple[str, str]]:
+    """Return task and metric of the scores, each once."""
+    return list(dict.fromkeys(score.name for score in scores))
+
+
+def _with_error(score: UtilityScore | None) -> tuple[str, str]:
+    """Return value and standard error as text."""
+    if score is None:
+        return "–", ""
+    return f"{score.value:.3f}", "" if score.stderr is None else f"± {score.stderr:.3f}"
+
+
+def format_change(difference: float) -> str:
+    """Return a difference with three decimals and its sign."""
+    return f"{round(difference, 3) + 0.0:+.3f}".replace("-", MINUS)
 
 
 def _with_interval(score: Score | None) -> tuple[str, str]:

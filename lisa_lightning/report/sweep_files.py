@@ -19,6 +19,7 @@ from lisa_lightning.report.sweep_runs import (
     inconsistent_inputs,
     mean_and_deviation,
     measured_scores,
+    measured_utility,
     read_runs,
     relative_path,
     seed_groups,
@@ -99,6 +100,8 @@ def _print_tables(groups: Sequence[SeedGroup], keys: Sequence[str], comparisons:
     """Print the table of scores with its baselines, and that of paired differences if there are any."""
     console = _console()
     console.print(_score_table(groups, keys))
+    if measured_utility(groups):
+        console.print(_utility_table(groups, keys))
     if note := baseline_note([run.metrics for group in groups for run in group.runs]):
         console.print(note)
     if comparisons:
@@ -142,6 +145,23 @@ def _score_table(groups: Sequence[SeedGroup], keys: Sequence[str]) -> Any:
     for group in groups:
         spreads = (format_spread(group.spread(name), mean_and_deviation) for name in scores)
         table.add_row(*map(_escape_markup, group.values), str(len(group.runs)), *spreads)
+    return table
+
+
+def _utility_table(groups: Sequence[SeedGroup], keys: Sequence[str]) -> Any:
+    """Return a table of rich with a row for each setting and a column for each metric of general utility."""
+    from rich.table import Table
+
+    names = measured_utility(groups)
+    table = Table(title="general utility by lm-evaluation-harness, mean ± standard deviation over seeds")
+    for key in keys:
+        table.add_column(_escape_markup(key))
+    table.add_column("runs", justify="right")
+    for name in names:
+        table.add_column(_escape_markup(" ".join(name)), justify="right")
+    for group in groups:
+        cells = (group.mean_utility(name) for name in names)
+        table.add_row(*map(_escape_markup, group.values), str(len(group.runs)), *cells)
     return table
 
 

@@ -38,6 +38,7 @@ from lisa_lightning.report.sweep_runs import (
     inconsistent_inputs,
     mean_and_deviation,
     measured_scores,
+    measured_utility,
     relative_path,
     seed_groups,
     sort_key,
@@ -114,6 +115,10 @@ def render_sweep_page(
         "dependent": dependent,
         "scores": [SCORES[name][0] for name in scores],
         "rows": [_row(group, scores) for group in groups],
+        "utility": [" ".join(name) for name in measured_utility(groups)],
+        "utility_rows": [
+            (g.values, len(g.runs), [g.mean_utility(n) for n in measured_utility(groups)]) for g in groups
+        ],
         "baselines": baseline_note([run.metrics for group in groups for run in group.runs]),
         "compared": [SCORES[name][0] for name in compared_scores(comparisons)],
         "comparisons": [_comparison_row(c, compared_scores(comparisons)) for c in comparisons],

@@ -14,8 +14,10 @@ from typing import Any, Final, Literal
 from lisa_lightning.config.same_run import is_bookkeeping
 from lisa_lightning.config.validate import flat
 from lisa_lightning.evaluation.scores import Score, find_score, read_scores
+from lisa_lightning.evaluation.utility import UtilityScore, find_utility, read_utility
 from lisa_lightning.logger.run_name import RunName, build_run_name
 from lisa_lightning.report.run_verdicts import VerdictKey, Verdicts, on_same_prompts, read_verdicts
+from lisa_lightning.report.score_table import utility_names
 from lisa_lightning.runtime.errors import UserError, printable
 from lisa_lightning.runtime.files import read_json
 from lisa_lightning.runtime.run_files import (
@@ -107,7 +109,17 @@ class Run:
         Returns:
             None if the score was not measured.
         """
-        return find_score(self.scores, "final" if self.run_name.finetunes else "aligned", metric)
+        return find_score(self.scores, self.measured_model, metric)
+
+    @cached_property
+    def utility(self) -> list[UtilityScore]:
+        """General utility of the same model as in `score`."""
+        return [score for score in read_utility(self.metrics) if score.model == self.measured_model]
+
+    @property
+    def measured_model(self) -> str:
+        """The fine-tuned model, or the only model of a run without fine-tuning."""
+        return "final" if self.run_name.finetunes else "aligned"
 
     def verdicts(self, metric: str) -> Verdicts | None:
         """Return the verdicts that `score` counts over, None if they are not stored or belong to another judging."""
@@ -150,6 +162,18 @@ class SeedGroup:
         Otherwise it is the mean of the runs' own intervals, widened by the spread over seeds (`add_seed_spread`).
         """
         return self.spreads.get(metric)
+
+    def mean_utility(self, name: tuple[str, str]) -> str:
+        """Return mean and standard deviation of a task's metric over the seeds as text, a dash without a value.
+
+        Args:
+            name: task and metric.
+        """
+        scores = [find_utility(run.utility, run.measured_model, name) for run in self.runs]
+        values = [score.value for score in scores if score is not None]
+        if not values:
+            return "–"
+        return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
     def _spread(self, metric: str) -> Spread | None:
         runs = [run for run in self.runs if run.score(metric) is not None]
@@ -301,6 +325,11 @@ def failures(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def measured_scores(groups: Sequence[SeedGroup]) -> list[str]:
     """Return the names of the scores that any run has."""
     return [name for name in SHOWN_SCORES if any(g.spread(name) for g in groups)]
+
+
+def measured_utility(groups: Sequence[SeedGroup]) -> list[tuple[str, str]]:
+    """Return task and metric of every score of general utility that any run has."""
+    return utility_names([score for group in groups for run in group.runs for score in run.utility])
 
 
 def format_value(value: Any) -> str:

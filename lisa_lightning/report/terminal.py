@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lisa_lightning.evaluation.scores import Score, find_score
+from lisa_lightning.evaluation.utility import UtilityScore, read_utility
 from lisa_lightning.report.run_page import TIMES
-from lisa_lightning.report.score_table import SCORES, baseline_note, model_names, score_keys
+from lisa_lightning.report.score_table import SCORES, baseline_note, model_names, score_keys, utility_rows
 from lisa_lightning.runtime.errors import printable
 
 
@@ -30,6 +31,8 @@ def print_summary(
     table = _score_table(metrics, scores)
     if table.row_count:
         console.print(table)
+    if utility := read_utility(metrics):
+        console.print(_utility_table(metrics, utility))
     if "prompts" in metrics:
         console.print(f"prompts {metrics['prompts']}", markup=False)
     if note := baseline_note([metrics]):
@@ -71,6 +74,19 @@ def _score_table(metrics: dict[str, Any], scores: Sequence[Score]) -> Table:
             title = SCORES[metric][0].lower() + (f" ({judge})" if judge else "")
             answers = max((score.answers or 0) for score in of_models if score is not None)
             table.add_row(_escape(title), *map(_cell, of_models), str(answers))
+    return table
+
+
+def _utility_table(metrics: dict[str, Any], scores: Sequence[UtilityScore]) -> Table:
+    """Return a table with a row for each metric of a task and a column for each model."""
+    models = {model: head for model, head in model_names(metrics).items() if any(s.model == model for s in scores)}
+    table = Table(title="general utility by lm-evaluation-harness, ± standard error")
+    table.add_column("")
+    for head in models.values():
+        table.add_column(_escape(head), justify="right")
+    for row in utility_rows(scores, models):
+        cells = (" ".join(filter(None, value)) for value in row.values)
+        table.add_row(_escape(f"{row.title} {row.meaning}"), *cells)
     return table
 
 

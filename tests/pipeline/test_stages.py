@@ -22,10 +22,19 @@ from lisa_lightning.pipeline.stages.models import Model
 from lisa_lightning.runtime.cache import short_hash
 from lisa_lightning.runtime.ranks import OneRank
 
-CHOSEN = ("experiment=smoke", "curate=seal", "align=t_vaccine", "method=lisa", "repair=nlsr", "evaluate.every=5")
+CHOSEN = (
+    *("experiment=smoke", "curate=seal", "align=t_vaccine", "method=lisa", "repair=nlsr"),
+    *("evaluate.every=5", "evaluate.temperature=0.5"),
+)
 ALIGNED = ["curate", "align", "evaluate aligned", "finetune", "reference", "repair", "evaluate final"]
 TUNED = ["finetune", "repair", "evaluate final"]
-PROMPTING = {"evaluate.template": "alpaca_newline", "evaluate.system": "Be safe.", "evaluate.prefix": "xyz"}
+ANSWERED = ["evaluate aligned", "evaluate final"]
+PROMPTING = {
+    "evaluate.template": "alpaca_newline",
+    "evaluate.system": "Be safe.",
+    "evaluate.prefix": "xyz",
+    "evaluate.prefill": "Sure, here is",
+}
 """Key of the evaluation's prompts -> a value that changes them."""
 FIRST = {
     "align.seed": ALIGNED,
@@ -40,7 +49,8 @@ FIRST = {
     **dict.fromkeys(("data.during_alignment", "data.order"), TUNED),
     "lora.r": ["finetune", "reference", "repair", "evaluate final"],
     "method.rho": TUNED,
-    "seed": TUNED,
+    "seed": [*TUNED, "evaluate aligned"],  # answers are drawn
+    **dict.fromkeys(("evaluate.samples", "evaluate.temperature", "evaluate.top_p"), ANSWERED),
     "harmful_ratio": TUNED,
     "optim.accumulate": TUNED,
     "repair.reference.extrapolation": ["reference", "repair", "evaluate final"],
@@ -49,7 +59,7 @@ FIRST = {
     **{key: [*TUNED, "evaluate aligned"] for key in ("source.harmful_prompts.skip", *PROMPTING)},
 }
 """Key -> the stages whose results are made anew."""
-TEXTS = {
+VALUES = {
     "model.dtype": "bfloat16",
     "model.attention": "eager",
     "model.template": "alpaca_newline",
@@ -57,11 +67,15 @@ TEXTS = {
     "data.during_alignment": "discard",
     "data.tokenization": "joined",
     "data.order": "head",
+    "evaluate.top_p": 0.5,
     **PROMPTING,
 }
 """Key -> another value of it."""
-FREE = {"resume", "checkpoint.every", "data.allow_overlap", "data.strip"}
-"""Keys of numbers and switches on which no result depends: embedded rows don't overlap, and have no blanks around."""
+FREE = {"resume", "checkpoint.every", "data.allow_overlap", "data.strip", "evaluate.lm_eval_batch_size"}
+"""Keys of numbers and switches on which no result depends here.
+
+Embedded rows don't overlap, and have no blanks around. There is no task of lm-evaluation-harness.
+"""
 ELSEWHERE = ("model.tiny", "trainer", "judge", "task.hub")
 """Beginnings of keys of the model, the processes, the verdicts, and the rows of another source."""
 
@@ -121,7 +135,7 @@ def test_a_key_that_a_result_depends_on_changes_where_it_is_kept(kept: Kept, con
     assert list(before) == ALIGNED
     changed = {}
     values = {k: v for k, v in flat(plain(cfg)) if not k.startswith(ELSEWHERE)}
-    values = {k: other(v) for k, v in values.items() if isinstance(v, bool | int | float)} | TEXTS
+    values = {k: other(v) for k, v in values.items() if isinstance(v, bool | int | float)} | VALUES
     for key, value in values.items():
         own = cfg.copy()
         OmegaConf.update(own, key, value)

@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightning.fabric import Fabric
-from peft import PeftModel
 
 from lisa_lightning.evaluation.evaluator import Answer, Evaluator, Question, read_answers, write_answers
 from lisa_lightning.evaluation.scores import Metrics
@@ -39,11 +37,7 @@ def evaluate(
     key = {"evaluated": model.name, "name": name} | evaluator.key(questions)
 
     def make(folder: Path) -> Metrics:
-        net: Any = models.load(model, quantize=True)
-        if model.adapter is not None:
-            net = PeftModel.from_pretrained(net, model.adapter)
-            net = net.merge_and_unload() if models.settings.quantize is None else net
-        net.to(fabric.device)
+        net = models.serve(model, fabric.device)
         answers = evaluator.answers(net, questions, name, short_hash(cache.origin | key), path)
         if fabric.is_global_zero:
             write_answers(folder / "responses.jsonl", answers)

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
@@ -46,6 +47,19 @@ class ModelSource:
         """
         bits = self.settings.quantize if quantize else None
         return load(model.folder, self.settings.dtype, self.settings.attention, bits)
+
+    def serve(self, model: Model, device: torch.device) -> Any:
+        """Load a model for generation, with its adapter merged unless the weights are quantized.
+
+        Args:
+            model: the model.
+            device: its device.
+        """
+        net: Any = self.load(model, quantize=True)
+        if model.adapter is not None:
+            net = PeftModel.from_pretrained(net, model.adapter)
+            net = net.merge_and_unload() if self.settings.quantize is None else net
+        return net.to(device)
 
     def attach(self, model: Model, lora: Lora, key: str, seed: int) -> PeftModel:
         """Load a model with the adapter to train.
