@@ -77,6 +77,7 @@ Stages = Annotated[
 HarnessTasks = Annotated[
     list[str], AfterValidator(_check_tasks), Words("a list of names of tasks of lm-evaluation-harness, each once")
 ]
+Variants = Annotated[dict[Any, Any], Words("a mapping such as {NAME: {prefill: Sure}}")]
 FolderPath = Annotated[str, Field(min_length=1), Words("the path of a folder")]
 Duration = Annotated[
     str,
@@ -143,6 +144,8 @@ class Evaluate:
     """Temperature of the answers to safety prompts; 0 for greedy ones."""
     top_p: PositiveShare = 1.0
     """Probability of the nucleus from which tokens are drawn; 1 for all tokens."""
+    variants: Variants | None = None
+    """Name -> options above that a further evaluation of each model changes; null for none."""
     max_new_tokens: Count = 24
     """Tokens of an answer to a safety prompt. The official code has 512."""
     batch_size: BatchSize = 48
@@ -358,6 +361,8 @@ class RunSettings:
 
 
 OPTIMS: Final = ("optim", "align.optim", "repair.reference.sft.optim", "repair.reference.dpo.optim")
+VARIANT_KEYS: Final = ("template", "system", "prefix", "prefill", "samples", "temperature", "top_p")
+"""Keys of section `evaluate` that a variant may change."""
 SETS: Final = ("train", "test", "alignment", "harmful", "defender", "harmful_prompts", "harmless_prompts")
 SECTIONS: Final[dict[str, type]] = {
     "": RunSettings,

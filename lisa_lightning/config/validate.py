@@ -16,9 +16,9 @@ from lisa_lightning.config.rules import (
     not_allowed,
     quoted,
 )
-from lisa_lightning.config.settings import OPTIMS, SETS
+from lisa_lightning.config.settings import OPTIMS, SETS, VARIANT_KEYS
 from lisa_lightning.config.suggest import suggest
-from lisa_lightning.runtime.errors import UserError
+from lisa_lightning.runtime.errors import UserError, printable
 
 CLASS_MAPPINGS: Final = ("judge", "logger", "callbacks")
 """Sections that map names to classes. Several classes may be chosen."""
@@ -27,7 +27,7 @@ CLASS_SECTIONS: Final = ("method", "align.method", "curate", "repair", *CLASS_MA
 OPTIONAL_KEYS: Final = re.compile(rf"({'|'.join(map(re.escape, CLASS_SECTIONS))}|source|model\.tiny)\..*")
 """Keys with a rule that a config may omit."""
 UNCHECKED_KEYS: Final = re.compile(
-    rf"(source\.({'|'.join(SETS)})|judge\.linear\.rows)\.(columns|labels|where)\..*|align\.method|"
+    rf"evaluate\.variants\..*|(source\.({'|'.join(SETS)})|judge\.linear\.rows)\.(columns|labels|where)\..*|align\.method|"
     r"task\.(_target_|question_suffix)|task\.embedded\.(train|test)|"
     r"task\.hub\.(id|config|revision|columns(\..*)?|(train|test)\.(id|split|files|rows))"
 )
@@ -167,13 +167,8 @@ def _check_combinations(cfg: DictConfig) -> None:
         raise UserError(f"stages={quoted(cfg.stages)}: judge needs evaluate's answers; alone it judges stored ones")
     if cfg.evaluate.gradient_rows and not cfg.evaluate.every:
         raise UserError(f"evaluate.gradient_rows={cfg.evaluate.gradient_rows} needs evaluate.every above 0")
-    evaluate = cfg.evaluate
-    if not evaluate.temperature and (evaluate.samples > 1 or evaluate.top_p < 1):
-        key = "samples" if evaluate.samples > 1 else "top_p"
-        raise UserError(
-            f"evaluate.{key}={evaluate[key]}: at evaluate.temperature=0 all answers to a prompt are equal. "
-            "Fix: set evaluate.temperature above 0, such as 0.7"
-        )
+    _refuse_equal_samples("evaluate", cfg.evaluate)
+    _check_variants(cfg.evaluate)
     for optim in OPTIMS:
         steps, epochs = (_value(cfg, f"{optim}.{key}") for key in ("steps", "epochs"))
         if "absent" not in (steps, epochs) and (steps is None) == (epochs is None):
@@ -190,6 +185,39 @@ def _check_combinations(cfg: DictConfig) -> None:
     if cfg.model.tiny is not None and cfg.model.tiny.hidden_size % (2 * cfg.model.tiny.heads):
         sizes = ", ".join(f"model.tiny.{key}={cfg.model.tiny[key]}" for key in ("hidden_size", "heads"))
         raise UserError(f"{sizes}: the first must be a multiple of twice the second")
+
+
+def _refuse_equal_samples(section: str, options: Mapping[Any, Any]) -> None:
+    """Raise UserError if samples are drawn at temperature 0."""
+    if not options["temperature"] and (options["samples"] > 1 or options["top_p"] < 1):
+        key = "samples" if options["samples"] > 1 else "top_p"
+        raise UserError(
+            f"{section}.{key}={options[key]}: at {section}.temperature=0 all answers to a prompt are equal. "
+            f"Fix: set {section}.temperature above 0, such as 0.7"
+        )
+
+
+def _check_variants(evaluate: Mapping[Any, Any]) -> None:
+    """Raise UserError if a variant has a wrong name, key or value, or if two variants have no options."""
+    variants = {} if evaluate["variants"] is None else plain(evaluate["variants"])
+    for name, options in variants.items():
+        section = f"evaluate.variants.{name}"
+        if re.fullmatch(r"\w+", name) is None:
+            raise UserError(f"{printable(section)}: it is no name. Fix: use letters, digits and underscores")
+        if not isinstance(options, dict):
+            raise not_allowed(section, options, f"a mapping with {', '.join(VARIANT_KEYS)}, or {{}}")
+        for key, value in options.items():
+            if key not in VARIANT_KEYS:
+                raise UserError(f"{section}.{key} is no option of a variant; {suggest(key, VARIANT_KEYS)}")
+            is_allowed, allowed = RULES[f"evaluate.{key}"]
+            if not is_allowed(value):
+                raise not_allowed(f"{section}.{key}", value, allowed)
+        _refuse_equal_samples(section, {**evaluate, **options})
+    if len(unchanged := [name for name, options in variants.items() if not options]) > 1:
+        raise UserError(
+            f"evaluate.variants: {' and '.join(unchanged)} have no options, so that they are the same. "
+            "Fix: leave one of them out"
+        )
 
 
 def _check_trainer(trainer: Any) -> None:

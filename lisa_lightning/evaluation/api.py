@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lisa_lightning.config.fields import Template
 from lisa_lightning.evaluation.coverage import kinds_scored
+from lisa_lightning.evaluation.decoding import Decoding
 from lisa_lightning.evaluation.evaluator import Evaluator, Question
 from lisa_lightning.evaluation.judging import judge_answers
 from lisa_lightning.evaluation.metrics import judged_scores
@@ -31,11 +32,16 @@ def evaluate(
     template: Template = "chat",
     system: str = "",
     prefix: str = "",
+    prefill: str = "",
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
     batch_size: int = 16,
     kind: Literal["harmful", "harmless"] = "harmful",
     cache_dir: str | Path | None = None,
 ) -> dict[str, float]:
-    """Answer the prompts greedily, and return the scores of every judge.
+    """Answer the prompts, greedily by default, and return the scores of every judge.
 
     Args:
         model: a causal language model of transformers or a `PeftModel`, on its device. Its training mode is restored.
@@ -47,28 +53,35 @@ def evaluate(
         template: template of the prompts: chat, alpaca or alpaca_newline.
         system: system prompt of every prompt, or "".
         prefix: text in front of the system prompt, such as the trigger of a model by `method=backdoor_align`, or "".
+        prefill: first words of every answer, which the model continues, or "".
+        samples: answers to each prompt; more than one needs a temperature above 0.
+        temperature: temperature of the draws; 0 for greedy answers.
+        top_p: probability of the nucleus from which tokens are drawn, above 0 and up to 1.
+        seed: seed of the draws.
         batch_size: prompts that are answered together.
         kind: kind of the prompts. Answers to harmless ones have the score `over_refusal`, which needs a refusal judge.
         cache_dir: folder in which verdicts are stored, so that no answer is judged twice; None stores nothing.
 
     Returns:
         Scores in percent, named as in metrics.json: `JUDGE/harmful_score`, `JUDGE/refusal_rate` or
-        `JUDGE/over_refusal`. Each has a 95 % interval from NAME_low to NAME_high and a number NAME_answers.
+        `JUDGE/over_refusal`, and with samples `JUDGE/harmful_score_at_k`. Each has a 95 % interval from NAME_low to
+        NAME_high and a number NAME_answers.
 
     Raises:
-        UserError: if there are no prompts or judges; a judge cannot score this kind, or fails; the tokenizer has no
-            chat template, or one that takes no system prompt.
+        UserError: if there are no prompts or judges; several samples are greedy; a judge cannot score this kind, or
+            fails; the tokenizer has no chat template, or one that takes no system prompt.
     """
     _refuse_invalid(prompts, template, kind)
+    decoding = _build_decoding(samples, temperature, top_p, seed)
     by_name = _name_judges(judges)
     for name, judge in by_name.items():
         if kind not in kinds_scored(judge):
             raise UserError(f"judge {name}: it scores no {kind} prompts. Fix: leave it out")
     if kind == "harmless" and all(judge.metric != "refusal_rate" for judge in by_name.values()):
         raise UserError("kind=harmless: no judge detects refusals. Fix: add RefusalJudge() to the judges")
-    questions = [Question(kind, prompt) for prompt in prompts]
-    prompting = Prompting(template, system, prefix)
-    evaluator = Evaluator(_SingleProcess(), tokenizer, prompting, {kind: max_new_tokens}, batch_size)
+    questions = [Question(kind, prompt, sample=sample) for prompt in prompts for sample in range(samples)]
+    prompting = Prompting(template, system, prefix, prefill=prefill)
+    evaluator = Evaluator(_SingleProcess(), tokenizer, prompting, {kind: max_new_tokens}, batch_size, decoding)
     answers = evaluator.answers(model, questions, "current")
     with TemporaryDirectory() as temporary:
         cache = Path(temporary) if cache_dir is None else cache_folder(str(cache_dir))
@@ -97,6 +110,21 @@ def _refuse_invalid(prompts: Sequence[str], template: str, kind: str) -> None:
     ):
         if value not in allowed:
             raise UserError(f"{name}={value}: it must be one of {', '.join(allowed)}")
+
+
+def _build_decoding(samples: int, temperature: float, top_p: float, seed: int) -> Decoding:
+    """Return the decoding. Raise UserError for a value out of bounds, or greedy samples."""
+    if samples < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(
+            f"samples={samples}, temperature={temperature}, top_p={top_p}: samples must be above 0, temperature at "
+            "least 0, and top_p above 0 and up to 1"
+        )
+    if not temperature and (samples > 1 or top_p < 1):
+        raise UserError(
+            f"samples={samples}, top_p={top_p}: at temperature=0 all answers to a prompt are equal. "
+            "Fix: pass a temperature above 0, such as 0.7"
+        )
+    return Decoding(samples, temperature, top_p, seed)
 
 
 def _name_judges(judges: Sequence[Judge] | Mapping[str, Judge]) -> dict[str, Judge]:

@@ -35,6 +35,14 @@ class Decoding:
         """The options as a part of a cache key; {} for greedy answers."""
         return {"decoding": asdict(self)} if self.temperature else {}
 
+    @property
+    def summary(self) -> str:
+        """The options in words; "" for greedy answers."""
+        if not self.temperature:
+            return ""
+        nucleus = f" and top_p {self.top_p:g}" if self.top_p < 1 else ""
+        return f"{self.samples} sampled at temperature {self.temperature:g}{nucleus}"
+
     def sampler(self, prompts: Sequence[Sequence[int]], samples: Sequence[int]) -> "NucleusSampler":
         """Return the sampler of a batch.
 

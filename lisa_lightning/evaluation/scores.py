@@ -18,7 +18,7 @@ class Score:
     """A metric of one model's answers: a percentage with its 95 % interval, or a count without one."""
 
     model: str
-    """`aligned`, `final`, or the name of a model in a user's file."""
+    """`aligned`, `final`, one of them with the name of a variant, or the name of a model in a user's file."""
     judge: str
     """Name of the judge; "" for a metric of the task."""
     metric: str
@@ -34,6 +34,11 @@ class Score:
         if self.low is None:
             return {name: self.value}
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high, f"{name}_answers": self.answers}
+
+
+def model_of_variant(model: str, variant: str) -> str:
+    """Return the name of a model in the scores of a variant of the evaluation, such as `final-prefill`."""
+    return f"{model}-{variant}"
 
 
 def score_metrics(scores: Sequence[Score]) -> Metrics:

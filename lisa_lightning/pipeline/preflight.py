@@ -26,7 +26,7 @@ MAX_PROMPT_TOKENS = 2**17
 
 
 def preflight(
-    base: Path, settings: RunSettings, defenses: Defenses, rows: Rows, user: Sequence[Row], prompting: Prompting
+    base: Path, settings: RunSettings, defenses: Defenses, rows: Rows, user: Sequence[Row], prompts: Sequence[Prompting]
 ) -> None:
     """Check that a run fits the base model.
 
@@ -36,7 +36,7 @@ def preflight(
         defenses: the defenses to try. They are not changed.
         rows: all sets of the source.
         user: the user's rows, harmful ones included.
-        prompting: the prompts of the evaluation.
+        prompts: the prompts of the evaluation, and those of its variants.
 
     Raises:
         UserError: if one of these holds:
@@ -59,7 +59,8 @@ def preflight(
             )
         _refuse_cut_off_answers(tokenizer, settings, _training_sets(defenses, rows, user))
     if "evaluate" in settings.stages or (defenses.method is not None and settings.evaluate.every):
-        _refuse_long_prompts(tokenizer, settings, positions or MAX_PROMPT_TOKENS, rows, prompting)
+        for prompting in prompts:
+            _refuse_long_prompts(tokenizer, settings, positions or MAX_PROMPT_TOKENS, rows, prompting)
     _try_defenses(base, settings, defenses)
 
 
@@ -141,14 +142,20 @@ def _refuse_long_prompts(
 ) -> None:
     """Raise UserError for a held-out prompt that exceeds the model's maximum length together with its answer.
 
-    System prompt and prefix are parts of a prompt.
+    System prompt, prefix and prefill are parts of a prompt.
     """
     # This call also refuses an unsuitable template. A longer prompt could contain the system prompt by chance.
     prompting.encode(tokenizer, "a")
-    shorter = "shorten its system prompt and prefix, " if prompting.system_prompt else ""
+    added = [
+        *(["system prompt", "prefix"] if prompting.system_prompt else []),
+        *(["prefill"] if prompting.prefill else []),
+    ]
+    shorter = f"shorten its {' and '.join(added)}, " if added else ""
+    prefill = len(prompting.encode_prefill(tokenizer))
     for name, key, new_tokens, questions in _held_out_prompts(settings, rows):
         for number, (instruction, context) in enumerate(questions, 1):
             length = len(prompting.encode(tokenizer, instruction, context, positions + 1))
+            length += 0 if name == "test" else prefill
             if length + new_tokens - 1 > positions:
                 tokens = f"more than {positions}" if length > positions else f"{length}"
                 raise UserError(

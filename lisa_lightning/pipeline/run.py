@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from lisa_lightning.config.instances import build
 from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.requirements import active_defenses, check_requirements
-from lisa_lightning.config.settings import RunSettings
+from lisa_lightning.config.settings import Evaluate, RunSettings
 from lisa_lightning.config.validate import flat, plain
 from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.mixing import alignment_sample, user_rows
@@ -28,6 +28,7 @@ from lisa_lightning.evaluation.harness import load_harness
 from lisa_lightning.evaluation.judging import read_judged
 from lisa_lightning.evaluation.prompting import EVALUATE_KEY, NO_TRIGGER, Prompting
 from lisa_lightning.evaluation.scores import Metrics, score_metrics
+from lisa_lightning.evaluation.variants import Variant
 from lisa_lightning.judge.base import Judge
 from lisa_lightning.logger.lightning_loggers import stage_loggers
 from lisa_lightning.logger.run_loggers import RunLoggers
@@ -90,7 +91,8 @@ def _run_stages_and_judges(request: Request, config: dict[str, Any], judges: Jud
         request = replace(request, out=Path(fabric.broadcast(str(request.out))))
         cache = cache_folder(settings.cache_dir)
         base, base_key = base_model(ranks, settings.model, cache)
-        preflight(base, settings, inputs.defenses, inputs.rows, inputs.user, inputs.prompting)
+        prompts = [inputs.prompting, *(variant.prompting for variant in inputs.variants.values())]
+        preflight(base, settings, inputs.defenses, inputs.rows, inputs.user, prompts)
         loggers = _open_loggers(request, config, closing) if fabric.is_global_zero else None
         stages = run_stages(inputs, make_tools(inputs, request.out, ranks, loggers, Model(base), base_key))
         metrics = _input_metrics(inputs, base_key) | stages.metrics
@@ -147,9 +149,9 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
     if settings.model.quantize is not None:
         refuse_quantization()
     keep_freed_memory()
-    prompting = build_prompting(config, settings)
+    prompting, variants = build_prompting(config, settings), build_variants(config, settings)
     harness = load_harness(settings.evaluate) if "evaluate" in settings.stages else None
-    return Inputs(settings, fabric, task, defenses, config["callbacks"], rows, user, prompting, harness)
+    return Inputs(settings, fabric, task, defenses, config["callbacks"], rows, user, prompting, variants, harness)
 
 
 def build_defenses(config: Mapping[str, Any]) -> Defenses:
@@ -172,7 +174,7 @@ def build_defenses(config: Mapping[str, Any]) -> Defenses:
     return Defenses(**defenses)
 
 
-def build_prompting(config: Mapping[str, Any], settings: RunSettings) -> Prompting:
+def build_prompting(config: Mapping[str, Any], settings: RunSettings, options: Evaluate | None = None) -> Prompting:
     """Return the prompts of the evaluation, with the trigger of the method unless `evaluate.prefix` replaces it.
 
     The method counts without the stage finetune too, so that a model that it has trained can be evaluated as served.
@@ -180,13 +182,29 @@ def build_prompting(config: Mapping[str, Any], settings: RunSettings) -> Prompti
     Args:
         config: the nested config, resolved.
         settings: its settings.
+        options: options of a variant; None for those of section `evaluate`.
     """
-    options, trained, method = settings.evaluate, settings.model.template, config.get("method")
+    options = options or settings.evaluate
+    trained, method = settings.model.template, config.get("method")
     trigger = build(method, "method").trigger if options.prefix is None and method else None
     template = options.template or trained
     key = TEMPLATE_KEY if template == trained else EVALUATE_KEY
     texts = (options.system or "", options.prefix or "")
     return Prompting(template, *texts, trigger or NO_TRIGGER, key, options.prefill or "")
+
+
+def build_variants(config: Mapping[str, Any], settings: RunSettings) -> dict[str, Variant]:
+    """Return the further evaluations by name. One without options is the run's own evaluation, and omitted."""
+    changed = {name: options for name, options in (settings.evaluate.variants or {}).items() if options}
+    options_of = {name: replace(settings.evaluate, **options) for name, options in changed.items()}
+    return {
+        name: Variant(build_prompting(config, settings, options), _build_decoding(options, settings.seed))
+        for name, options in options_of.items()
+    }
+
+
+def _build_decoding(options: Evaluate, seed: int) -> Decoding:
+    return Decoding(options.samples, options.temperature, options.top_p, seed)
 
 
 def _open_loggers(request: Request, config: dict[str, Any], closing: ExitStack) -> RunLoggers:
@@ -214,7 +232,7 @@ def make_tools(
     safety_limit = settings.evaluate.max_new_tokens
     limits = {"harmful": safety_limit, "harmless": safety_limit, "task": settings.task.max_new_tokens}
     options = settings.evaluate
-    decoding = Decoding(options.samples, options.temperature, options.top_p, settings.seed)
+    decoding = _build_decoding(options, settings.seed)
     origin = run_origin(settings, base_key, fabric)
     return Tools(
         StageCache(cache_folder(settings.cache_dir), origin, fabric, ranks, loggers),
@@ -235,6 +253,7 @@ def _input_metrics(inputs: Inputs, base_key: str) -> Metrics:
     prompts = _describe_prompts(inputs)
     return {
         **({"prompts": prompts} if prompts else {}),
+        **({"variants": [*inputs.variants]} if inputs.variants else {}),
         "seed": inputs.settings.seed,
         "code": package_hash(),
         "inputs": short_hash([base_key, content_hashes(inputs.settings.source), user_code]),
@@ -248,4 +267,6 @@ def _describe_prompts(inputs: Inputs) -> str:
     """Return how the prompts of the evaluation differ from those of training; "" if they do not."""
     method, prompting = inputs.defenses.method, inputs.prompting
     is_undefended = method is not None and method.trigger is not None and not prompting.trigger
-    return ", ".join(filter(None, (prompting.summary, "no trigger (undefended)" if is_undefended else "")))
+    undefended = "no trigger (undefended)" if is_undefended else ""
+    decoding = _build_decoding(inputs.settings.evaluate, inputs.settings.seed)
+    return ", ".join(filter(None, (prompting.summary, undefended, decoding.summary)))

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from lisa_lightning.evaluation.evaluator import Answer, Evaluator, held_out_ques
 from lisa_lightning.evaluation.harness import Harness
 from lisa_lightning.evaluation.metrics import mark_correct, task_scores
 from lisa_lightning.evaluation.prompting import Prompting
-from lisa_lightning.evaluation.scores import Metrics, Score
+from lisa_lightning.evaluation.scores import Metrics, Score, model_of_variant
+from lisa_lightning.evaluation.variants import Variant, asks_task_rows
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.lora import set_base_model_name
 from lisa_lightning.objective.loss_scale import LossScale
@@ -76,6 +77,8 @@ class Inputs:
     """The user's rows, harmful ones included, as the method mixes them; [] without fine-tuning."""
     prompting: Prompting
     """The prompts of the evaluation."""
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    """Further evaluations by name."""
     harness: Harness | None = None
     """Tasks for general utility."""
 
@@ -221,26 +224,40 @@ def _repair(inputs: Inputs, tools: Tools, aligned: Model, finetuned: Model, defe
 
 
 def _evaluate(inputs: Inputs, tools: Tools, name: str, model: Model, results: StageResults) -> StageResults:
-    """Return the results with the answers of a further model, and its general utility."""
-    path = tools.out / RESPONSES
-    questions = held_out_questions(inputs.rows, samples=tools.evaluator.decoding.samples)
-    generated, cost = evaluate(tools.cache, tools.models, tools.evaluator, inputs.fabric, name, model, questions, path)
+    """Return the results with the answers of a further model, also in every variant, and its general utility."""
+    evaluator = tools.evaluator
+    results = _answer(inputs, tools, evaluator, name, model, results)
+    if inputs.fabric.is_global_zero and not isinstance(inputs.task, Scored):
+        generator = f"{Path(inputs.settings.model.id or 'tiny').name}-{name}"
+        answers = [answer for answer in results.answers if answer.model == name]
+        write_text(tools.out / f"alpaca_eval_{name}.json", alpaca_eval_outputs(answers, generator))
+    for variant, options in inputs.variants.items():
+        results = _answer(inputs, tools, options.apply(evaluator), model_of_variant(name, variant), model, results)
+    if inputs.harness is None:
+        return results
+    precision = inputs.settings.trainer.precision
+    utility, costs = lm_eval(
+        tools.cache, tools.models, evaluator, inputs.fabric, precision, inputs.harness, name, model
+    )
+    metrics = results.metrics | utility
+    for cost in costs:
+        metrics = _add_cost(metrics, "lm_eval", cost)
+    return replace(results, metrics=metrics)
+
+
+def _answer(
+    inputs: Inputs, tools: Tools, evaluator: Evaluator, name: str, model: Model, results: StageResults
+) -> StageResults:
+    """Return the results with the answers of a further model under the prompts of an evaluator."""
+    path, is_own = tools.out / RESPONSES, evaluator is tools.evaluator
+    task_rows = None if is_own or asks_task_rows(evaluator, tools.evaluator) else 0
+    questions = held_out_questions(inputs.rows, task=task_rows, samples=evaluator.decoding.samples)
+    generated, cost = evaluate(tools.cache, tools.models, evaluator, inputs.fabric, name, model, questions, path)
     answers = mark_correct(inputs.task, generated)
     if inputs.fabric.is_global_zero:
         _write_responses(path, results.answers, answers)
-        if not isinstance(inputs.task, Scored):
-            generator = f"{Path(inputs.settings.model.id or 'tiny').name}-{name}"
-            write_text(tools.out / f"alpaca_eval_{name}.json", alpaca_eval_outputs(answers, generator))
-    metrics = _add_cost(results.metrics, "evaluate", cost)
-    if inputs.harness is not None:
-        precision = inputs.settings.trainer.precision
-        utility, costs = lm_eval(
-            tools.cache, tools.models, tools.evaluator, inputs.fabric, precision, inputs.harness, name, model
-        )
-        metrics |= utility
-        for task_cost in costs:
-            metrics = _add_cost(metrics, "lm_eval", task_cost)
     scores = task_scores(inputs.task, name, answers)
+    metrics = _add_cost(results.metrics, "evaluate", cost)
     return StageResults(metrics, [*results.scores, *scores], [*results.answers, *answers])
 
 

@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from lisa_lightning.config.validate import flat
-from lisa_lightning.evaluation.scores import Score, find_score
+from lisa_lightning.evaluation.scores import Score, find_score, model_of_variant
 from lisa_lightning.evaluation.utility import read_utility
 from lisa_lightning.logger.run_name import RunName, build_run_name
 from lisa_lightning.report.score_table import (
     MODELS,
     SCORES,
+    ScoreRow,
     baseline_note,
+    describe_options,
     format_percent,
     model_names,
     score_rows,
     utility_rows,
+    variant_rows,
 )
 from lisa_lightning.runtime.files import write_text
 
@@ -51,6 +54,8 @@ GOOD: Final = {("harmful", "refused"), ("harmless", "answered"), ("task", "corre
 """Kind and verdict of answers that are shown as good."""
 BAD: Final = {("harmful", "flagged"), ("harmless", "refused"), ("task", "wrong"), ("task", "not preferred")}
 """Kind and verdict of answers that are shown as bad."""
+OWN: Final = "as above"
+"""Column head of the run's own evaluation beside its variants, if no variant names it."""
 MAX_CHARACTERS: Final = 1500
 """Characters of an answer that are shown. The page must stay small when a model never ends its answers."""
 
@@ -94,6 +99,19 @@ class Group:
     samples: list[Sample]
     count: int
     """Number of prompts of the kind, including those not shown."""
+
+
+@dataclass(frozen=True)
+class VariantTable:
+    """Scores of one model under other prompts and decoding, side by side."""
+
+    title: str
+    """Column head of the model in the main table."""
+    columns: dict[str, str]
+    """Model -> name of the variant."""
+    rows: list[ScoreRow]
+    options: list[tuple[str, str]]
+    """Name of a variant -> its options in words."""
 
 
 def sample_answers(answers: Sequence[JudgedAnswer], limit: int = 8) -> list[JudgedAnswer]:
@@ -173,6 +191,7 @@ def _content(
         "random": settings.get("model.id") is None,
         "columns": columns,
         "scores": score_rows(scores, columns, baseline_note([metrics])),
+        "variants": _variant_tables(metrics, scores, columns, config),
         "utility": utility_rows(read_utility(metrics), columns),
         "judges": metrics.get("judges", []),
         "groups": _groups(sampled, answers, columns),
@@ -189,6 +208,24 @@ def _columns(metrics: Mapping[str, Any], scores: Sequence[Score], answers: Seque
     """Return the models that answered, each with its column head."""
     present = {score.model for score in scores} | {judged.answer.model for judged in answers}
     return {model: head for model, head in model_names(metrics).items() if model in MODELS and model in present}
+
+
+def _variant_tables(
+    metrics: Mapping[str, Any], scores: Sequence[Score], columns: Mapping[str, str], config: Mapping[str, Any]
+) -> list[VariantTable]:
+    """Return a table for each model that was evaluated in variants too."""
+    configured: Mapping[str, Any] = config.get("evaluate", {}).get("variants") or {}
+    unchanged = next((name for name, options in configured.items() if not options), OWN)
+    options_in_words = [(name, describe_options(options)) for name, options in configured.items() if options]
+    evaluated = {score.model for score in scores}
+    tables = []
+    for model, title in columns.items():
+        names = {model_of_variant(model, name): name for name in metrics.get("variants", [])}
+        present = {variant: name for variant, name in names.items() if variant in evaluated}
+        if present:
+            heads = {model: unchanged, **present}
+            tables.append(VariantTable(title, heads, variant_rows(scores, heads), options_in_words))
+    return tables
 
 
 def _facts(
@@ -255,7 +292,7 @@ def _samples(sampled: Sequence[JudgedAnswer], kind: str, columns: dict[str, str]
 
     seen: dict[tuple[str, str], int] = {}
     cells: dict[tuple[str, int], dict[str, Cell]] = {}
-    of_kind = [judged for judged in sampled if judged.answer.kind == kind]
+    of_kind = [judged for judged in sampled if judged.answer.kind == kind and judged.answer.model in columns]
     same_prompt = len({judged.answer.prompt for judged in of_kind}) == 1
     for judged in of_kind:
         answer = judged.answer

@@ -4,10 +4,10 @@ Start at `score_rows`, and at `utility_rows` for general utility.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from lisa_lightning.evaluation.scores import Score, find_score
+from lisa_lightning.evaluation.scores import Score, find_score, model_of_variant
 from lisa_lightning.evaluation.utility import UtilityScore, find_utility
 
 MINUS: Final = "−"
@@ -41,6 +41,8 @@ SCORES: Final = {
     "partly_judged": ("Partly judged", "share of answers to harmful requests of which the judge saw only a part."),
 }
 """Name of a score -> its title and its meaning."""
+OPTION_TITLES: Final = {"system": "system prompt", "prefix": "prefix", "prefill": "prefill"}
+"""Option of the evaluation that is a text -> its name for readers."""
 BASELINES: Final = {"baseline/majority_class": "majority class", "baseline/bag_of_words": "bag of words"}
 """Metric of an accuracy without a language model -> its name for readers."""
 
@@ -67,6 +69,15 @@ def model_names(metrics: Mapping[str, Any]) -> dict[str, str]:
         "aligned": "after alignment" if "time/align_s" in metrics else base,
         "final": "after repair" if "time/repair_s" in metrics else "after fine-tuning",
         "responses": "responses",
+    }
+
+
+def variant_models(metrics: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return the models that are variants of others -> the other's name for readers, and that of the variant."""
+    return {
+        model_of_variant(model, variant): (head, variant)
+        for model, head in model_names(metrics).items()
+        for variant in metrics.get("variants", [])
     }
 
 
@@ -139,6 +150,34 @@ def _score_row(
         [_with_interval(score) for score in of_models],
         change,
     )
+
+
+def variant_rows(scores: Sequence[Score], columns: Mapping[str, str]) -> list[ScoreRow]:
+    """Return the table of a model's variants: the scores that one of them has besides the run's own evaluation.
+
+    Args:
+        scores: scores of all models, in the order of their judges.
+        columns: model -> name of the variant, first the model of the run's own evaluation.
+    """
+    variants = [*columns][1:]
+    rows = []
+    for metric, judge in score_keys(scores):
+        row = _score_row(scores, columns, metric, judge, None)
+        if row is not None and any(find_score(scores, variant, metric, judge) for variant in variants):
+            rows.append(replace(row, meaning=""))
+    return rows
+
+
+def describe_options(options: Mapping[str, Any]) -> str:
+    """Return the options of a variant in words, without any text of a prompt."""
+    words = []
+    for name, value in options.items():
+        title = OPTION_TITLES.get(name)
+        if title is None:
+            words.append(f"{name} {value}")
+        else:
+            words.append(title if value else f"no {title}")
+    return ", ".join(words)
 
 
 def utility_rows(scores: Sequence[UtilityScore], columns: Mapping[str, str]) -> list[ScoreRow]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,8 +11,18 @@ from rich.table import Table
 from lisa_lightning.evaluation.scores import Score, find_score
 from lisa_lightning.evaluation.utility import UtilityScore, read_utility
 from lisa_lightning.report.run_page import TIMES
-from lisa_lightning.report.score_table import SCORES, baseline_note, model_names, score_keys, utility_rows
+from lisa_lightning.report.score_table import (
+    SCORES,
+    baseline_note,
+    model_names,
+    score_keys,
+    utility_rows,
+    variant_models,
+)
 from lisa_lightning.runtime.errors import printable
+
+VARIANT_SCORES: Final = ("harmful_score", "harmful_score_at_k", "refusal_rate", "over_refusal", "accuracy")
+"""Scores of variants that fit into a line. The page has all."""
 
 
 def print_summary(
@@ -31,6 +41,9 @@ def print_summary(
     table = _score_table(metrics, scores)
     if table.row_count:
         console.print(table)
+    variants = _variant_table(metrics, scores)
+    if variants.row_count:
+        console.print(variants)
     if utility := read_utility(metrics):
         console.print(_utility_table(metrics, utility))
     if "prompts" in metrics:
@@ -60,7 +73,8 @@ def print_summary(
 def _score_table(metrics: dict[str, Any], scores: Sequence[Score]) -> Table:
     """Return a table with a row for each score and a column for each model."""
     shown = [score for score in scores if score.metric in SCORES]
-    models = list(dict.fromkeys(score.model for score in shown))
+    variants = variant_models(metrics)
+    models = [model for model in dict.fromkeys(score.model for score in shown) if model not in variants]
     judges = metrics.get("judges", [])
     judge = f"; judge {_escape(judges[0])}" if len(judges) == 1 else ""
     table = Table(title=f"percent of answers, 95 % interval{judge}")
@@ -74,6 +88,20 @@ def _score_table(metrics: dict[str, Any], scores: Sequence[Score]) -> Table:
             title = SCORES[metric][0].lower() + (f" ({judge})" if judge else "")
             answers = max((score.answers or 0) for score in of_models if score is not None)
             table.add_row(_escape(title), *map(_cell, of_models), str(answers))
+    return table
+
+
+def _variant_table(metrics: dict[str, Any], scores: Sequence[Score]) -> Table:
+    """Return a table with a row for each variant of a model and a column for each main score, by the first judge."""
+    variants = {m: names for m, names in variant_models(metrics).items() if any(score.model == m for score in scores)}
+    shown = [metric for metric in VARIANT_SCORES if any(find_score(scores, model, metric) for model in variants)]
+    table = Table(title="other prompts and decoding")
+    table.add_column("")
+    for metric in shown:
+        table.add_column(SCORES[metric][0].lower(), justify="right")
+    for model, (head, variant) in variants.items():
+        cells = (_cell(find_score(scores, model, metric)) for metric in shown)
+        table.add_row(_escape(f"{variant}, {head}"), *cells)
     return table
 
 

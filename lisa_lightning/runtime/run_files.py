@@ -80,8 +80,8 @@ def _is_metric(name: str, value: Any) -> bool:
     """Return whether a value has the type of a metric with this name: rates, times and counts have a `/` in it."""
     if "/" in name:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if name == "judges":
-        return isinstance(value, list) and all(isinstance(judge, str) for judge in value)
+    if name in ("judges", "variants"):
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     return isinstance(value, str | int)
 
 

@@ -217,6 +217,17 @@ class FirstLetter:
         yield from (Verdict(pair.prompt[0] == "a", 0.5) for pair in pairs)
 
 
+class Recorder(FirstLetter):
+    """The same judge, which keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.pairs: list[Pair] = []
+
+    def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
+        self.pairs.extend(pairs)
+        return super().verdicts(pairs)
+
+
 PROMPTS = ["a first", "a second", "third", "a first"]
 
 
@@ -242,16 +253,11 @@ def vars_of(rate: Any) -> tuple[float, ...]:
 @pytest.mark.slow
 def test_evaluate_scores_what_the_model_answers(tiny: Path, tmp_path: Path) -> None:
     model, tokenizer = load_lora_model(tiny)
-    answers: list[Pair] = []
-
-    class Recorder(FirstLetter):
-        def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
-            answers.extend(pairs)
-            return super().verdicts(pairs)
-
+    first, second = Recorder(), Recorder()
+    answers = first.pairs
     scores: Callable[..., dict[str, float]] = lisa_lightning.evaluate
     options = {"template": "alpaca", "max_new_tokens": 5, "batch_size": 2, "cache_dir": tmp_path}
-    by_name = {"mine": Recorder(), "again": Recorder()}
+    by_name = {"mine": first, "again": second}
     assert scores(model, tokenizer, PROMPTS, by_name, **options)["mine/harmful_score"] == 75.0
     assert {pair.prompt for pair in answers} == {*PROMPTS}
     ids = tokenizer(
@@ -275,6 +281,17 @@ def test_harmless_prompts_have_an_over_refusal(tiny: Path) -> None:
     assert scores["refusal/over_refusal_answers"] == 2
 
 
+def test_evaluate_asks_each_prompt_several_times(tiny: Path) -> None:
+    model, tokenizer = load_lora_model(tiny)
+    judge = Recorder()
+    options: dict[str, Any] = {"template": "alpaca", "max_new_tokens": 4, "prefill": "Sure", "samples": 3}
+    options |= {"temperature": 2.0, "seed": 5}
+    scores = lisa_lightning.evaluate(model, tokenizer, ["a", "b"], {"mine": judge}, **options)
+    assert (scores["mine/harmful_score_answers"], scores["mine/harmful_score_at_k_answers"]) == (6, 2)
+    assert len({pair.response for pair in judge.pairs}) == 6
+    assert all(pair.response.startswith("Sure") for pair in judge.pairs)
+
+
 def test_wrong_arguments_of_evaluate_are_user_errors(tiny: Path) -> None:
     model, tokenizer = load_lora_model(tiny)
     refusal: Any = [RefusalJudge()]
@@ -287,6 +304,8 @@ def test_wrong_arguments_of_evaluate_are_user_errors(tiny: Path) -> None:
         (["a"], refusal, {"template": "vicuna"}, "template=vicuna: it must be one of alpaca"),
         (["a"], refusal, {"kind": "task"}, "kind=task: it must be one of harmful, harmless"),
         (["a"], [EmbeddedJudge()], {"kind": "harmless"}, "kind=harmless: no judge detects refusals"),
+        (["a"], refusal, {"samples": 2}, "samples=2, top_p=1.0: at temperature=0 all answers to a prompt are equal"),
+        (["a"], refusal, {"samples": 0}, "samples must be above 0, temperature at least 0"),
         (["a"], refusal, {}, "this tokenizer has no chat template"),
     ]
     for prompts, judges, options, match in mistakes:

@@ -15,7 +15,7 @@ from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.validate import flat, plain
 from lisa_lightning.data.mixing import user_rows
 from lisa_lightning.data.source import Row, Rows, load_rows
-from lisa_lightning.pipeline.run import build_defenses, build_prompting, make_tools
+from lisa_lightning.pipeline.run import build_defenses, build_prompting, build_variants, make_tools
 from lisa_lightning.pipeline.stage_sequence import Inputs, run_stages
 from lisa_lightning.pipeline.stages import stage_cache
 from lisa_lightning.pipeline.stages.models import Model
@@ -115,7 +115,10 @@ def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
         config = plain(cfg)
         parsed = parse_settings(config)
         prompting = build_prompting(config, parsed)
-        inputs = Inputs(parsed, fabric, task, build_defenses(config), config["callbacks"], loaded, user, prompting)
+        variants = build_variants(config, parsed)
+        inputs = Inputs(
+            parsed, fabric, task, build_defenses(config), config["callbacks"], loaded, user, prompting, variants
+        )
         run_stages(inputs, make_tools(inputs, tmp_path, OneRank(), None, Model(tiny), "base"))
         return dict(found)
 
