@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from lisa_lightning.evaluation.agreement import Agreement, read_agreements
 from lisa_lightning.evaluation.scores import Score, find_score, model_of_variant
 from lisa_lightning.evaluation.utility import UtilityScore, find_utility
 
@@ -178,6 +179,32 @@ def describe_options(options: Mapping[str, Any]) -> str:
         else:
             words.append(title if value else f"no {title}")
     return ", ".join(words)
+
+
+def agreement_rows(metrics: Mapping[str, Any]) -> list[ScoreRow]:
+    """Return the table of the judges' agreement, one row for each two judges: equal verdicts, and kappa.
+
+    Args:
+        metrics: content of metrics.json.
+    """
+    return [
+        ScoreRow(
+            f"{agreement.first} and {agreement.second}",
+            f"{agreement.answers}\N{NO-BREAK SPACE}answers",
+            [(format_percent(agreement.equal), ""), _kappa_with_interval(agreement)],
+            "",
+        )
+        for agreement in read_agreements(metrics)
+    ]
+
+
+def _kappa_with_interval(agreement: Agreement) -> tuple[str, str]:
+    """Return kappa and its 95 % interval as text."""
+    if agreement.kappa is None or agreement.low is None or agreement.high is None:
+        return "–", "a judge’s verdicts are all the same"
+    values = (f"{value:.2f}".replace("-", MINUS) for value in (agreement.kappa, agreement.low, agreement.high))
+    kappa, low, high = values
+    return kappa, f"{low} to {high}"
 
 
 def utility_rows(scores: Sequence[UtilityScore], columns: Mapping[str, str]) -> list[ScoreRow]:

@@ -13,6 +13,7 @@ from lisa_lightning.evaluation.utility import UtilityScore, read_utility
 from lisa_lightning.report.run_page import TIMES
 from lisa_lightning.report.score_table import (
     SCORES,
+    agreement_rows,
     baseline_note,
     model_names,
     score_keys,
@@ -44,6 +45,9 @@ def print_summary(
     variants = _variant_table(metrics, scores)
     if variants.row_count:
         console.print(variants)
+    for row in agreement_rows(metrics):
+        (equal, _), kappa = row.values
+        console.print(f"judges  {row.title}: {equal} equal verdicts, kappa {kappa[0]} ({kappa[1]})", markup=False)
     if utility := read_utility(metrics):
         console.print(_utility_table(metrics, utility))
     if "prompts" in metrics:

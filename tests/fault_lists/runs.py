@@ -214,6 +214,15 @@ FAULTS = [
         ("(is_safety, limit, question.sample, *ids)", "(is_safety, limit, *ids)"),
     ),
     *faults(
+        "evaluation/agreement.py",
+        "evaluation/test_agreement.py",
+        ("+ (none + first) * (none + second)", ""),
+        ("(a & b, a & ~b, ~a & b, ~a & ~b)", "(a & b, ~a & b, a & ~b, a | b)"),
+        ("rng.integers(len(table), size=len(table))", "rng.integers(len(table), size=9 * len(table))"),
+        ('== ("harmful_score", "harmful")', '== (line.metric, "harmful")'),
+        ("index, weights=cell)", "np.arange(len(a)), weights=cell)"),
+    ),
+    *faults(
         "evaluation/variants.py",
         "evaluation/test_variants.py",
         ('replace(variant.prompting, prefill="") != replace(evaluator.prompting, prefill="")', "True"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
+from lisa_lightning.evaluation.agreement import judge_agreements
 from lisa_lightning.evaluation.evaluator import Answer
 from lisa_lightning.evaluation.judging import Judged, judge_answers
 from lisa_lightning.evaluation.metrics import judged_scores
@@ -23,7 +24,7 @@ class Judgment:
     scores: list[Score]
     """Scores in the order of the judges."""
     metrics: Metrics
-    """Judges, their versions, and the duration."""
+    """Judges, their versions, their agreement, and the duration."""
 
 
 def judge(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cache: Path) -> Judgment:
@@ -50,5 +51,7 @@ def judge(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cac
             write_text(out / name, text)
     names = list(dict.fromkeys([*judges, *(j.judge for j in judged)]))
     versions = short_hash(sorted({(j.judge, j.version) for j in judged}))
-    metrics = {"judges": names, "judge_versions": versions, "time/judge_s": perf_counter() - started}
+    metrics: Metrics = {"judges": names, "judge_versions": versions, "time/judge_s": perf_counter() - started}
+    for agreement in judge_agreements(judged):
+        metrics |= agreement.entries
     return Judgment(judged, judged_scores(judged), metrics)
