@@ -20,7 +20,7 @@ TINY = [
     *("source.test.take=2", "source.harmful_prompts.take=2", "source.harmless_prompts.take=1"),
 ]
 PNG = b"\x89PNG"
-SCORE = re.compile(r"(.{23}) (harmful_score|accuracy) +(\d+\.\d) % \((\d+\.\d) to (\d+\.\d)\)")
+SCORE = re.compile(r"(.{23}) (harmful_score|refusal_rate|accuracy) +(\d+\.\d) % \((\d+\.\d) to (\d+\.\d)\)")
 
 
 def read() -> NotebookNode:
