@@ -55,6 +55,7 @@ def _check_public_url(url: str) -> str:
 Positive = Annotated[float, BeforeValidator(_fits_tensor), Field(gt=0, le=MAX_NUMBER)]
 NonNegative = Annotated[float, BeforeValidator(_fits_tensor), Field(ge=0, le=MAX_NUMBER)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 OpenShare = Annotated[float, Field(gt=0, lt=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]

@@ -1,5 +1,6 @@
 """Mix the user's data set of n rows, of which a share p is harmful: `user_rows`."""
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -67,6 +68,27 @@ def alignment_sample(rows: Rows, order: str, seed: int, count: int) -> list[Row]
             "Fix: a smaller method.safe_ratio or data.n"
         )
     return _sample(rows.alignment, count, order, [seed, ALIGNMENT_DRAW])
+
+
+def other_harmful_rows(rows: Rows, user: Sequence[Row], count: int) -> list[Row]:
+    """Return the first harmful rows of the source that are not among the user's.
+
+    Args:
+        rows: all rows of the source.
+        user: the user's rows.
+        count: number of rows.
+
+    Raises:
+        UserError: if there are too few.
+    """
+    trained = {(row.instruction, row.context) for row in user}
+    others = [row for row in rows.harmful if (row.instruction, row.context) not in trained]
+    if count > len(others):
+        raise UserError(
+            f"evaluate.kl_rows={count}: the source has {len(others)} harmful rows that are not the user's. "
+            f"Fix: evaluate.kl_rows={len(others)} or less, or a smaller harmful_ratio or data.n"
+        )
+    return others[:count]
 
 
 def _sample(rows: list[Row], count: int, order: str, seed: list[int]) -> list[Row]:

@@ -7,7 +7,7 @@ from typing import Final
 from lisa_lightning.evaluation.evaluator import Answer
 from lisa_lightning.evaluation.judging import Judged
 from lisa_lightning.evaluation.rates import estimate_rate
-from lisa_lightning.evaluation.scores import Score
+from lisa_lightning.evaluation.scores import Metrics, Score
 from lisa_lightning.judge.base import Pair
 from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.judge.refusal import RefusalJudge
@@ -138,6 +138,20 @@ def curve_scores(judge: EmbeddedJudge, refusal: RefusalJudge, task: Task, answer
         if hits
     ]
     return scores + [score for score in task_scores(task, "training", answers) if score.metric == "accuracy"]
+
+
+def steps_until_harmful(curves: Sequence[dict[str, str]], threshold: float) -> Metrics:
+    """Return the first step of fine-tuning at which the harmful score exceeds a threshold, {} if it never does.
+
+    Args:
+        curves: rows of curves.csv of the stage finetune, as text. Few prompts are asked at each point.
+        threshold: harmful score in percent.
+    """
+    for row in curves:
+        score = row.get("eval/harmful_score", "")
+        if score != "" and float(score) > threshold:
+            return {"eval/steps_until_harmful": int(row["step"])}
+    return {}
 
 
 def verdict_word(task: Task, answer: Answer, verdicts: Sequence[Judged]) -> str:

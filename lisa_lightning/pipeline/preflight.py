@@ -1,6 +1,6 @@
 """Dry run on a model without weights, so that misfits are refused before long computations. Start at `preflight`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,22 @@ from lisa_lightning.model.base_model import reraise_load_errors
 from lisa_lightning.model.factors import modules, trainable
 from lisa_lightning.model.lora import attach, load_tokenizer
 from lisa_lightning.objective.backprop import Backprop
-from lisa_lightning.pipeline.stage_sequence import Defenses
+from lisa_lightning.pipeline.stage_sequence import Defenses, Inputs
 from lisa_lightning.runtime.errors import UserError
 
 MAX_PROMPT_TOKENS = 2**17
 """Maximum number of tokens of a prompt if the model's config has no limit."""
 
+HeldOut = tuple[str, str, int, list[tuple[str, str]]]
+"""Name of a set, key and value of its answers' length, and pairs of prompt and context."""
 
-def preflight(
-    base: Path, settings: RunSettings, defenses: Defenses, rows: Rows, user: Sequence[Row], prompts: Sequence[Prompting]
-) -> None:
+
+def preflight(base: Path, inputs: Inputs) -> None:
     """Check that a run fits the base model.
 
     Args:
         base: the folder of the base model.
-        settings: the settings of the run.
-        defenses: the defenses to try. They are not changed.
-        rows: all sets of the source.
-        user: the user's rows, harmful ones included.
-        prompts: the prompts of the evaluation, and those of its variants.
+        inputs: inputs of the stages. Their defenses are tried, and not changed.
 
     Raises:
         UserError: if one of these holds:
@@ -47,6 +44,7 @@ def preflight(
             - Rows or prompts are longer than its maximum length.
             - `data.max_length` cuts off all answers of a set.
     """
+    settings, defenses = inputs.settings, inputs.defenses
     model = _meta_model(base, settings)
     tokenizer = load_tokenizer(base)
     positions = max_positions(model.config)
@@ -57,10 +55,11 @@ def preflight(
                 f"data.max_length={settings.data.max_length} is more than the {positions} positions of the model in "
                 f"{base}. Fix: data.max_length={positions} or less"
             )
-        _refuse_cut_off_answers(tokenizer, settings, _training_sets(defenses, rows, user))
+        _refuse_cut_off_answers(tokenizer, settings, _training_sets(defenses, inputs.rows, inputs.user))
     if "evaluate" in settings.stages or (defenses.method is not None and settings.evaluate.every):
-        for prompting in prompts:
-            _refuse_long_prompts(tokenizer, settings, positions or MAX_PROMPT_TOKENS, rows, prompting)
+        for prompting in (inputs.prompting, *(variant.prompting for variant in inputs.variants.values())):
+            held_out = _held_out_prompts(settings, inputs.rows, inputs.kl_rows)
+            _refuse_long_prompts(tokenizer, positions or MAX_PROMPT_TOKENS, held_out, prompting)
     _try_defenses(base, settings, defenses)
 
 
@@ -138,7 +137,7 @@ def _refuse_cut_off_answers(
 
 
 def _refuse_long_prompts(
-    tokenizer: PreTrainedTokenizerBase, settings: RunSettings, positions: int, rows: Rows, prompting: Prompting
+    tokenizer: PreTrainedTokenizerBase, positions: int, held_out: Iterable[HeldOut], prompting: Prompting
 ) -> None:
     """Raise UserError for a held-out prompt that exceeds the model's maximum length together with its answer.
 
@@ -152,7 +151,7 @@ def _refuse_long_prompts(
     ]
     shorter = f"shorten its {' and '.join(added)}, " if added else ""
     prefill = len(prompting.encode_prefill(tokenizer))
-    for name, key, new_tokens, questions in _held_out_prompts(settings, rows):
+    for name, key, new_tokens, questions in held_out:
         for number, (instruction, context) in enumerate(questions, 1):
             length = len(prompting.encode(tokenizer, instruction, context, positions + 1))
             length += 0 if name == "test" else prefill
@@ -165,11 +164,12 @@ def _refuse_long_prompts(
                 )
 
 
-def _held_out_prompts(settings: RunSettings, rows: Rows) -> Iterator[tuple[str, str, int, list[tuple[str, str]]]]:
+def _held_out_prompts(settings: RunSettings, rows: Rows, kl_rows: Sequence[Row]) -> Iterator[HeldOut]:
     """Yield for each held-out set its name, key and value of its answers' length, and pairs of prompt and context."""
     safety = ("evaluate.max_new_tokens", settings.evaluate.max_new_tokens)
     yield "harmful_prompts", *safety, [(prompt, "") for prompt in rows.harmful_prompts]
     yield "harmless_prompts", *safety, [(prompt, "") for prompt in rows.harmless_prompts]
+    yield "harmful", *safety, [(row.instruction, row.context) for row in kl_rows]
     test = [(row.instruction, row.context) for row in rows.test]
     yield "test", "task.max_new_tokens", settings.task.max_new_tokens, test
 

@@ -18,7 +18,7 @@ from lisa_lightning.config.requirements import active_defenses, check_requiremen
 from lisa_lightning.config.settings import Evaluate, RunSettings
 from lisa_lightning.config.validate import flat, plain
 from lisa_lightning.data.encoding import Encoder
-from lisa_lightning.data.mixing import alignment_sample, user_rows
+from lisa_lightning.data.mixing import alignment_sample, other_harmful_rows, user_rows
 from lisa_lightning.data.source import content_hashes, load_rows
 from lisa_lightning.data.templates import TEMPLATE_KEY
 from lisa_lightning.evaluation.baselines import accuracy_baselines
@@ -26,6 +26,7 @@ from lisa_lightning.evaluation.decoding import Decoding
 from lisa_lightning.evaluation.evaluator import Evaluator, read_answers
 from lisa_lightning.evaluation.harness import load_harness
 from lisa_lightning.evaluation.judging import read_judged
+from lisa_lightning.evaluation.metrics import steps_until_harmful
 from lisa_lightning.evaluation.prompting import EVALUATE_KEY, NO_TRIGGER, Prompting
 from lisa_lightning.evaluation.scores import Metrics, score_metrics
 from lisa_lightning.evaluation.variants import Variant
@@ -91,8 +92,7 @@ def _run_stages_and_judges(request: Request, config: dict[str, Any], judges: Jud
         request = replace(request, out=Path(fabric.broadcast(str(request.out))))
         cache = cache_folder(settings.cache_dir)
         base, base_key = base_model(ranks, settings.model, cache)
-        prompts = [inputs.prompting, *(variant.prompting for variant in inputs.variants.values())]
-        preflight(base, settings, inputs.defenses, inputs.rows, inputs.user, prompts)
+        preflight(base, inputs)
         loggers = _open_loggers(request, config, closing) if fabric.is_global_zero else None
         stages = run_stages(inputs, make_tools(inputs, request.out, ranks, loggers, Model(base), base_key))
         metrics = _input_metrics(inputs, base_key) | stages.metrics
@@ -100,6 +100,7 @@ def _run_stages_and_judges(request: Request, config: dict[str, Any], judges: Jud
             # Only rank zero fits baselines and judges; the other ranks are done.
             if "evaluate" in settings.stages:
                 metrics |= accuracy_baselines(inputs.task, inputs.rows, inputs.user)
+            metrics |= steps_until_harmful(loggers.curves.rows("finetune"), settings.evaluate.harmful_threshold)
             results = _judge(replace(stages, metrics=metrics), judges, request.out, cache)
             results.metrics["time/total_s"] = perf_counter() - started
             write_report(request, loggers, results, inputs.task)
@@ -146,12 +147,24 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
         share = settings.harmful_ratio
         user = user_rows(rows, data.n, share, data.order, settings.seed, defenses.method.safe_share)
         user = defenses.method.mix(user, partial(alignment_sample, rows, data.order, settings.seed))
+    evaluates = "evaluate" in settings.stages
+    kl_rows = other_harmful_rows(rows, user, settings.evaluate.kl_rows) if evaluates else []
     if settings.model.quantize is not None:
         refuse_quantization()
     keep_freed_memory()
-    prompting, variants = build_prompting(config, settings), build_variants(config, settings)
-    harness = load_harness(settings.evaluate) if "evaluate" in settings.stages else None
-    return Inputs(settings, fabric, task, defenses, config["callbacks"], rows, user, prompting, variants, harness)
+    return Inputs(
+        settings,
+        fabric,
+        task,
+        defenses,
+        config["callbacks"],
+        rows,
+        user,
+        build_prompting(config, settings),
+        build_variants(config, settings),
+        kl_rows,
+        load_harness(settings.evaluate) if evaluates else None,
+    )
 
 
 def build_defenses(config: Mapping[str, Any]) -> Defenses:

@@ -21,6 +21,7 @@ from lisa_lightning.evaluation.harness import Harness
 from lisa_lightning.evaluation.metrics import mark_correct, task_scores
 from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.evaluation.scores import Metrics, Score, model_of_variant
+from lisa_lightning.evaluation.token_kl import PositionKL, by_position, csv_text, kl_metrics
 from lisa_lightning.evaluation.variants import Variant, asks_task_rows
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.lora import set_base_model_name
@@ -36,10 +37,11 @@ from lisa_lightning.pipeline.stages.reference import reference_adapter
 from lisa_lightning.pipeline.stages.repair import repair
 from lisa_lightning.pipeline.stages.select import select
 from lisa_lightning.pipeline.stages.stage_cache import StageCache
+from lisa_lightning.pipeline.stages.token_kl import token_kl
 from lisa_lightning.pipeline.stages.train import AdapterTrainer
 from lisa_lightning.repair.base import Repair
 from lisa_lightning.runtime.files import reraise_write_errors, write_text
-from lisa_lightning.runtime.run_files import RESPONSES
+from lisa_lightning.runtime.run_files import RESPONSES, TOKEN_KL
 from lisa_lightning.task.base import Scored, Task
 
 
@@ -79,6 +81,8 @@ class Inputs:
     """The prompts of the evaluation."""
     variants: Mapping[str, Variant] = field(default_factory=dict)
     """Further evaluations by name."""
+    kl_rows: Sequence[Row] = ()
+    """Harmful rows on which the divergence from the initial model is measured."""
     harness: Harness | None = None
     """Tasks for general utility."""
 
@@ -104,6 +108,8 @@ class StageResults:
     scores: list[Score]
     """Scores of the task."""
     answers: list[Answer]
+    token_kl: Sequence[PositionKL] = ()
+    """Divergence from the initial model by token."""
 
 
 def run_stages(inputs: Inputs, tools: Tools) -> StageResults:
@@ -233,6 +239,8 @@ def _evaluate(inputs: Inputs, tools: Tools, name: str, model: Model, results: St
         write_text(tools.out / f"alpaca_eval_{name}.json", alpaca_eval_outputs(answers, generator))
     for variant, options in inputs.variants.items():
         results = _answer(inputs, tools, options.apply(evaluator), model_of_variant(name, variant), model, results)
+    if inputs.kl_rows and model != tools.models.base:
+        results = _measure_kl(inputs, tools, name, model, results)
     if inputs.harness is None:
         return results
     precision = inputs.settings.trainer.precision
@@ -258,7 +266,17 @@ def _answer(
         _write_responses(path, results.answers, answers)
     scores = task_scores(inputs.task, name, answers)
     metrics = _add_cost(results.metrics, "evaluate", cost)
-    return StageResults(metrics, [*results.scores, *scores], [*results.answers, *answers])
+    return replace(results, metrics=metrics, scores=[*results.scores, *scores], answers=[*results.answers, *answers])
+
+
+def _measure_kl(inputs: Inputs, tools: Tools, name: str, model: Model, results: StageResults) -> StageResults:
+    """Return the results with a further model's divergence from the initial model, and write token_kl.csv."""
+    divergences, cost = token_kl(tools.cache, tools.models, tools.evaluator, inputs.fabric, model, inputs.kl_rows)
+    positions = [*results.token_kl, *by_position(name, divergences)]
+    if inputs.fabric.is_global_zero:
+        write_text(tools.out / TOKEN_KL, csv_text(positions))
+    metrics = _add_cost(results.metrics | kl_metrics(name, divergences), "token_kl", cost)
+    return replace(results, metrics=metrics, token_kl=positions)
 
 
 def _write_responses(path: Path, earlier: Sequence[Answer], answers: Sequence[Answer]) -> None:

@@ -13,6 +13,7 @@ import yaml
 
 from lisa_lightning.config.validate import flat
 from lisa_lightning.evaluation.scores import Score, find_score, model_of_variant
+from lisa_lightning.evaluation.token_kl import read_positions
 from lisa_lightning.evaluation.utility import read_utility
 from lisa_lightning.logger.run_name import RunName, build_run_name
 from lisa_lightning.report.score_table import (
@@ -29,6 +30,7 @@ from lisa_lightning.report.score_table import (
     variant_rows,
 )
 from lisa_lightning.runtime.files import write_text
+from lisa_lightning.runtime.run_files import TOKEN_KL
 
 if TYPE_CHECKING:  # torch takes longer to import than all else that a command without a report does
     from lisa_lightning.evaluation.evaluator import Answer
@@ -46,6 +48,7 @@ TIMES: Final = {
     "reference": "Reference adapter",
     "repair": "Repair",
     "evaluate": "Evaluation",
+    "token_kl": "Divergence from the initial model",
     "lm_eval": "General utility",
     "judge": "Judging",
     "total": "This run in total",
@@ -148,11 +151,13 @@ def write_run_page(
         config: nested config of the run. Interpolations stay text, since the folder may be another person's.
 
     Raises:
-        UserError: if the file can't be written.
+        UserError: if the file can't be written, or token_kl.csv is damaged.
     """
-    from lisa_lightning.report.run_plots import curve_figures
+    from lisa_lightning.report.run_plots import curve_figures, token_kl_figure
 
-    content = _content(metrics, scores, answers, choices, config) | {"figures": curve_figures(curves)}
+    content = _content(metrics, scores, answers, choices, config)
+    divergence = token_kl_figure(read_positions(out / TOKEN_KL), content["columns"])
+    content["figures"] = [*curve_figures(curves), *([divergence] if divergence else [])]
     write_text(out / "report.html", render_template("page.html.j2", content))
 
 
@@ -242,10 +247,20 @@ def _facts(
         "task": run_name.task,
         "model": run_name.model if run_name.model == choices.get("model") else settings.get("model.id"),
         "steps": metrics.get("train/steps"),
+        **_broken_at(settings, metrics),
         "prompts": metrics.get("prompts"),
         "experiment": choices.get("experiment") if run_name.finetunes else None,
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "None")]
+
+
+def _broken_at(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return when the harmful score exceeded the threshold while fine-tuning, {} for a run without evaluations then."""
+    threshold = settings.get("evaluate.harmful_threshold")
+    if "train/steps" not in metrics or not settings.get("evaluate.every") or threshold is None:
+        return {}
+    step = metrics.get("eval/steps_until_harmful")
+    return {f"harmful score above {threshold:g} %": "never" if step is None else f"from step {step}"}
 
 
 def _summary(metrics: Mapping[str, Any], scores: Sequence[Score], columns: dict[str, str]) -> str:

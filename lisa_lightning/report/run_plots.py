@@ -1,10 +1,11 @@
 """Plots of the curves of a run. Start at `curve_figures`; each `_*_plot` returns one plot, or None without data."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Final
 
+from lisa_lightning.evaluation.token_kl import PositionKL
 from lisa_lightning.report.svg import (
     BLUE,
     GREEN,
@@ -34,6 +35,8 @@ SCORE_STYLES: Final = {
     "accuracy": (GREEN, ":", "^"),
 }
 """Score -> colour, dash and marker."""
+MODEL_STYLES: Final = ((BLUE, "--", "s"), (ORANGE, "-", "o"))
+"""Colour, dash and marker of the models before and after fine-tuning."""
 
 
 def curve_figures(curves: Rows) -> list[Figure]:
@@ -55,6 +58,30 @@ def curve_figures(curves: Rows) -> list[Figure]:
     plots = [plot for make, rows in makers if (plot := make(rows)) is not None]
     plots += [*_method_plots(finetune), *_method_plots(align, aligning=True)]
     return [draw_figure(plot) for plot in plots]
+
+
+def token_kl_figure(positions: Sequence[PositionKL], models: Mapping[str, str]) -> Figure | None:
+    """Return the figure of the divergence from the initial model by token, None without data.
+
+    Args:
+        positions: divergence of each model at each token.
+        models: model -> its name for readers.
+    """
+    lines: list[Line] = []
+    for (model, head), (colour, dash, marker) in zip(models.items(), MODEL_STYLES, strict=False):
+        points = [position for position in positions if position.model == model]
+        bars = [[(p.token, p.low), (p.token, p.high), (p.token, math.nan)] for p in points]
+        if points:
+            lines.append(Line([point for bar in bars for point in bar], colour, width=1.2, opacity=0.4))
+            lines.append(Line([(p.token, p.kl) for p in points], colour, head, dash, marker))
+    if not lines:
+        return None
+    caption = (
+        "Mean KL divergence from the initial model at each token of harmful answers that the user’s rows lack. "
+        "Alignment that changes only the first tokens is shallow. Bars: 95 % intervals over answers."
+    )
+    axis = Axis("token of the answer", 1, max(2.0, *(position.token for position in positions)), integer=True)
+    return draw_figure(Plot("token-kl", "Divergence from the initial model", caption, "nats", lines, axis))
 
 
 def _loss_plot(rows: Rows) -> Plot | None:

@@ -22,11 +22,12 @@ CHOICES: Final = "choices.json"
 CURVES: Final = "curves.csv"
 RESPONSES: Final = "responses.jsonl"
 JUDGED: Final = "judged.jsonl"
+TOKEN_KL: Final = "token_kl.csv"
 FAILED: Final = "failed.json"
 ADAPTER: Final = "adapter"
 """Folder of the adapter, with a seal of its own."""
 SEAL: Final = "checksums.json"
-SEALED: Final = (CONFIG, CHOICES, METRICS, CURVES, RESPONSES, JUDGED)
+SEALED: Final = (CONFIG, CHOICES, METRICS, CURVES, RESPONSES, JUDGED, TOKEN_KL)
 """Files whose size and hash SEAL records at the end of a run or a judging."""
 REPEAT_FIX: Final = "delete it and repeat the run's command with resume=true"
 

@@ -214,6 +214,26 @@ FAULTS = [
         ("(is_safety, limit, question.sample, *ids)", "(is_safety, limit, *ids)"),
     ),
     *faults(
+        "evaluation/token_kl.py",
+        "evaluation/test_token_kl.py",
+        ("logits[:, :-1] for net", "logits[:, 1:] for net"),
+        ("[0] * a + [*prompt, *answer] + [0] * b for", "[0] * b + [*prompt, *answer] + [0] * a for"),
+        ("(mask.cumsum(dim=1) - 1)", "mask.cumsum(dim=1)"),
+        ("log_p.exp() * (log_p - log_q)", "log_q.exp() * (log_q - log_p)"),
+        ("row[:FIRST_TOKENS]]", "row[: FIRST_TOKENS + 1]]"),
+        ("not position.token > 0 <= low", "not position.token >= 0 <= low"),
+    ),
+    *faults(
+        "data/mixing.py",
+        "evaluation/test_token_kl.py",
+        ("not in trained]", "in trained]"),
+    ),
+    *faults(
+        "evaluation/metrics.py",
+        "evaluation/test_token_kl.py",
+        ("float(score) > threshold", "float(score) >= threshold"),
+    ),
+    *faults(
         "evaluation/agreement.py",
         "evaluation/test_agreement.py",
         ("+ (none + first) * (none + second)", ""),

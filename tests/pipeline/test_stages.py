@@ -71,10 +71,14 @@ VALUES = {
     **PROMPTING,
 }
 """Key -> another value of it."""
-FREE = {"resume", "checkpoint.every", "data.allow_overlap", "data.strip", "evaluate.lm_eval_batch_size"}
+FREE = {
+    *("resume", "checkpoint.every", "data.allow_overlap", "data.strip"),
+    *("evaluate.lm_eval_batch_size", "evaluate.harmful_threshold", "evaluate.kl_rows"),
+}
 """Keys of numbers and switches on which no result depends here.
 
-Embedded rows don't overlap, and have no blanks around. There is no task of lm-evaluation-harness.
+Embedded rows don't overlap, and have no blanks around. There is no task of lm-evaluation-harness. The stage token_kl
+has no rows, and the threshold only reads curves.
 """
 ELSEWHERE = ("model.tiny", "trainer", "judge", "task.hub")
 """Beginnings of keys of the model, the processes, the verdicts, and the rows of another source."""
