@@ -43,6 +43,7 @@ from lisa_lightning.pipeline.stages.judge import judge
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.reference import preference_pairs
 from lisa_lightning.pipeline.stages.stage_cache import StageCache, run_origin
+from lisa_lightning.pipeline.stages.supplied import read_supplied
 from lisa_lightning.pipeline.stages.train import AdapterTrainer
 from lisa_lightning.runtime.cache import cache_folder, package_hash, short_hash, user_code_hash
 from lisa_lightning.runtime.files import folder_lock, write_text
@@ -90,7 +91,7 @@ def _run_stages_and_judges(request: Request, config: dict[str, Any], judges: Jud
         request = replace(request, out=Path(fabric.broadcast(str(request.out))))
         cache = cache_folder(settings.cache_dir)
         base, base_key = base_model(ranks, settings.model, cache)
-        preflight(base, settings, inputs.defenses, inputs.rows, inputs.user, inputs.prompting)
+        preflight(base, inputs)
         loggers = _open_loggers(request, config, closing) if fabric.is_global_zero else None
         stages = run_stages(inputs, make_tools(inputs, request.out, ranks, loggers, Model(base), base_key))
         metrics = _input_metrics(inputs, base_key) | stages.metrics
@@ -149,7 +150,8 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
     keep_freed_memory()
     prompting = build_prompting(config, settings)
     harness = load_harness(settings.evaluate) if "evaluate" in settings.stages else None
-    return Inputs(settings, fabric, task, defenses, config["callbacks"], rows, user, prompting, harness)
+    supplied = read_supplied(settings)
+    return Inputs(settings, fabric, task, defenses, config["callbacks"], rows, user, prompting, harness, supplied)
 
 
 def build_defenses(config: Mapping[str, Any]) -> Defenses:
@@ -209,20 +211,23 @@ def make_tools(
 ) -> Tools:
     """Return the objects that the stages of a run work with."""
     settings, fabric, data = inputs.settings, inputs.fabric, inputs.settings.data
-    encoder = Encoder(load_tokenizer(base.folder), settings.model.template, data.max_length, data.tokenization)
+    supplied = inputs.supplied
+    tokenizer_folder = base.folder if supplied is None else supplied.served_folder(base.folder)
+    encoder = Encoder(load_tokenizer(tokenizer_folder), settings.model.template, data.max_length, data.tokenization)
     trainer_arguments = {name: value for name, value in asdict(settings.trainer).items() if name != "timeout_min"}
     safety_limit = settings.evaluate.max_new_tokens
     limits = {"harmful": safety_limit, "harmless": safety_limit, "task": settings.task.max_new_tokens}
     options = settings.evaluate
     decoding = Decoding(options.samples, options.temperature, options.top_p, settings.seed)
-    origin = run_origin(settings, base_key, fabric)
+    origin = run_origin(settings, base_key, fabric) | (supplied.aligned_key if supplied else {})
     return Tools(
         StageCache(cache_folder(settings.cache_dir), origin, fabric, ranks, loggers),
-        ModelSource(base, settings.model),
+        ModelSource(base, settings.model, supplied.aligned_folder if supplied else None),
         encoder,
         AdapterTrainer(encoder, trainer_arguments, out / "checkpoints", settings.checkpoint.every, loggers),
         Evaluator(fabric, encoder.tokenizer, inputs.prompting, limits, options.batch_size, decoding),
         out,
+        tokenizer_folder,
     )
 
 
@@ -232,12 +237,14 @@ def _input_metrics(inputs: Inputs, base_key: str) -> Metrics:
     # Besides config and package: the base model, the rows, and the code of user-defined classes.
     instances = {**inputs.defenses.by_group, "task": inputs.task}
     user_code = {name: user_code_hash(instance) for name, instance in instances.items()}
+    adapter = inputs.supplied.contents if inputs.supplied else []
     prompts = _describe_prompts(inputs)
     return {
         **({"prompts": prompts} if prompts else {}),
         "seed": inputs.settings.seed,
         "code": package_hash(),
-        "inputs": short_hash([base_key, content_hashes(inputs.settings.source), user_code]),
+        "inputs": short_hash([base_key, content_hashes(inputs.settings.source), user_code, *adapter]),
+        **({"adapter": short_hash(adapter)} if adapter else {}),
         "threads": torch.get_num_threads(),
         "rows/overlap": sum(overlap.values()),
         **{f"rows/overlap/{pair}": count for pair, count in overlap.items()},

@@ -198,6 +198,8 @@ def _facts(
     facts = {
         **({"align": "none"} if run_name.finetunes and "align" not in run_name.defenses else {}),
         **run_name.defenses,
+        "adapter": settings.get("adapter"),
+        "aligned": settings.get("aligned"),
         "harmful ratio": settings.get("harmful_ratio") if run_name.finetunes else None,
         "seed": metrics.get("seed", settings.get("seed")),
         "task": run_name.task,

@@ -60,8 +60,14 @@ class ScoreRow:
 def model_names(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Return models with their names for readers.
 
-    `aligned` names the base model if the run has no stage align.
+    `aligned` names the base model if the run has no stage align, and the adapter that the user supplies.
     """
+    if "adapter" in metrics:
+        return {
+            "aligned": "before repair" if "time/repair_s" in metrics else "this adapter",
+            "final": "after repair",
+            "responses": "responses",
+        }
     base = "before fine-tuning" if "time/finetune_s" in metrics else "this model"
     return {
         "aligned": "after alignment" if "time/align_s" in metrics else base,

@@ -71,7 +71,7 @@ def repair(
             # The unquantized model is moved to the device only if a repair needs it.
             net=lambda: net.to(device),
             rows=lambda stream: _iter_padded(rows[stream], encoder, batch_size),
-            deltas=lambda: {name: delta.to(device) for name, delta in models.deltas(aligned).items()},
+            deltas=lambda: {name: delta.to(device) for name, delta in models.deltas_under(net, aligned).items()},
             alignment=lambda: _on(device, models.alignment(aligned, config.lora_alpha / config.r)),
             reference=lambda: _on(device, _load_factors(reference)),
         )
