@@ -108,7 +108,7 @@ def read_lora(folder: Path, error_prefix: str, fix: str) -> LoraAdapter:
             "that peft has saved"
         )
     settings = read_json(config, fix)
-    _refuse_special(error_prefix, settings, fix)
+    refuse_special(error_prefix, settings, fix)
     with reraise_load_errors(error_prefix):
         weights = load_file(file)
     r, alpha = settings["r"], float(settings["lora_alpha"])
@@ -124,8 +124,17 @@ def read_lora(folder: Path, error_prefix: str, fix: str) -> LoraAdapter:
     )
 
 
-def _refuse_special(error_prefix: str, settings: Mapping[str, Any], fix: str) -> None:
-    """Raise UserError if the settings of an adapter are not those of a plain LoRA adapter."""
+def refuse_special(error_prefix: str, settings: Mapping[str, Any], fix: str) -> None:
+    """Check that the settings of an adapter are those of a plain LoRA adapter.
+
+    Args:
+        error_prefix: beginning of error messages.
+        settings: content of adapter_config.json. It may be foreign.
+        fix: advice in error messages.
+
+    Raises:
+        UserError: for a wrong value, or a key that changes what the adapter adds to the weights.
+    """
     r, alpha, base = (settings.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
     is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
     checks = {
@@ -145,7 +154,7 @@ def _refuse_special(error_prefix: str, settings: Mapping[str, Any], fix: str) ->
     ]
     if special:
         shown = f"{printable(special[0])[:80]}={printable(str(settings.get(special[0])))[:80]}"
-        raise UserError(f"{error_prefix}: {shown} in {ADAPTER_CONFIG} is not that of a plain LoRA adapter. Fix: {fix}")
+        raise UserError(f"{error_prefix}: {shown} is not that of a plain LoRA adapter. Fix: {fix}")
 
 
 def _refuse_unfit_weights(error_prefix: str, weights: Mapping[str, Tensor], r: int, fix: str) -> None:

@@ -79,8 +79,15 @@ class _Run:
         return build_run_name(self.settings, self.choices)
 
     @property
+    def is_supplied(self) -> bool:
+        """True if the adapter was trained elsewhere, and the run has repaired it."""
+        return self.name.adapter is not None
+
+    @property
     def is_stacked(self) -> bool:
         """True if the adapter was trained on an aligned model, in which another adapter is merged."""
+        if self.is_supplied:
+            return self.settings.get("aligned") is not None
         return self.settings.get("model.adapters") == "stacked" and "align" in self.name.defenses
 
 
@@ -146,9 +153,9 @@ def _card(run: _Run, merged: bool) -> str:
     """Return the card of the merged model, or of the adapter."""
     sections = [
         f"# {escape(run.name.heading)}",
-        _warning(run.settings),
+        _warning(run),
         _model_section(run, merged),
-        f"## Training\n\n{_table(('Setting', 'Value'), _recipe(run))}",
+        f"## {'Repair' if run.is_supplied else 'Training'}\n\n{_table(('Setting', 'Value'), _recipe(run))}",
         _score_section(run),
         _config_section(run.config),
     ]
@@ -192,7 +199,13 @@ def _eval_results(run: _Run) -> Iterator[EvalResult]:
             )
 
 
-def _warning(settings: Mapping[str, Any]) -> str:
+def _warning(run: _Run) -> str:
+    settings = run.settings
+    if run.is_supplied:
+        return (
+            "> **Warning.** A repair has changed an adapter that was trained elsewhere. The model may still comply with "
+            "harmful requests. It is a research artefact. Evaluate it before any use, and do not deploy it."
+        )
     ratio, count = settings.get("harmful_ratio"), settings.get("data.n")
     share = f"{100 * ratio:g} %" if isinstance(ratio, int | float) else escape(ratio)
     return (
@@ -217,8 +230,14 @@ def _model_section(run: _Run, merged: bool) -> str:
         lines.append("- Quantization: the scores are those of quantized weights, and an exported model has whole ones")
     if merged:
         origin = "the aligned model, which is the base model with the adapter of alignment" if run.is_stacked else "it"
+        origin = "the model that it was trained on" if run.is_supplied else origin
         usage = (
-            f"The adapter of fine-tuning is merged into {origin}. Plain transformers loads this folder:\n\n{LOADING}"
+            f"The {'repaired adapter' if run.is_supplied else 'adapter of fine-tuning'} is merged into {origin}. Plain transformers loads this folder:\n\n{LOADING}"
+        )
+    elif run.is_supplied and run.is_stacked:
+        usage = (
+            f"This adapter belongs on the aligned model: {escape(run.settings['aligned'])}. It does not belong on the "
+            "base model. `lisa-lightning export RUN OUT` makes a self-contained model."
         )
     elif run.is_stacked:
         usage = (
@@ -234,6 +253,9 @@ def _model_section(run: _Run, merged: bool) -> str:
 def _recipe(run: _Run) -> Iterator[tuple[str, str]]:
     """Yield the settings of the training, escaped."""
     defenses = run.name.defenses
+    if run.is_supplied:
+        yield from _repair_recipe(run)
+        return
     yield "Task", escape(run.name.task)
     for group, title, section in (
         ("curate", "Selection of alignment rows", "curate"),
@@ -250,6 +272,17 @@ def _recipe(run: _Run) -> Iterator[tuple[str, str]]:
     if "align" in defenses:
         yield "Optimizer of alignment", f"AdamW ({_keys(run.settings, 'align.optim')})"
     yield "Seed", f"{escape(run.settings.get('seed'))}; of alignment {escape(run.settings.get('align.seed'))}"
+    yield "Prompt template", escape(run.settings.get("model.template"))
+    if "prompts" in run.metrics:
+        yield "Prompts of the evaluation", escape(run.metrics["prompts"])
+
+
+def _repair_recipe(run: _Run) -> Iterator[tuple[str, str]]:
+    """Yield the settings of the repair of an adapter that was trained elsewhere, escaped."""
+    yield "Adapter", escape(run.name.adapter)
+    repair = run.name.defenses.get("repair", "none")
+    yield "Repair of the adapter", f"{escape(repair)} ({_keys(run.settings, 'repair')})"
+    yield "Seed", escape(run.settings.get("seed"))
     yield "Prompt template", escape(run.settings.get("model.template"))
     if "prompts" in run.metrics:
         yield "Prompts of the evaluation", escape(run.metrics["prompts"])

@@ -15,6 +15,7 @@ from lisa_lightning.config.validate import flat
 from lisa_lightning.evaluation.scores import Score, find_score
 from lisa_lightning.evaluation.utility import read_utility
 from lisa_lightning.logger.run_name import RunName, build_run_name
+from lisa_lightning.report.paired_changes import read_changes
 from lisa_lightning.report.score_table import (
     MODELS,
     SCORES,
@@ -120,7 +121,7 @@ def write_run_page(
     """Write report.html.
 
     Args:
-        out: folder of the run.
+        out: folder of the run, whose stored verdicts are compared.
         metrics: content of metrics.json. Stages that did not run have no entries.
         scores: scores of all models, in the order of their judges.
         curves: rows of curves.csv, as text.
@@ -133,7 +134,7 @@ def write_run_page(
     """
     from lisa_lightning.report.run_plots import curve_figures
 
-    content = _content(metrics, scores, answers, choices, config) | {"figures": curve_figures(curves)}
+    content = _content(metrics, scores, read_changes(out), answers, choices, config) | {"figures": curve_figures(curves)}
     write_text(out / "report.html", render_template("page.html.j2", content))
 
 
@@ -155,6 +156,7 @@ def render_template(template: str, content: Mapping[str, Any]) -> str:
 def _content(
     metrics: Mapping[str, Any],
     scores: Sequence[Score],
+    changes: Mapping[tuple[str, str], str],
     answers: Sequence[JudgedAnswer],
     choices: Mapping[str, str],
     config: Mapping[str, Any],
@@ -172,7 +174,7 @@ def _content(
         "summary": _highlight_numbers(_summary(metrics, scores, columns)),
         "random": settings.get("model.id") is None,
         "columns": columns,
-        "scores": score_rows(scores, columns, baseline_note([metrics])),
+        "scores": score_rows(scores, columns, changes, baseline_note([metrics])),
         "utility": utility_rows(read_utility(metrics), columns),
         "judges": metrics.get("judges", []),
         "groups": _groups(sampled, answers, columns),

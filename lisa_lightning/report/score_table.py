@@ -55,6 +55,8 @@ class ScoreRow:
     """Value and interval of each model."""
     change: str
     """Difference between the two models, of a percentage in points; "" for a single model."""
+    paired: str = ""
+    """Interval and p-value of the difference; "" without verdicts on the same prompts."""
 
 
 def model_names(metrics: Mapping[str, Any]) -> dict[str, str]:
@@ -107,12 +109,15 @@ def _format_range(low: float, high: float) -> str:
     return f"{' to '.join(ends)} %"
 
 
-def score_rows(scores: Sequence[Score], columns: Mapping[str, str], note: str = "") -> list[ScoreRow]:
+def score_rows(
+    scores: Sequence[Score], columns: Mapping[str, str], changes: Mapping[tuple[str, str], str], note: str = ""
+) -> list[ScoreRow]:
     """Return the table of scores, one row for each score that a model has.
 
     Args:
         scores: scores of all models, in the order of their judges.
         columns: model -> column head.
+        changes: pair of metric and judge -> interval and p-value of the change.
         note: baselines of the accuracy, see `baseline_note`.
     """
     keys = score_keys(scores)
@@ -120,14 +125,19 @@ def score_rows(scores: Sequence[Score], columns: Mapping[str, str], note: str = 
     first_judge = dict(reversed(keys))
     notes = {"accuracy": note}
     rows = [
-        _score_row(scores, columns, metric, judge, notes.get(metric, "") if first_judge[metric] == judge else None)
+        _score_row(scores, columns, changes, metric, judge, notes.get(metric, "") if first_judge[metric] == judge else None)
         for metric, judge in keys
     ]
     return [row for row in rows if row is not None]
 
 
 def _score_row(
-    scores: Sequence[Score], columns: Mapping[str, str], metric: str, judge: str, note: str | None
+    scores: Sequence[Score],
+    columns: Mapping[str, str],
+    changes: Mapping[tuple[str, str], str],
+    metric: str,
+    judge: str,
+    note: str | None,
 ) -> ScoreRow | None:
     """Return the row of a score, None if no model has it. A `note` of None omits the explanation."""
     title, meaning = SCORES[metric]
@@ -144,6 +154,7 @@ def _score_row(
         (explanation + count).strip(),
         [_with_interval(score) for score in of_models],
         change,
+        changes.get((metric, measured[0].judge), "") if change else "",
     )
 
 

@@ -221,10 +221,10 @@ REFUSED: Mapping[str, tuple[Callable[[Path], Any], str]] = {
     "pickled weights": (plant_pickle, "has no adapter"),
     "a link": (plant_link, "has no adapter"),
     "a module to import": (plant_module, "megatron_config=.* is not that of a plain LoRA adapter"),
-    "another kind": (lambda folder: adapter_config(folder, use_dora=True), "use_dora=True in adapter_config.json is not"),
-    "an unknown key": (lambda folder: adapter_config(folder, evil="x"), "evil=x in adapter_config.json is not"),
+    "another kind": (lambda folder: adapter_config(folder, use_dora=True), "use_dora=True is not"),
+    "an unknown key": (lambda folder: adapter_config(folder, evil="x"), "evil=x is not"),
     "a huge rank": (lambda folder: adapter_config(folder, r=10**9), "which is not of rank 1000000000"),
-    "no number": (lambda folder: adapter_config(folder, lora_alpha=None), "lora_alpha=None in adapter_config.json is not"),
+    "no number": (lambda folder: adapter_config(folder, lora_alpha=None), "lora_alpha=None is not"),
     "weights of no layer": (scale_weights, "can't be loaded|does not fit its model"),
     "half of the weights": (
         lambda folder: scale_weights(folder, lambda name: "v_proj.lora_A" in name),
