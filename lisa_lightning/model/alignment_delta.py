@@ -136,7 +136,7 @@ def refuse_other_layers(net: Any, base: Any, names: Iterable[str]) -> None:
         if shape != initial:
             raise UserError(
                 f"The aligned model has {name} of shape {shape}, and the model before alignment {initial}. "
-                "Fix: set model.id to the model that was aligned"
+                "Fix: name the model that was aligned"
             )
 
 

@@ -194,8 +194,8 @@ def attach_empty(model: PreTrainedModel, adapter: LoraAdapter, error_prefix: str
     """
     if tied := sorted({*tied_embeddings(model)} & {*adapter.modules}):
         raise UserError(
-            f"{error_prefix}: {tied[0]} shares its matrix with the other embedding of the model, and merging its adapter "
-            f"would change both. Fix: {fix}"
+            f"{error_prefix}: {tied[0]} shares its matrix with the other embedding of the model, and merging its "
+            f"adapter would change both. Fix: {fix}"
         )
     with reraise_load_errors(error_prefix), torch.device("meta"):
         net = get_peft_model(model, adapter.peft_config())

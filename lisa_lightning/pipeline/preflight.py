@@ -58,9 +58,7 @@ def preflight(base: Path, inputs: Inputs) -> None:
             )
         _refuse_cut_off_answers(tokenizer, settings, _training_sets(defenses, inputs.rows, inputs.user))
     if "evaluate" in settings.stages or (defenses.method is not None and settings.evaluate.every):
-        _refuse_long_prompts(
-            tokenizer, settings, positions or MAX_PROMPT_TOKENS, inputs.rows, inputs.prompting
-        )
+        _refuse_long_prompts(tokenizer, settings, positions or MAX_PROMPT_TOKENS, inputs.rows, inputs.prompting)
     if supplied is not None:
         _try_supplied(base, settings, defenses, supplied)
     else:

@@ -15,7 +15,7 @@ from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row, as_row
 from lisa_lightning.model.alignment_delta import Delta, alignment_factors, dense_deltas, low_rank_deltas
-from lisa_lightning.model.factors import Factors, modules, trainable
+from lisa_lightning.model.factors import Factors, modules
 from lisa_lightning.model.lora import lora_scaling, replace_adapter
 from lisa_lightning.model.lora_folder import read_lora, refuse_special
 from lisa_lightning.repair.base import Repair, RepairInputs

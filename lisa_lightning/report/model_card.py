@@ -203,8 +203,8 @@ def _warning(run: _Run) -> str:
     settings = run.settings
     if run.is_supplied:
         return (
-            "> **Warning.** A repair has changed an adapter that was trained elsewhere. The model may still comply with "
-            "harmful requests. It is a research artefact. Evaluate it before any use, and do not deploy it."
+            "> **Warning.** A repair has changed an adapter that was trained elsewhere. The model may still comply "
+            "with harmful requests. It is a research artefact. Evaluate it before any use, and do not deploy it."
         )
     ratio, count = settings.get("harmful_ratio"), settings.get("data.n")
     share = f"{100 * ratio:g} %" if isinstance(ratio, int | float) else escape(ratio)
@@ -228,26 +228,34 @@ def _model_section(run: _Run, merged: bool) -> str:
     ]
     if run.settings.get("model.quantize") is not None:
         lines.append("- Quantization: the scores are those of quantized weights, and an exported model has whole ones")
+    usage = _supplied_usage(run, merged) if run.is_supplied else _usage(run, merged)
+    return "## Model\n\n" + "\n".join(lines) + f"\n\n{usage}"
+
+
+def _usage(run: _Run, merged: bool) -> str:
+    """Return how the adapter of a training, or the model with it, is loaded."""
     if merged:
         origin = "the aligned model, which is the base model with the adapter of alignment" if run.is_stacked else "it"
-        origin = "the model that it was trained on" if run.is_supplied else origin
-        usage = (
-            f"The {'repaired adapter' if run.is_supplied else 'adapter of fine-tuning'} is merged into {origin}. Plain transformers loads this folder:\n\n{LOADING}"
-        )
-    elif run.is_supplied and run.is_stacked:
-        usage = (
-            f"This adapter belongs on the aligned model: {escape(run.settings['aligned'])}. It does not belong on the "
-            "base model. `lisa-lightning export RUN OUT` makes a self-contained model."
-        )
-    elif run.is_stacked:
-        usage = (
+        return f"The adapter of fine-tuning is merged into {origin}. Plain transformers loads this folder:\n\n{LOADING}"
+    if run.is_stacked:
+        return (
             "This adapter belongs on the aligned model, which is the base model with the merged adapter of alignment. "
             "It does not belong on the base model. `adapter_config.json` names the folder of the aligned model in a "
             "cache. `lisa-lightning export RUN OUT` makes a self-contained model."
         )
-    else:
-        usage = "This adapter belongs on the base model. `lisa-lightning export RUN OUT` makes a self-contained model."
-    return "## Model\n\n" + "\n".join(lines) + f"\n\n{usage}"
+    return "This adapter belongs on the base model. `lisa-lightning export RUN OUT` makes a self-contained model."
+
+
+def _supplied_usage(run: _Run, merged: bool) -> str:
+    """Return how a repaired adapter that was trained elsewhere, or the model with it, is loaded."""
+    if merged:
+        return f"The repaired adapter is merged. Plain transformers loads this folder:\n\n{LOADING}"
+    if not run.is_stacked:
+        return _usage(run, merged)
+    return (
+        f"This adapter belongs on the aligned model, which {escape(run.settings["aligned"])}. It does "
+        "not belong on the base model. `lisa-lightning export RUN OUT` makes a self-contained model."
+    )
 
 
 def _recipe(run: _Run) -> Iterator[tuple[str, str]]:

@@ -134,7 +134,9 @@ def write_run_page(
     """
     from lisa_lightning.report.run_plots import curve_figures
 
-    content = _content(metrics, scores, read_changes(out), answers, choices, config) | {"figures": curve_figures(curves)}
+    content = _content(metrics, scores, read_changes(out), answers, choices, config) | {
+        "figures": curve_figures(curves)
+    }
     write_text(out / "report.html", render_template("page.html.j2", content))
 
 

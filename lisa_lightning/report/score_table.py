@@ -125,7 +125,9 @@ def score_rows(
     first_judge = dict(reversed(keys))
     notes = {"accuracy": note}
     rows = [
-        _score_row(scores, columns, changes, metric, judge, notes.get(metric, "") if first_judge[metric] == judge else None)
+        _score_row(
+            scores, columns, changes, metric, judge, notes.get(metric, "") if first_judge[metric] == judge else None
+        )
         for metric, judge in keys
     ]
     return [row for row in rows if row is not None]

@@ -104,9 +104,7 @@ def refuse_other_base(settings: RunSettings, supplied: Supplied, base: Path) -> 
         _refuse_other_name(f"aligned={settings.aligned}", supplied.alignment, "model.id", model_id, base)
     elif supplied.aligned_folder is not None:
         aligned = str(settings.aligned)
-        _refuse_other_name(
-            f"adapter={settings.adapter}", supplied.adapter, "aligned", aligned, supplied.aligned_folder
-        )
+        _refuse_other_name(f"adapter={settings.adapter}", supplied.adapter, "aligned", aligned, supplied.aligned_folder)
     else:
         _refuse_other_name(f"adapter={settings.adapter}", supplied.adapter, "model.id", model_id, base)
 
