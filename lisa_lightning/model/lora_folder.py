@@ -135,13 +135,13 @@ def refuse_special(error_prefix: str, settings: Mapping[str, Any], fix: str) -> 
     Raises:
         UserError: for a wrong value, or a key that changes what the adapter adds to the weights.
     """
-    r, alpha, base = (settings.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
-    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    r, base = settings.get("r"), settings.get("base_model_name_or_path")
+    alpha: Any = settings.get("lora_alpha")
     checks = {
         "peft_type": settings.get("peft_type") == "LORA",
         "task_type": settings.get("task_type") in ("CAUSAL_LM", None),
         "r": type(r) is int and r > 0,
-        "lora_alpha": is_number and math.isfinite(alpha) and alpha > 0,
+        "lora_alpha": type(alpha) in (int, float) and 0 < alpha < math.inf,
         "base_model_name_or_path": base is None or isinstance(base, str),
         "init_lora_weights": settings.get("init_lora_weights") in PLAIN_INITS,
     }

@@ -76,10 +76,7 @@ def read_adapter(run: Path) -> LoraAdapter:
     recorded = read_json(folder / SEAL, FIX)
     if recorded and (damage := find_damage(folder, recorded, _sealed(folder))):
         raise UserError(f"{folder}: {damage} since the run. Fix: restore the file, or {FIX}")
-    adapter = read_lora(folder, f"The adapter in {folder}", FIX)
-    if adapter.base is None:
-        raise UserError(f"{files[0]} names no base model. Fix: {FIX}")
-    return adapter
+    return read_lora(folder, f"The adapter in {folder}", FIX)
 
 
 def locate_base(run: Path, config: Mapping[str, Any], adapter: LoraAdapter) -> Path:
@@ -102,7 +99,7 @@ def locate_base(run: Path, config: Mapping[str, Any], adapter: LoraAdapter) -> P
     Raises:
         UserError: if the model is missing, damaged, incomplete or not among these.
     """
-    named = Path(adapter.base)
+    named = Path(adapter.base or "")
     moved = cache_folder(os.environ.get("LISA_CACHE", DEFAULT_CACHE)) / named.parent.name / named.name
     for folder in (named, moved):
         if _is_cached_model(folder):
@@ -111,7 +108,7 @@ def locate_base(run: Path, config: Mapping[str, Any], adapter: LoraAdapter) -> P
     else:
         if not _is_configured_model(named, config):
             raise UserError(
-                f"{run}: the model under its adapter, {printable(adapter.base)[:200]}, is no model of a cache, nor "
+                f"{run}: the model under its adapter, {printable(str(named))[:200]}, is no model of a cache, nor "
                 f"model.id or aligned of the run. It may have been removed. Fix: {FIX}"
             )
         folder = named

@@ -253,8 +253,8 @@ def _supplied_usage(run: _Run, merged: bool) -> str:
     if not run.is_stacked:
         return _usage(run, merged)
     return (
-        f"This adapter belongs on the aligned model ({escape(run.settings['aligned'])}). It does not belong on the base "
-        "model. `lisa-lightning export RUN OUT` makes a self-contained model."
+        f"This adapter belongs on the aligned model ({escape(run.settings['aligned'])}). It does not belong on the "
+        "base model. `lisa-lightning export RUN OUT` makes a self-contained model."
     )
 
 

@@ -24,6 +24,7 @@ from lisa_lightning.model.lora import load_tokenizer
 from lisa_lightning.pipeline import stage_sequence
 from lisa_lightning.pipeline.export import export
 from lisa_lightning.pipeline.run import run
+from lisa_lightning.repair.base import Repair
 from lisa_lightning.runtime.run_files import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -204,7 +205,7 @@ def test_python_reads_the_update_from_two_models(
 def test_python_names_the_argument_that_is_missing(tuned: Path, aligned: Path) -> None:
     net, rows = in_memory(tuned, aligned), [{"instruction": "a", "response": "b"}]
     same = AutoModelForCausalLM.from_pretrained(aligned)
-    for repair, options, message in (
+    calls: list[tuple[Repair, dict[str, Any], str]] = [
         (SafeLoRA(), {}, "SafeLoRA: it needs the argument base"),
         (TaskArithmetic(), {"base": same}, "TaskArithmetic: it needs the argument alignment_adapter"),
         (
@@ -215,14 +216,16 @@ def test_python_names_the_argument_that_is_missing(tuned: Path, aligned: Path) -
         (Antidote(), {"defender": rows}, "Antidote: it needs the argument tokenizer"),
         (Antidote(), {"tokenizer": load_tokenizer(aligned)}, "Antidote: it needs the argument defender"),
         (Antidote(), {}, "Antidote: it needs the argument tokenizer"),
-    ):
+    ]
+    for repair, options, message in calls:
         with pytest.raises(UserError, match=message):
             lisa_lightning.repair(net, repair, **options)
     assert_equal(factors_in(net), saved_in(tuned))
-    for other, message in (
+    others: list[tuple[Any, str]] = [
         (net.get_base_model(), "it is no PeftModel with one adapter named default"),
         (changed(net, use_dora=True), "use_dora=True is not that of a plain LoRA adapter"),
-    ):
+    ]
+    for other, message in others:
         with pytest.raises(UserError, match=message):
             lisa_lightning.repair(other, Antidote())
     net = in_memory(tuned, aligned)

@@ -77,13 +77,12 @@ def _read(key: str, name: str) -> LoraAdapter:
     error_prefix = f"{key}={printable(name)}"
     try:
         folder = Path(name).expanduser().absolute()
-        is_folder = folder.is_dir()
+        if folder.is_dir():
+            return read_lora(folder, error_prefix, PLAIN)
     except (OSError, RuntimeError, ValueError):
         # A name that is too long, holds a NUL, or begins with an unknown `~user` names no folder.
-        is_folder = False
-    if not is_folder:
-        raise UserError(f"{error_prefix}: there is no such folder. Fix: name the folder of an adapter")
-    return read_lora(folder, error_prefix, PLAIN)
+        pass
+    raise UserError(f"{error_prefix}: there is no such folder. Fix: name the folder of an adapter")
 
 
 def refuse_other_base(settings: RunSettings, supplied: Supplied, base: Path) -> None:
