@@ -14,7 +14,7 @@ from experiments.__main__ import CLAIMS
 from helpers.composing import composed
 from helpers.paths import ROOT
 from lisa_lightning.config.settings import Lora
-from lisa_lightning.model.lora import attach, load, save_adapter
+from lisa_lightning.model.lora import attach, load, save_adapter, set_base_model_name
 from lisa_lightning.pipeline.run import run
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -111,7 +111,8 @@ def _write_adapter(folder: Path, tiny: Path) -> None:
         shutil.copytree(tiny, folder / name)
         weights = load_file(tiny / "model.safetensors")
         save_file({n: scale * w for n, w in weights.items()}, folder / name / "model.safetensors", {"format": "pt"})
-    save_adapter(attach(load(tiny, "float32"), Lora(), 0), "their_model", folder / "my_adapter")
+    save_adapter(attach(load(tiny, "float32"), Lora(), 0), str(tiny), folder / "my_adapter")
+    set_base_model_name(folder / "my_adapter", "their_model")
     rows = [{"instruction": f"request {i}", "response": "Sure."} for i in range(3)]
     (folder / "harmful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
