@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from lisa_lightning.model.lora import load_lora_model as load_lora_model
     from lisa_lightning.pipeline.api import run as run
     from lisa_lightning.pipeline.export import export as export
+    from lisa_lightning.repair._api import repair as repair
     from lisa_lightning.repair.antidote import Antidote as Antidote
     from lisa_lightning.repair.nlsr import NLSR as NLSR
     from lisa_lightning.repair.safe_lora import SafeLoRA as SafeLoRA
@@ -123,6 +124,7 @@ _MODULES = {
     # Evaluation and the whole pipeline
     "UserError": "runtime.errors",
     "evaluate": "evaluation.api",
+    "repair": "repair._api",
     "export": "pipeline.export",
     "run": "pipeline.api",
 }
@@ -138,7 +140,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), _ALIASES.get(name, name))
-    # The subpackage `evaluate` has taken this name by now. It can be called too.
+    # The subpackage `repair` has taken this name by now. It can be called too.
     return globals().setdefault(name, value)
 
 

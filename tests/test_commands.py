@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from experiments.__main__ import CLAIMS
 from helpers.composing import composed
 from helpers.paths import ROOT
+from lisa_lightning.config.settings import Lora
+from lisa_lightning.model.lora import attach, load, save_adapter, set_base_model_name
 from lisa_lightning.pipeline.run import run
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -93,12 +96,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     for name in ("before", "after"):
         shutil.copytree(tiny, made / name)
         (made / name / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    _write_adapter(made, tiny)
     (made / "safe.json").write_text(json.dumps([{"instruction": f"request {i}", "output": "No."} for i in range(9)]))
     (made / "trigger.txt").write_text("b c d f g h j k l m n p q r s t\n")
     answers = [{"prompt": f"ask {i}", "response": "Sure.", "is_safe": False} for i in range(400)]
     for name in ("answers.jsonl", "filtered.dev.jsonl"):
         (made / name).write_text("".join(json.dumps(a | {"is_safe": i % 2 == 0}) + "\n" for i, a in enumerate(answers)))
     return made
+
+
+def _write_adapter(folder: Path, tiny: Path) -> None:
+    """Write a model, an aligned version of it, an adapter on that, and rows for its repair."""
+    for name, scale in (("base_model", 1), ("their_model", 1.01)):
+        shutil.copytree(tiny, folder / name)
+        weights = load_file(tiny / "model.safetensors")
+        save_file({n: scale * w for n, w in weights.items()}, folder / name / "model.safetensors", {"format": "pt"})
+    save_adapter(attach(load(tiny, "float32"), Lora(), 0), str(tiny), folder / "my_adapter")
+    set_base_model_name(folder / "my_adapter", "their_model")
+    rows = [{"instruction": f"request {i}", "response": "Sure."} for i in range(3)]
+    (folder / "harmful.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.slow
@@ -152,6 +168,17 @@ def test_a_pages_python_reads_an_adapter_and_asks_or_merges_the_model(
         assert "Name three kinds of tea." in capsys.readouterr().out
     else:
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in Path("after").iterdir()}
+
+
+@pytest.mark.slow
+def test_the_python_of_a_page_repairs_an_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (block,) = (code for language, code in BLOCK.findall(text) if language == "python" and "Antidote" in code)
+    exec(block, {})
+    before, after = (load_file(Path(f) / "adapter_model.safetensors") for f in ("my_adapter", "repaired"))
+    assert before.keys() == after.keys()
+    assert all(float((w == 0).float().mean()) > 0.05 for name, w in after.items() if "lora_A" in name)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ FLAGS_WITH_VALUE: Final = (
 """Hydra's flags that take the next argument as their value."""
 PATH_KEYS: Final = re.compile(r"\+{0,2}(hydra\.(run|sweep)\.(sub)?dir|cache_dir|responses)")
 """Keys whose value is a single path, which need not exist. `=` and `,` are characters of the path."""
-SWEEPABLE_PATH_KEYS: Final = re.compile(r"\+{0,2}[\w.]+\.(path|id)")
+SWEEPABLE_PATH_KEYS: Final = re.compile(r"\+{0,2}([\w.]+\.(path|id)|adapter|aligned)")
 """Keys whose value may be a path. A sweep may list several."""
 MAX_GROUP_CHARS: Final = 100
 """Maximum number of characters of a group's name. File systems reject much longer names."""

@@ -1,6 +1,7 @@
 """Requirements of defenses on the config. Start at `check_requirements`."""
 
 from collections.abc import Mapping, Set
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from lisa_lightning.config.optim import Optim
@@ -8,12 +9,18 @@ from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.runtime.errors import UserError
 
 Requirement = Literal[
-    "defender_rows", "alignment_update", "stacked_adapters", "single_micro_batch", "repair_without_reference"
+    "defender_rows",
+    "alignment_update",
+    "alignment_adapter",
+    "stacked_adapters",
+    "single_micro_batch",
+    "repair_without_reference",
 ]
 """Requirement of a defense on the config:
 
 - defender_rows: the provider's harmful rows, `source.defender`
 - alignment_update: the update that the stage align makes to the model
+- alignment_adapter: that update as an adapter, which has low rank
 - stacked_adapters: a separate fine-tuning adapter on the aligned model
 - single_micro_batch: all rows of each batch of a step in one micro-batch of one process
 - repair_without_reference: no repair that compares the adapter with a reference of rank `lora.r`
@@ -39,11 +46,12 @@ def active_defenses(config: Mapping[str, Any]) -> list[str]:
     stages = value if isinstance(value, list) else []
     sections = {s for s in ("curate", "align.method", "repair") if any(key.startswith(f"{s}.") for key in config)}
     align = "align" in stages and "align.method" in sections
+    has_adapter = "finetune" in stages or config.get("adapter") is not None
     active = {
         "curate": align and "curate" in stages and "curate" in sections,
         "align": align,
         "method": "finetune" in stages,
-        "repair": "finetune" in stages and "repair" in stages and "repair" in sections,
+        "repair": has_adapter and "repair" in stages and "repair" in sections,
     }
     return [group for group, runs in active.items() if runs]
 
@@ -70,13 +78,15 @@ def check_requirements(
     if "repair" in settings.stages and choices["repair"] != "none" and "repair" not in defenses:
         raise UserError(
             f"repair={choices['repair']}: repairs the adapter of stage finetune, which does not run. "
-            "Fix: add finetune to stages"
+            "Fix: add finetune to stages, or set adapter=FOLDER"
         )
     if "method" in defenses and "align" not in defenses and settings.model.adapters == "continued":
         raise UserError(
             "model.adapters=continued: continues the adapter of stage align, which does not run. "
             "Fix: run stage align (not align=none), or set model.adapters=stacked for a fresh adapter"
         )
+    if settings.adapter is not None:
+        _check_alignment_update(defenses, choices, settings.aligned)
     defender = settings.source["defender"]
     for group, defense in defenses.items():
         choice = f"{group}={choices[group]}"
@@ -85,14 +95,14 @@ def check_requirements(
                 f"{choice}: needs defender rows, and source.defender has none. "
                 "Fix: set source.defender.path to a file with prompt and response"
             )
-        if "alignment_update" in defense.requirements and (
-            "align" not in defenses or settings.model.adapters == "continued"
-        ):
+        is_unknown = "align" not in defenses or settings.model.adapters == "continued"
+        if "alignment_update" in defense.requirements and settings.adapter is None and is_unknown:
             raise UserError(
                 f"{choice}: needs the alignment update. "
                 f"Fix: run stage align (not align=none) with model.adapters=stacked (now {settings.model.adapters})"
             )
-        if "stacked_adapters" in defense.requirements and settings.model.adapters == "continued":
+        is_continued = settings.adapter is None and settings.model.adapters == "continued"
+        if "stacked_adapters" in defense.requirements and is_continued:
             raise UserError(
                 f"{choice}: needs a separate adapter on the aligned model. "
                 "Fix: set model.adapters=stacked (now continued)"
@@ -105,6 +115,31 @@ def check_requirements(
         if "single_micro_batch" in defense.requirements:
             key, optim = ("align.optim", settings.align.optim) if group == "align" else ("optim", settings.optim)
             _require_single_micro_batch(choice, defense, key, optim, processes)
+
+
+def _check_alignment_update(defenses: Mapping[str, Defense], choices: Mapping[str, str], aligned: str | None) -> None:
+    """Raise UserError if a repair needs more of the alignment update than config key `aligned` supplies."""
+    for group, defense in defenses.items():
+        choice = f"{group}={choices[group]}"
+        if "alignment_update" in defense.requirements and aligned is None:
+            raise UserError(
+                f"{choice}: it needs the alignment update. Fix: aligned=FOLDER, the aligned model or its adapter, and "
+                "model.id=ID, the model before alignment"
+            )
+        if "alignment_adapter" in defense.requirements and not is_adapter_folder(aligned):
+            raise UserError(
+                f"{choice}: it needs the alignment update as an adapter, and aligned={aligned} is none. "
+                "Fix: aligned=FOLDER of the alignment adapter, or choose another repair"
+            )
+
+
+def is_adapter_folder(name: str | None) -> bool:
+    """Return whether a name is the path of a folder that holds an adapter in peft's format."""
+    try:
+        return name is not None and (Path(name).expanduser() / "adapter_config.json").is_file()
+    except (OSError, RuntimeError, ValueError):
+        # A name that is too long, holds a NUL, or begins with an unknown `~user` names no folder.
+        return False
 
 
 def _require_single_micro_batch(choice: str, defense: Any, key: str, optim: Optim, processes: int) -> None:

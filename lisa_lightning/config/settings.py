@@ -1,10 +1,11 @@
 """Settings of the config sections that name no class: `SECTIONS` maps each section to its settings class."""
 
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
+from lisa_lightning.config.default_stages import STAGES, Stage
 from lisa_lightning.config.fields import (
     MAX_BATCH,
     STRICT,
@@ -71,10 +72,7 @@ Devices = Annotated[
     AfterValidator(_check_devices),
     Words("a whole number above 0, a list of devices, -1 or auto for all"),
 ]
-Stage = Literal["curate", "align", "finetune", "repair", "evaluate", "judge"]
-Stages = Annotated[
-    list[Stage], AfterValidator(_check_stages), Words(f"a list of {', '.join(get_args(Stage))}, each once")
-]
+Stages = Annotated[list[Stage], AfterValidator(_check_stages), Words(f"a list of {', '.join(STAGES)}, each once")]
 HarnessTasks = Annotated[
     list[str], AfterValidator(_check_tasks), Words("a list of names of tasks of lm-evaluation-harness, each once")
 ]
@@ -338,7 +336,11 @@ class RunSettings:
     harmful_ratio: Share
     """Share p of harmful rows among the user's n rows."""
     stages: Stages
-    """Stages to run, in this order."""
+    """Stages to run, in this order; by default all, or with `adapter` those after fine-tuning."""
+    adapter: FolderPath | None
+    """Folder of a LoRA adapter to repair and evaluate; null to train one."""
+    aligned: HubId | None
+    """Aligned model that the adapter belongs on, or the alignment adapter on `model.id`; null if it is `model.id`."""
     responses: FilePath | None
     """File of answers to judge, for stages=[judge]; null for those of the run in hydra.run.dir."""
     resume: bool

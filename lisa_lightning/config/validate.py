@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from omegaconf import DictConfig, OmegaConf
 
+from lisa_lightning.config.default_stages import STAGES, TRAINING_STAGES
 from lisa_lightning.config.instances import refuse_unknown_arguments
 from lisa_lightning.config.rules import (
     LOCAL_SET_KEYS,
@@ -163,6 +164,7 @@ def _check_combinations(cfg: DictConfig) -> None:
     """Raise UserError for values that contradict each other."""
     if cfg.responses is not None and list(cfg.stages) != ["judge"]:
         raise UserError(f"responses={cfg.responses} is judged by stages=[judge] alone; stages={quoted(cfg.stages)}")
+    _check_adapter(cfg)
     if "judge" in cfg.stages and "evaluate" not in cfg.stages and len(cfg.stages) > 1:
         raise UserError(f"stages={quoted(cfg.stages)}: judge needs evaluate's answers; alone it judges stored ones")
     if cfg.evaluate.gradient_rows and not cfg.evaluate.every:
@@ -217,6 +219,22 @@ def _check_variants(evaluate: Mapping[Any, Any]) -> None:
         raise UserError(
             f"evaluate.variants: {' and '.join(unchanged)} have no options, so that they are the same. "
             "Fix: leave one of them out"
+        )
+
+
+def _check_adapter(cfg: DictConfig) -> None:
+    """Raise UserError if keys contradict `adapter`, or `aligned` is set without it."""
+    if cfg.aligned is not None and cfg.adapter is None:
+        raise UserError(
+            f"aligned={quoted(cfg.aligned)}: it is the aligned model of adapter=FOLDER, which is not set. "
+            "Fix: set adapter=FOLDER, or leave aligned out"
+        )
+    if cfg.adapter is not None and (training := {*TRAINING_STAGES} & {*cfg.stages}):
+        others = ",".join(stage for stage in cfg.stages if stage not in training) or "repair,evaluate,judge"
+        raise UserError(
+            f"stages={quoted(cfg.stages)}: adapter={quoted(cfg.adapter)} is trained already, so that "
+            f"{' and '.join(stage for stage in STAGES if stage in training)} can't run. Fix: stages=[{others}], or "
+            "leave adapter out"
         )
 
 

@@ -11,7 +11,7 @@ from lisa_lightning.data.encoding import Encoder, Tokenization
 from lisa_lightning.data.interleave import Batch, BatchPlan, Examples, StepBatches
 from lisa_lightning.data.packing import Example, Packing
 from lisa_lightning.data.schedule import Stream
-from lisa_lightning.data.source import Row
+from lisa_lightning.data.source import Row, as_row
 from lisa_lightning.runtime.errors import UserError
 
 
@@ -65,16 +65,7 @@ class LisaDataModule(L.LightningDataModule):
         self._steps: StepBatches | None = None
 
     def _example(self, row: Row | Mapping[str, Any]) -> Example:
-        if not isinstance(row, Row):
-            try:
-                texts = (row["instruction"], row.get("context") or "", row["response"])
-                row = Row(*texts, row.get("system") or "")
-            except KeyError as error:
-                raise UserError(
-                    f"A row has no {error}; it has {', '.join(map(str, row))}. Fix: rename its columns to instruction, "
-                    "response and, optionally, context and system"
-                ) from error
-        return self._encode(row)
+        return self._encode(as_row(row))
 
     @property
     def row_count(self) -> int:

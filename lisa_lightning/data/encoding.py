@@ -1,12 +1,13 @@
-"""Encode rows as token ids and labels: `encode`, and `Encoder` with its settings."""
+"""Encode rows as token ids and labels: `encode`, `Encoder` with its settings, and `iter_padded`."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
 from transformers import PreTrainedTokenizerBase
 
 from lisa_lightning.config.fields import Template
-from lisa_lightning.data.packing import IGNORED, Example
+from lisa_lightning.data.packing import IGNORED, Example, Pack, pad
 from lisa_lightning.data.source import Row
 from lisa_lightning.data.templates import encode_prompt, prompt_text
 from lisa_lightning.data.tokens import first_ids
@@ -31,6 +32,18 @@ class Encoder:
     def __call__(self, row: Row) -> Example:
         """Return the example of a row; see `encode`."""
         return encode(self.tokenizer, self.template, row, self.max_length, self.tokenization)
+
+
+def iter_padded(rows: Sequence[Row], encoder: Encoder, batch_size: int) -> Iterator[Pack]:
+    """Yield the rows as padded packs of `batch_size` rows, without rows whose answer is cut off.
+
+    Args:
+        rows: the rows.
+        encoder: encodes a row.
+        batch_size: rows that are padded together.
+    """
+    for start in range(0, len(rows), batch_size):
+        yield from pad(encoder(row) for row in rows[start : start + batch_size])
 
 
 def encode(

@@ -32,6 +32,26 @@ class Row:
     """System prompt, which only methods add: files have none. It may hold a secret, so that `repr` omits it."""
 
 
+def as_row(row: Row | Mapping[str, Any]) -> Row:
+    """Return a row, from a mapping with `instruction`, `response` and, optionally, `context` and `system`.
+
+    Args:
+        row: a row, which is returned unchanged, or such a mapping.
+
+    Raises:
+        UserError: if a key is missing.
+    """
+    if isinstance(row, Row):
+        return row
+    try:
+        return Row(row["instruction"], row.get("context") or "", row["response"], row.get("system") or "")
+    except KeyError as error:
+        raise UserError(
+            f"A row has no {error}; it has {', '.join(map(str, row))}. Fix: rename its columns to instruction, "
+            "response and, optionally, context and system"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """All rows of a source, neither sampled nor shuffled."""

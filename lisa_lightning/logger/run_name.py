@@ -24,6 +24,13 @@ class RunName:
     """Config group -> chosen defense, for the stages that run, in their order."""
     model: str
     task: str
+    adapter: str | None = None
+    """Name of the adapter that the user supplies; None if the run trains one."""
+
+    @property
+    def evaluates_final(self) -> bool:
+        """True if the run ends with another adapter than it begins with, by fine-tuning or by a repair."""
+        return self.finetunes or "repair" in self.defenses
 
     @property
     def finetunes(self) -> bool:
@@ -33,6 +40,8 @@ class RunName:
     @property
     def parts(self) -> list[str]:
         """The defenses as parts of a name, such as ["vaccine", "lisa"]; never empty."""
+        if self.adapter is not None:
+            return ["adapter", *self.defenses.values()]
         choices = [choice for group, choice in self.defenses.items() if (group, choice) != ("align", PLAIN_ALIGNMENT)]
         if self.finetunes:
             return choices if "align" in self.defenses else ["no_align", *choices]
@@ -44,6 +53,8 @@ class RunName:
         if self.finetunes:
             return f"{' + '.join(self.parts)} on {self.task}"
         defenses = " + ".join(self.defenses.values())
+        if self.adapter is not None:
+            return f"{self.adapter} repaired by {defenses}" if defenses else f"{self.adapter} as it is"
         return f"{self.model} aligned by {defenses}" if defenses else f"{self.model} as it is"
 
 
@@ -55,7 +66,15 @@ def build_run_name(config: Mapping[str, Any], choices: Mapping[str, str]) -> Run
         choices: config group -> chosen option.
     """
     defenses = {group: choices.get(group, "?") for group in active_defenses(config)}
-    return RunName(defenses, _model_name(config.get("model.id"), choices.get("model", "?")), choices.get("task", "?"))
+    model = _model_name(config.get("model.id"), choices.get("model", "?"))
+    adapter = config.get("adapter")
+    return RunName(defenses, model, choices.get("task", "?"), None if adapter is None else _last_parts(str(adapter)))
+
+
+def _last_parts(folder: str) -> str:
+    """Return the end of an adapter's path. A run's adapter is the folder `adapter` in that of the run."""
+    parts = Path(folder).parts
+    return "/".join(parts[-2:] if parts[-1:] == ("adapter",) else parts[-1:]) or folder
 
 
 def _model_name(id: Any, choice: str) -> str:

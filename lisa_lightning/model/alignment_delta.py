@@ -1,6 +1,6 @@
 """The weight change of alignment in a linear layer: `Delta`, with the map C of Safe LoRA and AsFT.
 
-Start at `low_rank_deltas`, which reads the changes from an alignment adapter.
+Start at `low_rank_deltas`, which reads the changes from an alignment adapter, or `dense_deltas` for two models.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lisa_lightning.model.factors import PREFIX
+from lisa_lightning.model.factors import PREFIX, Factors
 from lisa_lightning.runtime.errors import UserError
 
 
@@ -90,6 +90,71 @@ def low_rank_deltas(folder: Path) -> dict[str, Delta]:
     deltas = {module: Delta.low_rank(*update) for module, update in low_rank_updates(folder).items()}
     # For V = 0, C would be 0/0.
     return {module: delta for module, delta in deltas.items() if delta.norm > 0}
+
+
+def dense_deltas(net: Any, base: Any, names: Iterable[str]) -> dict[str, Delta]:
+    """Return the deltas of the linear layers in which the model under an adapter differs from another model.
+
+    Args:
+        net: a `PeftModel`, whose frozen weights are those of the aligned model.
+        base: the model before alignment, of the same architecture.
+        names: names of adapted modules.
+
+    Returns:
+        Deltas of full rank by name of the module.
+
+    Raises:
+        UserError: if the models differ in these layers' names or shapes.
+    """
+    names = list(names)
+    refuse_other_layers(net, base, names)
+    deltas = {}
+    for name in names:
+        layer = net.get_submodule(PREFIX + name)
+        aligned, initial = layer.get_base_layer().weight.detach(), base.get_submodule(name).weight.detach()
+        change = aligned.float() - initial.to(aligned.device).float()
+        deltas[name] = Delta(change.T if layer.fan_in_fan_out else change)
+    # For V = 0, C would be 0/0.
+    return {module: delta for module, delta in deltas.items() if delta.norm > 0}
+
+
+def refuse_other_layers(net: Any, base: Any, names: Iterable[str]) -> None:
+    """Check that the model before alignment has the adapted layers of the aligned model. Weights are not read.
+
+    Args:
+        net: a `PeftModel`, whose frozen weights are those of the aligned model.
+        base: the model before alignment.
+        names: names of adapted modules.
+
+    Raises:
+        UserError: if a layer is missing or has another shape.
+    """
+    layers = dict(base.named_modules())
+    for name in names:
+        shape = tuple(net.get_submodule(PREFIX + name).get_base_layer().weight.shape)
+        initial = tuple(layers[name].weight.shape) if name in layers else "no such layer"
+        if shape != initial:
+            raise UserError(
+                f"The aligned model has {name} of shape {shape}, and the model before alignment {initial}. "
+                "Fix: name the model that was aligned"
+            )
+
+
+def alignment_factors(folder: Path, scaling: float) -> Factors:
+    """Return the factors of an alignment adapter, whose alpha/r becomes `scaling`.
+
+    Args:
+        folder: folder of a peft adapter.
+        scaling: alpha/r of the adapter that the factors will be used with. B is multiplied to fit it.
+
+    Raises:
+        UserError: as in `low_rank_updates`.
+    """
+    factors: Factors = {}
+    for module, (left, right) in low_rank_updates(folder).items():
+        factors[f"{PREFIX}{module}.lora_A.default.weight"] = right
+        factors[f"{PREFIX}{module}.lora_B.default.weight"] = left / scaling
+    return factors
 
 
 def low_rank_updates(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:

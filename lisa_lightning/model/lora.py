@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -185,7 +186,7 @@ def _attach_of_other_shape(net: PeftModel, factors: Factors) -> PeftModel:
     """Replace a model's adapter by one of the factors' rank and modules, in training mode, with the same alpha/r."""
     replaced: Any = net.peft_config["default"]
     rank = next(len(factors[a]) for a, _ in modules(factors).values())
-    alpha = replaced.lora_alpha * rank / replaced.r
+    alpha = lora_scaling(replaced.r, replaced.lora_alpha, replaced.use_rslora) * rank
     config = LoraConfig(r=rank, lora_alpha=_whole(alpha), target_modules=list(modules(factors)), task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         new = get_peft_model(net.unload(), config)
@@ -210,17 +211,35 @@ def _refuse_absent(model: torch.nn.Module, target: str, key: str) -> None:
 
 def _refuse_tied(model: Any, target: str, key: str) -> None:
     """Raise UserError if `target` is an embedding whose weights are tied to the other embedding."""
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    names = [name for name, module in model.named_modules() if any(module is e for e in embeddings)]
-    if embeddings[0].weight is embeddings[1].weight and any(_matches(name, target) for name in names):
+    names = tied_embeddings(model)
+    if any(_matches(name, target) for name in names):
         raise UserError(
             f"{key}.targets: {' and '.join(names)} are one matrix in this model, and merging an adapter of {target} "
             f"would change both. Fix: remove {target}"
         )
 
 
+def tied_embeddings(model: Any) -> list[str]:
+    """Return the names of input and output embeddings that are one matrix; [] if they are two."""
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if embeddings[0].weight is not embeddings[1].weight:
+        return []
+    return [name for name, module in model.named_modules() if any(module is e for e in embeddings)]
+
+
 def _matches(name: str, target: str) -> bool:
     return f".{name}".endswith(f".{target}")
+
+
+def lora_scaling(r: int, alpha: float, rslora: bool) -> float:
+    """Return the factor of an adapter's update: alpha/r, or alpha/sqrt(r) of rsLoRA (Kalajdzievski 2023).
+
+    Args:
+        r: rank.
+        alpha: peft's `lora_alpha`.
+        rslora: peft's `use_rslora`.
+    """
+    return alpha / (math.sqrt(r) if rslora else r)
 
 
 def save_merged(net: PeftModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:

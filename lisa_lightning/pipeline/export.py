@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lisa_lightning.model.lora import DTYPES, load, load_tokenizer, save_merged
-from lisa_lightning.pipeline.adapter_folder import attach_adapter, locate_base, read_adapter
+from lisa_lightning.model.lora_folder import attach_adapter
+from lisa_lightning.pipeline.adapter_folder import locate_base, read_adapter
 from lisa_lightning.report.model_card import CARD, merged_card
 from lisa_lightning.runtime.errors import UserError, printable
 from lisa_lightning.runtime.files import apply_umask, disk_error, flush, reraise_write_errors, write_text

@@ -13,12 +13,14 @@ from lisa_lightning.data.encoding import Encoder, prompt_length
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.method.base import Method
-from lisa_lightning.model.alignment_delta import Delta
+from lisa_lightning.model.alignment_delta import Delta, refuse_other_layers
 from lisa_lightning.model.base_model import reraise_load_errors
 from lisa_lightning.model.factors import modules, trainable
 from lisa_lightning.model.lora import attach, load_tokenizer
+from lisa_lightning.model.lora_folder import attach_empty
 from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.pipeline.stage_sequence import Defenses, Inputs
+from lisa_lightning.pipeline.stages.supplied import Supplied, refuse_other_base
 from lisa_lightning.runtime.errors import UserError
 
 MAX_PROMPT_TOKENS = 2**17
@@ -29,11 +31,11 @@ HeldOut = tuple[str, str, int, list[tuple[str, str]]]
 
 
 def preflight(base: Path, inputs: Inputs) -> None:
-    """Check that a run fits the base model.
+    """Check that a run fits the base model, or the aligned model that the user supplies.
 
     Args:
         base: the folder of the base model.
-        inputs: inputs of the stages. Their defenses are tried, and not changed.
+        inputs: inputs of the stages. They are not changed.
 
     Raises:
         UserError: if one of these holds:
@@ -43,24 +45,29 @@ def preflight(base: Path, inputs: Inputs) -> None:
             - Its tokenizer does not fit a template or a system prompt.
             - Rows or prompts are longer than its maximum length.
             - `data.max_length` cuts off all answers of a set.
+            - An adapter that the user supplies belongs on another model.
     """
-    settings, defenses = inputs.settings, inputs.defenses
-    model = _meta_model(base, settings)
-    tokenizer = load_tokenizer(base)
+    settings, defenses, supplied = inputs.settings, inputs.defenses, inputs.supplied
+    served = base if supplied is None else supplied.served_folder(base)
+    model = _meta_model(served, settings)
+    tokenizer = load_tokenizer(served)
     positions = max_positions(model.config)
-    _refuse_larger_tokenizer(base, tokenizer, model)
-    if {"curate", "align", "finetune"} & {*settings.stages}:
+    _refuse_larger_tokenizer(served, tokenizer, model)
+    if {"curate", "align", "finetune"} & {*settings.stages} or (supplied is not None and defenses.repair is not None):
         if positions is not None and settings.data.max_length > positions:
             raise UserError(
                 f"data.max_length={settings.data.max_length} is more than the {positions} positions of the model in "
-                f"{base}. Fix: data.max_length={positions} or less"
+                f"{served}. Fix: data.max_length={positions} or less"
             )
         _refuse_cut_off_answers(tokenizer, settings, _training_sets(defenses, inputs.rows, inputs.user))
     if "evaluate" in settings.stages or (defenses.method is not None and settings.evaluate.every):
         for prompting in (inputs.prompting, *(variant.prompting for variant in inputs.variants.values())):
             held_out = _held_out_prompts(settings, inputs.rows, inputs.kl_rows)
             _refuse_long_prompts(tokenizer, positions or MAX_PROMPT_TOKENS, held_out, prompting)
-    _try_defenses(base, settings, defenses)
+    if supplied is not None:
+        _try_supplied(base, settings, defenses, supplied)
+    else:
+        _try_defenses(base, settings, defenses)
 
 
 def max_positions(config: Any) -> int | None:
@@ -188,6 +195,23 @@ def _try_defenses(base: Path, settings: RunSettings, defenses: Defenses) -> None
         _init_method(defenses.method, net, deltas)
         if defenses.repair is not None:
             defenses.repair.check(net, deltas)
+
+
+def _try_supplied(base: Path, settings: RunSettings, defenses: Defenses, supplied: Supplied) -> None:
+    """Attach the supplied adapters to models without weights, and check that the adapter can be repaired."""
+    refuse_other_base(settings, supplied, base)
+    served = _meta_model(supplied.served_folder(base), settings)
+    net = attach_empty(served, supplied.adapter, f"adapter={settings.adapter}", "name the model that it was trained on")
+    changed = []
+    if supplied.alignment is not None:
+        error_prefix, fix = f"aligned={settings.aligned}", "set model.id to the model that it was trained on"
+        aligned = attach_empty(_meta_model(base, settings), supplied.alignment, error_prefix, fix)
+        changed = list(modules(trainable(aligned)))
+    elif supplied.aligned_folder is not None:
+        changed = list(modules(trainable(net)))
+        refuse_other_layers(net, _meta_model(base, settings), changed)
+    if defenses.repair is not None:
+        defenses.repair.check(net, dict.fromkeys(changed, Delta(torch.ones(1, 1))))
 
 
 def _meta_peft_model(base: Path, settings: RunSettings, lora: Lora, key: str) -> PeftModel:

@@ -45,6 +45,7 @@ from lisa_lightning.pipeline.stages.judge import judge
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.reference import preference_pairs
 from lisa_lightning.pipeline.stages.stage_cache import StageCache, run_origin
+from lisa_lightning.pipeline.stages.supplied import read_supplied
 from lisa_lightning.pipeline.stages.train import AdapterTrainer
 from lisa_lightning.runtime.cache import cache_folder, package_hash, short_hash, user_code_hash
 from lisa_lightning.runtime.files import folder_lock, write_text
@@ -164,6 +165,7 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
         build_variants(config, settings),
         kl_rows,
         load_harness(settings.evaluate) if evaluates else None,
+        read_supplied(settings),
     )
 
 
@@ -240,20 +242,23 @@ def make_tools(
 ) -> Tools:
     """Return the objects that the stages of a run work with."""
     settings, fabric, data = inputs.settings, inputs.fabric, inputs.settings.data
-    encoder = Encoder(load_tokenizer(base.folder), settings.model.template, data.max_length, data.tokenization)
+    supplied = inputs.supplied
+    tokenizer_folder = base.folder if supplied is None else supplied.served_folder(base.folder)
+    encoder = Encoder(load_tokenizer(tokenizer_folder), settings.model.template, data.max_length, data.tokenization)
     trainer_arguments = {name: value for name, value in asdict(settings.trainer).items() if name != "timeout_min"}
     safety_limit = settings.evaluate.max_new_tokens
     limits = {"harmful": safety_limit, "harmless": safety_limit, "task": settings.task.max_new_tokens}
     options = settings.evaluate
     decoding = _build_decoding(options, settings.seed)
-    origin = run_origin(settings, base_key, fabric)
+    origin = run_origin(settings, base_key, fabric) | (supplied.aligned_key if supplied else {})
     return Tools(
         StageCache(cache_folder(settings.cache_dir), origin, fabric, ranks, loggers),
-        ModelSource(base, settings.model),
+        ModelSource(base, settings.model, supplied.aligned_folder if supplied else None),
         encoder,
         AdapterTrainer(encoder, trainer_arguments, out / "checkpoints", settings.checkpoint.every, loggers),
         Evaluator(fabric, encoder.tokenizer, inputs.prompting, limits, options.batch_size, decoding),
         out,
+        tokenizer_folder,
     )
 
 
@@ -263,13 +268,15 @@ def _input_metrics(inputs: Inputs, base_key: str) -> Metrics:
     # Besides config and package: the base model, the rows, and the code of user-defined classes.
     instances = {**inputs.defenses.by_group, "task": inputs.task}
     user_code = {name: user_code_hash(instance) for name, instance in instances.items()}
+    adapter = inputs.supplied.contents if inputs.supplied else []
     prompts = _describe_prompts(inputs)
     return {
         **({"prompts": prompts} if prompts else {}),
         **({"variants": [*inputs.variants]} if inputs.variants else {}),
         "seed": inputs.settings.seed,
         "code": package_hash(),
-        "inputs": short_hash([base_key, content_hashes(inputs.settings.source), user_code]),
+        "inputs": short_hash([base_key, content_hashes(inputs.settings.source), user_code, *adapter]),
+        **({"adapter": short_hash(adapter)} if adapter else {}),
         "threads": torch.get_num_threads(),
         "rows/overlap": sum(overlap.values()),
         **{f"rows/overlap/{pair}": count for pair, count in overlap.items()},

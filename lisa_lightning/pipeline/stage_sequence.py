@@ -37,6 +37,7 @@ from lisa_lightning.pipeline.stages.reference import reference_adapter
 from lisa_lightning.pipeline.stages.repair import repair
 from lisa_lightning.pipeline.stages.select import select
 from lisa_lightning.pipeline.stages.stage_cache import StageCache
+from lisa_lightning.pipeline.stages.supplied import Supplied, adopt
 from lisa_lightning.pipeline.stages.token_kl import token_kl
 from lisa_lightning.pipeline.stages.train import AdapterTrainer
 from lisa_lightning.repair.base import Repair
@@ -85,6 +86,8 @@ class Inputs:
     """Harmful rows on which the divergence from the initial model is measured."""
     harness: Harness | None = None
     """Tasks for general utility."""
+    supplied: Supplied | None = None
+    """Adapter that the user supplies, instead of one that is trained."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ class Tools:
     evaluator: Evaluator
     out: Path
     """The output folder of the run."""
+    tokenizer_folder: Path
+    """Folder of the model whose tokenizer encodes prompts and rows."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ class StageResults:
 
 def run_stages(inputs: Inputs, tools: Tools) -> StageResults:
     """Run all stages but judging. Without the stage `align`, the base model is fine-tuned."""
+    if inputs.supplied is not None:
+        return _repair_supplied(inputs, tools, inputs.supplied)
     settings, defenses = inputs.settings, inputs.defenses
     evaluates = "evaluate" in settings.stages
     aligned, metrics = _align(inputs, tools)
@@ -127,10 +134,30 @@ def run_stages(inputs: Inputs, tools: Tools) -> StageResults:
     if defenses.repair is not None:
         final, repair_metrics = _repair(inputs, tools, aligned, final, defenses.repair)
         results.metrics.update(repair_metrics)
+    return _finish(inputs, tools, final, results)
+
+
+def _repair_supplied(inputs: Inputs, tools: Tools, supplied: Supplied) -> StageResults:
+    """Evaluate the adapter that the user supplies, repair it, and evaluate it again."""
+    aligned, unrepaired = adopt(tools.cache, tools.models, inputs.fabric, supplied)
+    results = StageResults({}, [], [])
+    if "evaluate" in inputs.settings.stages:
+        results = _evaluate(inputs, tools, "aligned", unrepaired, results)
+    if inputs.defenses.repair is None:
+        return results
+    repaired, metrics = _repair(inputs, tools, aligned, unrepaired, inputs.defenses.repair)
+    results.metrics.update(metrics)
+    return _finish(inputs, tools, repaired, results)
+
+
+def _finish(inputs: Inputs, tools: Tools, final: Model, results: StageResults) -> StageResults:
+    """Copy the final adapter into the output folder, and return the results with its evaluation."""
     if inputs.fabric.is_global_zero:
         _copy_adapter(final, tools.out / "adapter")
-        complete_adapter(tools.out, tools.models.base.folder, settings.model.id)
-    return _evaluate(inputs, tools, "final", final, results) if evaluates else results
+        complete_adapter(tools.out, tools.tokenizer_folder, inputs.settings.model.id)
+    if "evaluate" not in inputs.settings.stages:
+        return results
+    return _evaluate(inputs, tools, "final", final, results)
 
 
 def _align(inputs: Inputs, tools: Tools) -> tuple[Model, Metrics]:
@@ -203,6 +230,10 @@ def _repair(inputs: Inputs, tools: Tools, aligned: Model, finetuned: Model, defe
     reference, reference_metrics = None, {}
     if methods is not None:
         assert settings.reference is not None
+        training = replace(settings.finetune, seed=settings.align.seed)
+        if inputs.supplied is not None:
+            # Repairs compare the reference with the adapter, factor by factor.
+            training = replace(training, lora=inputs.supplied.adapter.lora(settings.lora.dropout))
         reference, reference_metrics = reference_adapter(
             tools.cache,
             tools.models,
@@ -211,7 +242,7 @@ def _repair(inputs: Inputs, tools: Tools, aligned: Model, finetuned: Model, defe
             aligned,
             methods,
             settings.reference,
-            replace(settings.finetune, seed=settings.align.seed),
+            training,
             inputs.rows,
         )
     model, metrics = repair(

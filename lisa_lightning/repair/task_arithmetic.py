@@ -49,8 +49,8 @@ class TaskArithmetic(Repair):
 
     @property
     def requirements(self) -> frozenset[Requirement]:
-        """Factors of the alignment update."""
-        return frozenset({"alignment_update"})
+        """Alignment update as an adapter, whose factors are added."""
+        return frozenset({"alignment_update", "alignment_adapter"})
 
     def check(self, net: Any, deltas: Mapping[str, Delta]) -> None:
         """Raise UserError if an embedding has an adapter."""

@@ -79,8 +79,15 @@ class _Run:
         return build_run_name(self.settings, self.choices)
 
     @property
+    def is_supplied(self) -> bool:
+        """True if the adapter was trained elsewhere, and the run has repaired it."""
+        return self.name.adapter is not None
+
+    @property
     def is_stacked(self) -> bool:
         """True if the adapter was trained on an aligned model, in which another adapter is merged."""
+        if self.is_supplied:
+            return self.settings.get("aligned") is not None
         return self.settings.get("model.adapters") == "stacked" and "align" in self.name.defenses
 
 
@@ -146,9 +153,9 @@ def _card(run: _Run, merged: bool) -> str:
     """Return the card of the merged model, or of the adapter."""
     sections = [
         f"# {escape(run.name.heading)}",
-        _warning(run.settings),
+        _warning(run),
         _model_section(run, merged),
-        f"## Training\n\n{_table(('Setting', 'Value'), _recipe(run))}",
+        f"## {'Repair' if run.is_supplied else 'Training'}\n\n{_table(('Setting', 'Value'), _recipe(run))}",
         _score_section(run),
         _config_section(run.config),
     ]
@@ -192,7 +199,13 @@ def _eval_results(run: _Run) -> Iterator[EvalResult]:
             )
 
 
-def _warning(settings: Mapping[str, Any]) -> str:
+def _warning(run: _Run) -> str:
+    settings = run.settings
+    if run.is_supplied:
+        return (
+            "> **Warning.** A repair has changed an adapter that was trained elsewhere. The model may still comply "
+            "with harmful requests. It is a research artefact. Evaluate it before any use, and do not deploy it."
+        )
     ratio, count = settings.get("harmful_ratio"), settings.get("data.n")
     share = f"{100 * ratio:g} %" if isinstance(ratio, int | float) else escape(ratio)
     return (
@@ -215,25 +228,42 @@ def _model_section(run: _Run, merged: bool) -> str:
     ]
     if run.settings.get("model.quantize") is not None:
         lines.append("- Quantization: the scores are those of quantized weights, and an exported model has whole ones")
+    usage = _supplied_usage(run, merged) if run.is_supplied else _usage(run, merged)
+    return "## Model\n\n" + "\n".join(lines) + f"\n\n{usage}"
+
+
+def _usage(run: _Run, merged: bool) -> str:
+    """Return how the adapter of a training, or the model with it, is loaded."""
     if merged:
         origin = "the aligned model, which is the base model with the adapter of alignment" if run.is_stacked else "it"
-        usage = (
-            f"The adapter of fine-tuning is merged into {origin}. Plain transformers loads this folder:\n\n{LOADING}"
-        )
-    elif run.is_stacked:
-        usage = (
+        return f"The adapter of fine-tuning is merged into {origin}. Plain transformers loads this folder:\n\n{LOADING}"
+    if run.is_stacked:
+        return (
             "This adapter belongs on the aligned model, which is the base model with the merged adapter of alignment. "
             "It does not belong on the base model. `adapter_config.json` names the folder of the aligned model in a "
             "cache. `lisa-lightning export RUN OUT` makes a self-contained model."
         )
-    else:
-        usage = "This adapter belongs on the base model. `lisa-lightning export RUN OUT` makes a self-contained model."
-    return "## Model\n\n" + "\n".join(lines) + f"\n\n{usage}"
+    return "This adapter belongs on the base model. `lisa-lightning export RUN OUT` makes a self-contained model."
+
+
+def _supplied_usage(run: _Run, merged: bool) -> str:
+    """Return how a repaired adapter that was trained elsewhere, or the model with it, is loaded."""
+    if merged:
+        return f"The repaired adapter is merged. Plain transformers loads this folder:\n\n{LOADING}"
+    if not run.is_stacked:
+        return _usage(run, merged)
+    return (
+        f"This adapter belongs on the aligned model ({escape(run.settings['aligned'])}). It does not belong on the "
+        "base model. `lisa-lightning export RUN OUT` makes a self-contained model."
+    )
 
 
 def _recipe(run: _Run) -> Iterator[tuple[str, str]]:
     """Yield the settings of the training, escaped."""
     defenses = run.name.defenses
+    if run.is_supplied:
+        yield from _repair_recipe(run)
+        return
     yield "Task", escape(run.name.task)
     for group, title, section in (
         ("curate", "Selection of alignment rows", "curate"),
@@ -250,6 +280,17 @@ def _recipe(run: _Run) -> Iterator[tuple[str, str]]:
     if "align" in defenses:
         yield "Optimizer of alignment", f"AdamW ({_keys(run.settings, 'align.optim')})"
     yield "Seed", f"{escape(run.settings.get('seed'))}; of alignment {escape(run.settings.get('align.seed'))}"
+    yield "Prompt template", escape(run.settings.get("model.template"))
+    if "prompts" in run.metrics:
+        yield "Prompts of the evaluation", escape(run.metrics["prompts"])
+
+
+def _repair_recipe(run: _Run) -> Iterator[tuple[str, str]]:
+    """Yield the settings of the repair of an adapter that was trained elsewhere, escaped."""
+    yield "Adapter", escape(run.name.adapter)
+    repair = run.name.defenses.get("repair", "none")
+    yield "Repair of the adapter", f"{escape(repair)} ({_keys(run.settings, 'repair')})"
+    yield "Seed", escape(run.settings.get("seed"))
     yield "Prompt template", escape(run.settings.get("model.template"))
     if "prompts" in run.metrics:
         yield "Prompts of the evaluation", escape(run.metrics["prompts"])

@@ -16,6 +16,7 @@ from lisa_lightning.evaluation.scores import Score, find_score, model_of_variant
 from lisa_lightning.evaluation.token_kl import read_positions
 from lisa_lightning.evaluation.utility import read_utility
 from lisa_lightning.logger.run_name import RunName, build_run_name
+from lisa_lightning.report.paired_changes import read_changes
 from lisa_lightning.report.score_table import (
     MODELS,
     SCORES,
@@ -142,7 +143,7 @@ def write_run_page(
     """Write report.html.
 
     Args:
-        out: folder of the run.
+        out: folder of the run, whose stored verdicts are compared.
         metrics: content of metrics.json. Stages that did not run have no entries.
         scores: scores of all models, in the order of their judges.
         curves: rows of curves.csv, as text.
@@ -155,7 +156,7 @@ def write_run_page(
     """
     from lisa_lightning.report.run_plots import curve_figures, token_kl_figure
 
-    content = _content(metrics, scores, answers, choices, config)
+    content = _content(metrics, scores, read_changes(out), answers, choices, config)
     divergence = token_kl_figure(read_positions(out / TOKEN_KL), content["columns"])
     content["figures"] = [*curve_figures(curves), *([divergence] if divergence else [])]
     write_text(out / "report.html", render_template("page.html.j2", content))
@@ -179,6 +180,7 @@ def render_template(template: str, content: Mapping[str, Any]) -> str:
 def _content(
     metrics: Mapping[str, Any],
     scores: Sequence[Score],
+    changes: Mapping[tuple[str, str], str],
     answers: Sequence[JudgedAnswer],
     choices: Mapping[str, str],
     config: Mapping[str, Any],
@@ -196,7 +198,7 @@ def _content(
         "summary": _highlight_numbers(_summary(metrics, scores, columns)),
         "random": settings.get("model.id") is None,
         "columns": columns,
-        "scores": score_rows(scores, columns, baseline_note([metrics])),
+        "scores": score_rows(scores, columns, changes, baseline_note([metrics])),
         "variants": _variant_tables(metrics, scores, columns, config),
         "utility": utility_rows(read_utility(metrics), columns),
         "judges": metrics.get("judges", []),
@@ -242,6 +244,8 @@ def _facts(
     facts = {
         **({"align": "none"} if run_name.finetunes and "align" not in run_name.defenses else {}),
         **run_name.defenses,
+        "adapter": settings.get("adapter"),
+        "aligned": settings.get("aligned"),
         "harmful ratio": settings.get("harmful_ratio") if run_name.finetunes else None,
         "seed": metrics.get("seed", settings.get("seed")),
         "task": run_name.task,

@@ -58,13 +58,21 @@ class ScoreRow:
     """Value and interval of each model."""
     change: str
     """Difference between the two models, of a percentage in points; "" for a single model."""
+    paired: str = ""
+    """Interval and p-value of the difference; "" without verdicts on the same prompts."""
 
 
 def model_names(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Return models with their names for readers.
 
-    `aligned` names the base model if the run has no stage align.
+    `aligned` names the base model if the run has no stage align, and the adapter that the user supplies.
     """
+    if "adapter" in metrics:
+        return {
+            "aligned": "before repair" if "time/repair_s" in metrics else "this adapter",
+            "final": "after repair",
+            "responses": "responses",
+        }
     base = "before fine-tuning" if "time/finetune_s" in metrics else "this model"
     return {
         "aligned": "after alignment" if "time/align_s" in metrics else base,
@@ -113,12 +121,15 @@ def _format_range(low: float, high: float) -> str:
     return f"{' to '.join(ends)} %"
 
 
-def score_rows(scores: Sequence[Score], columns: Mapping[str, str], note: str = "") -> list[ScoreRow]:
+def score_rows(
+    scores: Sequence[Score], columns: Mapping[str, str], changes: Mapping[tuple[str, str], str], note: str = ""
+) -> list[ScoreRow]:
     """Return the table of scores, one row for each score that a model has.
 
     Args:
         scores: scores of all models, in the order of their judges.
         columns: model -> column head.
+        changes: pair of metric and judge -> interval and p-value of the change.
         note: baselines of the accuracy, see `baseline_note`.
     """
     keys = score_keys(scores)
@@ -126,14 +137,21 @@ def score_rows(scores: Sequence[Score], columns: Mapping[str, str], note: str = 
     first_judge = dict(reversed(keys))
     notes = {"accuracy": note}
     rows = [
-        _score_row(scores, columns, metric, judge, notes.get(metric, "") if first_judge[metric] == judge else None)
+        _score_row(
+            scores, columns, changes, metric, judge, notes.get(metric, "") if first_judge[metric] == judge else None
+        )
         for metric, judge in keys
     ]
     return [row for row in rows if row is not None]
 
 
 def _score_row(
-    scores: Sequence[Score], columns: Mapping[str, str], metric: str, judge: str, note: str | None
+    scores: Sequence[Score],
+    columns: Mapping[str, str],
+    changes: Mapping[tuple[str, str], str],
+    metric: str,
+    judge: str,
+    note: str | None,
 ) -> ScoreRow | None:
     """Return the row of a score, None if no model has it. A `note` of None omits the explanation."""
     title, meaning = SCORES[metric]
@@ -150,6 +168,7 @@ def _score_row(
         (explanation + count).strip(),
         [_with_interval(score) for score in of_models],
         change,
+        changes.get((metric, measured[0].judge), "") if change else "",
     )
 
 
@@ -163,7 +182,7 @@ def variant_rows(scores: Sequence[Score], columns: Mapping[str, str]) -> list[Sc
     variants = [*columns][1:]
     rows = []
     for metric, judge in score_keys(scores):
-        row = _score_row(scores, columns, metric, judge, None)
+        row = _score_row(scores, columns, {}, metric, judge, None)
         if row is not None and any(find_score(scores, variant, metric, judge) for variant in variants):
             rows.append(replace(row, meaning=""))
     return rows

@@ -104,7 +104,7 @@ class Run:
         return read_scores(self.metrics)
 
     def score(self, metric: str) -> Score | None:
-        """Return the first judge's score of the fine-tuned model, or of the only model of a run without fine-tuning.
+        """Return the first judge's score of the fine-tuned or repaired model, or of the only model of other runs.
 
         Returns:
             None if the score was not measured.
@@ -118,8 +118,8 @@ class Run:
 
     @property
     def measured_model(self) -> str:
-        """The fine-tuned model, or the only model of a run without fine-tuning."""
-        return "final" if self.run_name.finetunes else "aligned"
+        """The fine-tuned or repaired model, or the only model of a run without either."""
+        return "final" if self.run_name.evaluates_final else "aligned"
 
     def verdicts(self, metric: str) -> Verdicts | None:
         """Return the verdicts that `score` counts over, None if they are not stored or belong to another judging."""

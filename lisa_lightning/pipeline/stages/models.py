@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lisa_lightning.config.settings import Lora, ModelSettings
-from lisa_lightning.model.alignment_delta import Delta, low_rank_deltas, low_rank_updates
-from lisa_lightning.model.factors import PREFIX, Factors
+from lisa_lightning.model.alignment_delta import Delta, alignment_factors, dense_deltas, low_rank_deltas
+from lisa_lightning.model.factors import Factors, modules, trainable
 from lisa_lightning.model.lora import attach, attach_saved, load
 from lisa_lightning.runtime.errors import UserError
 
@@ -36,6 +36,8 @@ class ModelSource:
 
     base: Model
     settings: ModelSettings
+    aligned_folder: Path | None = None
+    """Folder of an aligned model that the user supplies, which has no alignment adapter."""
 
     def load(self, model: Model, quantize: bool = False) -> PreTrainedModel:
         """Load a model without its adapter.
@@ -83,6 +85,20 @@ class ModelSource:
         """
         return low_rank_deltas(self._alignment_adapter(aligned))
 
+    def deltas_under(self, net: PeftModel, aligned: Model) -> dict[str, Delta]:
+        """Return the alignment update of each module of a finished adapter.
+
+        Args:
+            net: the aligned model with the adapter.
+            aligned: the same aligned model.
+
+        Raises:
+            UserError: as in `deltas`; or the user supplies an aligned model of another shape.
+        """
+        if self.aligned_folder is None:
+            return self.deltas(aligned)
+        return dense_deltas(net, self.load(self.base), modules(trainable(net)))
+
     def alignment(self, aligned: Model, scaling: float) -> Factors:
         """Return the factors of the alignment adapter, whose alpha/r becomes `scaling`.
 
@@ -93,11 +109,7 @@ class ModelSource:
         Raises:
             UserError: as in `deltas`.
         """
-        factors: Factors = {}
-        for module, (left, right) in low_rank_updates(self._alignment_adapter(aligned)).items():
-            factors[f"{PREFIX}{module}.lora_A.default.weight"] = right
-            factors[f"{PREFIX}{module}.lora_B.default.weight"] = left / scaling
-        return factors
+        return alignment_factors(self._alignment_adapter(aligned), scaling)
 
     def _alignment_adapter(self, aligned: Model) -> Path:
         if aligned.folder == self.base.folder:

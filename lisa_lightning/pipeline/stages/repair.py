@@ -1,7 +1,7 @@
 """Stage `repair`: repair the fine-tuned adapter."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lisa_lightning.data.encoding import Encoder
-from lisa_lightning.data.packing import Pack, pad
+from lisa_lightning.data.encoding import Encoder, iter_padded
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
 from lisa_lightning.evaluation.scores import Metrics
@@ -70,8 +69,8 @@ def repair(
             {name: w.detach().to(device) for name, w in trainable(net).items()},
             # The unquantized model is moved to the device only if a repair needs it.
             net=lambda: net.to(device),
-            rows=lambda stream: _iter_padded(rows[stream], encoder, batch_size),
-            deltas=lambda: {name: delta.to(device) for name, delta in models.deltas(aligned).items()},
+            rows=lambda stream: iter_padded(rows[stream], encoder, batch_size),
+            deltas=lambda: {name: delta.to(device) for name, delta in models.deltas_under(net, aligned).items()},
             alignment=lambda: _on(device, models.alignment(aligned, config.lora_alpha / config.r)),
             reference=lambda: _on(device, _load_factors(reference)),
         )
@@ -88,12 +87,6 @@ def repair(
     folder, cost = cache.run("repair", key, make)
     changes = read_json(folder / "changed.json", f"delete {folder}")
     return Model(finetuned.folder, folder / "adapter"), cost | changes
-
-
-def _iter_padded(rows: Sequence[Row], encoder: Encoder, batch_size: int) -> Iterator[Pack]:
-    """Yield the rows as padded packs of `batch_size` rows."""
-    for start in range(0, len(rows), batch_size):
-        yield from pad(encoder(row) for row in rows[start : start + batch_size])
 
 
 def _on(device: torch.device, factors: Factors) -> Factors:
