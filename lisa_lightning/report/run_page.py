@@ -24,6 +24,7 @@ from lisa_lightning.report.score_table import (
     score_rows,
     utility_rows,
 )
+from lisa_lightning.report.set_table import set_tables
 from lisa_lightning.runtime.files import write_text
 
 if TYPE_CHECKING:  # torch takes longer to import than all else that a command without a report does
@@ -173,6 +174,7 @@ def _content(
         "random": settings.get("model.id") is None,
         "columns": columns,
         "scores": score_rows(scores, columns, baseline_note([metrics])),
+        "set_tables": set_tables(scores, columns),
         "utility": utility_rows(read_utility(metrics), columns),
         "judges": metrics.get("judges", []),
         "groups": _groups(sampled, answers, columns),

@@ -12,6 +12,7 @@ from lisa_lightning.evaluation.scores import Score, find_score
 from lisa_lightning.evaluation.utility import UtilityScore, read_utility
 from lisa_lightning.report.run_page import TIMES
 from lisa_lightning.report.score_table import SCORES, baseline_note, model_names, score_keys, utility_rows
+from lisa_lightning.report.set_table import SetTable, set_tables
 from lisa_lightning.runtime.errors import printable
 
 
@@ -31,6 +32,8 @@ def print_summary(
     table = _score_table(metrics, scores)
     if table.row_count:
         console.print(table)
+    for set_table in set_tables(scores, model_names(metrics)):
+        console.print(_set_table(set_table))
     if utility := read_utility(metrics):
         console.print(_utility_table(metrics, utility))
     if "prompts" in metrics:
@@ -74,6 +77,19 @@ def _score_table(metrics: dict[str, Any], scores: Sequence[Score]) -> Table:
             title = SCORES[metric][0].lower() + (f" ({judge})" if judge else "")
             answers = max((score.answers or 0) for score in of_models if score is not None)
             table.add_row(_escape(title), *map(_cell, of_models), str(answers))
+    return table
+
+
+def _set_table(sets: SetTable) -> Table:
+    """Return a table with a row for each prompt set."""
+    table = Table(title="percent of answers by prompt set, 95 % interval")
+    table.add_column("")
+    for head in sets.heads:
+        table.add_column(_escape(head.lower()), justify="right")
+    table.add_column("answers", justify="right")
+    for row in sets.rows:
+        cells = (f"{value} ({interval})" if interval else value for value, interval in row.values)
+        table.add_row(_escape(row.title), *map(_escape, cells), str(row.answers))
     return table
 
 
