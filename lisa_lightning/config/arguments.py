@@ -23,7 +23,7 @@ PATH_KEYS: Final = re.compile(r"\+{0,2}(hydra\.(run|sweep)\.(sub)?dir|cache_dir|
 """Keys whose value is a single path, which need not exist. `=` and `,` are characters of the path."""
 SWEEPABLE_PATH_KEYS: Final = re.compile(r"\+{0,2}[\w.-]+\.(path|id)")
 """Keys whose value may be a path. A sweep may list several."""
-NAMED_SETS: Final = re.compile(r"source\.harm(ful|less)_prompts(=\{|\.[\w-]+\.\w)")
+NAMED_SETS: Final = re.compile(r"source\.harm(ful|less)_prompts(=\{|\.(?!(columns|labels|where)\b)[\w-]+(\.\w|=\{))")
 """Start of an override that may name a new prompt set, which Hydra adds with `++` only."""
 MAX_GROUP_CHARS: Final = 100
 """Maximum number of characters of a group's name. File systems reject much longer names."""

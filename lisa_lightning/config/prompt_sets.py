@@ -53,7 +53,7 @@ def check_prompt_sets(source: Mapping[str, Any]) -> None:
             _check_set(f"source.{section}.{name}", source[section][name], _with_defaults(source[section], name))
 
 
-def _with_defaults(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _with_defaults(entry: Mapping[Any, Any], name: Any) -> dict[str, Any]:
     """Return a named set with the keys that it inherits."""
     own = entry[name]
     has_origin = own.get("path") is not None or own.get("hub") is not None
@@ -63,15 +63,16 @@ def _with_defaults(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _check_name(section: str, name: Any, own: Any) -> None:
     """Raise UserError for an unusable name, or if a named set is empty or no mapping."""
-    if not isinstance(name, str) or SET_NAME.fullmatch(name) is None:
+    # YAML reads a name of digits as a number.
+    if isinstance(name, bool) or not isinstance(name, str | int) or SET_NAME.fullmatch(str(name)) is None:
         shown = printable(str(name))[:80]
         raise UserError(
             f"{section}: '{shown}' can't be the name of a set. Fix: use letters, digits, underscores and hyphens"
         )
     if not isinstance(own, Mapping):
         raise UserError(
-            f"{section}.{name}={quoted(own)}: this is not a key of a set ({suggest(name, SET_RULES)}), and a set of "
-            f"this name must be a mapping. Fix: {section}.{name}.path=FILE"
+            f"{section}.{name}={quoted(own)}: this is not a key of a set ({suggest(str(name), SET_RULES)}), and a "
+            f"named set must be a mapping. Fix: {section}.{name}.path=FILE"
         )
     if not own:
         raise UserError(f"{section}.{name}={{}}: the set is empty. Fix: {section}.{name}.path=FILE")

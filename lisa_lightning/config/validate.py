@@ -195,7 +195,12 @@ def _check_combinations(cfg: DictConfig) -> None:
         if "absent" not in (steps, epochs) and (steps is None) == (epochs is None):
             raise UserError(f"{optim}.steps={steps} and {optim}.epochs={epochs}: one of them must be null, one not")
     for name in SETS:
-        if name != "defender" and not _is_named(cfg, name) and cfg.source[name].path is None and cfg.source[name].get("hub") is None:
+        if (
+            name != "defender"
+            and not _is_named(cfg, name)
+            and cfg.source[name].path is None
+            and cfg.source[name].get("hub") is None
+        ):
             raise not_allowed(f"source.{name}.path", None, "the path of a file")
     for method in ("method", "align.method"):
         steps = [OmegaConf.select(cfg, f"{method}.{key}") for key in ("alignment_steps", "user_steps")]

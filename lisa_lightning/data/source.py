@@ -285,9 +285,7 @@ def _read(
 def _read_prompts(source: Any, section: str, blanks: dict[str, int]) -> dict[str, list[str]]:
     """Return the prompts of each set of a section by its name, "" for a single set."""
     keys = [str(key) for key in source if str(key).partition(".")[0] == section]
-    return {
-        key.partition(".")[2]: _read(source, key, ("prompt",), (), _prompt, frozenset(), blanks) for key in keys
-    }
+    return {key.partition(".")[2]: _read(source, key, ("prompt",), (), _prompt, frozenset(), blanks) for key in keys}
 
 
 def slice_rows(rows: list[T], entry: Any, key: str, origin: str) -> list[T]:

@@ -114,7 +114,9 @@ def _safety_questions(kind: Kind, sets: Mapping[str, Sequence[str]], count: int 
     rounds = zip_longest(*([(name, prompt) for prompt in prompts] for name, prompts in sets.items()))
     alternating = [pair for pairs in rounds for pair in pairs if pair is not None]
     return [
-        Question(kind, prompt, sample=i, prompt_set=name) for name, prompt in alternating[:count] for i in range(samples)
+        Question(kind, prompt, sample=i, prompt_set=name)
+        for name, prompt in alternating[:count]
+        for i in range(samples)
     ]
 
 

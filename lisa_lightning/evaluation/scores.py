@@ -13,8 +13,10 @@ METRICS: Final = (
 )
 """Metrics with an interval. Those of a judge's categories are counts, named `category/NAME`."""
 
-SET_METRIC: Final = re.compile(rf"((?P<judge>[^/]+)/)?set/(?P<prompt_set>[^/]+)/(?P<metric>{'|'.join(METRICS)})")
-"""Pattern of the name of a prompt set's score, without its model."""
+SET_METRIC: Final = re.compile(
+    rf"((?P<judge>[^/]+)/)?set/(?P<prompt_set>[^/]+)/(?P<metric>({'|'.join(METRICS)})(_low|_high|_answers)?)"
+)
+"""Pattern of the name of a prompt set's score, or of its interval or number of answers, without the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +92,7 @@ def _split_name(name: str) -> tuple[str, str, str]:
     return ("", "", name) if name in METRICS or judge == "category" else (judge, "", metric)
 
 
-def find_score(
-    scores: Sequence[Score], model: str, metric: str, judge: str = "", prompt_set: str = ""
-) -> Score | None:
+def find_score(scores: Sequence[Score], model: str, metric: str, judge: str = "", prompt_set: str = "") -> Score | None:
     """Return the score of a model; None if it was not measured.
 
     Args:

@@ -81,15 +81,14 @@ def _score_table(metrics: dict[str, Any], scores: Sequence[Score]) -> Table:
 
 
 def _set_table(sets: SetTable) -> Table:
-    """Return a table with a row for each prompt set."""
-    table = Table(title="percent of answers by prompt set, 95 % interval")
+    """Return a table with a row for each prompt set, without intervals, which would make it too wide."""
+    table = Table(title="percent of answers by prompt set")
     table.add_column("")
     for head in sets.heads:
         table.add_column(_escape(head.lower()), justify="right")
     table.add_column("answers", justify="right")
     for row in sets.rows:
-        cells = (f"{value} ({interval})" if interval else value for value, interval in row.values)
-        table.add_row(_escape(row.title), *map(_escape, cells), str(row.answers))
+        table.add_row(_escape(row.title), *(value for value, _ in row.values), str(row.answers))
     return table
 
 
