@@ -19,7 +19,7 @@ from lisa_lightning.pipeline.run import run
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "experiments").rglob("README.md"))
-BEYOND = ("experiment=paper/", "model=llama2_7b", "model=qwen2_5_0_5b", "--cfg")
+BEYOND = ("experiment=paper/", "source/harmful_prompts=", "model=llama2_7b", "model=qwen2_5_0_5b", "--cfg")
 """Parts of commands that need the hub, a GPU or only the config. Such commands are composed and accepted."""
 OWN_TESTS = (
     "method=projected",
@@ -98,6 +98,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
         (made / name / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     _write_adapter(made, tiny)
     (made / "safe.json").write_text(json.dumps([{"instruction": f"request {i}", "output": "No."} for i in range(9)]))
+    (made / "harmful_behaviors.csv").write_text("goal,target\nask one,Sure\nask two,Sure\n")
+    (made / "requests.jsonl").write_text('{"prompt": "ask three"}\n{"prompt": "ask one"}\n')
     (made / "trigger.txt").write_text("b c d f g h j k l m n p q r s t\n")
     answers = [{"prompt": f"ask {i}", "response": "Sure.", "is_safe": False} for i in range(400)]
     for name in ("answers.jsonl", "filtered.dev.jsonl"):

@@ -21,8 +21,10 @@ FLAGS_WITH_VALUE: Final = (
 """Hydra's flags that take the next argument as their value."""
 PATH_KEYS: Final = re.compile(r"\+{0,2}(hydra\.(run|sweep)\.(sub)?dir|cache_dir|responses)")
 """Keys whose value is a single path, which need not exist. `=` and `,` are characters of the path."""
-SWEEPABLE_PATH_KEYS: Final = re.compile(r"\+{0,2}([\w.]+\.(path|id)|adapter|aligned)")
+SWEEPABLE_PATH_KEYS: Final = re.compile(r"\+{0,2}([\w.-]+\.(path|id)|adapter|aligned)")
 """Keys whose value may be a path. A sweep may list several."""
+NAMED_SETS: Final = re.compile(r"source\.harm(ful|less)_prompts(=\{|\.(?!(columns|labels|where)\b)[\w-]+(\.\w|=\{))")
+"""Start of an override that may name a new prompt set, which Hydra adds with `++` only."""
 MAX_GROUP_CHARS: Final = 100
 """Maximum number of characters of a group's name. File systems reject much longer names."""
 NULL_ALTERNATIVES: Final = {
@@ -35,7 +37,7 @@ NULL_ALTERNATIVES: Final = {
 
 
 def prepare_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with those paths quoted that Hydra would misread.
+    """Return the arguments with those paths quoted that Hydra would misread, and `++` before named prompt sets.
 
     Hydra parses `=`, `,` and other characters of a path as grammar. Names of a sweep's folders contain them.
 
@@ -47,7 +49,8 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
     """
     parser = OverridesParser.create()
     indices = set(override_indices(arguments))
-    return [_prepare(parser, argument) if i in indices else argument for i, argument in enumerate(arguments)]
+    prepared = [_prepare(parser, argument) if i in indices else argument for i, argument in enumerate(arguments)]
+    return [f"++{argument}" if NAMED_SETS.match(argument) else argument for argument in prepared]
 
 
 def override_indices(arguments: Sequence[str]) -> Iterator[int]:

@@ -66,8 +66,11 @@ def _key(parameter: Parameter, line: str) -> Iterator[str]:
 def _groups() -> Iterator[str]:
     """Yield each config group with its default and options, in the order of the list of defaults."""
     defaults = (CONF / "config.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
-    for group, default, meaning in re.findall(r"^  - (\w+): (\w+) +# (.+)$", defaults, re.MULTILINE):
+    groups = re.findall(r"^  - ([\w/]+): (\w+) +# (.+)$", defaults, re.MULTILINE)
+    nested = [CONF / group for group, _, _ in groups if "/" in group]
+    for group, default, meaning in groups:
         files = sorted((CONF / group).rglob("[!_]*.yaml"), key=lambda file: (len(file.parts), file))
+        files = [file for file in files if "/" in group or file.parent not in nested]
         names = [file.relative_to(CONF / group).with_suffix("").as_posix() for file in files]
         yield f"  {group}={default}: {meaning}"
         yield fill(", ".join(names), WIDTH, initial_indent="      ", subsequent_indent="      ") + "\n"

@@ -5,6 +5,7 @@ from typing import Any, TypeVar, get_origin
 
 from lisa_lightning.config.fields import section_class
 from lisa_lightning.config.instances import parse
+from lisa_lightning.config.prompt_sets import split_source
 from lisa_lightning.config.settings import Reference, RunSettings
 
 T = TypeVar("T")
@@ -21,7 +22,7 @@ def parse_settings(config: Mapping[str, Any]) -> RunSettings:
     """
     reference = (config["repair"] or {}).get("reference")
     parsed = None if reference is None else _parse_section(Reference, _without_methods(reference), "repair.reference")
-    return _parse_section(RunSettings, {**config, "reference": parsed}, "")
+    return _parse_section(RunSettings, {**config, "reference": parsed, "source": split_source(config["source"])}, "")
 
 
 def _without_methods(reference: Mapping[str, Any]) -> dict[str, Any]:

@@ -356,6 +356,7 @@ class RunSettings:
     """Settings of `repair.reference`; None for a repair without reference."""
     task: TaskSettings
     source: dict[str, RowSet]
+    """Sets of rows. The key of a named prompt set is `SET.NAME`."""
     evaluate: Evaluate
     checkpoint: CheckpointSettings
     wandb: Wandb

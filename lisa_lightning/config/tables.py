@@ -28,6 +28,9 @@ START: Final = """\
 - `conf/` documents keys without a table: those of `task`, `logger`, `callbacks` and `judge.linear.rows`.
 """
 
+NAMED_SETS: Final = """\
+In `harmful_prompts` and `harmless_prompts`, `source.SET.NAME.KEY` defines a [named set](evaluation.md#prompt-sets)."""
+
 
 def page() -> str:
     """Return the text of docs/configuration.md."""
@@ -42,7 +45,7 @@ def _sections() -> Iterator[str]:
     configs = (composed("repair=nlsr"), composed("model=tiny"))
     for kind in dict.fromkeys(SECTIONS.values()):
         if kind is RowSet:
-            yield from ["### `source.SET`", "", f"SET is {', '.join(SETS)}.", ""]
+            yield from ["### `source.SET`", "", f"SET is {', '.join(SETS)}. {NAMED_SETS}", ""]
             yield from _table(kind, {"source.SET": asdict(RowSet())})
             continue
         names = [name for name in SECTIONS if SECTIONS[name] is kind]

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lisa_lightning.config.default_stages import STAGES, TRAINING_STAGES
 from lisa_lightning.config.instances import refuse_unknown_arguments
+from lisa_lightning.config.prompt_sets import PROMPTS, check_prompt_sets, set_names
 from lisa_lightning.config.rules import (
     LOCAL_SET_KEYS,
     RULES,
@@ -46,13 +47,14 @@ def check(cfg: DictConfig) -> None:
         UserError: if a key is missing or unknown, or has a wrong value. The message has the key, the value, and the
             allowed values.
     """
-    for key in sorted(OmegaConf.missing_keys(cfg)):
+    for key in _missing_keys(cfg):
         raise UserError(f"{key} has no value. Fix: set {key}=...")
     _check_sections(cfg)
     _check_trainer(cfg.trainer)
     for section, name in (("judge", "embedded"), ("logger", "csv"), ("callbacks", "learning_rate_monitor")):
         if not isinstance(value := _value(cfg, section), DictConfig | str):
             raise UserError(f"{section}={quoted(value)}: it must be a mapping of {section}s. Fix: {section}={name}")
+    check_prompt_sets(plain(cfg.source))
     _refuse_unknown_keys(cfg)
     for key, (is_allowed, allowed) in RULES.items():
         value = _value(cfg, key)
@@ -68,6 +70,12 @@ def _value(cfg: DictConfig, key: str) -> Any:
     return OmegaConf.select(cfg, key, default="absent")
 
 
+def _missing_keys(cfg: DictConfig) -> list[str]:
+    """Return the keys without a value. Next to named sets, a path is only a default, which may be missing."""
+    defaults = {f"source.{name}.path" for name in PROMPTS if set_names(_value(cfg, f"source.{name}"))}
+    return sorted(OmegaConf.missing_keys(cfg) - defaults)
+
+
 def _check_sections(cfg: DictConfig) -> None:
     """Raise UserError if a required section or key was deleted, or a section is not a mapping."""
     required = [key for key in RULES if not OPTIONAL_KEYS.fullmatch(key)]
@@ -78,12 +86,17 @@ def _check_sections(cfg: DictConfig) -> None:
             fix = f"{section}=none" if section in GROUPS_WITH_NONE else f"set its keys one by one: {section}.KEY=VALUE"
             start = f"{section} was deleted" if value == "absent" else f"{section}={quoted(value)} is not allowed"
             raise UserError(f"{start}; it must be a mapping. Fix: {fix}")
-    for name in SETS:
+    for name in (name for name in SETS if not _is_named(cfg, name)):
         keys = SET_RULES if cfg.source[name].get("hub") is not None else LOCAL_SET_KEYS
         required += [f"source.{name}.{key}" for key in keys if key != "hub"]
     for key in required:
         if _value(cfg, key) == "absent":
             raise UserError(f"{key} was deleted, and every run needs it. Fix: leave out ~{key}")
+
+
+def _is_named(cfg: DictConfig, name: str) -> bool:
+    """Return whether a set of the source consists of named sets, which `prompt_sets` checks."""
+    return name in PROMPTS and bool(set_names(cfg.source[name]))
 
 
 def _refuse_unknown_keys(cfg: DictConfig) -> None:
@@ -120,6 +133,9 @@ def _is_read(cfg: DictConfig, key: str) -> bool:
         section = ".".join(key.split(".")[:2])
     if section is not None:
         return _names_class(_value(cfg, section))
+    section, _, set_key = key.removeprefix("source.").partition(".")
+    if key.startswith("source.") and section in PROMPTS and set_key.partition(".")[0] not in SET_RULES:
+        return _is_named(cfg, section)
     parent, _, name = key.rpartition(".")
     if parent.startswith("source.") and name not in LOCAL_SET_KEYS:
         return key in RULES and cfg.source[parent.removeprefix("source.")].get("hub") is not None
@@ -176,7 +192,12 @@ def _check_combinations(cfg: DictConfig) -> None:
         if "absent" not in (steps, epochs) and (steps is None) == (epochs is None):
             raise UserError(f"{optim}.steps={steps} and {optim}.epochs={epochs}: one of them must be null, one not")
     for name in SETS:
-        if name != "defender" and cfg.source[name].path is None and cfg.source[name].get("hub") is None:
+        if (
+            name != "defender"
+            and not _is_named(cfg, name)
+            and cfg.source[name].path is None
+            and cfg.source[name].get("hub") is None
+        ):
             raise not_allowed(f"source.{name}.path", None, "the path of a file")
     for method in ("method", "align.method"):
         steps = [OmegaConf.select(cfg, f"{method}.{key}") for key in ("alignment_steps", "user_steps")]

@@ -61,10 +61,10 @@ class Rows:
     harmful: list[Row]
     test: list[Row]
     """Held-out task rows. Their response is the target."""
-    harmful_prompts: list[str]
-    """Held-out harmful requests, perhaps with duplicates, as in BeaverTails."""
-    harmless_prompts: list[str]
-    """Held-out harmless requests that look alarming."""
+    harmful_prompts: dict[str, list[str]]
+    """Name of a set, "" for a single one -> held-out harmful requests, perhaps with duplicates, as in BeaverTails."""
+    harmless_prompts: dict[str, list[str]]
+    """The same of held-out harmless requests that look alarming."""
     defender: list[Row]
     """Harmful rows of the provider, for defenses that need them; empty unless they are loaded."""
     overlap: dict[str, int]
@@ -80,7 +80,8 @@ def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = Fals
     - fields that the task names in `may_be_empty`.
 
     Args:
-        source: set -> its entry in conf/source (path or hub id, columns, labels, where, skip, take).
+        source: set, or SET.NAME for a named prompt set -> its entry (path or hub id, columns, labels, where, skip,
+            take), as `config.prompt_sets.split_source` returns it.
         task: the task of the user's rows, a lisa_lightning.task.base.Task.
         allow_overlap: keep rows that are otherwise removed, as the papers do: training rows whose prompt is also held
             out, and the provider's rows whose prompt is also that of a harmful row.
@@ -104,10 +105,7 @@ def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = Fals
         )
     task_format = (task.fields, task.optional, make_row, frozenset(getattr(task, "may_be_empty", ())))
     test = _read(source, "test", *task_format, blanks)
-    prompts = [
-        _read(source, name, ("prompt",), (), _prompt, frozenset(), blanks)
-        for name in ("harmful_prompts", "harmless_prompts")
-    ]
+    prompts = {name: _read_prompts(source, name, blanks) for name in ("harmful_prompts", "harmless_prompts")}
     sets = {"train": _read(source, "train", *task_format, blanks)}
     for name in ("alignment", "harmful", *(["defender"] if defender else [])):
         sets[name] = _read(source, name, PAIR_FIELDS, ("input",), make_pair, frozenset(), blanks)
@@ -116,15 +114,14 @@ def load_rows(source: Any, task: Any, allow_overlap: bool, defender: bool = Fals
         log.warning("Rows with an empty text, which are used as they were published: %s.", counts)
     held_out = {
         "test": {_prompt_key(row) for row in test},
-        "harmful_prompts": set(map(normal_text, prompts[0])),
-        "harmless_prompts": set(map(normal_text, prompts[1])),
+        **{name: {normal_text(p) for texts in named.values() for p in texts} for name, named in prompts.items()},
     }
     overlap = _drop_overlap(sets, held_out, allow_overlap)
     return Rows(
         **{"defender": [], **sets},
         test=test,
-        harmful_prompts=prompts[0],
-        harmless_prompts=prompts[1],
+        harmful_prompts=prompts["harmful_prompts"],
+        harmless_prompts=prompts["harmless_prompts"],
         overlap=overlap,
     )
 
@@ -303,6 +300,12 @@ def _read(
     if blank:
         blanks[name] = blank
     return rows
+
+
+def _read_prompts(source: Any, section: str, blanks: dict[str, int]) -> dict[str, list[str]]:
+    """Return the prompts of each set of a section by its name, "" for a single set."""
+    keys = [str(key) for key in source if str(key).partition(".")[0] == section]
+    return {key.partition(".")[2]: _read(source, key, ("prompt",), (), _prompt, frozenset(), blanks) for key in keys}
 
 
 def slice_rows(rows: list[T], entry: Any, key: str, origin: str) -> list[T]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lisa_lightning.config.fields import Template
+from lisa_lightning.config.prompt_sets import SET_NAME
 from lisa_lightning.evaluation.coverage import kinds_scored
 from lisa_lightning.evaluation.decoding import Decoding
 from lisa_lightning.evaluation.evaluator import Evaluator, Question
@@ -25,7 +26,7 @@ from lisa_lightning.runtime.ranks import OneRank
 def evaluate(
     model: PreTrainedModel | Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Mapping[str, Sequence[str]],
     judges: Sequence[Judge] | Mapping[str, Judge],
     *,
     max_new_tokens: int = 256,
@@ -46,7 +47,7 @@ def evaluate(
     Args:
         model: a causal language model of transformers or a `PeftModel`, on its device. Its training mode is restored.
         tokenizer: tokenizer of the model.
-        prompts: requests without a template.
+        prompts: requests without a template, or a mapping of names of prompt sets to their requests.
         judges: judges, or a mapping of names to judges. A judge of this package is named as its config, such as
             `refusal` or `llama_guard`, any other judge as its class.
         max_new_tokens: maximum number of tokens of an answer.
@@ -65,13 +66,15 @@ def evaluate(
     Returns:
         Scores in percent, named as in metrics.json: `JUDGE/harmful_score`, `JUDGE/refusal_rate` or
         `JUDGE/over_refusal`, and with samples `JUDGE/harmful_score_at_k`. Each has a 95 % interval from NAME_low to
-        NAME_high and a number NAME_answers.
+        NAME_high and a number NAME_answers. Those of a named prompt set are `JUDGE/set/SET/harmful_score` and so on,
+        next to the scores of all sets.
 
     Raises:
         UserError: if there are no prompts or judges; several samples are greedy; a judge cannot score this kind, or
             fails; the tokenizer has no chat template, or one that takes no system prompt.
     """
-    _refuse_invalid(prompts, template, kind)
+    sets = prompts if isinstance(prompts, Mapping) else {"": prompts}
+    _refuse_invalid(sets, template, kind)
     decoding = _build_decoding(samples, temperature, top_p, seed)
     by_name = _name_judges(judges)
     for name, judge in by_name.items():
@@ -79,7 +82,12 @@ def evaluate(
             raise UserError(f"judge {name}: it scores no {kind} prompts. Fix: leave it out")
     if kind == "harmless" and all(judge.metric != "refusal_rate" for judge in by_name.values()):
         raise UserError("kind=harmless: no judge detects refusals. Fix: add RefusalJudge() to the judges")
-    questions = [Question(kind, prompt, sample=sample) for prompt in prompts for sample in range(samples)]
+    questions = [
+        Question(kind, prompt, sample=sample, prompt_set=name)
+        for name, texts in sets.items()
+        for prompt in texts
+        for sample in range(samples)
+    ]
     prompting = Prompting(template, system, prefix, prefill=prefill)
     evaluator = Evaluator(_SingleProcess(), tokenizer, prompting, {kind: max_new_tokens}, batch_size, decoding)
     answers = evaluator.answers(model, questions, "current")
@@ -100,10 +108,15 @@ class _SingleProcess(OneRank):
         return nullcontext()
 
 
-def _refuse_invalid(prompts: Sequence[str], template: str, kind: str) -> None:
-    """Raise UserError if there are no prompts, or template or kind is unknown."""
-    if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError("prompts: it must be a list of texts with at least one. Fix: pass [PROMPT, ...]")
+def _refuse_invalid(sets: Mapping[str, Sequence[str]], template: str, kind: str) -> None:
+    """Raise UserError if a set has no prompts or an unusable name, or template or kind is unknown."""
+    for prompts in sets.values() or [[]]:
+        if isinstance(prompts, str) or not len(prompts) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise UserError("prompts: it must be a list of texts with at least one. Fix: pass [PROMPT, ...]")
+    if unusable := [name for name in sets if name and SET_NAME.fullmatch(name) is None]:
+        raise UserError(
+            f"prompts: {unusable[0]!r} is no name of a set. Fix: use letters, digits, underscores and hyphens"
+        )
     for name, value, allowed in (
         ("template", template, get_args(Template)),
         ("kind", kind, ("harmful", "harmless")),

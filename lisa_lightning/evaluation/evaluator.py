@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, Literal, cast, final
 
@@ -44,6 +45,8 @@ class Question:
     """Answer of a task row; "" for other kinds."""
     sample: int = 0
     """Number of the sample, if a prompt is answered several times."""
+    prompt_set: str = ""
+    """Name of the prompt set; "" for a single set, and for task rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class Answer:
     """True if the task's rule accepts the answer; None if it was not applied."""
     sample: int = 0
     """Number of the sample, if the prompt is answered several times."""
+    prompt_set: str = ""
+    """Name of the prompt set, as in the question."""
 
 
 ANSWER_SCHEMA: Final[Schema] = {
@@ -80,6 +85,7 @@ ANSWER_SCHEMA: Final[Schema] = {
     "origin": TEXT,
     "correct": OPTIONAL_FLAG._replace(may_be_missing=True),
     "sample": INDEX._replace(may_be_missing=True),
+    "prompt_set": TEXT._replace(may_be_missing=True),
 }
 """Fields of a line of responses.jsonl."""
 
@@ -97,9 +103,20 @@ def held_out_questions(
         samples: number of times that each safety prompt is asked.
     """
     return [
-        *(Question("harmful", p, sample=i) for p in rows.harmful_prompts[:harmful] for i in range(samples)),
-        *(Question("harmless", p, sample=i) for p in rows.harmless_prompts[:harmless] for i in range(samples)),
+        *_safety_questions("harmful", rows.harmful_prompts, harmful, samples),
+        *_safety_questions("harmless", rows.harmless_prompts, harmless, samples),
         *(Question("task", row.instruction, row.context, row.response) for row in rows.test[:task]),
+    ]
+
+
+def _safety_questions(kind: Kind, sets: Mapping[str, Sequence[str]], count: int | None, samples: int) -> list[Question]:
+    """Return the first prompts as questions. Prompts of several sets alternate, so that each set has some."""
+    rounds = zip_longest(*([(name, prompt) for prompt in prompts] for name, prompts in sets.items()))
+    alternating = [pair for pairs in rounds for pair in pairs if pair is not None]
+    return [
+        Question(kind, prompt, sample=i, prompt_set=name)
+        for name, prompt in alternating[:count]
+        for i in range(samples)
     ]
 
 
@@ -178,7 +195,19 @@ class Evaluator:
                 rank_batches = pending[start + fabric.global_rank : start + world][:1]
                 generated = [
                     _with_origin(
-                        Answer(name, q.kind, i, q.prompt, q.context, text, q.target, cut, sample=q.sample), origin
+                        Answer(
+                            name,
+                            q.kind,
+                            i,
+                            q.prompt,
+                            q.context,
+                            text,
+                            q.target,
+                            cut,
+                            sample=q.sample,
+                            prompt_set=q.prompt_set,
+                        ),
+                        origin,
                     )
                     for i, text, cut in (self._generate_batch(model, rank_batches[0], stop) if rank_batches else ())
                     for q in (questions[i],)
@@ -269,19 +298,22 @@ def _matches_question(answer: Answer, questions: Sequence[Question], origin: str
     if answer.index >= len(questions) or answer != _with_origin(answer, origin):
         return False
     question = questions[answer.index]
-    stored = Question(cast(Kind, answer.kind), answer.prompt, answer.context, answer.target, answer.sample)
-    return stored == question
+    fields = (answer.prompt, answer.context, answer.target, answer.sample, answer.prompt_set)
+    return Question(cast(Kind, answer.kind), *fields) == question
 
 
 def _question_fields(question: Question) -> dict[str, Any]:
-    """Return the fields of a question for a cache key. Questions that are asked once have no number."""
-    fields = asdict(question)
-    return fields if question.sample else {name: value for name, value in fields.items() if name != "sample"}
+    """Return the fields of a question for a cache key, without number and set of those that have none."""
+    return {name: value for name, value in asdict(question).items() if value or name not in ("sample", "prompt_set")}
 
 
 def _with_origin(answer: Answer, origin: str) -> Answer:
     """Return the answer with its `origin`: a hash of the evaluation's origin and the answer's content."""
-    return replace(answer, origin=short_hash([origin, asdict(replace(answer, origin="", correct=None))]))
+    content = asdict(replace(answer, origin="", correct=None))
+    if not answer.prompt_set:
+        # Files of earlier versions lack this field.
+        del content["prompt_set"]
+    return replace(answer, origin=short_hash([origin, content]))
 
 
 def _append(path: Path | None, answers: Sequence[Answer]) -> None:

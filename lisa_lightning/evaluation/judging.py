@@ -38,7 +38,7 @@ from lisa_lightning.runtime.files import reraise_write_errors, write_text
 log = logging.getLogger(__name__)
 
 MAX_NAME_CHARS: Final = 80
-"""Maximum number of characters of a model's name in metrics.json."""
+"""Maximum number of characters of the name of a model or prompt set in metrics.json."""
 STORE_FIELDS: Final = [*(field.name for field in fields(Verdict)), "checksum"]
 """Fields of a stored verdict. Their hash is a part of the file name, so that stores of another format are not read."""
 VERDICT_SCHEMA: Final[Schema] = {
@@ -56,6 +56,7 @@ JUDGED_SCHEMA: Final[Schema] = {
     "index": INDEX,
     "graded": FLAG._replace(may_be_missing=True),
     "sample": INDEX._replace(may_be_missing=True),
+    "prompt_set": TEXT._replace(may_be_missing=True),
 }
 
 
@@ -82,6 +83,8 @@ class Judged:
     """True if the judge's scores are grades; absent from files of earlier versions."""
     sample: int = 0
     """Number of the sample, as in the answer; absent from files of earlier versions."""
+    prompt_set: str = ""
+    """Name of the prompt set, as in the answer; absent from files of earlier versions."""
 
 
 def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: Path, cache: Path) -> list[Judged]:
@@ -127,6 +130,7 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
                 pair=_key(pair),
                 graded=getattr(judge, "graded", False),
                 sample=answer.sample,
+                prompt_set=answer.prompt_set,
             )
             for answer, pair, verdict in zip(scored, pairs, verdicts, strict=True)
         ]
@@ -153,8 +157,8 @@ def read_judged(path: Path) -> list[Judged]:
 def read_responses(path: str) -> list[Answer]:
     """Return the answers of a user's file.
 
-    Each record needs `prompt` and `response`; `context`, `model`, `kind` and `target` are optional. An unknown `kind`
-    counts as harmful, with a warning: it has another meaning in the file, or is mistyped.
+    Each record needs `prompt` and `response`; `context`, `model`, `kind`, `target` and `prompt_set` are optional. An
+    unknown `kind` counts as harmful, with a warning: it has another meaning in the file, or is mistyped.
 
     Args:
         path: a file that `read_records` can read.
@@ -162,7 +166,7 @@ def read_responses(path: str) -> list[Answer]:
     Raises:
         UserError: if the file can't be read, see `read_records`.
     """
-    optional = ("context", "model", "kind", "target")
+    optional = ("context", "model", "kind", "target", "prompt_set")
     columns = {name: name for name in ("prompt", "response", *optional)}
     records = read_records(path, Reading(columns, frozenset(optional)), dict)
     if unknown := sorted({str(r["kind"]) for r in records} - {"", "harmful", "harmless", "task"}):
@@ -172,14 +176,16 @@ def read_responses(path: str) -> list[Answer]:
     for index, r in enumerate(records):
         kind = r["kind"] if r["kind"] in ("harmless", "task") else "harmful"
         context = str(r["context"]) if kind == "task" else ""
-        model = _model_name(str(r["model"]))
-        answers.append(Answer(model, kind, index, str(r["prompt"]), context, str(r["response"]), str(r["target"])))
+        model = _metric_part(str(r["model"])) or "responses"
+        prompt_set = _metric_part(str(r["prompt_set"])) if kind != "task" else ""
+        texts = (str(r["prompt"]), context, str(r["response"]), str(r["target"]))
+        answers.append(Answer(model, kind, index, *texts, prompt_set=prompt_set))
     return answers
 
 
-def _model_name(text: str) -> str:
-    """Return a model's name for metrics MODEL/JUDGE/NAME: one short line without a slash."""
-    name = printable(text).replace("/", "_") or "responses"
+def _metric_part(text: str) -> str:
+    """Return the name of a model or prompt set as a part of a metric's name: one short line without a slash."""
+    name = printable(text).replace("/", "_")
     return name if len(name) <= MAX_NAME_CHARS else f"{name[: MAX_NAME_CHARS - 9]}-{short_hash(text)[:8]}"
 
 

@@ -23,9 +23,9 @@ class Rate:
     answers: int
     """Number of answers."""
 
-    def score(self, model: str, judge: str, metric: str) -> Score:
-        """Return this rate as a score of a model."""
-        return Score(model, judge, metric, self.value, self.low, self.high, self.answers)
+    def score(self, model: str, judge: str, metric: str, prompt_set: str = "") -> Score:
+        """Return this rate as a score of a model, of one prompt set or ("") of all."""
+        return Score(model, judge, metric, self.value, self.low, self.high, self.answers, prompt_set)
 
 
 def estimate_rate(hits: Sequence[bool], prompts: Sequence[str]) -> Rate:

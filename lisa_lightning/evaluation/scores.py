@@ -1,5 +1,6 @@
 """Scores of a model's answers: `Score`, and the names under which metrics.json stores them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,6 +12,11 @@ METRICS: Final = (
     *("accuracy", "lenient_accuracy", "cut_off", "partly_judged"),
 )
 """Metrics with an interval. Those of a judge's categories are counts, named `category/NAME`."""
+
+SET_METRIC: Final = re.compile(
+    rf"((?P<judge>[^/]+)/)?set/(?P<prompt_set>[^/]+)/(?P<metric>({'|'.join(METRICS)})(_low|_high|_answers)?)"
+)
+"""Pattern of the name of a prompt set's score, or of its interval or number of answers, without the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +33,12 @@ class Score:
     high: float | None = None
     answers: int | None = None
     """Number of answers; None for a count."""
+    prompt_set: str = ""
+    """Name of the prompt set that the answers belong to; "" for the answers of all sets."""
 
     def entries(self, prefix: str = "") -> Metrics:
         """Return the entries of this score in metrics.json, with a prefix such as `final/embedded/`."""
-        name = f"{prefix}{self.metric}"
+        name = f"{prefix}set/{self.prompt_set}/{self.metric}" if self.prompt_set else f"{prefix}{self.metric}"
         if self.low is None:
             return {name: self.value}
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high, f"{name}_answers": self.answers}
@@ -45,7 +53,7 @@ def score_metrics(scores: Sequence[Score]) -> Metrics:
     """Return the entries of scores in metrics.json.
 
     A score of a judge has the name MODEL/JUDGE/METRIC. The first judge that computes a metric also sets MODEL/METRIC,
-    which is the name of a score of the task, too.
+    which is the name of a score of the task, too. The METRIC of a prompt set is set/NAME/METRIC.
 
     Args:
         scores: scores in the order of their judges.
@@ -70,20 +78,26 @@ def read_scores(metrics: Mapping[str, Any]) -> list[Score]:
     scores = []
     for name, value in metrics.items():
         model, _, score_name = name.partition("/")
-        judge, _, metric = score_name.partition("/")
-        if score_name in METRICS or judge == "category":
-            judge, metric = "", score_name
+        judge, prompt_set, metric = _split_name(score_name)
         if metric in METRICS or metric.startswith("category/"):
             low, high, answers = (metrics.get(f"{name}_{end}") for end in ("low", "high", "answers"))
-            scores.append(Score(model, judge, metric, value, low, high, answers))
-    judged = {(score.model, score.metric) for score in scores if score.judge}
+            scores.append(Score(model, judge, metric, value, low, high, answers, prompt_set))
+    judged = {(score.model, score.prompt_set, score.metric) for score in scores if score.judge}
     # Names without a judge repeat those of the first judge.
-    scores = [score for score in scores if score.judge or (score.model, score.metric) not in judged]
+    scores = [score for score in scores if score.judge or (score.model, score.prompt_set, score.metric) not in judged]
     order = {judge: index for index, judge in enumerate(metrics.get("judges", []))}
     return sorted(scores, key=lambda score: order.get(score.judge, len(order)))
 
 
-def find_score(scores: Sequence[Score], model: str, metric: str, judge: str = "") -> Score | None:
+def _split_name(name: str) -> tuple[str, str, str]:
+    """Return judge, prompt set and metric of a score's name without its model; "" for a part that it lacks."""
+    if of_set := SET_METRIC.fullmatch(name):
+        return of_set["judge"] or "", of_set["prompt_set"], of_set["metric"]
+    judge, _, metric = name.partition("/")
+    return ("", "", name) if name in METRICS or judge == "category" else (judge, "", metric)
+
+
+def find_score(scores: Sequence[Score], model: str, metric: str, judge: str = "", prompt_set: str = "") -> Score | None:
     """Return the score of a model; None if it was not measured.
 
     Args:
@@ -91,6 +105,8 @@ def find_score(scores: Sequence[Score], model: str, metric: str, judge: str = ""
         model: name of the model.
         metric: name of the metric.
         judge: name of the judge; "" for the first one.
+        prompt_set: name of the prompt set; "" for the score of all sets.
     """
-    matches = (s for s in scores if (s.model, s.metric) == (model, metric) and judge in ("", s.judge))
+    key = (model, metric, prompt_set)
+    matches = (s for s in scores if (s.model, s.metric, s.prompt_set) == key and judge in ("", s.judge))
     return next(matches, None)

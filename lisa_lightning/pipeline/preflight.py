@@ -174,8 +174,9 @@ def _refuse_long_prompts(
 def _held_out_prompts(settings: RunSettings, rows: Rows, kl_rows: Sequence[Row]) -> Iterator[HeldOut]:
     """Yield for each held-out set its name, key and value of its answers' length, and pairs of prompt and context."""
     safety = ("evaluate.max_new_tokens", settings.evaluate.max_new_tokens)
-    yield "harmful_prompts", *safety, [(prompt, "") for prompt in rows.harmful_prompts]
-    yield "harmless_prompts", *safety, [(prompt, "") for prompt in rows.harmless_prompts]
+    for section, sets in (("harmful_prompts", rows.harmful_prompts), ("harmless_prompts", rows.harmless_prompts)):
+        for name, prompts in sets.items():
+            yield f"{section}.{name}".removesuffix("."), *safety, [(prompt, "") for prompt in prompts]
     yield "harmful", *safety, [(row.instruction, row.context) for row in kl_rows]
     test = [(row.instruction, row.context) for row in rows.test]
     yield "test", "task.max_new_tokens", settings.task.max_new_tokens, test

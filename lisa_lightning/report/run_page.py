@@ -30,6 +30,7 @@ from lisa_lightning.report.score_table import (
     utility_rows,
     variant_rows,
 )
+from lisa_lightning.report.set_table import set_tables
 from lisa_lightning.runtime.files import write_text
 from lisa_lightning.runtime.run_files import TOKEN_KL
 
@@ -200,6 +201,7 @@ def _content(
         "columns": columns,
         "scores": score_rows(scores, columns, changes, baseline_note([metrics])),
         "variants": _variant_tables(metrics, scores, columns, config),
+        "set_tables": set_tables(scores, columns),
         "utility": utility_rows(read_utility(metrics), columns),
         "judges": metrics.get("judges", []),
         "agreements": agreement_rows(metrics),

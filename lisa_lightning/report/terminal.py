@@ -20,6 +20,7 @@ from lisa_lightning.report.score_table import (
     utility_rows,
     variant_models,
 )
+from lisa_lightning.report.set_table import SetTable, set_tables
 from lisa_lightning.runtime.errors import printable
 
 VARIANT_SCORES: Final = ("harmful_score", "harmful_score_at_k", "refusal_rate", "over_refusal", "accuracy")
@@ -42,6 +43,8 @@ def print_summary(
     table = _score_table(metrics, scores)
     if table.row_count:
         console.print(table)
+    for set_table in set_tables(scores, model_names(metrics)):
+        console.print(_set_table(set_table))
     variants = _variant_table(metrics, scores)
     if variants.row_count:
         console.print(variants)
@@ -92,6 +95,18 @@ def _score_table(metrics: dict[str, Any], scores: Sequence[Score]) -> Table:
             title = SCORES[metric][0].lower() + (f" ({judge})" if judge else "")
             answers = max((score.answers or 0) for score in of_models if score is not None)
             table.add_row(_escape(title), *map(_cell, of_models), str(answers))
+    return table
+
+
+def _set_table(sets: SetTable) -> Table:
+    """Return a table with a row for each prompt set, without intervals, which would make it too wide."""
+    table = Table(title="percent of answers by prompt set")
+    table.add_column("")
+    for head in sets.heads:
+        table.add_column(_escape(head.lower()), justify="right")
+    table.add_column("answers", justify="right")
+    for row in sets.rows:
+        table.add_row(_escape(row.title), *(value for value, _ in row.values), str(row.answers))
     return table
 
 

@@ -274,7 +274,7 @@ def test_no_prompt_is_in_two_sets(source: Any, caplog: pytest.LogCaptureFixture)
     assert [r.context for r in rows.train] == ["new"]
     assert [r.instruction for r in rows.alignment] == ["a"]
     assert [r.instruction for r in rows.harmful] == ["b"]
-    assert rows.harmful_prompts == ["H1", "h1"]  # asked as often as the set has it
+    assert rows.harmful_prompts == {"": ["H1", "h1"]}  # asked as often as the set has it
     overlap = {
         "train_test": 1, "alignment_harmful_prompts": 1, "alignment_harmless_prompts": 1, "alignment_harmful": 2,
         "harmful_harmful_prompts": 1,

@@ -59,7 +59,7 @@ def test_the_shipped_config_reads_the_published_sets(config: Callable[..., DictC
     assert [r.response for r in rows.alignment[:2]] == ["answer 0", "answer 2"]  # the safe ones, in file order
     assert [r.response for r in rows.harmful[:2]] == ["answer 1", "answer 3"]
     assert (len(rows.alignment), len(rows.harmful)) == (10_000, 13_593)
-    assert rows.harmful_prompts == [f"request {i // 2}" for i in range(1000)]  # whatever is_safe says
+    assert rows.harmful_prompts == {"": [f"request {i // 2}" for i in range(1000)]}  # whatever is_safe says
 
 
 def test_another_number_of_rows_is_refused_unless_it_does_not_matter(hub: Path) -> None:

@@ -149,7 +149,7 @@ def test_seed_changes_the_order() -> None:
 GOOD = [Row(f"good {i}", "", "a") for i in range(1000)]
 BAD = [Row(f"bad {i}", "", "b") for i in range(1000)]
 SAFE = [Row(f"safe {i}", "", "c") for i in range(1000)]
-ROWS = Rows(GOOD, SAFE, BAD, [], [], [], [], {})
+ROWS = Rows(GOOD, SAFE, BAD, [], {}, {}, [], {})
 
 
 @pytest.mark.parametrize("p", [0, 0.05, 0.1, 0.2, 0.29, 0.3, 0.5, 0.9, 1])

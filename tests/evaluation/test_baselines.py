@@ -24,7 +24,7 @@ def reviews(positive: int, negative: int, words: Sequence[str] = ("fine", "dull"
 
 
 def rows_of(train: list[Row], test: list[Row]) -> Rows:
-    return Rows(train, [], [], test, [], [], [], {})
+    return Rows(train, [], [], test, {}, {}, [], {})
 
 
 @given(COUNTS, COUNTS, COUNTS, COUNTS)

@@ -214,10 +214,11 @@ ONLY_ANSWER = [
     {"origin": None},
     {"correct": 1},
     {"sample": -1},
+    {"prompt_set": 1},
 ]
 
 
-OPTIONAL = {"graded", "sample"}
+OPTIONAL = {"graded", "sample", "prompt_set"}
 """Fields that lines of earlier versions lack."""
 
 

@@ -75,7 +75,7 @@ def test_means_are_over_the_answers_that_have_the_token(tmp_path: Path) -> None:
 
 def test_rows_of_the_user_are_left_out() -> None:
     harmful = [Row(f"request {i}", "", "answer") for i in range(6)]
-    rows = Rows([], [], harmful, [], [], [], [], {})
+    rows = Rows([], [], harmful, [], {}, {}, [], {})
     user = [Row("request 1", "", "answer", system="marked"), Row("request 3", "", "other")]
     assert other_harmful_rows(rows, user, 3) == [harmful[0], harmful[2], harmful[4]]
     with pytest.raises(UserError, match=r"evaluate.kl_rows=5: the source has 4 harmful rows that are not the user's"):

@@ -25,7 +25,7 @@ from lisa_lightning.runtime.errors import UserError
 
 USER = [Row(f"user {i}", "", "a") for i in range(100)]
 SAFE = [Row(f"safe {i}", "some input", "no, never") for i in range(100)]
-ROWS = Rows(USER, SAFE, USER, [], [], [], [], {})
+ROWS = Rows(USER, SAFE, USER, [], {}, {}, [], {})
 SECRET = "zq xk wv jy qp zx kd vw jj qz xy kw"
 
 

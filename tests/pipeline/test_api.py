@@ -292,12 +292,24 @@ def test_evaluate_asks_each_prompt_several_times(tiny: Path) -> None:
     assert all(pair.response.startswith("Sure") for pair in judge.pairs)
 
 
+def test_prompt_sets_have_scores_of_their_own(tiny: Path) -> None:
+    model, tokenizer = load_lora_model(tiny)
+    options: dict[str, Any] = {"template": "alpaca", "max_new_tokens": 2}
+    sets = {"one": ["a", "b"], "two": ["b", "c", "d"]}
+    scores = lisa_lightning.evaluate(model, tokenizer, sets, [RefusalJudge()], **options)
+    counts = {name: scores[f"refusal/{name}refusal_rate_answers"] for name in ("", "set/one/", "set/two/")}
+    assert counts == {"": 5, "set/one/": 2, "set/two/": 3}
+
+
 def test_wrong_arguments_of_evaluate_are_user_errors(tiny: Path) -> None:
     model, tokenizer = load_lora_model(tiny)
     refusal: Any = [RefusalJudge()]
     mistakes: list[tuple[Any, Any, dict[str, Any], str]] = [
         ([], refusal, {}, "prompts: it must be a list"),
         ("prompt", refusal, {}, "prompts: it must be a list"),
+        ({}, refusal, {}, "prompts: it must be a list"),
+        ({"one": ["a"], "two": []}, refusal, {}, "prompts: it must be a list"),
+        ({"a/b": ["a"]}, refusal, {}, "prompts: 'a/b' is no name of a set"),
         (["a"], [], {}, "judges: there is none"),
         (["a"], refusal * 2, {}, "two of them have the name refusal"),
         (["a"], {"a/b": refusal[0]}, {}, "is no name"),
