@@ -243,13 +243,13 @@ FAULTS = [
         ("for _ in range(2):", "for _ in range(9):"),
     ),
     *faults(
-        "judge/_endpoint.py",
+        "runtime/endpoint.py",
         "judge/test_endpoint_url.py",
-        ('event_hooks={"request": [self._refuse_redirect]}', "event_hooks={}"),
+        ('event_hooks={"request": [self._refuse_redirect]},', "event_hooks={},"),
         ("        _silence_loggers()\n", ""),
     ),
     *faults(
-        "judge/_endpoint_url.py",
+        "runtime/endpoint_url.py",
         "judge/test_endpoint_url.py",
         ("valid and clean and not ambiguous", "valid and clean"),
         ("not weaker and (", "("),
@@ -259,6 +259,10 @@ FAULTS = [
         "judge/_endpoint_reply.py",
         "judge/test_endpoint_reply.py",
         ("type(prompt) is int", "isinstance(prompt, int)"),
+    ),
+    *faults(
+        "runtime/endpoint_reply.py",
+        "judge/test_endpoint_reply.py",
         ("(ValueError, RecursionError)", "ValueError"),
         ("if len(body) > MAX_REPLY_BYTES:", "if False:"),
     ),
