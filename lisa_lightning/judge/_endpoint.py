@@ -207,8 +207,8 @@ class Endpoint:
         key = f"judge.{self.name}"
         if reply.problem is not None:
             return (
-                f"{self.client.address}: no chat completion for answer {index + 1} in two replies (problem of the last one: "
-                f"{reply.problem}). Fix: set {key}.base_url or {URL_VARIABLE} to the URL before /chat/completions. "
+                f"{self.client.address}: no chat completion for answer {index + 1} in two replies (problem of the last "
+                f"one: {reply.problem}). Fix: set {key}.base_url or {URL_VARIABLE} to the URL before /chat/completions. "
                 "Finished verdicts are kept"
             )
         return (

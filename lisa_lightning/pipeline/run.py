@@ -21,6 +21,7 @@ from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.mixing import alignment_sample, user_rows
 from lisa_lightning.data.source import content_hashes, load_rows
 from lisa_lightning.data.templates import TEMPLATE_KEY
+from lisa_lightning.engine.transformers import TransformersEngine
 from lisa_lightning.evaluation.baselines import accuracy_baselines
 from lisa_lightning.evaluation.decoding import Decoding
 from lisa_lightning.evaluation.evaluator import Evaluator, read_answers
@@ -131,6 +132,7 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
     if request.job is not None:
         refuse_processes(fabric, settings.trainer)
     task = build(config["task"], "task")
+    engine = build(config["engine"], "engine") if "evaluate" in settings.stages else TransformersEngine()
     defenses = build_defenses(config)
     check_requirements(defenses.by_group, request.choices, settings, fabric.world_size)
     needs_defender = any("defender_rows" in defense.requirements for defense in defenses.by_group.values())
@@ -148,8 +150,9 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
         refuse_quantization()
     keep_freed_memory()
     prompting = build_prompting(config, settings)
-    harness = load_harness(settings.evaluate) if "evaluate" in settings.stages else None
-    return Inputs(settings, fabric, task, defenses, config["callbacks"], rows, user, prompting, harness)
+    evaluates = "evaluate" in settings.stages
+    harness = load_harness(settings.evaluate) if evaluates else None
+    return Inputs(settings, fabric, task, defenses, config["callbacks"], rows, user, prompting, engine, harness)
 
 
 def build_defenses(config: Mapping[str, Any]) -> Defenses:
@@ -235,6 +238,7 @@ def _input_metrics(inputs: Inputs, base_key: str) -> Metrics:
     prompts = _describe_prompts(inputs)
     return {
         **({"prompts": prompts} if prompts else {}),
+        **({"engine": inputs.engine.title} if inputs.engine.title else {}),
         "seed": inputs.settings.seed,
         "code": package_hash(),
         "inputs": short_hash([base_key, content_hashes(inputs.settings.source), user_code]),

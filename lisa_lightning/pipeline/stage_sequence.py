@@ -14,6 +14,7 @@ from lisa_lightning.curate.base import Selector
 from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row, Rows
+from lisa_lightning.engine.base import Engine
 from lisa_lightning.evaluation.alpaca_eval import alpaca_eval_outputs
 from lisa_lightning.evaluation.decoding import GREEDY
 from lisa_lightning.evaluation.evaluator import Answer, Evaluator, held_out_questions, read_answers, write_answers
@@ -76,6 +77,8 @@ class Inputs:
     """The user's rows, harmful ones included, as the method mixes them; [] without fine-tuning."""
     prompting: Prompting
     """The prompts of the evaluation."""
+    engine: Engine
+    """Generates the answers."""
     harness: Harness | None = None
     """Tasks for general utility."""
 
@@ -224,7 +227,9 @@ def _evaluate(inputs: Inputs, tools: Tools, name: str, model: Model, results: St
     """Return the results with the answers of a further model, and its general utility."""
     path = tools.out / RESPONSES
     questions = held_out_questions(inputs.rows, samples=tools.evaluator.decoding.samples)
-    generated, cost = evaluate(tools.cache, tools.models, tools.evaluator, inputs.fabric, name, model, questions, path)
+    generated, cost = evaluate(
+        tools.cache, tools.models, tools.evaluator, inputs.engine, inputs.fabric, name, model, questions, path
+    )
     answers = mark_correct(inputs.task, generated)
     if inputs.fabric.is_global_zero:
         _write_responses(path, results.answers, answers)

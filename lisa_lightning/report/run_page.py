@@ -204,6 +204,7 @@ def _facts(
         "model": run_name.model if run_name.model == choices.get("model") else settings.get("model.id"),
         "steps": metrics.get("train/steps"),
         "prompts": metrics.get("prompts"),
+        "engine": metrics.get("engine"),
         "experiment": choices.get("experiment") if run_name.finetunes else None,
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "None")]
