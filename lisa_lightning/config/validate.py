@@ -59,8 +59,8 @@ def check(cfg: DictConfig) -> None:
             raise not_allowed(key, value, allowed)
     _check_stage_classes(cfg)
     _check_combinations(cfg)
-    _check_engine(cfg)
     refuse_unknown_arguments(plain(cfg))
+    _check_engine(cfg)
 
 
 def _value(cfg: DictConfig, key: str) -> Any:
@@ -201,12 +201,13 @@ def _check_engine(cfg: DictConfig) -> None:
     """Raise UserError for an engine that can't answer for the models of the run."""
     if "evaluate" not in cfg.stages:
         return
-    if _value(cfg, "engine.command") not in (None, "absent") and cfg.model.quantize is not None:
+    is_started = _value(cfg, "engine.command") not in (None, "absent")
+    if is_started and cfg.model.quantize is not None:
         raise UserError(
             f"model.quantize={cfg.model.quantize}: engine.command would serve merged weights without quantization, "
             "which is another model. Fix: engine=transformers, or model.quantize=null"
         )
-    if _value(cfg, "engine.base_url") not in (None, "absent") and "finetune" in cfg.stages:
+    if _value(cfg, "engine.base_url") not in (None, "absent") and not is_started and "finetune" in cfg.stages:
         names = [_value(cfg, f"engine.served.{model}") for model in ("aligned", "final")]
         if None in names or names[0] == names[1]:
             raise UserError(

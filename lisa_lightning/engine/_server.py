@@ -21,6 +21,10 @@ from lisa_lightning.runtime.files import reraise_write_errors
 KEY: Final = "engine.command"
 HOST: Final = "127.0.0.1"
 POLL_S: Final = 0.2
+GRACE_S = 10.0
+"""Seconds that a server has to stop before it is killed."""
+END_S: Final = 1.0
+"""Seconds after a failed request in which the end of the server counts as its cause."""
 LOG_TAIL_BYTES: Final = 20_000
 MAX_QUOTED_CHARS: Final = 300
 """Maximum number of characters of a log's line in a message."""
@@ -88,7 +92,7 @@ def run_server(words: list[str], model: Path, log: Path, timeout_s: float, key_v
         file = log.open("wb")
     with file:
         guard = subprocess.Popen(
-            [sys.executable, "-I", str(Path(_guard.__file__)), *filled],
+            [sys.executable, "-I", str(Path(_guard.__file__)), str(GRACE_S), *filled],
             stdin=subprocess.PIPE,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -99,9 +103,10 @@ def run_server(words: list[str], model: Path, log: Path, timeout_s: float, key_v
         _wait_until_ready(guard, port, log, timeout_s)
         yield f"http://{HOST}:{port}/v1"
     except UserError as error:
-        if (status := guard.poll()) is None:
-            raise
-        raise _ended_error(status, log) from error
+        # A failed request may be the first sign of a server that has just ended.
+        with suppress(subprocess.TimeoutExpired):
+            raise _ended_error(guard.wait(END_S), log) from error
+        raise
     finally:
         _stop(guard)
 
@@ -153,7 +158,7 @@ def _stop(guard: "subprocess.Popen[bytes]") -> None:
     try:
         guard.stdin.close()
         with suppress(subprocess.TimeoutExpired):
-            guard.wait(_guard.GRACE_S + 5)
+            guard.wait(GRACE_S + 5)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(guard.pid, signal.SIGKILL)

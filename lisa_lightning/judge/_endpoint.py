@@ -208,8 +208,8 @@ class Endpoint:
         if reply.problem is not None:
             return (
                 f"{self.client.address}: no chat completion for answer {index + 1} in two replies (problem of the last "
-                f"one: {reply.problem}). Fix: set {key}.base_url or {URL_VARIABLE} to the URL before /chat/completions. "
-                "Finished verdicts are kept"
+                f"one: {reply.problem}). Fix: set {key}.base_url or {URL_VARIABLE} to the URL before "
+                f"/chat/completions. {KEPT}"
             )
         return (
             f"{key}: {self.model_shown} returned no verdict on answer {index + 1} in two replies (the last one has "

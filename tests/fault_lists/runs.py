@@ -185,7 +185,10 @@ FAULTS = [
     *faults(
         "evaluation/evaluator.py",
         "evaluation/test_prompting.py",
-        ("self.prompting.hide_trigger(answer)", "answer"),
+        (
+            "self.prompting.hide_trigger(generated.text.split(MARKER)[0].strip())",
+            "generated.text.split(MARKER)[0].strip()",
+        ),
     ),
     *faults(
         "evaluation/prompting.py",
@@ -194,7 +197,7 @@ FAULTS = [
         ("(self.trigger.get_secret_value(), self.prefix, self.system)", "(self.prefix, self.trigger, self.system)"),
         ("short_hash(self.trigger.get_secret_value())", "self.trigger.get_secret_value()"),
         ("- LEAK_CHARS + 1)}", "- LEAK_CHARS)}"),
-        ("EVALUATE_KEY if system else self.template_key", "self.template_key"),
+        ("EVALUATE_KEY if self.system_prompt else self.template_key", "self.template_key"),
     ),
     *faults(
         "data/templates.py",

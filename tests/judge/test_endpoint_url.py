@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from helpers.chat_server import KEY, Reply, Server, settings, told
 from helpers.serving import serving
-from lisa_lightning.runtime.endpoint_url import masked, same_server, split_url
 from lisa_lightning.judge.base import Pair, Verdict
 from lisa_lightning.judge.openai import OpenAIJudge
+from lisa_lightning.runtime.endpoint_url import masked, same_server, split_url
 from lisa_lightning.runtime.errors import UserError
 
 PAIR = Pair("request 1", "answer 1")
