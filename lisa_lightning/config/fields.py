@@ -78,6 +78,7 @@ PublicUrl = Annotated[
     AfterValidator(_check_public_url),
     Words("http(s)://... without @, ? and #; an address with a password belongs into OPENAI_BASE_URL"),
 ]
+ServerUrl = Annotated[str, AfterValidator(_check_public_url), Words("http(s)://... without @, ? and #")]
 
 
 def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:

@@ -1,5 +1,7 @@
 """Answers through the completions of an OpenAI-compatible server: `CompletionGenerator`, and `list_models`."""
 
+import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple, final
 
@@ -13,6 +15,7 @@ from lisa_lightning.runtime.endpoint import EndpointClient
 from lisa_lightning.runtime.endpoint_reply import Reply, read_reply
 from lisa_lightning.runtime.errors import UserError, first_line, printable
 
+log = logging.getLogger(__name__)
 SEED_BITS: Final = 31
 """Bits of a seed that every server accepts."""
 
@@ -60,6 +63,15 @@ def list_models(client: EndpointClient, key: str) -> list[ListedModel]:
             return []
 
 
+def _warn_equal_samples(samples: Sequence[Sequence[str]]) -> None:
+    """Log a warning if all samples of each prompt are equal."""
+    if samples and all(len(set(texts)) == 1 for texts in samples):
+        log.warning(
+            "engine: all samples of each prompt are equal, as if the server ignored evaluate.temperature. "
+            "`transformers serve` does, unless the model's generation config has do_sample."
+        )
+
+
 def _listed_model(entry: dict[str, Any]) -> ListedModel:
     return ListedModel(entry["id"], str(entry.get("owned_by") or ""))
 
@@ -101,8 +113,14 @@ class CompletionGenerator:
         """
         prompts = [prompt for batch in batches for prompt in batch]
         self._choose_form(prompts[0])
-        for answer in self._client.request_all(prompts, self._answer):
-            yield [] if answer is None else [answer]
+        answers = self._client.request_all(prompts, self._answer)
+        samples: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        # Only a strict zip reads on after the last answer, where a failure is raised.
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if answer is not None:
+                samples[tuple(prompt.input_ids)].append(answer.text)
+                yield [answer]
+        _warn_equal_samples([texts for texts in samples.values() if len(texts) > 1])
 
     def _choose_form(self, prompt: Prompt) -> None:
         """Try a prompt as ids, and send texts from then on if the server rejects ids."""

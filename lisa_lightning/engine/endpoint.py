@@ -10,7 +10,7 @@ import torch
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
-from lisa_lightning.config.fields import STRICT, Concurrency, Name, Phrase, PublicUrl, Retries, Seconds, Words
+from lisa_lightning.config.fields import STRICT, Concurrency, Name, Phrase, Retries, Seconds, ServerUrl, Words
 from lisa_lightning.engine._completions import CompletionGenerator, list_models
 from lisa_lightning.engine._server import run_server, split_command
 from lisa_lightning.engine.base import ModelToAnswer
@@ -52,7 +52,7 @@ class EndpointEngine:
             program, or the API key is missing.
     """
 
-    base_url: PublicUrl | None
+    base_url: ServerUrl | None
     """URL of a running server, ending in /v1; null with `command`."""
     command: Phrase | None
     """Command that serves {model} at {port}, run without a shell; null with `base_url`. No key belongs here, since the

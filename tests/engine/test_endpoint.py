@@ -151,6 +151,15 @@ def test_draws_have_a_seed_for_each_sample_and_task_rows_none(tiny: Path, url: s
     assert {(t, p) for t, p, seed in draws if seed is not None} == {(0.7, 0.9)}
 
 
+def test_equal_samples_are_reported(tiny: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
+    questions = [Question("harmful", f"request {i}", sample=s) for i in range(2) for s in range(2)]
+    collector = evaluator(tiny, decoding=Decoding(samples=2, temperature=0.7))
+    answered(url, lambda body: (200, completion(str(body["seed"]))), collector, questions)
+    assert not caplog.records
+    answered(url, lambda _: (200, completion("yes")), collector, questions)
+    assert ["all samples of each prompt are equal" in record.message for record in caplog.records] == [True]
+
+
 def test_order_is_kept_however_late_a_reply_comes(tiny: Path, url: str) -> None:
     tokenizer = load_tokenizer(tiny)
 
