@@ -17,7 +17,10 @@ from lisa_lightning.pipeline.run import run
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "experiments").rglob("README.md"))
 BEYOND = ("experiment=paper/", "model=llama2_7b", "model=qwen2_5_0_5b", "engine=endpoint", "finetune,repair]", "--cfg")
-"""Parts of commands that need the hub, a GPU, a server or only the config, or that evaluate nothing. Such commands are composed and accepted."""
+"""Parts of commands that are composed and accepted.
+
+They need the hub, a GPU, a server or only the config, or evaluate nothing.
+"""
 OWN_TESTS = (
     "method=projected",
     "task=letters",

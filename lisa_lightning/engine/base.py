@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lisa_lightning.evaluation.evaluator import Answer, Evaluator, Question
+from lisa_lightning.runtime.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,12 @@ class Engine(Protocol):
         """Description for the page; "" for the default engine."""
         ...
 
-    def key(self, name: str) -> dict[str, Any]:
+    def key(self, name: str, ranks: Ranks) -> dict[str, Any]:
         """Return what determines answers besides the model, as a part of a cache key; {} for the default engine.
 
         Args:
             name: name of the model, `aligned` or `final`.
+            ranks: processes of the run, of which rank zero asks.
 
         Raises:
             UserError: if the engine can't be reached.

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, final
 
@@ -18,7 +19,7 @@ from lisa_lightning.evaluation.evaluator import Answer, Evaluator, Question
 from lisa_lightning.runtime.endpoint import EndpointClient, Limits, Wording
 from lisa_lightning.runtime.endpoint_url import split_url
 from lisa_lightning.runtime.errors import UserError, printable
-from lisa_lightning.runtime.ranks import OneProcess
+from lisa_lightning.runtime.ranks import OneProcess, Ranks, on_rank_zero
 
 MODELS: Final = {"aligned", "final"}
 MAX_LISTED: Final = 5
@@ -87,14 +88,14 @@ class EndpointEngine:
         """Return the address or the command."""
         return f"endpoint at {self.base_url}" if self.base_url else f"endpoint by {self.command}"
 
-    def key(self, name: str) -> dict[str, Any]:
+    def key(self, name: str, ranks: Ranks) -> dict[str, Any]:
         """Return the command, or the id of the model and the kind of the server; see `Engine.key`.
 
         Port, address and concurrency don't change answers.
         """
         if self.command is not None:
             return {"engine": {"name": "endpoint", "command": self.command}}
-        model, owner = self._find_model(name)
+        model, owner = on_rank_zero(ranks, partial(self._find_model, name))
         return {"engine": {"name": "endpoint", "model": model, "server": owner}}
 
     def answers(

@@ -9,6 +9,7 @@ from pydantic.dataclasses import dataclass
 from lisa_lightning.config.fields import STRICT
 from lisa_lightning.engine.base import ModelToAnswer
 from lisa_lightning.evaluation.evaluator import Answer, Evaluator, Question
+from lisa_lightning.runtime.ranks import Ranks
 
 
 @final
@@ -21,7 +22,7 @@ class TransformersEngine:
         """Return ""."""
         return ""
 
-    def key(self, name: str) -> dict[str, Any]:
+    def key(self, name: str, ranks: Ranks) -> dict[str, Any]:
         """Return {}."""
         return {}
 

@@ -15,6 +15,7 @@ from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.engine.base import Engine
+from lisa_lightning.engine.transformers import TransformersEngine
 from lisa_lightning.evaluation.alpaca_eval import alpaca_eval_outputs
 from lisa_lightning.evaluation.decoding import GREEDY
 from lisa_lightning.evaluation.evaluator import Answer, Evaluator, held_out_questions, read_answers, write_answers
@@ -77,7 +78,7 @@ class Inputs:
     """The user's rows, harmful ones included, as the method mixes them; [] without fine-tuning."""
     prompting: Prompting
     """The prompts of the evaluation."""
-    engine: Engine
+    engine: Engine = TransformersEngine()
     """Generates the answers."""
     harness: Harness | None = None
     """Tasks for general utility."""

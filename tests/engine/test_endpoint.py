@@ -201,7 +201,7 @@ def test_an_interrupted_evaluation_asks_only_for_missing_answers(tiny: Path, tmp
     path, tokenizer = tmp_path / "responses.jsonl", load_tokenizer(tiny)
 
     def failing(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        is_due = "request 4" in str(tokenizer.decode(body["prompt"])) and body["max_tokens"] > 1
+        is_due = "request 2" in str(tokenizer.decode(body["prompt"])) and body["max_tokens"] > 1
         return (400, {"error": {"message": "too hot"}}) if is_due else (200, completion("yes"))
 
     with pytest.raises(UserError, match=r"^engine at .*refuses the request \(.*too hot.*Finished answers are kept$"):
@@ -247,13 +247,13 @@ def test_a_prompt_without_a_text_is_refused_by_a_server_of_texts(tiny: Path, url
 
 
 def test_the_model_at_a_running_server_is_found_or_named(tiny: Path, url: str) -> None:
-    assert engine(url).key("final") == {"engine": {"name": "endpoint", "model": "m", "server": "vllm"}}
-    assert engine(url, concurrency=9, retries=0).key("aligned") == engine(url).key("final")
+    assert engine(url).key("final", OneProcess()) == {"engine": {"name": "endpoint", "model": "m", "server": "vllm"}}
+    assert engine(url, concurrency=9, retries=0).key("aligned", OneProcess()) == engine(url).key("final", OneProcess())
     named = engine(url, served={"aligned": "m", "final": "other"})
-    assert named.key("final") == {"engine": {"name": "endpoint", "model": "other", "server": ""}}
+    assert named.key("final", OneProcess()) == {"engine": {"name": "endpoint", "model": "other", "server": ""}}
     Completions.models.append({"id": "n"})
     with pytest.raises(UserError, match=r"engine\.served\.final=null: .*lists 2 models \(m, n\)\. Fix: set engine\.s"):
-        engine(url).key("final")
+        engine(url).key("final", OneProcess())
     with pytest.raises(UserError, match=r"it knows no model other \(.*no such model.*Fix: correct engine\.served"):
         answered(
             url,
@@ -266,11 +266,11 @@ def test_the_model_at_a_running_server_is_found_or_named(tiny: Path, url: str) -
 
 def test_an_address_without_a_server_is_one_sentence() -> None:
     with pytest.raises(UserError, match=r"^engine\.base_url=http://127\.0\.0\.1:9/v1: no server answers \(.*Fix: "):
-        engine("http://127.0.0.1:9/v1").key("final")
+        engine("http://127.0.0.1:9/v1").key("final", OneProcess())
 
 
 def test_the_default_engine_adds_nothing_to_a_key() -> None:
-    assert TransformersEngine().key("final") == {}
+    assert TransformersEngine().key("final", OneProcess()) == {}
     assert TransformersEngine().title == ""
 
 

@@ -14,7 +14,6 @@ from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.stage_cache import StageCache
 from lisa_lightning.runtime.cache import short_hash
-from lisa_lightning.runtime.ranks import on_rank_zero
 
 
 def evaluate(
@@ -42,7 +41,7 @@ def evaluate(
         path: responses.jsonl, which gets every batch of answers when it is done.
     """
     key = {"evaluated": model.name, "name": name} | evaluator.key(questions)
-    key |= on_rank_zero(fabric, partial(engine.key, name))
+    key |= engine.key(name, fabric)
 
     def make(folder: Path) -> Metrics:
         with TemporaryDirectory(dir=folder) as temporary:
