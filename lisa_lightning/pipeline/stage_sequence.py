@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ class Inputs:
     """The user's rows, harmful ones included, as the method mixes them; [] without fine-tuning."""
     prompting: Prompting
     """The prompts of the evaluation."""
-    engine: Engine = TransformersEngine()
+    engine: Engine = field(default_factory=TransformersEngine)
     """Generates the answers."""
     harness: Harness | None = None
     """Tasks for general utility."""
