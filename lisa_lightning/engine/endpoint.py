@@ -1,5 +1,6 @@
 """Engine that asks an OpenAI-compatible server, such as vLLM: `EndpointEngine`."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -120,13 +121,18 @@ class EndpointEngine:
             yield self.base_url, self._find_model(model.name)[0]
             return
         assert self.command is not None
-        folder, log = model.export(), model.out / f"server_{model.name}.log"
+        file = re.sub("[^a-z0-9]+", "_", model.name)
+        folder, log = model.export(), model.out / f"server_{file}.log"
         if torch.cuda.is_initialized():
             # The server can't use memory that this process reserves.
             torch.cuda.empty_cache()
         words = split_command(self.command)
         with run_server(words, folder, log, self.start_timeout_s, self.api_key_variable) as url:
-            yield url, self.served[model.name] or str(folder)
+            yield url, self._configured_name(model.name) or str(folder)
+
+    def _configured_name(self, name: str) -> str | None:
+        """Return the name in `served`. The name of a model may continue, such as for other prompts."""
+        return next(served for model, served in self.served.items() if name.startswith(model))
 
     def _find_model(self, name: str) -> tuple[str, str]:
         """Return id and owner of a model at `base_url`.
@@ -136,7 +142,7 @@ class EndpointEngine:
         """
         assert self.base_url is not None
         listed = list_models(self._client(self.base_url, ""), f"engine.base_url={self.base_url}")
-        configured = self.served[name]
+        configured = self._configured_name(name)
         if configured is not None:
             owner = next((model.owner for model in listed if model.id == configured), "")
             return configured, owner
