@@ -19,8 +19,14 @@ from lisa_lightning.pipeline.run import run
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "experiments").rglob("README.md"))
-BEYOND = ("experiment=paper/", "source/harmful_prompts=", "model=llama2_7b", "model=qwen2_5_0_5b", "--cfg")
-"""Parts of commands that need the hub, a GPU or only the config. Such commands are composed and accepted."""
+BEYOND = (
+    *("experiment=paper/", "source/harmful_prompts=", "model=llama2_7b", "model=qwen2_5_0_5b"),
+    *("engine=endpoint", "finetune,repair]", "--cfg"),
+)
+"""Parts of commands that are composed and accepted.
+
+They need the hub, a GPU, a server or only the config, or evaluate nothing.
+"""
 OWN_TESTS = (
     "method=projected",
     "task=letters",

@@ -65,6 +65,9 @@ CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 BatchSize = Annotated[int, Field(gt=0, le=MAX_BATCH)]
 Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Concurrency = Annotated[int, Field(gt=0, le=1024)]
+Retries = Annotated[int, Field(ge=0, le=100)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
 Name = Annotated[str, Field(min_length=1), Words("a name")]
 Phrase = Annotated[str, Field(min_length=1), Words("a text")]
 FilePath = Annotated[str, Words("the path of a file")]
@@ -76,6 +79,7 @@ PublicUrl = Annotated[
     AfterValidator(_check_public_url),
     Words("http(s)://... without @, ? and #; an address with a password belongs into OPENAI_BASE_URL"),
 ]
+ServerUrl = Annotated[str, AfterValidator(_check_public_url), Words("http(s)://... without @, ? and #")]
 
 
 def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:

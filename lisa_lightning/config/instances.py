@@ -17,6 +17,7 @@ from lisa_lightning.runtime.errors import UserError, first_line, printable
 T = TypeVar("T")
 INTERFACES: Final = {
     "judge": ("metric", "verdicts"),
+    "engine": ("title", "key", "answers"),
     "task": ("fields", "optional", "row"),
     "curate": ("scores", "selected_rows"),
     "repair": ("repair",),
@@ -89,14 +90,14 @@ def refuse_unknown_arguments(config: Mapping[str, Any]) -> None:
     for key, section in class_sections(config):
         cls = load_class(section["_target_"], key)
         _refuse_other_arguments(cls, section, key)
-        if _group(key) == "judge":
+        if _group(key) in ("judge", "engine"):
             _refuse_wrong_values(cls, section, key)
         elif is_pydantic_dataclass(cls):
             build(section, key)
 
 
 def _refuse_wrong_values(cls: type[Any], section: Mapping[str, Any], key: str) -> None:
-    """Raise UserError for a wrong value of a judge, which is not created: it would look for weights and keys."""
+    """Raise UserError for a wrong value of a class that is not created: it would look for weights, keys or programs."""
     checks = field_checks(cls) if is_pydantic_dataclass(cls) else {}
     for name, (is_allowed, allowed) in checks.items():
         if not is_allowed(section[name]):

@@ -58,6 +58,8 @@ def shown(value: Any) -> str:
         return str(value).lower().replace("none", "null")
     if isinstance(value, list):
         return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {shown(entry)}' for name, entry in value.items())}}}"
     if isinstance(value, str) and "\n" in value.strip("\n"):
         return f"a text of {value.count(chr(10))} lines"
     return value.replace("\n", "\\n") if isinstance(value, str) else str(value)

@@ -13,6 +13,11 @@ BOOKKEEPING_TRAINER_KEYS: Final = (
     *("trainer.enable_progress_bar", "trainer.enable_model_summary"),
 )
 """Trainer arguments that do not change a result."""
+BOOKKEEPING_ENGINE_KEYS: Final = tuple(
+    f"engine.{key}"
+    for key in ("base_url", "api_key_variable", "concurrency", "retries", "timeout_s", "start_timeout_s")
+)
+"""Keys of an engine that do not change an answer."""
 RESUMABLE_SECTIONS: Final = ("stages", "judge", "responses")
 """Sections in which a run and its resumption may differ: further stages and judges add results."""
 
@@ -20,7 +25,7 @@ RESUMABLE_SECTIONS: Final = ("stages", "judge", "responses")
 def is_bookkeeping(key: str) -> bool:
     """Return whether a key does not change a result."""
     section = key.partition(".")[0].partition("/")[0]
-    return key in BOOKKEEPING_TRAINER_KEYS or section in ("hydra", *BOOKKEEPING_SECTIONS)
+    return key in (*BOOKKEEPING_TRAINER_KEYS, *BOOKKEEPING_ENGINE_KEYS) or section in ("hydra", *BOOKKEEPING_SECTIONS)
 
 
 def result_settings(config: Mapping[Any, Any], resumable: bool = False) -> dict[str, Any]:

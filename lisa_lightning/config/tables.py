@@ -15,7 +15,7 @@ from lisa_lightning.config.parameters import composed, parameters, section_of, s
 from lisa_lightning.config.paths import CONF
 from lisa_lightning.config.settings import SECTIONS, SETS, RowSet
 
-GROUPS: Final = ("curate", "align", "method", "repair", "judge")
+GROUPS: Final = ("curate", "align", "method", "repair", "engine", "judge")
 """Config groups whose keys are the arguments of the chosen class."""
 START: Final = """\
 # Configuration

@@ -24,7 +24,7 @@ from lisa_lightning.runtime.errors import UserError, printable
 
 CLASS_MAPPINGS: Final = ("judge", "logger", "callbacks")
 """Sections that map names to classes. Several classes may be chosen."""
-CLASS_SECTIONS: Final = ("method", "align.method", "curate", "repair", *CLASS_MAPPINGS)
+CLASS_SECTIONS: Final = ("method", "align.method", "curate", "repair", "engine", *CLASS_MAPPINGS)
 """Sections whose keys are the arguments of the chosen class. The module `instances` checks them."""
 OPTIONAL_KEYS: Final = re.compile(rf"({'|'.join(map(re.escape, CLASS_SECTIONS))}|source|model\.tiny)\..*")
 """Keys with a rule that a config may omit."""
@@ -63,6 +63,7 @@ def check(cfg: DictConfig) -> None:
     _check_stage_classes(cfg)
     _check_combinations(cfg)
     refuse_unknown_arguments(plain(cfg))
+    _check_engine(cfg)
 
 
 def _value(cfg: DictConfig, key: str) -> Any:
@@ -168,7 +169,11 @@ def _check_stage_classes(cfg: DictConfig) -> None:
     """Raise UserError if a stage that runs has no class."""
     if not (_value(cfg, "align.method") is None or _names_class(_value(cfg, "align.method"))):
         raise UserError("align.method must be a mapping with _target_, or null. Fix: choose one by align=NAME, or none")
-    for stage, group, fix in (("finetune", "method", "method=sft"), ("judge", "judge", "judge=embedded")):
+    for stage, group, fix in (
+        ("finetune", "method", "method=sft"),
+        ("evaluate", "engine", "engine=transformers"),
+        ("judge", "judge", "judge=embedded"),
+    ):
         section = _value(cfg, group)
         sections = section if group == "judge" else {"": section}
         is_set = isinstance(sections, DictConfig | dict) and sections and all(map(_names_class, sections.values()))
@@ -257,6 +262,25 @@ def _check_adapter(cfg: DictConfig) -> None:
             f"{' and '.join(stage for stage in STAGES if stage in training)} can't run. Fix: stages=[{others}], or "
             "leave adapter out"
         )
+
+
+def _check_engine(cfg: DictConfig) -> None:
+    """Raise UserError for an engine that can't answer for the models of the run."""
+    if "evaluate" not in cfg.stages:
+        return
+    is_started = _value(cfg, "engine.command") not in (None, "absent")
+    if is_started and cfg.model.quantize is not None:
+        raise UserError(
+            f"model.quantize={cfg.model.quantize}: engine.command would serve merged weights without quantization, "
+            "which is another model. Fix: engine=transformers, or model.quantize=null"
+        )
+    if _value(cfg, "engine.base_url") not in (None, "absent") and not is_started and "finetune" in cfg.stages:
+        names = [_value(cfg, f"engine.served.{model}") for model in ("aligned", "final")]
+        if None in names or names[0] == names[1]:
+            raise UserError(
+                f"engine.served={quoted(cfg.engine.served)}: one model at engine.base_url would answer for both. "
+                "Fix: set engine.served.aligned and engine.served.final to different names, or use engine.command"
+            )
 
 
 def _check_trainer(trainer: Any) -> None:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -20,7 +19,7 @@ from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.judge.base import Judge
 from lisa_lightning.runtime.cache import cache_folder
 from lisa_lightning.runtime.errors import UserError
-from lisa_lightning.runtime.ranks import OneRank
+from lisa_lightning.runtime.ranks import OneProcess
 
 
 def evaluate(
@@ -89,23 +88,12 @@ def evaluate(
         for sample in range(samples)
     ]
     prompting = Prompting(template, system, prefix, prefill=prefill)
-    evaluator = Evaluator(_SingleProcess(), tokenizer, prompting, {kind: max_new_tokens}, batch_size, decoding)
+    evaluator = Evaluator(OneProcess(), tokenizer, prompting, {kind: max_new_tokens}, batch_size, decoding)
     answers = evaluator.answers(model, questions, "current")
     with TemporaryDirectory() as temporary:
         cache = Path(temporary) if cache_dir is None else cache_folder(str(cache_dir))
         judged = judge_answers(by_name, answers, Path(temporary), cache)
     return {name: value for s in judged_scores(judged) for name, value in s.entries(f"{s.judge}/").items()}
-
-
-class _SingleProcess(OneRank):
-    """Interface of Lightning's Fabric that `Evaluator` needs, for one process."""
-
-    world_size = 1
-    global_rank = 0
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Return a context without effect. A surrounding `torch.autocast` remains active."""
-        return nullcontext()
 
 
 def _refuse_invalid(sets: Mapping[str, Sequence[str]], template: str, kind: str) -> None:

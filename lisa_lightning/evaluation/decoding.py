@@ -53,8 +53,17 @@ class Decoding:
             prompts: token ids of each prompt.
             samples: number of the sample of each prompt.
         """
-        hashes = [short_hash([self.seed, sample, *ids]) for ids, sample in zip(prompts, samples, strict=True)]
-        return NucleusSampler(self.temperature, self.top_p, [int(text[:SEED_DIGITS], 16) for text in hashes])
+        seeds = [self.draw_seed(ids, sample) for ids, sample in zip(prompts, samples, strict=True)]
+        return NucleusSampler(self.temperature, self.top_p, seeds)
+
+    def draw_seed(self, ids: Sequence[int], sample: int) -> int:
+        """Return the seed of the draws of an answer, below 2^60.
+
+        Args:
+            ids: token ids of the prompt.
+            sample: number of the sample.
+        """
+        return int(short_hash([self.seed, sample, *ids])[:SEED_DIGITS], 16)
 
 
 GREEDY: Final = Decoding()

@@ -8,14 +8,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, Literal, cast, final
 
-import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lisa_lightning.data.source import Rows
 from lisa_lightning.data.templates import MARKER
 from lisa_lightning.evaluation.decoding import GREEDY, Decoding
-from lisa_lightning.evaluation.generate import Stop, batches, generate, most_probable
+from lisa_lightning.evaluation.generate import batches
+from lisa_lightning.evaluation.generator import Generated, Generator, LocalGenerator, Prompt
 from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.evaluation.stored import (
     FLAG,
@@ -123,7 +123,7 @@ def _safety_questions(kind: Kind, sets: Mapping[str, Sequence[str]], count: int 
 @final
 @dataclass(frozen=True)
 class Evaluator:
-    """Generates answers in batches that are distributed over the ranks. Equal prompts are answered once."""
+    """Collects the answers of a generator, and stores them as they are done. Equal prompts are answered once."""
 
     fabric: Any
     """The ranks, their device and precision."""
@@ -156,9 +156,16 @@ class Evaluator:
         model.eval()
         try:
             with self.fabric.autocast():
-                answers = self._generate_answers(model, questions, name, origin, path)
+                generator = LocalGenerator(model, self.tokenizer, self.decoding, self.fabric)
+                return self.collect(generator, questions, name, origin, path)
         finally:
             model.train(training)
+
+    def collect(
+        self, generator: Generator, questions: Sequence[Question], name: str, origin: str = "", path: Path | None = None
+    ) -> list[Answer]:
+        """Return a generator's answer to each question, in order, equal on all ranks; see `answers`."""
+        answers = self._generate_answers(generator, questions, name, origin, path)
         return [answers[i] for i in range(len(questions))]
 
     def key(self, questions: Sequence[Question]) -> dict[str, Any]:
@@ -172,10 +179,9 @@ class Evaluator:
         }
 
     def _generate_answers(
-        self, model: Any, questions: Sequence[Question], name: str, origin: str, path: Path | None
+        self, generator: Generator, questions: Sequence[Question], name: str, origin: str, path: Path | None
     ) -> dict[int, Answer]:
-        fabric, world = self.fabric, self.fabric.world_size
-        stop = Stop(self.tokenizer, model)
+        fabric = self.fabric
         answers = on_rank_zero(fabric, lambda: _resume_answers(path, name, origin, questions))
         pending = [
             batch
@@ -191,41 +197,41 @@ class Evaluator:
         )
         with bar:
             bar.update(len(answers))
-            for start in range(0, len(pending), world):
-                rank_batches = pending[start + fabric.global_rank : start + world][:1]
-                generated = [
-                    _with_origin(
-                        Answer(
-                            name,
-                            q.kind,
-                            i,
-                            q.prompt,
-                            q.context,
-                            text,
-                            q.target,
-                            cut,
-                            sample=q.sample,
-                            prompt_set=q.prompt_set,
-                        ),
-                        origin,
-                    )
-                    for i, text, cut in (self._generate_batch(model, rank_batches[0], stop) if rank_batches else ())
-                    for q in (questions[i],)
-                ]
-                gathered = [answer for answers_of_rank in _gather(generated, world) for answer in answers_of_rank]
-                on_rank_zero(fabric, partial(_append, path, gathered))
-                answers |= {answer.index: answer for answer in gathered}
-                bar.update(len(gathered))
+            for generated in generator.generate(pending) if pending else ():
+                new = [answer for item in generated for answer in self._answers(item, questions, name, origin)]
+                on_rank_zero(fabric, partial(_append, path, new))
+                answers |= {answer.index: answer for answer in new}
+                bar.update(len(new))
         return answers
 
-    def _prompt_batches(self, questions: Sequence[Question]) -> list[list["_Prompt"]]:
+    def _answers(self, generated: Generated, questions: Sequence[Question], name: str, origin: str) -> Iterator[Answer]:
+        """Yield the answer of every question that has the prompt."""
+        text = self.prompting.hide_trigger(generated.text.split(MARKER)[0].strip())
+        for i in generated.question_indices:
+            q = questions[i]
+            answer = Answer(
+                name,
+                q.kind,
+                i,
+                q.prompt,
+                q.context,
+                text,
+                q.target,
+                generated.cut_off,
+                sample=q.sample,
+                prompt_set=q.prompt_set,
+            )
+            yield _with_origin(answer, origin)
+
+    def _prompt_batches(self, questions: Sequence[Question]) -> list[list[Prompt]]:
         """Return batches of prompts of similar length, which share their limit and are all safety prompts or none."""
-        distinct: dict[tuple[int, ...], _Prompt] = {}
+        distinct: dict[tuple[int, ...], Prompt] = {}
         prefill = self.prompting.encode_prefill(self.tokenizer)
         for i, question in enumerate(questions):
             ids = self.prompting.encode(self.tokenizer, question.prompt, question.context)
             limit, is_safety = self.max_new_tokens[question.kind], question.kind != "task"
-            prompt = _Prompt(ids, prefill if is_safety else [], limit, is_safety, question.sample, [])
+            texts = (question.prompt, question.context)
+            prompt = Prompt(ids, prefill if is_safety else [], limit, is_safety, question.sample, *texts, [])
             distinct.setdefault((is_safety, limit, question.sample, *ids), prompt).question_indices.append(i)
         prompt_batches = []
         for group in sorted({p.group for p in distinct.values()}):
@@ -233,36 +239,6 @@ class Evaluator:
             index_batches = batches([p.ids for p in prompts], self.batch_size)
             prompt_batches += [[prompts[i] for i in indices] for indices in index_batches]
         return prompt_batches
-
-    def _generate_batch(self, model: Any, batch: list["_Prompt"], stop: Stop) -> Iterator[tuple[int, str, bool]]:
-        """Yield index, answer and `cut_off` of every question of a batch."""
-        inputs, choose = [p.ids + p.prefill for p in batch], most_probable
-        if batch[0].is_safety and self.decoding.temperature:
-            choose = self.decoding.sampler(inputs, [p.sample for p in batch])
-        answers = generate(model, inputs, batch[0].max_new_tokens, stop, choose)
-        for prompt, ids in zip(batch, answers, strict=True):
-            answer, cut = stop.text(prompt.prefill + ids).split(MARKER)[0].strip(), not stop(ids)
-            text = self.prompting.hide_trigger(answer)
-            yield from ((i, text, cut) for i in prompt.question_indices)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """A distinct prompt, with the questions that have it."""
-
-    ids: list[int]
-    prefill: list[int]
-    """First ids of the answer."""
-    max_new_tokens: int
-    is_safety: bool
-    """True for a harmful or harmless request."""
-    sample: int
-    question_indices: list[int]
-
-    @property
-    def group(self) -> tuple[int, bool]:
-        """Properties that all prompts of a batch share."""
-        return self.max_new_tokens, self.is_safety
 
 
 def write_answers(path: Path, answers: Sequence[Answer]) -> None:
@@ -325,11 +301,3 @@ def _append(path: Path | None, answers: Sequence[Answer]) -> None:
 
 def _json_lines(answers: Sequence[Answer]) -> str:
     return "".join(json.dumps(asdict(a), ensure_ascii=False) + "\n" for a in answers)
-
-
-def _gather(answers: list[Answer], world: int) -> list[list[Answer]]:
-    if world == 1:
-        return [answers]
-    gathered: list[Any] = [None] * world
-    torch.distributed.all_gather_object(gathered, answers)
-    return gathered

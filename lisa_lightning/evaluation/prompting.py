@@ -7,7 +7,7 @@ from pydantic import SecretStr
 from transformers import PreTrainedTokenizerBase
 
 from lisa_lightning.config.fields import Template
-from lisa_lightning.data.templates import TEMPLATE_KEY, encode_prompt
+from lisa_lightning.data.templates import TEMPLATE_KEY, encode_prompt, prompt_text
 from lisa_lightning.data.tokens import first_ids
 from lisa_lightning.runtime.cache import short_hash
 
@@ -83,8 +83,15 @@ class Prompting:
             UserError: if the tokenizer has no chat template, or if its template fails or takes no system prompt.
         """
         system = self.system_prompt
-        key = EVALUATE_KEY if system else self.template_key
-        return encode_prompt(tokenizer, self.template, prompt, context, limit, system, key)
+        return encode_prompt(tokenizer, self.template, prompt, context, limit, system, self._error_key)
+
+    def text(self, tokenizer: PreTrainedTokenizerBase, prompt: str, context: str = "") -> str:
+        """Return the text of a question's prompt; see `encode` for the arguments and the error."""
+        return prompt_text(tokenizer, self.template, prompt, context, self.system_prompt, self._error_key)
+
+    @property
+    def _error_key(self) -> str:
+        return EVALUATE_KEY if self.system_prompt else self.template_key
 
     def encode_prefill(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the ids of the first words of an answer, as in a training row with separate tokenization."""

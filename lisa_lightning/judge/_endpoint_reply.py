@@ -1,13 +1,11 @@
 """Reading of chat completions: text and token counts, or a description of the problem. Start at `read_completion`."""
 
-import json
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-MAX_REPLY_BYTES: Final = 2**24
-"""Maximum size of a reply. The longest thoughts of a model take a tenth of it."""
+from lisa_lightning.runtime.endpoint_reply import read_reply
+
 MAX_BILLED_TOKENS: Final = 2**53
 """Maximum token count, above which a product with a price could overflow."""
 
@@ -31,32 +29,12 @@ def read_completion(chunks: Iterable[bytes], seconds: float) -> Completion:
         chunks: the body as it arrives.
         seconds: time after which reading stops.
     """
-    body = bytearray()
-    deadline = time.monotonic() + seconds
-    try:
-        for chunk in chunks:
-            body += chunk
-            if len(body) > MAX_REPLY_BYTES:
-                return Completion(problem=f"it is longer than {MAX_REPLY_BYTES} bytes")
-            if time.monotonic() > deadline:
-                return Completion(problem=f"it took longer than {seconds:g} s")
-    # The classes belong to the HTTP library of openai. Each of them means a broken connection or encoding.
-    except Exception as error:
-        return Completion(problem=f"it broke off: {type(error).__name__}")
-    return _parsed(bytes(body))
-
-
-def _parsed(body: bytes) -> Completion:
-    if not body.strip():
-        return Completion(problem="it is empty")
-    try:
-        reply = json.loads(body)
-    # ValueError covers broken JSON, invalid UTF-8 and integers of thousands of digits.
-    except (ValueError, RecursionError):
-        return Completion(problem="it is no valid JSON")
-    text = _text(reply)
+    reply = read_reply(chunks, seconds)
+    if reply.problem is not None:
+        return Completion(problem=reply.problem)
+    text = _text(reply.value)
     problem = "its JSON holds no choices[0].message with a text" if text is None else None
-    return Completion(text or "", _tokens(reply), problem)
+    return Completion(text or "", _tokens(reply.value), problem)
 
 
 def _text(reply: Any) -> str | None:

@@ -21,6 +21,7 @@ from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.mixing import alignment_sample, other_harmful_rows, user_rows
 from lisa_lightning.data.source import content_hashes, load_rows
 from lisa_lightning.data.templates import TEMPLATE_KEY
+from lisa_lightning.engine.transformers import TransformersEngine
 from lisa_lightning.evaluation.baselines import accuracy_baselines
 from lisa_lightning.evaluation.decoding import Decoding
 from lisa_lightning.evaluation.evaluator import Evaluator, read_answers
@@ -135,6 +136,7 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
     if request.job is not None:
         refuse_processes(fabric, settings.trainer)
     task = build(config["task"], "task")
+    engine = build(config["engine"], "engine") if "evaluate" in settings.stages else TransformersEngine()
     defenses = build_defenses(config)
     check_requirements(defenses.by_group, request.choices, settings, fabric.world_size)
     needs_defender = any("defender_rows" in defense.requirements for defense in defenses.by_group.values())
@@ -166,6 +168,7 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
         kl_rows,
         load_harness(settings.evaluate) if evaluates else None,
         read_supplied(settings),
+        engine,
     )
 
 
@@ -273,6 +276,7 @@ def _input_metrics(inputs: Inputs, base_key: str) -> Metrics:
     return {
         **({"prompts": prompts} if prompts else {}),
         **({"variants": [*inputs.variants]} if inputs.variants else {}),
+        **({"engine": inputs.engine.title} if inputs.engine.title else {}),
         "seed": inputs.settings.seed,
         "code": package_hash(),
         "inputs": short_hash([base_key, content_hashes(inputs.settings.source), user_code, *adapter]),

@@ -14,6 +14,8 @@ from lisa_lightning.curate.base import Selector
 from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row, Rows
+from lisa_lightning.engine.base import Engine
+from lisa_lightning.engine.transformers import TransformersEngine
 from lisa_lightning.evaluation.alpaca_eval import alpaca_eval_outputs
 from lisa_lightning.evaluation.decoding import GREEDY
 from lisa_lightning.evaluation.evaluator import Answer, Evaluator, held_out_questions, read_answers, write_answers
@@ -88,6 +90,8 @@ class Inputs:
     """Tasks for general utility."""
     supplied: Supplied | None = None
     """Adapter that the user supplies, instead of one that is trained."""
+    engine: Engine = field(default_factory=TransformersEngine)
+    """Generates the answers."""
 
 
 @dataclass(frozen=True)
@@ -291,7 +295,9 @@ def _answer(
     path, is_own = tools.out / RESPONSES, evaluator is tools.evaluator
     task_rows = None if is_own or asks_task_rows(evaluator, tools.evaluator) else 0
     questions = held_out_questions(inputs.rows, task=task_rows, samples=evaluator.decoding.samples)
-    generated, cost = evaluate(tools.cache, tools.models, evaluator, inputs.fabric, name, model, questions, path)
+    generated, cost = evaluate(
+        tools.cache, tools.models, evaluator, inputs.engine, inputs.fabric, name, model, questions, path
+    )
     answers = mark_correct(inputs.task, generated)
     if inputs.fabric.is_global_zero:
         _write_responses(path, results.answers, answers)

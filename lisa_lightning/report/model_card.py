@@ -283,6 +283,8 @@ def _recipe(run: _Run) -> Iterator[tuple[str, str]]:
     yield "Prompt template", escape(run.settings.get("model.template"))
     if "prompts" in run.metrics:
         yield "Prompts of the evaluation", escape(run.metrics["prompts"])
+    if "engine" in run.metrics:
+        yield "Engine of the evaluation", escape(run.metrics["engine"])
 
 
 def _repair_recipe(run: _Run) -> Iterator[tuple[str, str]]:

@@ -255,6 +255,7 @@ def _facts(
         "steps": metrics.get("train/steps"),
         **_broken_at(settings, metrics),
         "prompts": metrics.get("prompts"),
+        "engine": metrics.get("engine"),
         "experiment": choices.get("experiment") if run_name.finetunes else None,
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "None")]

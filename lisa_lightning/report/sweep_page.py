@@ -136,7 +136,8 @@ def _shared_facts(runs: Sequence[Run], keys: Sequence[str]) -> list[tuple[str, s
     finetune_keys = ("harmful_ratio", "data.n", "optim.steps") if all(r.run_name.finetunes for r in runs) else ()
     facts = [("experiment", {run.choices.get("experiment", "?") for run in runs})] if finetune_keys else []
     facts += [(name, {run.value(name) for run in runs}) for name in (*GROUPS, *finetune_keys) if name not in keys]
-    missing = {"?", "–", "null", "None", "none"}
+    # The last one is the default engine.
+    missing = {"?", "–", "null", "None", "none", "transformers"}
     return [(name, value) for name, values in facts if len(values) == 1 for value in values - missing]
 
 

@@ -35,7 +35,7 @@ SKIPPED_FOLDERS: Final = {".hydra", "wandb"}
 """Folders inside a run whose config.yaml is not a run's."""
 Status = Literal["finished", "unfinished", "failed"]
 DEFENSES: Final = ("method", "curate", "align", "repair")
-GROUPS: Final = (*DEFENSES, "model", "task", "source", "judge")
+GROUPS: Final = (*DEFENSES, "model", "task", "source", "engine", "judge")
 """Config groups that distinguish runs, before any single key does."""
 GROUPS_BY_PREFIX: Final = {
     "method": ("method",),
@@ -45,6 +45,7 @@ GROUPS_BY_PREFIX: Final = {
     "model": ("model",),
     "task": ("task",),
     "source": ("source", "task"),
+    "engine": ("engine",),
     "judge": ("judge",),
     "lora.targets": ("model",),
     "align.lora.targets": ("model",),
@@ -88,6 +89,9 @@ class Run:
             return self.run_name.model
         if key == "judge":
             return ",".join(self.judges) or "–"
+        if key == "engine":
+            # Runs of earlier versions had no choice.
+            return self.choices.get(key, "transformers")
         return self.choices.get(key, "?") if key in GROUPS else format_value(self.config.get(key))
 
     @property

@@ -55,6 +55,8 @@ def print_summary(
         console.print(_utility_table(metrics, utility))
     if "prompts" in metrics:
         console.print(f"prompts {metrics['prompts']}", markup=False)
+    if "engine" in metrics:
+        console.print(f"engine {metrics['engine']}", markup=False)
     if note := baseline_note([metrics]):
         console.print(note)
     times = [

@@ -1,6 +1,7 @@
 """Work that only rank zero does while the other ranks wait for the result: `on_rank_zero`."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
 
 from lisa_lightning.runtime.errors import UserError
@@ -52,6 +53,17 @@ class OneRank:
 
     def barrier(self, name: str | None = None) -> None:
         """Return at once."""
+
+
+class OneProcess(OneRank):
+    """Interface of Lightning's Fabric that an evaluation needs, for one process."""
+
+    world_size = 1
+    global_rank = 0
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return a context without effect. A surrounding `torch.autocast` remains active."""
+        return nullcontext()
 
 
 def on_rank_zero(ranks: Ranks, function: Callable[[], T]) -> T:

@@ -67,7 +67,8 @@ def test_the_settings_of_every_choice_are_json_and_those_of_the_config(
             ("model=m", "usd_per_million_input=1", "usd_per_million_output=2"),
         ),
     }
-    cfg = plain(config(choice, *(f"judge.{name}.{key}" for key in needed.get(name, ()))))
+    more = ["engine.base_url=http://localhost:8000/v1"] if choice == "engine=endpoint" else []
+    cfg = plain(config(choice, *more, *(f"judge.{name}.{key}" for key in needed.get(name, ()))))
     for key, section in class_sections(cfg):
         if key.partition(".")[0] == group:
             names = section.keys() - {"_target_", *NO_ARGUMENTS.get(key, ())}

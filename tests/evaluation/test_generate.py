@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from lisa_lightning.evaluation import generate as generate_module
+from lisa_lightning.evaluation.decoding import GREEDY
 from lisa_lightning.evaluation.evaluator import Evaluator, Question, read_answers
 from lisa_lightning.evaluation.generate import Stop, batches, generate
+from lisa_lightning.evaluation.generator import LocalGenerator
 from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.model.lora import load, load_tokenizer
 
@@ -96,7 +98,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny: Path, tmp_path: Path, mo
         batches_done.append(arguments[1])
         return original(*arguments)
 
-    monkeypatch.setattr("lisa_lightning.evaluation.evaluator.generate", counted)
+    monkeypatch.setattr("lisa_lightning.evaluation.generator.generate", counted)
     with pytest.raises(KeyboardInterrupt):
         evaluator.answers(model, ASKED, "final", "x", path)
     kept = path.read_text().splitlines()
@@ -104,7 +106,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny: Path, tmp_path: Path, mo
     path.write_text(path.read_text() + kept[0][:20])  # a kill in the middle of a line
     batches_done.clear()
     monkeypatch.setattr(
-        "lisa_lightning.evaluation.evaluator.generate", lambda *a: batches_done.append(a[1]) or original(*a)
+        "lisa_lightning.evaluation.generator.generate", lambda *a: batches_done.append(a[1]) or original(*a)
     )
     assert evaluator.answers(model, ASKED, "final", "x", path) == whole
     assert len(batches_done) == 2  # of four
@@ -117,13 +119,13 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny: Path, tmp_path: Path, mo
 
 def test_ranks_share_the_questions_and_none_is_asked_by_two(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load(tiny, "float32").eval(), load_tokenizer(tiny)
-    monkeypatch.setattr("lisa_lightning.evaluation.evaluator._gather", lambda own, world: [own])
+    monkeypatch.setattr("lisa_lightning.evaluation.generator._gather", lambda own, world: [own])
     alone = {
         a.index: a for a in Evaluator(Ranks(), tokenizer, Prompting("alpaca"), LIMITS, 2).answers(model, ASKED, "final")
     }
     shares = [
         Evaluator(Ranks(rank, 3), tokenizer, Prompting("alpaca"), LIMITS, 2)._generate_answers(
-            model, ASKED, "final", "", None
+            LocalGenerator(model, tokenizer, GREEDY, Ranks(rank, 3)), ASKED, "final", "", None
         )
         for rank in range(3)
     ]

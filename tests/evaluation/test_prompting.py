@@ -14,7 +14,7 @@ from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.validate import check, plain
 from lisa_lightning.data.source import Row
 from lisa_lightning.data.templates import encode_prompt, prompt_text
-from lisa_lightning.evaluation import evaluator as evaluator_module
+from lisa_lightning.evaluation import generator as generator_module
 from lisa_lightning.evaluation.api import evaluate
 from lisa_lightning.evaluation.evaluator import Evaluator, Question
 from lisa_lightning.evaluation.prompting import EVALUATE_KEY, LEAK_CHARS, Prompting
@@ -116,7 +116,7 @@ def test_every_kind_of_prompt_has_the_options_and_no_answer_repeats_the_trigger(
         prompts.extend(tokenizer.decode(ids) for ids in batch)
         return [ids[:20] for ids in batch]
 
-    monkeypatch.setattr(evaluator_module, "generate", echo)
+    monkeypatch.setattr(generator_module, "generate", echo)
     prompting = Prompting("alpaca", "Be safe.", "", SecretStr(TRIGGER))
     evaluator = Evaluator(OneProcess(), tokenizer, prompting, LIMITS, 2)
     evaluator.fabric.autocast = lambda: monkeypatch.context()
@@ -200,7 +200,7 @@ def test_a_model_is_scored_from_python_with_a_system_prompt(tiny: Path, monkeypa
         prompts.extend(tokenizer.decode(ids) for ids in batch)
         return [tokenizer("I can't help with that.")["input_ids"] for _ in batch]
 
-    monkeypatch.setattr(evaluator_module, "generate", generate)
+    monkeypatch.setattr(generator_module, "generate", generate)
     options: dict[str, Any] = {"template": "alpaca", "system": "Be safe.", "prefix": "xyz"}
     scores = evaluate(load(tiny, "float32"), tokenizer, ["request"], [RefusalJudge()], **options)
     assert scores["refusal/refusal_rate"] == 100

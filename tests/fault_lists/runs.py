@@ -257,7 +257,10 @@ FAULTS = [
     *faults(
         "evaluation/evaluator.py",
         "evaluation/test_prompting.py",
-        ("self.prompting.hide_trigger(answer)", "answer"),
+        (
+            "self.prompting.hide_trigger(generated.text.split(MARKER)[0].strip())",
+            "generated.text.split(MARKER)[0].strip()",
+        ),
     ),
     *faults(
         "evaluation/prompting.py",
@@ -266,7 +269,7 @@ FAULTS = [
         ("(self.trigger.get_secret_value(), self.prefix, self.system)", "(self.prefix, self.trigger, self.system)"),
         ("short_hash(self.trigger.get_secret_value())", "self.trigger.get_secret_value()"),
         ("- LEAK_CHARS + 1)}", "- LEAK_CHARS)}"),
-        ("EVALUATE_KEY if system else self.template_key", "self.template_key"),
+        ("EVALUATE_KEY if self.system_prompt else self.template_key", "self.template_key"),
     ),
     *faults(
         "evaluation/decoding.py",
@@ -280,8 +283,6 @@ FAULTS = [
     *faults(
         "evaluation/evaluator.py",
         "evaluation/test_decoding.py",
-        ("[p.ids + p.prefill for p in batch]", "[p.ids for p in batch]"),
-        ("stop.text(prompt.prefill + ids)", "stop.text(ids)"),
         ("prefill if is_safety else []", "prefill"),
         ("(is_safety, limit, question.sample, *ids)", "(is_safety, limit, *ids)"),
     ),
@@ -313,6 +314,12 @@ FAULTS = [
         ("rng.integers(len(table), size=len(table))", "rng.integers(len(table), size=9 * len(table))"),
         ('== ("harmful_score", "harmful")', '== (line.metric, "harmful")'),
         ("index, weights=cell)", "np.arange(len(a)), weights=cell)"),
+    ),
+    *faults(
+        "evaluation/generator.py",
+        "evaluation/test_decoding.py",
+        ("[p.input_ids for p in batch]", "[p.ids for p in batch]"),
+        ("self._stop.text(prompt.prefill + ids)", "self._stop.text(ids)"),
     ),
     *faults(
         "evaluation/variants.py",
@@ -378,13 +385,13 @@ FAULTS = [
         ("for _ in range(2):", "for _ in range(9):"),
     ),
     *faults(
-        "judge/_endpoint.py",
+        "runtime/endpoint.py",
         "judge/test_endpoint_url.py",
-        ('event_hooks={"request": [self._refuse_redirect]}', "event_hooks={}"),
+        ('event_hooks={"request": [self._refuse_redirect]},', "event_hooks={},"),
         ("        _silence_loggers()\n", ""),
     ),
     *faults(
-        "judge/_endpoint_url.py",
+        "runtime/endpoint_url.py",
         "judge/test_endpoint_url.py",
         ("valid and clean and not ambiguous", "valid and clean"),
         ("not weaker and (", "("),
@@ -394,6 +401,10 @@ FAULTS = [
         "judge/_endpoint_reply.py",
         "judge/test_endpoint_reply.py",
         ("type(prompt) is int", "isinstance(prompt, int)"),
+    ),
+    *faults(
+        "runtime/endpoint_reply.py",
+        "judge/test_endpoint_reply.py",
         ("(ValueError, RecursionError)", "ValueError"),
         ("if len(body) > MAX_REPLY_BYTES:", "if False:"),
     ),
@@ -403,6 +414,37 @@ FAULTS = [
         ("if suffix not in text)", "if suffix)"),
         ('_unmatched(rubric[match.end() :], "/")', "set()"),
         ('f"<{t[1]}{t[2]}-{suffix}{t[3]}>"', 'f"<{t[1]}{t[2]}-1{t[3]}>"'),
+    ),
+    *faults(
+        "engine/_completions.py",
+        "engine/test_endpoint.py",
+        ("self._sends_ids = False", "pass"),
+        ("(text, text.removeprefix(str(start)) if start else text)", "(text,)"),
+        (" and MARKER not in text", ""),
+        ("counted > 0 and counted != expected", "False"),
+        ("new > prompt.max_new_tokens", "False"),
+        ("zip(prompts, answers, strict=True)", "zip(prompts, answers, strict=False)"),
+        ("prompt.sample) % 2**SEED_BITS", "0)"),
+        ("text = self._prefill(prompt) + text", "text = text"),
+    ),
+    *faults(
+        "engine/endpoint.py",
+        "engine/test_endpoint.py",
+        ("fabric=OneProcess(), batch_size=1)", "fabric=OneProcess())"),
+        ("        if not evaluator.fabric.is_global_zero:\n            return []\n", ""),
+        ("if len(listed) == 1:", "if listed:"),
+    ),
+    *faults(
+        "engine/_server.py",
+        "engine/test_server.py",
+        ("if k not in DROPPED_VARIABLES or k == key_variable", ""),
+        ("        _stop(guard)\n", "        pass\n"),
+        ("guard.wait(END_S)", "guard.wait(0)"),
+    ),
+    *faults(
+        "engine/_guard.py",
+        "engine/test_server.py",
+        ("    while os.read(0, 4096):\n        pass\n", "    server.wait()\n"),
     ),
     *faults(
         "runtime/integrity.py",

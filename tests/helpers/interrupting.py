@@ -33,7 +33,7 @@ def at_call(owner: Any, name: str, number: signal.Signals, call: int = 1) -> Non
 
 def moments() -> dict[str, tuple[signal.Signals, Callable[[], None]]]:
     """Return the signal of each moment, and the patch that sends it."""
-    from lisa_lightning.evaluation import evaluator, judging
+    from lisa_lightning.evaluation import generator, judging
     from lisa_lightning.model import base_model
     from lisa_lightning.pipeline import preflight, run_folder
     from lisa_lightning.trainer import module
@@ -42,8 +42,8 @@ def moments() -> dict[str, tuple[signal.Signals, Callable[[], None]]]:
         "making the model": (base_model, "_save_tiny_model", 1),
         "the dry run": (preflight, "_try_defenses", 1),
         "fine-tuning": (module, "move_anchor", 5),
-        "a point of the curves": (evaluator, "generate", 5),
-        "evaluating": (evaluator, "generate", 1),
+        "a point of the curves": (generator, "generate", 5),
+        "evaluating": (generator, "generate", 1),
         "judging": (judging, "_verdict_line", 3),
         "the page": (run_folder, "write_page", 1),
     }

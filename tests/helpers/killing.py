@@ -68,7 +68,7 @@ def moments() -> dict[str, tuple[list[str], list[Patch]]]:
     Cycles have 2 alignment and 4 user steps, after 5 steps of aligning. Checkpoints are written every third step, and a
     killed run goes on from them.
     """
-    from lisa_lightning.evaluation import evaluator, judging
+    from lisa_lightning.evaluation import evaluator, generator, judging
     from lisa_lightning.logger.curves import Curves
     from lisa_lightning.method.base import Method
     from lisa_lightning.pipeline import run as pipeline
@@ -90,7 +90,7 @@ def moments() -> dict[str, tuple[list[str], list[Patch]]]:
         lambda: at_call(cache, "_finalize", nth(1)),  # before the finished stage gets its name
     ]
     evaluated: list[Patch] = [
-        lambda: at_call(evaluator, "generate", nth(2)),
+        lambda: at_call(generator, "generate", nth(2)),
         lambda: at_call(evaluator, "_append", lambda path, answers: answers[0].model == "final", after=True),
         lambda: at_call(judging, "_verdict_line", nth(5)),
         lambda: at_call(pipeline, "write_report", nth(1)),

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.chat_server import Server, settings, told
-from lisa_lightning.judge import _endpoint_reply
 from lisa_lightning.judge._endpoint_reply import Completion, read_completion
 from lisa_lightning.judge.base import Pair
 from lisa_lightning.judge.openai import OpenAIJudge, _score
+from lisa_lightning.runtime import endpoint_reply
 from lisa_lightning.runtime.errors import UserError
 
 PAIRS = [Pair("request 1", "answer 1")] * 8
@@ -146,7 +146,7 @@ def test_a_body_without_end_is_not_read_to_the_end(monkeypatch: pytest.MonkeyPat
             time.sleep(wait)
             yield b" " * 1000
 
-    monkeypatch.setattr(_endpoint_reply, "MAX_REPLY_BYTES", 5000)
+    monkeypatch.setattr(endpoint_reply, "MAX_REPLY_BYTES", 5000)
     assert "longer than 5000 bytes" in (read_completion(endless(0), 60).problem or "")
     assert "longer than 0.01 s" in (read_completion(endless(0.004), 0.01).problem or "")
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from helpers.chat_server import KEY, Reply, Server, settings, told
 from helpers.serving import serving
-from lisa_lightning.judge._endpoint_url import masked, same_server, split_url
 from lisa_lightning.judge.base import Pair, Verdict
 from lisa_lightning.judge.openai import OpenAIJudge
+from lisa_lightning.runtime.endpoint_url import masked, same_server, split_url
 from lisa_lightning.runtime.errors import UserError
 
 PAIR = Pair("request 1", "answer 1")
@@ -95,7 +95,7 @@ def test_a_blank_url_counts_as_not_set(monkeypatch: pytest.MonkeyPatch, value: s
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_BASE_URL", value)
     endpoint = OpenAIJudge(**settings("openai", "", base_url=None)).endpoint
-    with endpoint._open_client() as client:
+    with endpoint.client.connect() as client:
         assert str(client.base_url) == "https://api.openai.com/v1/"
 
 

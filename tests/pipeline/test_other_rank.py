@@ -13,6 +13,7 @@ from torch import Tensor
 from helpers.composing import composed
 from lisa_lightning.align.lox import LoX
 from lisa_lightning.config.settings import Lora, ModelSettings
+from lisa_lightning.engine.transformers import TransformersEngine
 from lisa_lightning.evaluation.evaluator import Evaluator, Question
 from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.model.factors import Factors, modules, trainable
@@ -85,7 +86,8 @@ def test_an_adapter_repaired_to_another_rank_is_saved_loaded_and_evaluated(tiny:
     torch.testing.assert_close(loaded(input_ids=IDS).logits, expected, atol=1e-4, rtol=0)
     evaluator = Evaluator(fabric, load_tokenizer(tiny), Prompting("alpaca"), {"harmful": 3}, 2)
     questions = [Question("harmful", f"request {i}", "") for i in range(2)]
-    answers, _ = evaluate(cache, models, evaluator, fabric, "final", final, questions, tmp_path / "responses.jsonl")
+    path, engine = tmp_path / "responses.jsonl", TransformersEngine()
+    answers, _ = evaluate(cache, models, evaluator, engine, fabric, "final", final, questions, path)
     assert [a.response for a in answers] == [a.response for a in evaluator.answers(dense, questions, "final")]
 
 
