@@ -274,7 +274,8 @@ def _check_engine(cfg: DictConfig) -> None:
             f"model.quantize={cfg.model.quantize}: engine.command would serve merged weights without quantization, "
             "which is another model. Fix: engine=transformers, or model.quantize=null"
         )
-    if _value(cfg, "engine.base_url") not in (None, "absent") and not is_started and "finetune" in cfg.stages:
+    changes_model = "finetune" in cfg.stages or ("repair" in cfg.stages and _names_class(cfg.repair))
+    if _value(cfg, "engine.base_url") not in (None, "absent") and not is_started and changes_model:
         names = [_value(cfg, f"engine.served.{model}") for model in ("aligned", "final")]
         if None in names or names[0] == names[1]:
             raise UserError(

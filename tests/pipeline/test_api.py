@@ -253,11 +253,11 @@ def vars_of(rate: Any) -> tuple[float, ...]:
 @pytest.mark.slow
 def test_evaluate_scores_what_the_model_answers(tiny: Path, tmp_path: Path) -> None:
     model, tokenizer = load_lora_model(tiny)
-    first, second = Recorder(), Recorder()
+    first, second = (Recorder() for _ in range(2))
     answers = first.pairs
     scores: Callable[..., dict[str, float]] = lisa_lightning.evaluate
     options = {"template": "alpaca", "max_new_tokens": 5, "batch_size": 2, "cache_dir": tmp_path}
-    by_name = {"mine": first, "again": second}
+    by_name: dict[str, Any] = {"mine": first, "again": second}
     assert scores(model, tokenizer, PROMPTS, by_name, **options)["mine/harmful_score"] == 75.0
     assert {pair.prompt for pair in answers} == {*PROMPTS}
     ids = tokenizer(
@@ -283,7 +283,7 @@ def test_harmless_prompts_have_an_over_refusal(tiny: Path) -> None:
 
 def test_evaluate_asks_each_prompt_several_times(tiny: Path) -> None:
     model, tokenizer = load_lora_model(tiny)
-    judge = Recorder()
+    judge: Any = Recorder()
     options: dict[str, Any] = {"template": "alpaca", "max_new_tokens": 4, "prefill": "Sure", "samples": 3}
     options |= {"temperature": 2.0, "seed": 5}
     scores = lisa_lightning.evaluate(model, tokenizer, ["a", "b"], {"mine": judge}, **options)
