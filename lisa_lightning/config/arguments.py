@@ -23,6 +23,8 @@ PATH_KEYS: Final = re.compile(r"\+{0,2}(hydra\.(run|sweep)\.(sub)?dir|cache_dir|
 """Keys whose value is a single path, which need not exist. `=` and `,` are characters of the path."""
 SWEEPABLE_PATH_KEYS: Final = re.compile(r"\+{0,2}([\w.-]+\.(path|id)|adapter|aligned)")
 """Keys whose value may be a path. A sweep may list several."""
+TEXT_KEYS: Final = re.compile(r"\+{0,2}(engine\.command|evaluate\.(system|prefix|prefill))")
+"""Keys whose value is a text of which Hydra would misread commas and braces."""
 NAMED_SETS: Final = re.compile(r"source\.harm(ful|less)_prompts(=\{|\.(?!(columns|labels|where)\b)[\w-]+(\.\w|=\{))")
 """Start of an override that may name a new prompt set, which Hydra adds with `++` only."""
 MAX_GROUP_CHARS: Final = 100
@@ -37,9 +39,10 @@ NULL_ALTERNATIVES: Final = {
 
 
 def prepare_arguments(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with those paths quoted that Hydra would misread, and `++` before named prompt sets.
+    """Return the arguments with those paths and texts quoted that Hydra would misread, and `++` before named sets.
 
-    Hydra parses `=`, `,` and other characters of a path as grammar. Names of a sweep's folders contain them.
+    Hydra parses `=`, `,` and other characters of a path as grammar. Names of a sweep's folders contain them. Commands
+    and sentences contain commas and braces.
 
     Args:
         arguments: overrides and flags of the command.
@@ -67,12 +70,14 @@ def _prepare(parser: OverridesParser, argument: str) -> str:
     try:
         override = parser.parse_override(argument)
         # A folder may be named by a number. Only path keys read a number as a path.
-        if not (_is_misread_path(key, value, override) or (override.is_sweep_override() and _exists(value))):
+        is_misread = _is_misread_path(key, value, override) or _is_misread_text(key, value, override)
+        if not (is_misread or (override.is_sweep_override() and _exists(value))):
             _refuse_invalid_option(override)
             return argument
     except (HydraException, RecursionError) as error:
         is_path_key = PATH_KEYS.fullmatch(key) or SWEEPABLE_PATH_KEYS.fullmatch(key)
-        if not (equals and (_exists(value) or (is_path_key and "/" in value and not value.startswith(("'", '"'))))):
+        is_text = TEXT_KEYS.fullmatch(key) or (is_path_key and "/" in value)
+        if not (equals and (_exists(value) or (is_text and not value.startswith(("'", '"'))))):
             raise _parse_error(argument, error) from error
     # Hydra reads backslashes before a quotation mark as escapes.
     escaped = re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value)
@@ -82,6 +87,11 @@ def _prepare(parser: OverridesParser, argument: str) -> str:
 def _is_misread_path(key: str, value: str, override: Override) -> bool:
     """Return whether Hydra would parse a path as another value. Quoted values and interpolations are intended."""
     return _must_be_path(key, value) and override.value() != value and "${" not in value
+
+
+def _is_misread_text(key: str, value: str, override: Override) -> bool:
+    """Return whether Hydra would parse a text with a comma as values of a sweep. Lists of quoted texts are intended."""
+    return TEXT_KEYS.fullmatch(key) is not None and override.is_sweep_override() and not re.search("['\"(]", value)
 
 
 def _must_be_path(key: str, value: str) -> bool:

@@ -14,8 +14,7 @@ BOOKKEEPING_TRAINER_KEYS: Final = (
 )
 """Trainer arguments that do not change a result."""
 BOOKKEEPING_ENGINE_KEYS: Final = tuple(
-    f"engine.{key}"
-    for key in ("base_url", "api_key_variable", "concurrency", "retries", "timeout_s", "start_timeout_s")
+    f"engine.{key}" for key in ("api_key_variable", "concurrency", "retries", "timeout_s", "start_timeout_s")
 )
 """Keys of an engine that do not change an answer."""
 RESUMABLE_SECTIONS: Final = ("stages", "judge", "responses")

@@ -105,6 +105,11 @@ def prompt_text(
     return f"{system}\n\n{text}" if system else text
 
 
+def with_fixed_date(template: str) -> str:
+    """Return a chat template that writes `PROMPT_DATE` where it would write the current date."""
+    return STRFTIME_NOW_MACRO + template if "strftime_now" in template else template
+
+
 def _chat_text(tokenizer: PreTrainedTokenizerBase, content: str, system: str, key: str) -> str:
     """Return a user message after a system message, if any, formatted with the tokenizer's chat template."""
     if tokenizer.chat_template is None:
@@ -113,10 +118,11 @@ def _chat_text(tokenizer: PreTrainedTokenizerBase, content: str, system: str, ke
     if system:
         messages.insert(0, {"role": "system", "content": system})
     try:
-        template = tokenizer.get_chat_template()
-        if "strftime_now" in template:
-            template = STRFTIME_NOW_MACRO + template
-        options: dict[str, Any] = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
+        options: dict[str, Any] = {
+            "chat_template": with_fixed_date(tokenizer.get_chat_template()),
+            "tokenize": False,
+            "add_generation_prompt": True,
+        }
         text = tokenizer.apply_chat_template(messages, **options)
         if not isinstance(text, str) or (is_blank(text) and not is_blank(content)):
             raise ValueError("it produces no text")

@@ -50,8 +50,8 @@ def list_models(client: EndpointClient, key: str) -> list[ListedModel]:
                 f"{key}: no server answers ({cause}). Fix: start one, correct the address, or let engine.command "
                 "start one"
             ) from None
-        except openai.InternalServerError as error:
-            # `transformers serve` fails if the hub's cache, which it lists, does not exist.
+        except (openai.InternalServerError, openai.NotFoundError) as error:
+            # Some servers have no list. `transformers serve` fails if the hub's cache, which it lists, does not exist.
             return Reply(problem=first_line(error))
 
     with client.connect() as api:

@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -15,6 +16,7 @@ from time import monotonic, sleep
 from typing import Final
 
 from lisa_lightning.engine import _guard
+from lisa_lightning.runtime.endpoint_url import masked
 from lisa_lightning.runtime.errors import UserError, printable
 from lisa_lightning.runtime.files import reraise_write_errors
 
@@ -36,9 +38,12 @@ DROPPED_VARIABLES: Final = frozenset(
         *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
         # The server needs none of these secrets, and might write them into its log.
         *("WANDB_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY"),
+        *("OPENAI_BASE_URL", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"),
     }
 )
 """Environment variables that a server does not receive."""
+SECRET_NAME: Final = re.compile("KEY|TOKEN|SECRET|PASSWORD")
+"""Part of the name of an environment variable whose value no message may quote."""
 
 
 def split_command(command: str) -> list[str]:
@@ -176,7 +181,8 @@ def _last_line(log: Path) -> str:
     """Return the last line of the server's log for a message."""
     content = log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
     lines = [line for line in map(printable, content.splitlines()) if line]
-    return f"last line of its log: {_shortened(lines[-1])}" if lines else "its log is empty"
+    secrets = [value for name, value in os.environ.items() if value and SECRET_NAME.search(name)]
+    return f"last line of its log: {_shortened(masked(lines[-1], secrets))}" if lines else "its log is empty"
 
 
 def _shortened(text: str) -> str:

@@ -17,6 +17,7 @@ from lisa_lightning.engine._completions import CompletionGenerator, list_models
 from lisa_lightning.engine._server import run_server, split_command
 from lisa_lightning.engine.base import ModelToAnswer
 from lisa_lightning.evaluation.evaluator import Answer, Evaluator, Question
+from lisa_lightning.evaluation.scores import model_without_variant
 from lisa_lightning.runtime.endpoint import EndpointClient, Limits, Wording
 from lisa_lightning.runtime.endpoint_url import split_url
 from lisa_lightning.runtime.errors import UserError, printable
@@ -90,14 +91,16 @@ class EndpointEngine:
         return f"endpoint at {self.base_url}" if self.base_url else f"endpoint by {self.command}"
 
     def key(self, name: str, ranks: Ranks) -> dict[str, Any]:
-        """Return the command, or the id of the model and the kind of the server; see `Engine.key`.
+        """Return the command, or address, id of the model and kind of the server; see `Engine.key`.
 
-        Port, address and concurrency don't change answers.
+        Servers at two addresses may serve other weights under the same name. The port of a command changes nothing.
         """
         if self.command is not None:
             return {"engine": {"name": "endpoint", "command": self.command}}
+        assert self.base_url is not None
         model, owner = on_rank_zero(ranks, partial(self._find_model, name))
-        return {"engine": {"name": "endpoint", "model": model, "server": owner}}
+        address = split_url(self.base_url, "engine.base_url").bare
+        return {"engine": {"name": "endpoint", "url": address, "model": model, "server": owner}}
 
     def answers(
         self, evaluator: Evaluator, model: ModelToAnswer, questions: Sequence[Question], origin: str, path: Path
@@ -121,7 +124,7 @@ class EndpointEngine:
             yield self.base_url, self._find_model(model.name)[0]
             return
         assert self.command is not None
-        file = re.sub("[^a-z0-9]+", "_", model.name)
+        file = re.sub("[^A-Za-z0-9]+", "_", model.name)
         folder, log = model.export(), model.out / f"server_{file}.log"
         if torch.cuda.is_initialized():
             # The server can't use memory that this process reserves.
@@ -131,8 +134,8 @@ class EndpointEngine:
             yield url, self._configured_name(model.name) or str(folder)
 
     def _configured_name(self, name: str) -> str | None:
-        """Return the name in `served`. The name of a model may continue, such as for other prompts."""
-        return next(served for model, served in self.served.items() if name.startswith(model))
+        """Return the name in `served`, which is the same for all variants of the evaluation."""
+        return self.served[model_without_variant(name)]
 
     def _find_model(self, name: str) -> tuple[str, str]:
         """Return id and owner of a model at `base_url`.
@@ -149,6 +152,7 @@ class EndpointEngine:
         if len(listed) == 1:
             return listed[0]
         names = ", ".join(printable(model.id)[:100] for model in listed[:MAX_LISTED]) or "none"
+        name = model_without_variant(name)
         raise UserError(
             f"engine.served.{name}=null: the server at {self.base_url} lists {len(listed)} models ({names}). Fix: set "
             f"engine.served.{name} to the name of the {name} model there"

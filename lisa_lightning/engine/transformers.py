@@ -19,11 +19,11 @@ class TransformersEngine:
 
     @property
     def title(self) -> str:
-        """Return ""."""
+        """Return an empty title, since pages name other engines only."""
         return ""
 
     def key(self, name: str, ranks: Ranks) -> dict[str, Any]:
-        """Return {}."""
+        """Return no key: the inputs of the run determine the answers."""
         return {}
 
     def answers(

@@ -29,7 +29,7 @@ class Agreement:
     """Cohen's kappa; None if a judge gave all answers the same verdict, since kappa is then 0 or undefined."""
     low: float | None = None
     high: float | None = None
-    """Ends of the 95 % interval of kappa."""
+    """Ends of the 95 % interval of kappa; None if the judges never differ, which leaves no spread to resample."""
 
     @property
     def entries(self) -> Metrics:
@@ -37,7 +37,9 @@ class Agreement:
         name = f"{PREFIX}/{self.first}/{self.second}"
         metrics: Metrics = {f"{name}/equal": self.equal, f"{name}/answers": self.answers}
         if self.kappa is not None:
-            metrics |= {f"{name}/kappa": self.kappa, f"{name}/kappa_low": self.low, f"{name}/kappa_high": self.high}
+            metrics |= {f"{name}/kappa": self.kappa}
+        if self.low is not None:
+            metrics |= {f"{name}/kappa_low": self.low, f"{name}/kappa_high": self.high}
         return metrics
 
 
@@ -78,6 +80,8 @@ def _agreement(
     if a.all() or b.all() or not a.any() or not b.any():
         return Agreement(first, second, equal, answers)
     kappa = float(cohen_kappa(table.sum(axis=0)))
+    if (a == b).all():
+        return Agreement(first, second, equal, answers, kappa)
     rng = np.random.default_rng(0)
     resampled = [table[rng.integers(len(table), size=len(table))].sum(axis=0) for _ in range(RESAMPLES)]
     low, high = np.nanquantile(cohen_kappa(np.stack(resampled)), (0.025, 0.975))

@@ -117,8 +117,8 @@ def _build_decoding(samples: int, temperature: float, top_p: float, seed: int) -
     """Return the decoding. Raise UserError for a value out of bounds, or greedy samples."""
     if samples < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise UserError(
-            f"samples={samples}, temperature={temperature}, top_p={top_p}: samples must be above 0, temperature at "
-            "least 0, and top_p above 0 and up to 1"
+            f"samples={samples}, temperature={temperature}, top_p={top_p}: one of them is out of bounds. "
+            "Fix: samples above 0, temperature of at least 0, top_p above 0 and up to 1"
         )
     if not temperature and (samples > 1 or top_p < 1):
         raise UserError(

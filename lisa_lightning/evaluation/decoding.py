@@ -18,8 +18,8 @@ SEED_DIGITS: Final = 15
 class Decoding:
     """Sampling of answers to safety prompts. Task rows are always answered greedily.
 
-    Each token is drawn from softmax(logits / temperature), restricted to the nucleus: the most probable tokens that
-    together have at least the probability `top_p` (Holtzman et al. 2020). Temperature 0 is greedy.
+    Each token is drawn from softmax(logits / temperature), restricted to the nucleus (Holtzman et al. 2020). That is
+    the smallest set of most probable tokens whose probability reaches `top_p`. Temperature 0 is greedy.
     """
 
     samples: int = 1

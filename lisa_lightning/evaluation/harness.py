@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from glob import glob
 from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
 from lisa_lightning.config.settings import Evaluate
+from lisa_lightning.data.templates import with_fixed_date
 from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.runtime.errors import UserError, first_line, printable
 
@@ -63,7 +65,7 @@ class Harness:
 
         Args:
             model: a causal language model on its device.
-            tokenizer: its tokenizer, whose padding is changed.
+            tokenizer: its tokenizer, whose padding and date of the chat template are changed.
             prompting: template and system prompt of the evaluation.
             precision: `trainer.precision`.
             task: one of `tasks`.
@@ -71,6 +73,8 @@ class Harness:
         simple_evaluate = import_module("lm_eval.evaluator").simple_evaluate
         hflm = import_module("lm_eval.models.huggingface").HFLM
         model.eval()
+        if tokenizer.chat_template is not None:
+            tokenizer.chat_template = with_fixed_date(tokenizer.get_chat_template())
         with guarded(), isolate_rng():
             wrapped = hflm(
                 pretrained=model,
@@ -187,8 +191,8 @@ def _data_paths(config: Any) -> Iterator[Path]:
     options = getattr(config, "dataset_kwargs", None) or {}
     files = options.get("data_files") or []
     for value in (getattr(config, "dataset_path", None), options.get("data_dir"), *_strings(files)):
-        if isinstance(value, str) and Path(value).exists():
-            yield Path(value)
+        if isinstance(value, str):
+            yield from map(Path, sorted(glob(value, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute one
 
 
 def _strings(tree: Any) -> Iterator[str]:

@@ -63,6 +63,11 @@ class Prompting:
         return {name: option for name, option in options.items() if option}
 
     @property
+    def key_without_prefill(self) -> dict[str, str]:
+        """The same of the prompt alone, for texts that the model does not generate."""
+        return {name: option for name, option in self.key.items() if name != "prefill"}
+
+    @property
     def summary(self) -> str:
         """The options in words, without any text of a prompt; "" for the prompts of training."""
         names = {"system": "system prompt", "template": f"template {self.template}"}

@@ -49,6 +49,11 @@ def model_of_variant(model: str, variant: str) -> str:
     return f"{model}-{variant}"
 
 
+def model_without_variant(name: str) -> str:
+    """Return the model of a name that `model_of_variant` has returned, or the name of a model itself."""
+    return name.partition("-")[0]
+
+
 def score_metrics(scores: Sequence[Score]) -> Metrics:
     """Return the entries of scores in metrics.json.
 

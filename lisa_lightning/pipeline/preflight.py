@@ -203,16 +203,30 @@ def _try_supplied(base: Path, settings: RunSettings, defenses: Defenses, supplie
     refuse_other_base(settings, supplied, base)
     served = _meta_model(supplied.served_folder(base), settings)
     net = attach_empty(served, supplied.adapter, f"adapter={settings.adapter}", "name the model that it was trained on")
+    initial = _meta_model(base, settings)
+    if settings.evaluate.kl_rows:
+        _refuse_other_vocabulary(served, initial)
     changed = []
     if supplied.alignment is not None:
         error_prefix, fix = f"aligned={settings.aligned}", "set model.id to the model that it was trained on"
-        aligned = attach_empty(_meta_model(base, settings), supplied.alignment, error_prefix, fix)
+        aligned = attach_empty(initial, supplied.alignment, error_prefix, fix)
         changed = list(modules(trainable(aligned)))
     elif supplied.aligned_folder is not None:
         changed = list(modules(trainable(net)))
-        refuse_other_layers(net, _meta_model(base, settings), changed)
+        refuse_other_layers(net, initial, changed)
     if defenses.repair is not None:
         defenses.repair.check(net, dict.fromkeys(changed, Delta(torch.ones(1, 1))))
+
+
+def _refuse_other_vocabulary(served: PreTrainedModel, initial: PreTrainedModel) -> None:
+    """Raise UserError if two models have other numbers of tokens, so that no divergence between them is defined."""
+    models: list[Any] = [served, initial]
+    tokens = [len(model.get_input_embeddings().weight) for model in models]
+    if tokens[0] != tokens[1]:
+        raise UserError(
+            f"evaluate.kl_rows: the aligned model has {tokens[0]} tokens and model.id {tokens[1]}, so that they can't be "
+            "compared. Fix: evaluate.kl_rows=0, or set model.id to the model that was aligned"
+        )
 
 
 def _meta_peft_model(base: Path, settings: RunSettings, lora: Lora, key: str) -> PeftModel:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from lisa_lightning import task as tasks
 from lisa_lightning.config.instances import load_class
+from lisa_lightning.evaluation.agreement import PREFIX as AGREEMENT
 from lisa_lightning.evaluation.coverage import refuse_unscored
 from lisa_lightning.evaluation.evaluator import Answer, read_answers
 from lisa_lightning.evaluation.judging import read_responses, refuse_no_reference
@@ -75,6 +76,7 @@ def rejudge(request: Request, judges: Judges) -> Metrics:
     refuse_unscored(judges, answers, source, isinstance(task, Scored))
     unseal(out)
     judgment = judge(judges, answers, out, cache_folder(cfg.cache_dir))
+    metrics = {name: value for name, value in metrics.items() if not name.startswith(f"{AGREEMENT}/")}
     metrics |= score_metrics(judgment.scores) | judgment.metrics
     write_text(out / METRICS, json.dumps(metrics, indent=2))
     scores = read_scores(metrics)

@@ -1,8 +1,10 @@
 """The stages of a run in their order, from alignment rows to answers. Start at `run_stages`."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache as call_once
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,21 +269,22 @@ def _repair(inputs: Inputs, tools: Tools, aligned: Model, finetuned: Model, defe
 def _evaluate(inputs: Inputs, tools: Tools, name: str, model: Model, results: StageResults) -> StageResults:
     """Return the results with the answers of a further model, also in every variant, and its general utility."""
     evaluator = tools.evaluator
-    results = _answer(inputs, tools, evaluator, name, model, results)
+    # All variants and tasks read one copy in memory.
+    load = call_once(partial(tools.models.serve, model, inputs.fabric.device))
+    results = _answer(inputs, tools, evaluator, name, model, load, results)
     if inputs.fabric.is_global_zero and not isinstance(inputs.task, Scored):
         generator = f"{Path(inputs.settings.model.id or 'tiny').name}-{name}"
         answers = [answer for answer in results.answers if answer.model == name]
         write_text(tools.out / f"alpaca_eval_{name}.json", alpaca_eval_outputs(answers, generator))
     for variant, options in inputs.variants.items():
-        results = _answer(inputs, tools, options.apply(evaluator), model_of_variant(name, variant), model, results)
+        variant_name = model_of_variant(name, variant)
+        results = _answer(inputs, tools, options.apply(evaluator), variant_name, model, load, results)
     if inputs.kl_rows and model != tools.models.base:
         results = _measure_kl(inputs, tools, name, model, results)
     if inputs.harness is None:
         return results
     precision = inputs.settings.trainer.precision
-    utility, costs = lm_eval(
-        tools.cache, tools.models, evaluator, inputs.fabric, precision, inputs.harness, name, model
-    )
+    utility, costs = lm_eval(tools.cache, evaluator, precision, inputs.harness, name, model, load)
     metrics = results.metrics | utility
     for cost in costs:
         metrics = _add_cost(metrics, "lm_eval", cost)
@@ -289,15 +292,19 @@ def _evaluate(inputs: Inputs, tools: Tools, name: str, model: Model, results: St
 
 
 def _answer(
-    inputs: Inputs, tools: Tools, evaluator: Evaluator, name: str, model: Model, results: StageResults
+    inputs: Inputs,
+    tools: Tools,
+    evaluator: Evaluator,
+    name: str,
+    model: Model,
+    load: Callable[[], Any],
+    results: StageResults,
 ) -> StageResults:
     """Return the results with the answers of a further model under the prompts of an evaluator."""
     path, is_own = tools.out / RESPONSES, evaluator is tools.evaluator
     task_rows = None if is_own or asks_task_rows(evaluator, tools.evaluator) else 0
     questions = held_out_questions(inputs.rows, task=task_rows, samples=evaluator.decoding.samples)
-    generated, cost = evaluate(
-        tools.cache, tools.models, evaluator, inputs.engine, inputs.fabric, name, model, questions, path
-    )
+    generated, cost = evaluate(tools.cache, tools.models, evaluator, inputs.engine, name, model, load, questions, path)
     answers = mark_correct(inputs.task, generated)
     if inputs.fabric.is_global_zero:
         _write_responses(path, results.answers, answers)
@@ -308,7 +315,7 @@ def _answer(
 
 def _measure_kl(inputs: Inputs, tools: Tools, name: str, model: Model, results: StageResults) -> StageResults:
     """Return the results with a further model's divergence from the initial model, and write token_kl.csv."""
-    divergences, cost = token_kl(tools.cache, tools.models, tools.evaluator, inputs.fabric, model, inputs.kl_rows)
+    divergences, cost = token_kl(tools.cache, tools.models, tools.evaluator, model, inputs.kl_rows)
     positions = [*results.token_kl, *by_position(name, divergences)]
     if inputs.fabric.is_global_zero:
         write_text(tools.out / TOKEN_KL, csv_text(positions))

@@ -4,6 +4,7 @@ The package can be called, as `lisa_lightning.repair(model, ...)`: see `_api.rep
 """
 
 import sys
+from inspect import Signature, signature
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,13 @@ class _CallablePackage(ModuleType):
         from lisa_lightning.repair._api import repair
 
         return repair(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> Signature:
+        """The signature of `_api.repair`, which help and editors show."""
+        from lisa_lightning.repair._api import repair
+
+        return signature(repair)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

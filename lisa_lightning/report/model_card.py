@@ -281,10 +281,7 @@ def _recipe(run: _Run) -> Iterator[tuple[str, str]]:
         yield "Optimizer of alignment", f"AdamW ({_keys(run.settings, 'align.optim')})"
     yield "Seed", f"{escape(run.settings.get('seed'))}; of alignment {escape(run.settings.get('align.seed'))}"
     yield "Prompt template", escape(run.settings.get("model.template"))
-    if "prompts" in run.metrics:
-        yield "Prompts of the evaluation", escape(run.metrics["prompts"])
-    if "engine" in run.metrics:
-        yield "Engine of the evaluation", escape(run.metrics["engine"])
+    yield from _evaluation_recipe(run)
 
 
 def _repair_recipe(run: _Run) -> Iterator[tuple[str, str]]:
@@ -294,8 +291,15 @@ def _repair_recipe(run: _Run) -> Iterator[tuple[str, str]]:
     yield "Repair of the adapter", f"{escape(repair)} ({_keys(run.settings, 'repair')})"
     yield "Seed", escape(run.settings.get("seed"))
     yield "Prompt template", escape(run.settings.get("model.template"))
+    yield from _evaluation_recipe(run)
+
+
+def _evaluation_recipe(run: _Run) -> Iterator[tuple[str, str]]:
+    """Yield prompts and engine of the evaluation if they are not the default, escaped."""
     if "prompts" in run.metrics:
         yield "Prompts of the evaluation", escape(run.metrics["prompts"])
+    if "engine" in run.metrics:
+        yield "Engine of the evaluation", escape(run.metrics["engine"])
 
 
 def _keys(settings: Mapping[str, Any], section: str) -> str:

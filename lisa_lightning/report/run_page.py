@@ -121,10 +121,12 @@ class VariantTable:
 
 
 def sample_answers(answers: Sequence[JudgedAnswer], limit: int = 8) -> list[JudgedAnswer]:
-    """Return the first answers of every model and kind, at most `limit` of each."""
+    """Return the first answers of every model and kind, at most `limit` of each, one for each prompt."""
     counts: dict[tuple[str, str], int] = {}
     sampled = []
     for judged in answers:
+        if judged.answer.sample:
+            continue
         group = (judged.answer.model, judged.answer.kind)
         counts[group] = counts.get(group, 0) + 1
         if counts[group] <= limit:
@@ -225,7 +227,7 @@ def _variant_tables(
     metrics: Mapping[str, Any], scores: Sequence[Score], columns: Mapping[str, str], config: Mapping[str, Any]
 ) -> list[VariantTable]:
     """Return a table for each model that was evaluated in variants too."""
-    configured: Mapping[str, Any] = config.get("evaluate", {}).get("variants") or {}
+    configured = _configured_variants(config)
     unchanged = next((name for name, options in configured.items() if not options), OWN)
     options_in_words = [(name, describe_options(options)) for name, options in configured.items() if options]
     evaluated = {score.model for score in scores}
@@ -237,6 +239,14 @@ def _variant_tables(
             heads = {model: unchanged, **present}
             tables.append(VariantTable(title, heads, variant_rows(scores, heads), options_in_words))
     return tables
+
+
+def _configured_variants(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return variants with their options, without entries that no run has."""
+    section = config.get("evaluate")
+    variants = section.get("variants") if isinstance(section, Mapping) else None
+    entries = variants.items() if isinstance(variants, Mapping) else ()
+    return {str(name): options for name, options in entries if isinstance(options, Mapping)}
 
 
 def _facts(
@@ -264,7 +274,7 @@ def _facts(
 def _broken_at(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
     """Return when the harmful score exceeded the threshold while fine-tuning, {} for a run without evaluations then."""
     threshold = settings.get("evaluate.harmful_threshold")
-    if "train/steps" not in metrics or not settings.get("evaluate.every") or threshold is None:
+    if "train/steps" not in metrics or not settings.get("evaluate.every") or not isinstance(threshold, int | float):
         return {}
     step = metrics.get("eval/steps_until_harmful")
     return {f"harmful score above {threshold:g} %": "never" if step is None else f"from step {step}"}
@@ -307,7 +317,8 @@ def _groups(sampled: Sequence[JudgedAnswer], answers: Sequence[JudgedAnswer], co
 
 def _count(answers: Sequence[JudgedAnswer], kind: str) -> int:
     """Return the number of prompts of a kind."""
-    return max(sum((j.answer.kind, j.answer.model) == (kind, model) for j in answers) for model in MODELS)
+    prompts = [j.answer.model for j in answers if j.answer.kind == kind and not j.answer.sample]
+    return max(prompts.count(model) for model in MODELS)
 
 
 def _samples(sampled: Sequence[JudgedAnswer], kind: str, columns: dict[str, str]) -> list[Sample]:

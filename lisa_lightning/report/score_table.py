@@ -219,8 +219,10 @@ def agreement_rows(metrics: Mapping[str, Any]) -> list[ScoreRow]:
 
 def _kappa_with_interval(agreement: Agreement) -> tuple[str, str]:
     """Return kappa and its 95 % interval as text."""
-    if agreement.kappa is None or agreement.low is None or agreement.high is None:
+    if agreement.kappa is None:
         return "–", "a judge’s verdicts are all the same"
+    if agreement.low is None or agreement.high is None:
+        return f"{agreement.kappa:.2f}", "all verdicts equal"
     values = (f"{value:.2f}".replace("-", MINUS) for value in (agreement.kappa, agreement.low, agreement.high))
     kappa, low, high = values
     return kappa, f"{low} to {high}"

@@ -63,7 +63,8 @@ def write_sweep(folders: Sequence[Path], out: Path) -> int:
 
 def _csv(runs: Sequence[Run], keys: Sequence[str], out: Path) -> str:
     """Return one line per run: folder, status, cause, settings, seed, then every metric of metrics.json."""
-    names = list(dict.fromkeys(name for run in runs for name in run.metrics if name not in ("seed", "judges")))
+    omitted = ("seed", "judges", "variants")
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics if name not in omitted))
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(map(_escape_formula, ["folder", "status", "cause", *keys, "seed", *names]))

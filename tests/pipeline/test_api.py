@@ -317,7 +317,12 @@ def test_wrong_arguments_of_evaluate_are_user_errors(tiny: Path) -> None:
         (["a"], refusal, {"kind": "task"}, "kind=task: it must be one of harmful, harmless"),
         (["a"], [EmbeddedJudge()], {"kind": "harmless"}, "kind=harmless: no judge detects refusals"),
         (["a"], refusal, {"samples": 2}, "samples=2, top_p=1.0: at temperature=0 all answers to a prompt are equal"),
-        (["a"], refusal, {"samples": 0}, "samples must be above 0, temperature at least 0"),
+        (
+            ["a"],
+            refusal,
+            {"samples": 0},
+            "samples=0, temperature=0.0, top_p=1.0: one of them is out of bounds. Fix: samples above 0",
+        ),
         (["a"], refusal, {}, "this tokenizer has no chat template"),
     ]
     for prompts, judges, options, match in mistakes:

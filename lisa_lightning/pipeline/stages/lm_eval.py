@@ -1,32 +1,29 @@
 """Stage `lm_eval`: measure a model's general utility by tasks of lm-evaluation-harness."""
 
 import json
-from functools import cache as call_once
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from lightning.fabric import Fabric
 
 from lisa_lightning.evaluation.evaluator import Evaluator
 from lisa_lightning.evaluation.harness import Harness
 from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.evaluation.utility import utility_scores
 from lisa_lightning.model.lora import load_tokenizer
-from lisa_lightning.pipeline.stages.models import Model, ModelSource
+from lisa_lightning.pipeline.stages.models import Model
 from lisa_lightning.pipeline.stages.stage_cache import StageCache
 from lisa_lightning.runtime.files import read_json, write_text
 
 
 def lm_eval(
     cache: StageCache,
-    models: ModelSource,
     evaluator: Evaluator,
-    fabric: Fabric,
     precision: str,
     harness: Harness,
     name: str,
     model: Model,
+    load: Callable[[], Any],
 ) -> tuple[Metrics, list[Metrics]]:
     """Return the scores of a model on each task as metrics, and the cost of each task.
 
@@ -35,28 +32,26 @@ def lm_eval(
 
     Args:
         cache: the cache of stage results.
-        models: loads the model, at the first task without a result.
         evaluator: has the prompts of the evaluation.
-        fabric: the processes of the run.
         precision: `trainer.precision`.
         harness: the tasks.
         name: name of the model in metrics, `aligned` or `final`.
         model: the model.
+        load: loads the model. It is called for tasks without a result.
     """
-    load = call_once(lambda: models.serve(model, fabric.device))
     scores: Metrics = {}
     costs = []
 
     def make(folder: Path, task: str) -> Metrics:
-        if fabric.is_global_zero:
+        if evaluator.fabric.is_global_zero:
             # The harness changes the padding of the tokenizer.
-            tokenizer = load_tokenizer(models.base.folder)
+            tokenizer = load_tokenizer(model.folder)
             results: Any = harness.evaluate(load(), tokenizer, evaluator.prompting, precision, task)
             write_text(folder / "results.json", json.dumps(results, indent=1, default=str))
         return {}
 
     for task in harness.tasks:
-        key = {"evaluated": model.name, **evaluator.prompting.key, **harness.key(task)}
+        key = {"evaluated": model.name, **evaluator.prompting.key_without_prefill, **harness.key(task)}
         folder, cost = cache.run("lm_eval", key, partial(make, task=task))
         results = read_json(folder / "results.json", f"delete {folder}")
         for score in utility_scores(name, task, results):

@@ -4,8 +4,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning.fabric import Fabric
-
 from lisa_lightning.data.source import Row
 from lisa_lightning.data.tokens import first_ids
 from lisa_lightning.evaluation.evaluator import Evaluator
@@ -19,7 +17,7 @@ RESULT = "divergences.json"
 
 
 def token_kl(
-    cache: StageCache, models: ModelSource, evaluator: Evaluator, fabric: Fabric, model: Model, rows: Sequence[Row]
+    cache: StageCache, models: ModelSource, evaluator: Evaluator, model: Model, rows: Sequence[Row]
 ) -> tuple[list[list[float]], Metrics]:
     """Return the divergence at each token of each row's answer, in nats, and the cost.
 
@@ -29,13 +27,13 @@ def token_kl(
         cache: the cache of stage results.
         models: loads both models. The initial one is the base model.
         evaluator: has the prompts of the evaluation, and the maximum number of tokens of an answer.
-        fabric: the processes of the run.
         model: the model.
         rows: harmful requests with answers.
     """
     tokens = evaluator.max_new_tokens["harmful"]
-    prompts_key = {name: option for name, option in evaluator.prompting.key.items() if name != "prefill"}
     key = {"evaluated": model.name, "rows": rows_hash(rows), "tokens": tokens, "batch_size": evaluator.batch_size}
+
+    fabric = evaluator.fabric
 
     def make(folder: Path) -> Metrics:
         if fabric.is_global_zero:
@@ -45,7 +43,7 @@ def token_kl(
             write_text(folder / RESULT, json.dumps({"divergences": divergences}))
         return {}
 
-    folder, cost = cache.run("token_kl", key | prompts_key, make)
+    folder, cost = cache.run("token_kl", key | evaluator.prompting.key_without_prefill, make)
     return read_json(folder / RESULT, f"delete {folder}")["divergences"], cost
 
 
