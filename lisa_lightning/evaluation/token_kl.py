@@ -86,7 +86,10 @@ def read_positions(path: Path) -> list[PositionKL]:
     """
     if not path.exists():
         return []
-    return [_parse(path, number, line) for number, line in enumerate(csv.DictReader(StringIO(read_text(path))), 2)]
+    reader = csv.DictReader(StringIO(read_text(path)))
+    if list(reader.fieldnames or ()) != [field.name for field in fields(PositionKL)]:
+        raise _damaged(path, 1)
+    return [_parse(path, number, line) for number, line in enumerate(reader, 2)]
 
 
 def _parse(path: Path, number: int, line: dict[str, Any]) -> PositionKL:
@@ -96,9 +99,14 @@ def _parse(path: Path, number: int, line: dict[str, Any]) -> PositionKL:
         if not position.token > 0 <= low <= kl <= high < float("inf"):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
-        fix = f"delete {path} and repeat the run's command with resume=true"
-        raise UserError(f"{path}, line {number}: it is damaged. Fix: {fix}") from error
+        raise _damaged(path, number) from error
     return position
+
+
+def _damaged(path: Path, number: int) -> UserError:
+    return UserError(
+        f"{path}, line {number}: it is damaged. Fix: delete {path} and repeat the run's command with resume=true"
+    )
 
 
 def token_divergences(

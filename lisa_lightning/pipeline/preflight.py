@@ -224,8 +224,8 @@ def _refuse_other_vocabulary(served: PreTrainedModel, initial: PreTrainedModel) 
     tokens = [len(model.get_input_embeddings().weight) for model in models]
     if tokens[0] != tokens[1]:
         raise UserError(
-            f"evaluate.kl_rows: the aligned model has {tokens[0]} tokens and model.id {tokens[1]}, so that no divergence "
-            "between them is defined. Fix: evaluate.kl_rows=0, or set model.id to the model that was aligned"
+            f"evaluate.kl_rows: the aligned model has {tokens[0]} tokens and model.id {tokens[1]}, which leaves no "
+            "divergence between them. Fix: evaluate.kl_rows=0, or set model.id to the model that was aligned"
         )
 
 

@@ -18,7 +18,7 @@ from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.runtime.run_files import SEALED, read_choices, read_config, read_metrics, refuse_changed
 
 JUDGE = ("stages=[judge]", "judge=refusal")
-SHORT = ("experiment=smoke", "optim.steps=4", "align.optim.steps=2", "evaluate.every=0")
+SHORT = ("experiment=smoke", "optim.steps=4", "align.optim.steps=2", "evaluate.every=0", "evaluate.kl_rows=4")
 
 
 @pytest.fixture(scope="module")
