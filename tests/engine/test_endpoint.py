@@ -247,7 +247,8 @@ def test_a_prompt_without_a_text_is_refused_by_a_server_of_texts(tiny: Path, url
 
 
 def test_the_model_at_a_running_server_is_found_or_named(tiny: Path, url: str) -> None:
-    assert engine(url).key("final", OneProcess()) == {"engine": {"name": "endpoint", "model": "m", "server": "vllm"}}
+    expected = {"name": "endpoint", "url": url, "model": "m", "server": "vllm"}
+    assert engine(url).key("final", OneProcess()) == {"engine": expected}
     assert engine(url, concurrency=9, retries=0).key("aligned", OneProcess()) == engine(url).key("final", OneProcess())
     named = engine(url, served={"aligned": "m", "final": "other"})
     assert named.key("final", OneProcess()) == {"engine": {"name": "endpoint", "model": "other", "server": ""}}
