@@ -2,6 +2,9 @@
 
 from fault_lists.fault import faults
 
+ASKS_TASK_ROWS = (
+    'replace(variant.prompting, prefill="", wrapper="") != replace(evaluator.prompting, prefill="", wrapper="")'
+)
 UNHEARD = ("    if error_message is not None:\n        raise UserError(error_message)\n", "")
 
 FAULTS = [
@@ -324,8 +327,8 @@ FAULTS = [
     *faults(
         "evaluation/variants.py",
         "evaluation/test_variants.py",
-        ('replace(variant.prompting, prefill="") != replace(evaluator.prompting, prefill="")', "True"),
-        ('replace(variant.prompting, prefill="") != replace(evaluator.prompting, prefill="")', "False"),
+        (ASKS_TASK_ROWS, "True"),
+        (ASKS_TASK_ROWS, "False"),
         ("prompting=self.prompting, decoding=self.decoding", "prompting=self.prompting"),
         ("prompting=self.prompting, decoding=self.decoding", "decoding=self.decoding"),
     ),

@@ -34,7 +34,9 @@ def token_kl(
         rows: harmful requests with answers.
     """
     tokens = evaluator.max_new_tokens["harmful"]
-    prompts_key = {name: option for name, option in evaluator.prompting.key.items() if name != "prefill"}
+    prompts_key = {
+        name: option for name, option in evaluator.prompting.key.items() if name not in ("prefill", "wrapper")
+    }
     key = {"evaluated": model.name, "rows": rows_hash(rows), "tokens": tokens, "batch_size": evaluator.batch_size}
 
     def make(folder: Path) -> Metrics:
