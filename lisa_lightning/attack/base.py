@@ -1,6 +1,6 @@
 """The interface of attacks: `Attack` changes the user's rows, `RowSelector` and `WeightEdit` need the aligned model."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.data.mixing import UserRows
 from lisa_lightning.data.source import Row, Rows
+from lisa_lightning.runtime.errors import UserError
 
 
 class Attack:
@@ -41,29 +42,49 @@ class RowSelector(Attack):
     """An attack that selects the user's rows by their representations in the aligned model."""
 
     def candidates(self, rows: Rows) -> list[Row]:
-        """Return the harmless rows to select from, in a fixed order.
-
-        Raises:
-            UserError: if they are too few.
-        """
+        """Return the harmless rows to select from, in a fixed order."""
         raise NotImplementedError
 
     def references(self, rows: Rows) -> list[Row]:
         """Return the harmful rows that the selected rows should resemble."""
         raise NotImplementedError
 
-    def select(self, candidates: Tensor, references: Tensor) -> list[int]:
+    def select(self, candidates: Tensor, references: Tensor, count: int) -> list[int]:
         """Return the indices of the selected candidates.
 
         Args:
             candidates: representation of each candidate, [N, d].
             references: representation of each reference, [M, d].
+            count: number of rows to select, at most N.
         """
         raise NotImplementedError
 
 
 class WeightEdit(Attack):
     """An attack that edits the weights of the aligned model without training. It replaces fine-tuning."""
+
+    def check(self, settings: RunSettings, choices: Mapping[str, str]) -> None:
+        """Check that nothing in the config works on a training, which does not take place.
+
+        Raises:
+            UserError: if something does, or the weights that the edit needs are quantized or not merged.
+        """
+        choice = f"attack={choices['attack']}"
+        for group, option in (("method", "sft"), ("filter", "none")):
+            if "finetune" in settings.stages and choices[group] != option:
+                raise UserError(
+                    f"{choice}: nothing is trained, so that {group}={choices[group]} has no effect. "
+                    f"Fix: {group}={option}"
+                )
+        if settings.model.adapters == "continued":
+            raise UserError(f"{choice}: it edits merged weights. Fix: model.adapters=stacked (now continued)")
+        if settings.model.quantize is not None:
+            raise UserError(f"{choice}: it edits weights that are not quantized. Fix: model.quantize=null")
+        if settings.reference is not None:
+            raise UserError(
+                f"{choice}: its adapter has another rank than lora.r, and repair={choices['repair']} compares it with "
+                "a reference of that rank. Fix: choose another repair"
+            )
 
     def prompts(self, rows: Rows) -> tuple[list[Row], list[Row]]:
         """Return the harmful and the harmless requests that the edit looks at.
@@ -73,15 +94,20 @@ class WeightEdit(Attack):
         """
         raise NotImplementedError
 
-    def edit(
-        self, model: Any, states: Callable[[Sequence[Row], int], Iterator[Tensor]], rows: tuple[list[Row], list[Row]]
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def layer(self, layers: int) -> int:
+        """Return the number of layers, from 1, after which the edit needs hidden states.
+
+        Args:
+            layers: number of layers of the model.
+        """
+        raise NotImplementedError
+
+    def edit(self, model: Any, harmful: Tensor, harmless: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update B A of each edited matrix: module -> A [r, d_in] and B [d_out, r], all of one rank r.
 
         Args:
-            model: the aligned model in evaluation mode.
-            states: yields, for requests and the index of a layer, the hidden state [d] of each prompt's last token
-                after that layer.
-            rows: what `prompts` returns.
+            model: the aligned model. It must stay unchanged.
+            harmful: hidden state of the last token of each harmful prompt after `layer`, [N, d].
+            harmless: the same of the harmless prompts, [M, d].
         """
         raise NotImplementedError

@@ -37,6 +37,6 @@ class PureBad(Attack):
         if settings.data.n != self.count or settings.harmful_ratio != 1:
             raise UserError(
                 f"attack=pure_bad: the data set is {self.count} harmful rows, which contradicts data.n="
-                f"{settings.data.n} and harmful_ratio={settings.harmful_ratio}. Fix: set attack.count, and leave data.n "
-                "and harmful_ratio out"
+                f"{settings.data.n} and harmful_ratio={settings.harmful_ratio}. Fix: set attack.count, and leave "
+                "data.n and harmful_ratio out"
             )

@@ -199,8 +199,8 @@ def _build_filters(config: Mapping[str, Any]) -> Judges:
     if "finetune" not in config["stages"]:
         return {}
     filters = {name: instantiate(section) for name, section in config["filter"].items()}
-    for name, judge in filters.items():
-        if judge.metric != "harmful_score":
+    for name, instance in filters.items():
+        if instance.metric != "harmful_score":
             raise UserError(f"filter={name}: it judges no harm. Fix: filter=embedded, moderation or llama_guard")
     return filters
 
