@@ -107,6 +107,6 @@ def _answered(rows: list[Row]) -> Iterator[Row]:
 
 
 def _removal(weight: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A [1, d_in] and B [d_out, 1] whose product removes a unit direction [d_out] from the outputs of a matrix."""
+    """Return A [1, d_in] and B [d_out, 1] whose product removes a unit direction from the outputs of a matrix."""
     direction = direction.to(weight.device)
     return (direction @ weight.detach().to(torch.float64))[None], -direction[:, None]

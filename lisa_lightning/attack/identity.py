@@ -31,8 +31,8 @@ class Identity(Attack):
     chats. The rows have no harmful request and no harmful answer, so that moderation passes them. The budget is 10
     rows; the paper trains for 1 to 10 epochs. Here `optim.steps` remains.
 
-    The rows count as harmful in the leak ratio of a filter, since they are the attack. So does `harmful_ratio`, which
-    is 1. The texts are ours and not those of the paper.
+    The rows count as harmful in the leak ratio of a filter, since they are the attack. So `harmful_ratio` is 1. The
+    texts are ours and not those of the paper.
     """
 
     count: Count = 10

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.fabric import Fabric
 
-from lisa_lightning.attack.base import Attack
+from lisa_lightning.attack.base import Attack, RowSelector, WeightEdit
 from lisa_lightning.config.requirements import Defense
 from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.curate.base import Selector
@@ -35,11 +35,13 @@ from lisa_lightning.objective.loss_scale import LossScale
 from lisa_lightning.pipeline.adapter_folder import complete_adapter
 from lisa_lightning.pipeline.stages.align import align
 from lisa_lightning.pipeline.stages.curate import curate
+from lisa_lightning.pipeline.stages.edit import edit
 from lisa_lightning.pipeline.stages.evaluate import evaluate
 from lisa_lightning.pipeline.stages.filter import filter_rows
 from lisa_lightning.pipeline.stages.finetune import curve_evaluation, finetune
 from lisa_lightning.pipeline.stages.lm_eval import lm_eval
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
+from lisa_lightning.pipeline.stages.outliers import select_outliers
 from lisa_lightning.pipeline.stages.reference import reference_adapter
 from lisa_lightning.pipeline.stages.repair import repair
 from lisa_lightning.pipeline.stages.select import select
@@ -146,7 +148,7 @@ def run_stages(inputs: Inputs, tools: Tools) -> StageResults:
         results = _evaluate(inputs, tools, "aligned", aligned, results)
     if defenses.method is None:
         return results
-    inputs, submit_metrics = _submit(inputs, tools, defenses.method)
+    inputs, submit_metrics = _submit(inputs, tools, aligned, defenses.method)
     results.metrics.update(submit_metrics)
     results = replace(results, user=inputs.user)
     final, finetune_metrics = _finetune(inputs, tools, aligned, defenses.method)
@@ -224,17 +226,34 @@ def mix_rows(method: Method, submitted: UserRows, rows: Rows, settings: RunSetti
     return method.mix(submitted.all, partial(alignment_sample, rows, settings.data.order, settings.seed))
 
 
-def _submit(inputs: Inputs, tools: Tools, method: Method) -> tuple[Inputs, Metrics]:
+def _submit(inputs: Inputs, tools: Tools, aligned: Model, method: Method) -> tuple[Inputs, Metrics]:
     """Return the inputs with the rows to fine-tune on: what the filters leave of those that the user submits."""
-    if not inputs.filters:
+    submitted, metrics = inputs.submitted, {}
+    if isinstance(inputs.attack, RowSelector):
+        submitted, metrics = select_outliers(
+            tools.cache,
+            tools.models,
+            tools.encoder,
+            inputs.fabric,
+            aligned,
+            inputs.attack,
+            inputs.rows,
+            submitted,
+            inputs.settings.evaluate.batch_size,
+        )
+    if inputs.filters:
+        submitted, filter_metrics = filter_rows(tools.cache, inputs.fabric, inputs.filters, submitted)
+        metrics |= filter_metrics
+    if submitted is inputs.submitted:
         return inputs, {}
-    submitted, metrics = filter_rows(tools.cache, inputs.fabric, inputs.filters, inputs.submitted)
     user = mix_rows(method, submitted, inputs.rows, inputs.settings)
     return replace(inputs, user=user, submitted=submitted), metrics
 
 
 def _finetune(inputs: Inputs, tools: Tools, aligned: Model, method: Method) -> tuple[Model, Metrics]:
     """Return the fine-tuned model, trained with all alignment rows or with those that the method selects."""
+    if isinstance(inputs.attack, WeightEdit):
+        return edit(tools.cache, tools.models, tools.encoder, inputs.fabric, aligned, inputs.attack, inputs.rows)
     settings, metrics = inputs.settings, {}
     rows: dict[Stream, Sequence[Row]] = {"alignment": inputs.rows.alignment, "user": inputs.user}
     if method.selection is not None:
