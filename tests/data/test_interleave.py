@@ -174,8 +174,8 @@ def test_safe_rows_take_the_place_of_benign_ones() -> None:
         for method in (VLGuard(0.0), SFT(), VLGuard(0.5))
     )
     assert none == plain
-    assert len(half) == len(plain)
-    assert sum(row in SAFE for row in half) == 500
+    assert len(half.all) == len(plain.all)
+    assert sum(row in SAFE for row in half.all) == 500
     assert user_rows(ROWS, 1000, 0.1, "head", seed=1, safe_ratio=0.2).all == BAD[:100] + GOOD[:700] + SAFE[:200]
     found = user_rows(ROWS, 1000, 0.1, "seeded", seed=1, safe_ratio=0.2).all
     assert [sum(row in rows for row in found) for rows in (BAD, GOOD, SAFE)] == [100, 700, 200]
