@@ -51,7 +51,8 @@ def edit(
 
     def make(folder: Path) -> Metrics:
         if fabric.is_global_zero:
-            net: Any = models.load(aligned).to(fabric.device).eval()
+            net: Any = models.load(aligned)
+            net.to(fabric.device).eval()
             layer = attack.layer(net.config.get_text_config().num_hidden_layers)
             with fabric.autocast():
                 states = [last_states(net, encoder, part, layer) for part in (harmful, harmless)]

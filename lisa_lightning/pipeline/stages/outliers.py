@@ -63,11 +63,12 @@ def select_outliers(
         if fabric.is_global_zero:
             net = embedding_model(models, fabric, aligned)
             with fabric.autocast():
-                embeddings = [
+                candidate_states, reference_states = (
                     prompt_embeddings(net, encoder, _with_answers(part), batch_size)
                     for part in (candidates, references)
-                ]
-            write_text(folder / "rows.json", json.dumps({"rows": attack.select(*embeddings, count)}))
+                )
+            selected = attack.select(candidate_states, reference_states, count)
+            write_text(folder / "rows.json", json.dumps({"rows": selected}))
         return {}
 
     folder, cost = cache.run("outliers", key, make)
