@@ -107,7 +107,8 @@ def test_a_contradiction_is_refused(config: Callable[..., DictConfig], overrides
 
 def test_outliers_are_the_rows_nearest_in_angle_in_the_order_of_their_similarity() -> None:
     references = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0]])
-    candidates = torch.tensor([[0.0, 0.0, 1.0], [3.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [3.0, 1.0, 0.0], [1.0, 0.0, 0.1]])
+    candidates = torch.tensor([[9.0, 0.0, 9.0], [3.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [3.0, 1.0, 0.0], [1.0, 0.0, 0.1]])
+    # A long row at a wide angle must not win by its length.
     for scale in (1.0, 100.0):
         assert BenignOutlier().select(candidates, references * scale, 3) == [1, 3, 4]
 
