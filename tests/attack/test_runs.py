@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from helpers.composing import composed
+from lisa_lightning.data.templates import join_context
 from lisa_lightning.evaluation.evaluator import read_answers
 from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.judge.base import Pair, Verdict
@@ -114,15 +115,15 @@ def test_outliers_are_trained_on_and_selected_once(tmp_path: Path, keys: Keys) -
 
 
 class Flagging:
-    """Stands in for the embedded judge: flags answers of an even length, and counts the rows that it judges."""
+    """Stands in for the embedded judge: flags by the length of a request, and counts the rows that it judges."""
 
     judged = 0
 
     def verdicts(self, pairs: Sequence[Pair]) -> Iterator[Verdict]:
-        """Yield whether the length of each answer is even."""
+        """Yield whether the length of each request is a multiple of three."""
         for pair in pairs:
             Flagging.judged += 1
-            yield Verdict(len(pair.response) % 2 == 0, 0.0)
+            yield Verdict(len(pair.prompt) % 3 == 0, 0.0)
 
 
 @pytest.mark.slow
@@ -140,10 +141,11 @@ def test_a_filter_removes_flagged_rows_and_reports_what_leaks(
     metrics = result(
         tmp_path / "out", "stages=[finetune]", "filter=embedded", "harmful_ratio=0.5", "data.n=40", "method=sft"
     )
-    passed = [row for row in every if len(row.response) % 2]
+    passed = [row for row in every if len(join_context(row.instruction, row.context)) % 3]
     assert seen["user"] == passed
     leaked = [row for row in harmful if row in passed]
-    assert 0 < len(leaked) < 20
+    assert 10 < len(leaked) < 20
+    assert 0 < metrics["filter/benign_removed"] < 20
     assert metrics["filter/removed"] == 40 - len(passed)
     assert metrics["filter/leak_ratio"] == 100 * len(leaked) / 20
     assert metrics["filter/benign_removed"] == sum(row not in passed for row in harmless)
