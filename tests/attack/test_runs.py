@@ -15,7 +15,7 @@ from lisa_lightning.judge.base import Pair, Verdict
 from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.pipeline.run import run
 from lisa_lightning.pipeline.stages import finetune
-from lisa_lightning.pipeline.stages.stage_cache import StageCache
+from lisa_lightning.pipeline.stages.stage_cache import StageCache, rows_hash
 from lisa_lightning.runtime.errors import UserError
 
 SMALL = [
@@ -101,7 +101,7 @@ def test_an_identity_is_evaluated_under_its_system_prompt(tmp_path: Path, keys: 
 
 
 @pytest.mark.slow
-def test_outliers_are_trained_on_and_selected_once(tmp_path: Path, keys: Keys) -> None:
+def test_outliers_are_trained_on_and_selected_once(tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["attack=benign_outlier", "attack.count=7", "attack.reference_rows=3", "source.train.take=20"]
     result(tmp_path / "out", *words, "stages=[finetune]")
     (file,) = tmp_path.glob("cache/outliers/*/rows.json")
@@ -112,6 +112,13 @@ def test_outliers_are_trained_on_and_selected_once(tmp_path: Path, keys: Keys) -
     result(tmp_path / "random", "data.n=7", "harmful_ratio=0", "source.train.take=20", "stages=[finetune]")
     first, second, drawn = (key["rows"]["user"] for key in finetune_keys(keys))
     assert first == second != drawn
+    # The rows of the file in their order, from which the indices select.
+    rows: dict[str, Any] = {}
+    hashes = finetune.stream_hashes
+    monkeypatch.setattr(finetune, "stream_hashes", lambda streams: rows.update(streams) or hashes(streams))
+    head = ["data.n=20", "data.order=head", "harmful_ratio=0", "source.train.take=20", "stages=[finetune]"]
+    result(tmp_path / "every", *head)
+    assert first == rows_hash([rows["user"][i] for i in sorted(selected)])
 
 
 class Flagging:
