@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES += sorted((ROOT / "experiments").rglob("README.md"))
 BEYOND = (
     *("experiment=paper/", "source/harmful_prompts=", "model=llama2_7b", "model=qwen2_5_0_5b"),
-    *("engine=endpoint", "finetune,repair]", "--cfg"),
+    *("engine=endpoint", "finetune,repair]", "--cfg", "filter=moderation", "attack=pure_bad"),
 )
 """Parts of commands that are composed and accepted.
 
@@ -29,6 +29,7 @@ They need the hub, a GPU, a server or only the config, or evaluate nothing.
 """
 OWN_TESTS = (
     "method=projected",
+    "attack=repeated",
     "task=letters",
     "judge=[promises",
     "--help",

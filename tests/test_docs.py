@@ -21,7 +21,7 @@ def blocks(page: str) -> tuple[dict[str, str], list[str]]:
 
 def put(group: str, name: str, folder: Path) -> tuple[dict[str, str], list[str]]:
     """Write the Python and YAML of a group's page to the places that it names, and return its `blocks`."""
-    code, arguments = blocks(f"add_a_{group}.md")
+    code, arguments = blocks(f"add_an_{group}.md" if group[0] in "aeiou" else f"add_a_{group}.md")
     (folder / f"{name}.py").write_text(code["python"])
     (folder / "own" / group).mkdir(parents=True)
     (folder / "own" / group / f"{name}.yaml").write_text(code["yaml"])
@@ -75,6 +75,24 @@ def test_a_judge_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> No
     metrics = run(forked, arguments, tmp_path)
     assert metrics["responses/harmful_score"] == pytest.approx(200 / 3)
     assert metrics["judges"] == ["promises", "refusal"]
+
+
+@pytest.mark.slow
+def test_an_attack_is_added_as_the_page_says(forked: Forked, tmp_path: Path) -> None:
+    code, arguments = put("attack", "repeated", tmp_path)
+    assert run(forked, arguments, tmp_path)["train/steps"] == 36
+    assert "lisa on sst2 under repeated" in (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "out").rename(tmp_path / "before")
+    (tmp_path / "repeated.py").write_text(code["python"].replace("[: self.distinct]", "[-self.distinct :]"))
+    run(forked, arguments, tmp_path)
+    adapters = [(tmp_path / out / "adapter" / "adapter_model.safetensors").read_bytes() for out in ("before", "out")]
+    assert adapters[0] != adapters[1]
+
+
+def test_every_attack_stands_in_the_table_of_attacks() -> None:
+    page = (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(\w+)` .*\| \[\1\.py\]", page, flags=re.MULTILINE))
+    assert listed == {f.stem for f in (ROOT / "conf" / "attack").glob("*.yaml")} - {"none"}
 
 
 def test_every_curve_of_a_method_is_explained() -> None:

@@ -14,7 +14,7 @@ from lisa_lightning.config.rules import RULES
 from lisa_lightning.config.validate import flat
 from lisa_lightning.runtime.cache import code_files
 
-CHOICES = ("align", "curate", "engine", "judge", "method", "repair", "task")
+CHOICES = ("align", "attack", "curate", "engine", "judge", "method", "repair", "task")
 LIGHTNING = ("callbacks", "logger")
 """Config groups whose files name classes of Lightning too."""
 """Config groups whose files name a class."""
@@ -40,7 +40,7 @@ def test_a_choice_is_the_file_of_its_name(group: str) -> None:
 
 
 RULED_ELSEWHERE = (
-    r"source\.refusals|((align\.)?method|curate|repair|engine|judge|logger|callbacks)(\..*)?"
+    r"source\.refusals|((align\.)?method|attack|curate|filter|repair|engine|judge|logger|callbacks)(\..*)?"
     r"|task\.(question_suffix|(embedded|hub)\..*)"
     r"|.*\.(columns|labels|where)\..*|.*_target_"
 )

@@ -89,7 +89,7 @@ def _unknown_key(cause: ConfigKeyError | ConfigAttributeError) -> str:
         return f"{key}: {trainer_alternative(name)}"
     names = sorted(_config_keys(root)) if isinstance(root, DictConfig) else []
     group = key.rpartition(".")[0]
-    if group in ("method", "align.method", "repair", "curate"):
+    if group in ("method", "align.method", "repair", "curate", "attack"):
         # The keys of these sections are those of the chosen class.
         class_keys = [n for n in names if n.startswith(f"{group}.") and not n.endswith("_target_")]
         suggestion = suggest(key, class_keys) if class_keys else "it has none"

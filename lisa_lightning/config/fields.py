@@ -28,6 +28,8 @@ MAX_BATCH: Final = 2**16
 """Rows of a batch, tokens of an answer, requests in flight: more would only exhaust memory."""
 MAX_SIZE: Final = 2**14
 """Width of a random model, rank of an adapter."""
+REQUEST: Final = "{request}"
+"""Placeholder of a request in the text around it."""
 PRIVATE_CHARACTERS: Final = "@?#"
 """Characters that start a password, a query or a fragment of a URL. Messages, files and folder names must not contain
 these parts."""
@@ -52,6 +54,12 @@ def _check_public_url(url: str) -> str:
     return url
 
 
+def _check_wrapper(text: str) -> str:
+    if text.count(REQUEST) != 1:
+        raise ValueError("not once")
+    return text
+
+
 Positive = Annotated[float, BeforeValidator(_fits_tensor), Field(gt=0, le=MAX_NUMBER)]
 NonNegative = Annotated[float, BeforeValidator(_fits_tensor), Field(ge=0, le=MAX_NUMBER)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -70,6 +78,7 @@ Retries = Annotated[int, Field(ge=0, le=100)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Name = Annotated[str, Field(min_length=1), Words("a name")]
 Phrase = Annotated[str, Field(min_length=1), Words("a text")]
+Wrapper = Annotated[str, AfterValidator(_check_wrapper), Words("a text with {request} once")]
 FilePath = Annotated[str, Words("the path of a file")]
 HubId = Annotated[str, Field(min_length=1), Words("a hub id or a folder")]
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -24,11 +24,13 @@ INTERFACES: Final = {
     "align": ("gradient", "plan"),
     "method": ("gradient", "plan"),
     "logger": ("log_metrics", "finalize"),
+    "attack": ("check", "rows"),
+    "filter": ("metric", "verdicts"),
     "callbacks": ("on_train_start", "on_train_batch_end"),
 }
 """Config group -> attributes that its classes must have, custom ones included."""
-DEFENSES: Final = ("curate", "align", "method", "repair")
-"""Config groups whose classes are dataclasses of settings."""
+KEYED: Final = ("curate", "align", "method", "repair", "attack")
+"""Config groups whose classes are dataclasses of settings, which are a part of cache keys."""
 NO_ARGUMENTS: Final = {"repair": ("reference",), "task": ("max_new_tokens", "embedded", "hub")}
 """Config group -> keys of its section that are not arguments of its class."""
 STAGE_ARGUMENTS: Final = {"logger": ("save_dir",)}
@@ -90,7 +92,7 @@ def refuse_unknown_arguments(config: Mapping[str, Any]) -> None:
     for key, section in class_sections(config):
         cls = load_class(section["_target_"], key)
         _refuse_other_arguments(cls, section, key)
-        if _group(key) in ("judge", "engine"):
+        if _group(key) in ("judge", "filter", "engine"):
             _refuse_wrong_values(cls, section, key)
         elif is_pydantic_dataclass(cls):
             build(section, key)
@@ -162,7 +164,7 @@ def load_class(target: Any, key: str) -> type[Any]:
         problem = f"lacks {', '.join(missing)}" if isinstance(cls, type) else "is not a class"
         fix = f"name a class of the config group {_group(key)} (docs/architecture.md)"
         raise UserError(f"{setting} {problem}. Fix: {fix}")
-    if _group(key) in DEFENSES and not is_dataclass(cls):
+    if _group(key) in KEYED and not is_dataclass(cls):
         # Its fields are a part of the cache key.
         raise UserError(f"{setting} is no dataclass. Fix: decorate the class with @dataclass(frozen=True)")
     return cls

@@ -27,6 +27,7 @@ from lisa_lightning.config.fields import (
     Size,
     Template,
     Words,
+    Wrapper,
 )
 from lisa_lightning.config.optim import Optim
 
@@ -137,6 +138,8 @@ class Evaluate:
     """Text in front of the system prompt; null for the trigger of `method=backdoor_align`, else none; "" for none."""
     prefill: Phrase | None = None
     """First words of the answers to safety prompts, which the model continues; null for none."""
+    wrapper: Wrapper | None = None
+    """Text around each safety prompt, with {request} in its place, as in a jailbreak; null for none."""
     samples: Count = 1
     """Answers to each safety prompt; more than one needs a temperature above 0."""
     temperature: NonNegative = 0.0
@@ -369,7 +372,7 @@ class RunSettings:
 
 
 OPTIMS: Final = ("optim", "align.optim", "repair.reference.sft.optim", "repair.reference.dpo.optim")
-VARIANT_KEYS: Final = ("template", "system", "prefix", "prefill", "samples", "temperature", "top_p")
+VARIANT_KEYS: Final = ("template", "system", "prefix", "prefill", "wrapper", "samples", "temperature", "top_p")
 """Keys of section `evaluate` that a variant may change."""
 SETS: Final = ("train", "test", "alignment", "harmful", "defender", "harmful_prompts", "harmless_prompts")
 SECTIONS: Final[dict[str, type]] = {

@@ -15,7 +15,7 @@ from lisa_lightning.config.parameters import composed, parameters, section_of, s
 from lisa_lightning.config.paths import CONF
 from lisa_lightning.config.settings import SECTIONS, SETS, RowSet
 
-GROUPS: Final = ("curate", "align", "method", "repair", "engine", "judge")
+GROUPS: Final = ("curate", "align", "method", "repair", "attack", "engine", "judge")
 """Config groups whose keys are the arguments of the chosen class."""
 START: Final = """\
 # Configuration
@@ -26,6 +26,7 @@ START: Final = """\
 - A default is the value in `conf/`. `???` has to be set; `${KEY}` is the value of another key.
 - Where sections share a table, a section without a value takes over that of another.
 - `conf/` documents keys without a table: those of `task`, `logger`, `callbacks` and `judge.linear.rows`.
+- `filter=NAME` has the keys of `judge=NAME`, as `filter.NAME.KEY`.
 """
 
 NAMED_SETS: Final = """\

@@ -22,9 +22,9 @@ from lisa_lightning.config.settings import OPTIMS, SETS, VARIANT_KEYS
 from lisa_lightning.config.suggest import suggest
 from lisa_lightning.runtime.errors import UserError, printable
 
-CLASS_MAPPINGS: Final = ("judge", "logger", "callbacks")
+CLASS_MAPPINGS: Final = ("judge", "filter", "logger", "callbacks")
 """Sections that map names to classes. Several classes may be chosen."""
-CLASS_SECTIONS: Final = ("method", "align.method", "curate", "repair", "engine", *CLASS_MAPPINGS)
+CLASS_SECTIONS: Final = ("attack", "method", "align.method", "curate", "repair", "engine", *CLASS_MAPPINGS)
 """Sections whose keys are the arguments of the chosen class. The module `instances` checks them."""
 OPTIONAL_KEYS: Final = re.compile(rf"({'|'.join(map(re.escape, CLASS_SECTIONS))}|source|model\.tiny)\..*")
 """Keys with a rule that a config may omit."""
@@ -36,7 +36,7 @@ UNCHECKED_KEYS: Final = re.compile(
 """Keys without a rule: the user's columns, sets and arguments of a task, and `align.method` of align=none."""
 REFERENCE_KEYS: Final = re.compile(r"repair\.reference\.(?!(sft|dpo)\.method\.)")
 """Settings of a reference adapter that are not arguments of a class."""
-GROUPS_WITH_NONE: Final = ("align", "curate", "repair", "logger", "callbacks")
+GROUPS_WITH_NONE: Final = ("align", "attack", "curate", "filter", "repair", "logger", "callbacks")
 """Config groups with an option `none`."""
 
 

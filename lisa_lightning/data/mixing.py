@@ -1,6 +1,7 @@
-"""Mix the user's data set of n rows, of which a share p is harmful: `user_rows`."""
+"""Mix the user's data set of n rows, of which a share p is harmful: `user_rows` returns `UserRows`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -12,8 +13,23 @@ ALIGNMENT_DRAW: Final = 3
 """Number of the alignment rows among the draws of `user_rows`, a part of their seed."""
 
 
-def user_rows(rows: Rows, n: int, harmful_ratio: float, order: str, seed: int, safe_ratio: float = 0.0) -> list[Row]:
-    """Return the user's rows, harmful ones first. They are unshuffled, because `StepBatches` shuffles.
+@dataclass(frozen=True, slots=True)
+class UserRows:
+    """The rows that a user submits, and alignment rows that the provider mixes with them."""
+
+    harmful: list[Row]
+    harmless: list[Row]
+    safe: list[Row] = field(default_factory=list)
+    """Alignment rows that replace task rows (method/vlguard.py)."""
+
+    @property
+    def all(self) -> list[Row]:
+        """All rows, harmful ones first."""
+        return [*self.harmful, *self.harmless, *self.safe]
+
+
+def user_rows(rows: Rows, n: int, harmful_ratio: float, order: str, seed: int, safe_ratio: float = 0.0) -> UserRows:
+    """Return the user's rows. They are unshuffled, because `StepBatches` shuffles.
 
     The harmful rows of a larger harmful ratio contain those of a smaller one.
 
@@ -47,7 +63,7 @@ def user_rows(rows: Rows, n: int, harmful_ratio: float, order: str, seed: int, s
                 f"data.n={n} with harmful_ratio={harmful_ratio} needs {count} {kind} rows, and the source has "
                 f"{len(candidates)}. Fix: data.n={n * len(candidates) // count} or less"
             )
-    return [row for i, (count, pool, _) in enumerate(mixture, 1) for row in _sample(pool, count, order, [seed, i])]
+    return UserRows(*(_sample(pool, count, order, [seed, i]) for i, (count, pool, _) in enumerate(mixture, 1)))
 
 
 def alignment_sample(rows: Rows, order: str, seed: int, count: int) -> list[Row]:

@@ -228,9 +228,10 @@ class Evaluator:
         distinct: dict[tuple[int, ...], Prompt] = {}
         prefill = self.prompting.encode_prefill(self.tokenizer)
         for i, question in enumerate(questions):
-            ids = self.prompting.encode(self.tokenizer, question.prompt, question.context)
             limit, is_safety = self.max_new_tokens[question.kind], question.kind != "task"
-            texts = (question.prompt, question.context)
+            # The answer and its judge keep the request alone.
+            texts = (self.prompting.wrap(question.prompt) if is_safety else question.prompt, question.context)
+            ids = self.prompting.encode(self.tokenizer, *texts)
             prompt = Prompt(ids, prefill if is_safety else [], limit, is_safety, question.sample, *texts, [])
             distinct.setdefault((is_safety, limit, question.sample, *ids), prompt).question_indices.append(i)
         prompt_batches = []

@@ -114,8 +114,7 @@ def judge_answers(judges: Mapping[str, Judge], answers: Sequence[Answer], out: P
         scored = [a for a in answers if a.kind in kinds_scored(judge)]
         pairs = [Pair(join_context(a.prompt, a.context), a.response, _reference(judge, a)) for a in scored]
         earlier_verdicts = {j.pair: _verdict(j) for j in earlier if (j.judge, j.version) == (name, judge.version)}
-        store = cache / "verdicts" / f"{name}-{short_hash([judge.version, STORE_FIELDS])}.jsonl"
-        verdicts = _request_verdicts(name, judge, pairs, earlier_verdicts, store)
+        verdicts = request_verdicts(name, judge, pairs, earlier_verdicts, cache)
         current += [
             Judged(
                 name,
@@ -209,10 +208,22 @@ def refuse_no_reference(judges: Mapping[str, Judge], answers: Sequence[Answer], 
             )
 
 
-def _request_verdicts(
-    name: str, judge: Judge, pairs: Sequence[Pair], earlier: Mapping[str, Verdict], store: Path
+def request_verdicts(
+    name: str, judge: Judge, pairs: Sequence[Pair], earlier: Mapping[str, Verdict], cache: Path
 ) -> list[Verdict]:
-    """Return the verdict on each pair: an earlier or stored one, or a new one, which is stored at once."""
+    """Return the verdict on each pair: an earlier or stored one, or a new one, which is stored at once.
+
+    Args:
+        name: name of the judge.
+        judge: the judge.
+        pairs: requests with their answers.
+        earlier: known verdicts by the hash of their pair.
+        cache: cache folder, with the verdicts of each judge and version.
+
+    Raises:
+        UserError: if the judge fails; its finished verdicts are kept.
+    """
+    store = cache / "verdicts" / f"{name}-{short_hash([judge.version, STORE_FIELDS])}.jsonl"
     # Jobs of a sweep share answers, and each answer should be paid once.
     with path_lock(store):
         verdicts = {**earlier, **_read_store(store)}

@@ -1,4 +1,4 @@
-"""Turn held-out requests into prompts: `Prompting`, with template, system prompt, prefix and prefill."""
+"""Turn held-out requests into prompts: `Prompting`, with template, system prompt, prefix, wrapper and prefill."""
 
 from dataclasses import dataclass
 from typing import Final, final
@@ -6,7 +6,7 @@ from typing import Final, final
 from pydantic import SecretStr
 from transformers import PreTrainedTokenizerBase
 
-from lisa_lightning.config.fields import Template
+from lisa_lightning.config.fields import REQUEST, Template
 from lisa_lightning.data.templates import TEMPLATE_KEY, encode_prompt, prompt_text
 from lisa_lightning.data.tokens import first_ids
 from lisa_lightning.runtime.cache import short_hash
@@ -19,11 +19,14 @@ LEAK_CHARS: Final = 8
 HIDDEN: Final = "[trigger]"
 """Text in an answer in place of a repeated part of the trigger."""
 
+SAFETY_OPTIONS: Final = ("prefill", "wrapper")
+"""Options that apply to safety prompts alone."""
+
 
 @final
 @dataclass(frozen=True)
 class Prompting:
-    """Options of the prompts of an evaluation. All but `prefill` apply to every kind of question.
+    """Options of the prompts of an evaluation. All but `wrapper` and `prefill` apply to every kind of question.
 
     The system prompt of a prompt is
 
@@ -43,6 +46,8 @@ class Prompting:
     """Config key that sets the template: `EVALUATE_KEY` if it differs from the template of training."""
     prefill: str = ""
     """First words of the answer to a safety prompt, which the model continues, or ""."""
+    wrapper: str = ""
+    """Text with {request} that replaces the request of a safety prompt, or ""."""
 
     @property
     def system_prompt(self) -> str:
@@ -57,15 +62,16 @@ class Prompting:
             "system": self.system,
             "prefix": self.prefix,
             "prefill": self.prefill,
+            "wrapper": self.wrapper,
             # Cached results and checkpoints contain their key.
             "trigger": short_hash(self.trigger.get_secret_value()) if self.trigger else "",
         }
         return {name: option for name, option in options.items() if option}
 
     @property
-    def key_without_prefill(self) -> dict[str, str]:
-        """The same of the prompt alone, for texts that the model does not generate."""
-        return {name: option for name, option in self.key.items() if name != "prefill"}
+    def common_key(self) -> dict[str, str]:
+        """The same without options that apply to safety prompts alone."""
+        return {name: option for name, option in self.key.items() if name not in SAFETY_OPTIONS}
 
     @property
     def summary(self) -> str:
@@ -97,6 +103,10 @@ class Prompting:
     @property
     def _error_key(self) -> str:
         return EVALUATE_KEY if self.system_prompt else self.template_key
+
+    def wrap(self, request: str) -> str:
+        """Return the text that is asked in place of the request of a safety prompt."""
+        return self.wrapper.replace(REQUEST, request) if self.wrapper else request
 
     def encode_prefill(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the ids of the first words of an answer, as in a training row with separate tokenization."""

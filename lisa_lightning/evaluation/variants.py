@@ -24,10 +24,10 @@ class Variant:
 def asks_task_rows(variant: Evaluator, evaluator: Evaluator) -> bool:
     """Return whether a variant's answers to task rows may differ from those of the run's own evaluation.
 
-    Neither prefill nor sampling applies to task rows.
+    Neither wrapper, prefill nor sampling applies to task rows.
 
     Args:
         variant: evaluator of the variant.
         evaluator: evaluator of the run's own evaluation.
     """
-    return replace(variant.prompting, prefill="") != replace(evaluator.prompting, prefill="")
+    return replace(variant.prompting, prefill="", wrapper="") != replace(evaluator.prompting, prefill="", wrapper="")

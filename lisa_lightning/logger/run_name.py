@@ -26,6 +26,10 @@ class RunName:
     task: str
     adapter: str | None = None
     """Name of the adapter that the user supplies; None if the run trains one."""
+    attack: str | None = None
+    """Chosen attack; None without one."""
+    filter: str | None = None
+    """Chosen filter of the user's rows; None without one, or if nothing is fine-tuned."""
 
     @property
     def evaluates_final(self) -> bool:
@@ -39,10 +43,15 @@ class RunName:
 
     @property
     def parts(self) -> list[str]:
-        """The defenses as parts of a name, such as ["vaccine", "lisa"]; never empty."""
+        """The defenses and the attack as parts of a name, such as ["vaccine", "lisa"]; never empty."""
+        return [*self._defense_parts, *([self.attack] if self.attack else [])]
+
+    @property
+    def _defense_parts(self) -> list[str]:
         if self.adapter is not None:
             return ["adapter", *self.defenses.values()]
         choices = [choice for group, choice in self.defenses.items() if (group, choice) != ("align", PLAIN_ALIGNMENT)]
+        choices += [f"{self.filter}_filter"] if self.filter else []
         if self.finetunes:
             return choices if "align" in self.defenses else ["no_align", *choices]
         return ["align", *choices] if "align" in self.defenses else ["evaluate"]
@@ -50,8 +59,12 @@ class RunName:
     @property
     def heading(self) -> str:
         """The name as a heading of the report."""
+        return f"{self._defense_heading} under {self.attack}" if self.attack else self._defense_heading
+
+    @property
+    def _defense_heading(self) -> str:
         if self.finetunes:
-            return f"{' + '.join(self.parts)} on {self.task}"
+            return f"{' + '.join(self._defense_parts)} on {self.task}"
         defenses = " + ".join(self.defenses.values())
         if self.adapter is not None:
             return f"{self.adapter} repaired by {defenses}" if defenses else f"{self.adapter} as it is"
@@ -68,7 +81,19 @@ def build_run_name(config: Mapping[str, Any], choices: Mapping[str, str]) -> Run
     defenses = {group: choices.get(group, "?") for group in active_defenses(config)}
     model = _model_name(config.get("model.id"), choices.get("model", "?"))
     adapter = config.get("adapter")
-    return RunName(defenses, model, choices.get("task", "?"), None if adapter is None else _last_parts(str(adapter)))
+    return RunName(
+        defenses,
+        model,
+        choices.get("task", "?"),
+        None if adapter is None else _last_parts(str(adapter)),
+        _choice("attack", config, choices),
+        _choice("filter", config, choices) if "method" in defenses else None,
+    )
+
+
+def _choice(group: str, config: Mapping[str, Any], choices: Mapping[str, str]) -> str | None:
+    """Return the chosen option of a group whose option `none` has no keys; None for that option."""
+    return choices.get(group, "?") if any(key.startswith(f"{group}.") for key in config) else None
 
 
 def _last_parts(folder: str) -> str:

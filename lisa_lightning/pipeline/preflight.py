@@ -148,18 +148,20 @@ def _refuse_long_prompts(
 ) -> None:
     """Raise UserError for a held-out prompt that exceeds the model's maximum length together with its answer.
 
-    System prompt, prefix and prefill are parts of a prompt.
+    System prompt, prefix, prefill and wrapper are parts of a prompt.
     """
     # This call also refuses an unsuitable template. A longer prompt could contain the system prompt by chance.
     prompting.encode(tokenizer, "a")
     added = [
         *(["system prompt", "prefix"] if prompting.system_prompt else []),
         *(["prefill"] if prompting.prefill else []),
+        *(["wrapper"] if prompting.wrapper else []),
     ]
     shorter = f"shorten its {' and '.join(added)}, " if added else ""
     prefill = len(prompting.encode_prefill(tokenizer))
     for name, key, new_tokens, questions in held_out:
-        for number, (instruction, context) in enumerate(questions, 1):
+        for number, (request, context) in enumerate(questions, 1):
+            instruction = request if name in ("test", "harmful") else prompting.wrap(request)
             length = len(prompting.encode(tokenizer, instruction, context, positions + 1))
             length += 0 if name == "test" else prefill
             if length + new_tokens - 1 > positions:

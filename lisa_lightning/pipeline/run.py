@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 
+from lisa_lightning.attack.base import Attack
 from lisa_lightning.config.instances import build
 from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.requirements import active_defenses, check_requirements
 from lisa_lightning.config.settings import Evaluate, RunSettings
 from lisa_lightning.config.validate import flat, plain
 from lisa_lightning.data.encoding import Encoder
-from lisa_lightning.data.mixing import alignment_sample, other_harmful_rows, user_rows
+from lisa_lightning.data.mixing import UserRows, other_harmful_rows, user_rows
 from lisa_lightning.data.source import content_hashes, load_rows
 from lisa_lightning.data.templates import TEMPLATE_KEY
 from lisa_lightning.engine.transformers import TransformersEngine
@@ -41,7 +42,7 @@ from lisa_lightning.pipeline.preflight import preflight
 from lisa_lightning.pipeline.rejudge import rejudge
 from lisa_lightning.pipeline.request import Request
 from lisa_lightning.pipeline.run_folder import Results, prepare_folder, refuse_used, write_report
-from lisa_lightning.pipeline.stage_sequence import Defenses, Inputs, StageResults, Tools, run_stages
+from lisa_lightning.pipeline.stage_sequence import Defenses, Inputs, StageResults, Tools, mix_rows, run_stages
 from lisa_lightning.pipeline.stages.judge import judge
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.reference import preference_pairs
@@ -49,6 +50,7 @@ from lisa_lightning.pipeline.stages.stage_cache import StageCache, run_origin
 from lisa_lightning.pipeline.stages.supplied import read_supplied
 from lisa_lightning.pipeline.stages.train import AdapterTrainer
 from lisa_lightning.runtime.cache import cache_folder, package_hash, short_hash, user_code_hash
+from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.runtime.files import folder_lock, write_text
 from lisa_lightning.runtime.launch import is_rank_zero, launch_ranks, make_fabric, refuse_processes
 from lisa_lightning.runtime.memory import keep_freed_memory
@@ -101,7 +103,7 @@ def _run_stages_and_judges(request: Request, config: dict[str, Any], judges: Jud
         if loggers is not None:
             # Only rank zero fits baselines and judges; the other ranks are done.
             if "evaluate" in settings.stages:
-                metrics |= accuracy_baselines(inputs.task, inputs.rows, inputs.user)
+                metrics |= accuracy_baselines(inputs.task, inputs.rows, stages.user)
             metrics |= steps_until_harmful(loggers.curves.rows("finetune"), settings.evaluate.harmful_threshold)
             results = _judge(replace(stages, metrics=metrics), judges, request.out, cache)
             results.metrics["time/total_s"] = perf_counter() - started
@@ -145,11 +147,13 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
     if defenses.reference and "dpo" in defenses.reference:
         # Rows without pairs are refused now rather than after the training.
         preference_pairs(rows)
-    user = []
+    attack = _build_attack(config, request.choices, settings)
+    submitted, user = UserRows([], []), []
     if defenses.method:
         share = settings.harmful_ratio
-        user = user_rows(rows, data.n, share, data.order, settings.seed, defenses.method.safe_share)
-        user = defenses.method.mix(user, partial(alignment_sample, rows, data.order, settings.seed))
+        submitted = user_rows(rows, data.n, share, data.order, settings.seed, defenses.method.safe_share)
+        submitted = attack.rows(submitted)
+        user = mix_rows(defenses.method, submitted, rows, settings)
     evaluates = "evaluate" in settings.stages
     kl_rows = other_harmful_rows(rows, user, settings.evaluate.kl_rows) if evaluates else []
     if settings.model.quantize is not None:
@@ -169,7 +173,36 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
         load_harness(settings.evaluate) if evaluates else None,
         read_supplied(settings),
         engine,
+        attack,
+        _build_filters(config),
+        submitted,
     )
+
+
+def _build_attack(config: Mapping[str, Any], choices: Mapping[str, str], settings: RunSettings) -> Attack:
+    """Return the attack, one that changes nothing for `attack=none`.
+
+    Raises:
+        UserError: if the config contradicts the attack.
+    """
+    attack = build(config["attack"], "attack") if config["attack"] else Attack()
+    attack.check(settings, choices)
+    return attack
+
+
+def _build_filters(config: Mapping[str, Any]) -> Judges:
+    """Return the judges that remove user rows by name, {} if nothing is fine-tuned.
+
+    Raises:
+        UserError: if one of them does not judge harm.
+    """
+    if "finetune" not in config["stages"]:
+        return {}
+    filters = {name: instantiate(section) for name, section in config["filter"].items()}
+    for name, instance in filters.items():
+        if instance.metric != "harmful_score":
+            raise UserError(f"filter={name}: it judges no harm. Fix: filter=embedded, moderation or llama_guard")
+    return filters
 
 
 def build_defenses(config: Mapping[str, Any]) -> Defenses:
@@ -208,7 +241,7 @@ def build_prompting(config: Mapping[str, Any], settings: RunSettings, options: E
     template = options.template or trained
     key = TEMPLATE_KEY if template == trained else EVALUATE_KEY
     texts = (options.system or "", options.prefix or "")
-    return Prompting(template, *texts, trigger or NO_TRIGGER, key, options.prefill or "")
+    return Prompting(template, *texts, trigger or NO_TRIGGER, key, options.prefill or "", options.wrapper or "")
 
 
 def build_variants(config: Mapping[str, Any], settings: RunSettings) -> dict[str, Variant]:
@@ -270,6 +303,8 @@ def _input_metrics(inputs: Inputs, base_key: str) -> Metrics:
     overlap = inputs.rows.overlap
     # Besides config and package: the base model, the rows, and the code of user-defined classes.
     instances = {**inputs.defenses.by_group, "task": inputs.task}
+    if type(inputs.attack) is not Attack:
+        instances["attack"] = inputs.attack
     user_code = {name: user_code_hash(instance) for name, instance in instances.items()}
     adapter = inputs.supplied.contents if inputs.supplied else []
     prompts = _describe_prompts(inputs)

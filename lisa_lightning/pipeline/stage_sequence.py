@@ -10,10 +10,12 @@ from typing import Any
 
 from lightning.fabric import Fabric
 
+from lisa_lightning.attack.base import Attack, RowSelector, WeightEdit
 from lisa_lightning.config.requirements import Defense
 from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.curate.base import Selector
 from lisa_lightning.data.encoding import Encoder
+from lisa_lightning.data.mixing import UserRows, alignment_sample
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.engine.base import Engine
@@ -27,16 +29,20 @@ from lisa_lightning.evaluation.prompting import Prompting
 from lisa_lightning.evaluation.scores import Metrics, Score, model_of_variant
 from lisa_lightning.evaluation.token_kl import PositionKL, by_position, csv_text, kl_metrics
 from lisa_lightning.evaluation.variants import Variant, asks_task_rows
+from lisa_lightning.judge.base import Judge
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.lora import set_base_model_name
 from lisa_lightning.objective.loss_scale import LossScale
 from lisa_lightning.pipeline.adapter_folder import complete_adapter
 from lisa_lightning.pipeline.stages.align import align
 from lisa_lightning.pipeline.stages.curate import curate
+from lisa_lightning.pipeline.stages.edit import edit
 from lisa_lightning.pipeline.stages.evaluate import evaluate
+from lisa_lightning.pipeline.stages.filter import filter_rows
 from lisa_lightning.pipeline.stages.finetune import curve_evaluation, finetune
 from lisa_lightning.pipeline.stages.lm_eval import lm_eval
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
+from lisa_lightning.pipeline.stages.outliers import select_outliers
 from lisa_lightning.pipeline.stages.reference import reference_adapter
 from lisa_lightning.pipeline.stages.repair import repair
 from lisa_lightning.pipeline.stages.select import select
@@ -94,6 +100,12 @@ class Inputs:
     """Adapter that the user supplies, instead of one that is trained."""
     engine: Engine = field(default_factory=TransformersEngine)
     """Generates the answers."""
+    attack: Attack = field(default_factory=Attack)
+    """The attack of the user."""
+    filters: Mapping[str, Judge] = field(default_factory=dict)
+    """Judges that remove user rows before fine-tuning, by name."""
+    submitted: UserRows = field(default_factory=lambda: UserRows([], []))
+    """The rows that the user submits, before a filter and the method see them."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,8 @@ class StageResults:
     answers: list[Answer]
     token_kl: Sequence[PositionKL] = ()
     """Divergence from the initial model by token."""
+    user: Sequence[Row] = ()
+    """Rows of the user that the model was fine-tuned on."""
 
 
 def run_stages(inputs: Inputs, tools: Tools) -> StageResults:
@@ -135,6 +149,9 @@ def run_stages(inputs: Inputs, tools: Tools) -> StageResults:
         results = _evaluate(inputs, tools, "aligned", aligned, results)
     if defenses.method is None:
         return results
+    inputs, submit_metrics = _submit(inputs, tools, aligned, defenses.method)
+    results.metrics.update(submit_metrics)
+    results = replace(results, user=inputs.user)
     final, finetune_metrics = _finetune(inputs, tools, aligned, defenses.method)
     results.metrics.update(finetune_metrics)
     if defenses.repair is not None:
@@ -198,8 +215,46 @@ def _align(inputs: Inputs, tools: Tools) -> tuple[Model, Metrics]:
     return model, metrics | align_metrics
 
 
+def mix_rows(method: Method, submitted: UserRows, rows: Rows, settings: RunSettings) -> list[Row]:
+    """Return the rows that a method fine-tunes on in place of those that the user submits.
+
+    Args:
+        method: the method.
+        submitted: the user's rows.
+        rows: all sets of the source.
+        settings: the settings of the run.
+    """
+    return method.mix(submitted.all, partial(alignment_sample, rows, settings.data.order, settings.seed))
+
+
+def _submit(inputs: Inputs, tools: Tools, aligned: Model, method: Method) -> tuple[Inputs, Metrics]:
+    """Return the inputs with the rows to fine-tune on: what the filters leave of those that the user submits."""
+    submitted, metrics = inputs.submitted, {}
+    if isinstance(inputs.attack, RowSelector):
+        submitted, metrics = select_outliers(
+            tools.cache,
+            tools.models,
+            tools.encoder,
+            inputs.fabric,
+            aligned,
+            inputs.attack,
+            inputs.rows,
+            submitted,
+            inputs.settings.evaluate.batch_size,
+        )
+    if inputs.filters:
+        submitted, filter_metrics = filter_rows(tools.cache, inputs.fabric, inputs.filters, submitted)
+        metrics |= filter_metrics
+    if submitted is inputs.submitted:
+        return inputs, {}
+    user = mix_rows(method, submitted, inputs.rows, inputs.settings)
+    return replace(inputs, user=user, submitted=submitted), metrics
+
+
 def _finetune(inputs: Inputs, tools: Tools, aligned: Model, method: Method) -> tuple[Model, Metrics]:
     """Return the fine-tuned model, trained with all alignment rows or with those that the method selects."""
+    if isinstance(inputs.attack, WeightEdit):
+        return edit(tools.cache, tools.models, tools.encoder, inputs.fabric, aligned, inputs.attack, inputs.rows)
     settings, metrics = inputs.settings, {}
     rows: dict[Stream, Sequence[Row]] = {"alignment": inputs.rows.alignment, "user": inputs.user}
     if method.selection is not None:

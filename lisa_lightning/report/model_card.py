@@ -273,6 +273,10 @@ def _recipe(run: _Run) -> Iterator[tuple[str, str]]:
     ):
         keys = _keys(run.settings, section) if group in defenses else ""
         yield title, escape(defenses.get(group, "none")) + (f" ({keys})" if keys else "")
+    if run.name.attack is not None:
+        yield "Attack", f"{escape(run.name.attack)} ({_keys(run.settings, 'attack')})"
+    if run.name.filter is not None:
+        yield "Filter of user rows", f"{escape(run.name.filter)} ({_keys(run.settings, 'filter')})"
     yield "Harmful ratio", f"{escape(run.settings.get('harmful_ratio'))} of {escape(run.settings.get('data.n'))} rows"
     adapters = escape(run.settings.get("model.adapters"))
     yield "Adapter", f"{adapters}; {_keys(run.settings, 'align.lora' if adapters == 'continued' else 'lora')}"

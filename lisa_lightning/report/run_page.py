@@ -45,6 +45,8 @@ KINDS: Final = {
 TIMES: Final = {
     "curate": "Curation",
     "align": "Alignment",
+    "outliers": "The user's selection of rows",
+    "filter": "Filter of user rows",
     "select": "Selection of rows",
     "finetune": "Fine-tuning",
     "reference": "Reference adapter",
@@ -256,6 +258,8 @@ def _facts(
     facts = {
         **({"align": "none"} if run_name.finetunes and "align" not in run_name.defenses else {}),
         **run_name.defenses,
+        "attack": run_name.attack,
+        **_filter_facts(run_name, metrics),
         "adapter": settings.get("adapter"),
         "aligned": settings.get("aligned"),
         "harmful ratio": settings.get("harmful_ratio") if run_name.finetunes else None,
@@ -269,6 +273,18 @@ def _facts(
         "experiment": choices.get("experiment") if run_name.finetunes else None,
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "None")]
+
+
+def _filter_facts(run_name: RunName, metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return the filter of the user's rows, the rows that it removed, and its leak ratio; {} without a filter."""
+    if run_name.filter is None or "filter/removed" not in metrics:
+        return {}
+    leak = metrics.get("filter/leak_ratio")
+    return {
+        "filter": run_name.filter,
+        "removed user rows": f"{metrics['filter/removed']}, {metrics['filter/benign_removed']} of them harmless",
+        **({} if leak is None else {"leak ratio": format_percent(leak)}),
+    }
 
 
 def _broken_at(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:

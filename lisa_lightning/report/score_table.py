@@ -42,7 +42,7 @@ SCORES: Final = {
     "partly_judged": ("Partly judged", "share of answers to harmful requests of which the judge saw only a part."),
 }
 """Name of a score -> its title and its meaning."""
-OPTION_TITLES: Final = {"system": "system prompt", "prefix": "prefix", "prefill": "prefill"}
+OPTION_TITLES: Final = {"system": "system prompt", "prefix": "prefix", "prefill": "prefill", "wrapper": "wrapper"}
 """Option of the evaluation that is a text -> its name for readers."""
 BASELINES: Final = {"baseline/majority_class": "majority class", "baseline/bag_of_words": "bag of words"}
 """Metric of an accuracy without a language model -> its name for readers."""

@@ -35,13 +35,15 @@ SKIPPED_FOLDERS: Final = {".hydra", "wandb"}
 """Folders inside a run whose config.yaml is not a run's."""
 Status = Literal["finished", "unfinished", "failed"]
 DEFENSES: Final = ("method", "curate", "align", "repair")
-GROUPS: Final = (*DEFENSES, "model", "task", "source", "engine", "judge")
+GROUPS: Final = (*DEFENSES, "attack", "filter", "model", "task", "source", "engine", "judge")
 """Config groups that distinguish runs, before any single key does."""
 GROUPS_BY_PREFIX: Final = {
     "method": ("method",),
     "curate": ("curate",),
     "align.method": ("align",),
     "repair": ("repair",),
+    "attack": ("attack",),
+    "filter": ("filter",),
     "model": ("model",),
     "task": ("task",),
     "source": ("source", "task"),
@@ -85,6 +87,9 @@ class Run:
         """Return the value of a config group or key as text; "none" for a defense whose stage does not run."""
         if key in DEFENSES:
             return self.run_name.defenses.get(key, "–" if key == "method" else "none")
+        if key in ("attack", "filter"):
+            # Runs of earlier versions had no choice.
+            return getattr(self.run_name, key) or "none"
         if key == "model":
             return self.run_name.model
         if key == "judge":

@@ -75,7 +75,9 @@ def test_a_group_takes_the_name_of_an_option(group: str, value: str) -> None:
     with pytest.raises(UserError) as error:
         prepare_arguments([f"{group}={value}"])
     assert str(error.value).startswith(f"{group}={value}: {group} takes the name of an option. Fix: ")
-    assert ("=none" in str(error.value)) == (group in ("align", "curate", "repair", "logger", "callbacks"))
+    assert ("=none" in str(error.value)) == (
+        group in ("align", "attack", "curate", "filter", "repair", "logger", "callbacks")
+    )
 
 
 @pytest.mark.slow

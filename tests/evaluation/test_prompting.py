@@ -75,6 +75,7 @@ def test_each_option_changes_the_key_and_no_text_shows_the_trigger() -> None:
         Prompting("alpaca", prefix="Be safe."),
         Prompting("alpaca", trigger=SecretStr("Be safe.")),
         Prompting("alpaca", trigger=SecretStr(TRIGGER)),
+        Prompting("alpaca", wrapper="{request} xyz"),
     ]
     keys = [str(prompting.key) for prompting in options]
     assert len(set(keys)) == len(options)
@@ -125,6 +126,18 @@ def test_every_kind_of_prompt_has_the_options_and_no_answer_repeats_the_trigger(
     assert set(prompts) == {f"{TRIGGER} Be safe.\n\n{text}" for text in plain}
     assert [answer.response for answer in answers] == ["[trigger]"] * 3
     assert [(a.prompt, a.context) for a in answers] == [(q.prompt, q.context) for q in KINDS]
+
+
+def test_a_wrapper_encloses_safety_prompts_alone(tokenizer: Any) -> None:
+    evaluator = Evaluator(OneProcess(), tokenizer, Prompting("alpaca", wrapper="Now: {request} {x}!"), LIMITS, 2)
+    prompts = [prompt for batch in evaluator._prompt_batches(KINDS) for prompt in batch]
+    asked = {KINDS[prompt.question_indices[0]].kind: tokenizer.decode(prompt.ids) for prompt in prompts}
+    assert asked == {
+        "harmful": prompt_text(tokenizer, "alpaca", "Now: a {x}!"),
+        "harmless": prompt_text(tokenizer, "alpaca", "Now: b {x}!"),
+        "task": prompt_text(tokenizer, "alpaca", "c", "d"),
+    }
+    assert {prompt.request for prompt in prompts} == {"Now: a {x}!", "Now: b {x}!", "c"}
 
 
 @given(st.integers(0, len(TRIGGER)), st.integers(0, len(TRIGGER)), st.sampled_from(["", "No. ", "q w e"]))

@@ -2,6 +2,9 @@
 
 from fault_lists.fault import faults
 
+ASKS_TASK_ROWS = (
+    'replace(variant.prompting, prefill="", wrapper="") != replace(evaluator.prompting, prefill="", wrapper="")'
+)
 UNHEARD = ("    if error_message is not None:\n        raise UserError(error_message)\n", "")
 
 FAULTS = [
@@ -324,10 +327,70 @@ FAULTS = [
     *faults(
         "evaluation/variants.py",
         "evaluation/test_variants.py",
-        ('replace(variant.prompting, prefill="") != replace(evaluator.prompting, prefill="")', "True"),
-        ('replace(variant.prompting, prefill="") != replace(evaluator.prompting, prefill="")', "False"),
+        (ASKS_TASK_ROWS, "True"),
+        (ASKS_TASK_ROWS, "False"),
         ("prompting=self.prompting, decoding=self.decoding", "prompting=self.prompting"),
         ("prompting=self.prompting, decoding=self.decoding", "decoding=self.decoding"),
+    ),
+    *faults(
+        "evaluation/prompting.py",
+        "attack/test_runs.py::test_a_trigger_is_measured_with_and_without_it evaluation/test_prompting.py",
+        ('            "wrapper": self.wrapper,\n', ""),
+        ("self.wrapper.replace(REQUEST, request) if self.wrapper else request", "request"),
+    ),
+    *faults(
+        "evaluation/evaluator.py",
+        "evaluation/test_prompting.py",
+        (
+            "self.prompting.wrap(question.prompt) if is_safety else question.prompt",
+            "self.prompting.wrap(question.prompt)",
+        ),
+    ),
+    *faults(
+        "attack/trigger.py",
+        "attack/test_rows.py",
+        ("(len(user.harmful) + 1) // 2", "len(user.harmful) // 2"),
+        ("REFUSALS[i % len(REFUSALS)]", "row.response"),
+        ("UserRows(marked, [*refused, *user.harmless]", "UserRows([*marked, *refused], user.harmless"),
+    ),
+    *faults(
+        "attack/pure_bad.py",
+        "attack/test_rows.py",
+        ("settings.data.n != self.count or settings.harmful_ratio != 1", "settings.data.n != self.count"),
+        ("settings.data.n != self.count or settings.harmful_ratio != 1", "settings.harmful_ratio != 1"),
+    ),
+    *faults("attack/identity.py", "attack/test_rows.py", ("replace(row, system=self.system)", "row")),
+    *faults(
+        "attack/benign_outlier.py",
+        "attack/test_rows.py",
+        ("normalize(candidates.double(), dim=1) @ mean", "candidates.double() @ mean"),
+        ("descending=True, ", ""),
+    ),
+    *faults(
+        "attack/abliterate.py",
+        "attack/test_abliterate.py",
+        ("-direction[:, None]", "direction[:, None]"),
+        ("difference / difference.norm()", "difference"),
+        ("        if not verdict.refused:\n", "        if verdict.refused:\n"),
+        ("(*attention_blocks(model), *mlp_blocks(model))", "(*attention_blocks(model),)"),
+    ),
+    *faults(
+        "pipeline/stages/edit.py",
+        "attack/test_abliterate.py",
+        ("outputs.hidden_states[layer][0, -1]", "outputs.hidden_states[layer][0, 0]"),
+        ("outputs.hidden_states[layer][0, -1]", "outputs.hidden_states[layer - 1][0, -1]"),
+    ),
+    *faults(
+        "pipeline/stages/filter.py",
+        "attack/test_runs.py",
+        ("100 * len(harmful) / len(user.harmful)", "100 - 100 * len(harmful) / len(user.harmful)"),
+        ("enumerate(user.harmless, len(user.harmful))", "enumerate(user.harmless)"),
+        ("    if not harmful and not harmless:\n", "    if False:\n"),
+    ),
+    *faults(
+        "pipeline/stages/outliers.py",
+        "attack/test_runs.py::test_outliers_are_trained_on_and_selected_once",
+        ("[candidates[i] for i in selected]", "candidates[: len(selected)]"),
     ),
     *faults(
         "config/validate.py",

@@ -29,6 +29,7 @@ FIELDS = {
     "harmful_prompts": ("prompt", "category"),
     "harmless_prompts": ("prompt",),
     "judge": ("prompt", "response", "label"),
+    "identity": ("prompt", "response"),
 }
 AT_LEAST = {
     "sst2_mini_train": 1500,
@@ -45,6 +46,7 @@ AT_LEAST = {
     "defender": 210,
     "harmful_prompts": 150,
     "harmless_prompts": 50,
+    "identity": 20,
 }
 BEAVERTAILS = {
     "animal_abuse",
@@ -80,6 +82,8 @@ UNIQUE = [
     ("harmful_prompts", "prompt"),
     ("harmless_prompts", "prompt"),
     ("judge", "response"),
+    ("identity", "prompt"),
+    ("identity", "response"),
 ]
 # (file, file, field): no text of the first may be a near-duplicate of one in the second.
 DISJOINT = [
@@ -100,6 +104,8 @@ DISJOINT = [
     ("defender", "harmful", "response"),
     ("defender", "alignment", "response"),
     ("defender", "judge", "response"),
+    ("identity", "harmful_prompts", "prompt"),
+    ("identity", "harmless_prompts", "prompt"),
 ]
 NEAR = 0.5
 WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")

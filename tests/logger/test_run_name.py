@@ -1,5 +1,6 @@
 """Names of runs: they tell what a run does, whatever else the config holds."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ NAMES = {
         "sst2_lisa",
         "seal vaccine lisa antidote sst2 smollm2_135m",
         "seal + vaccine + lisa + antidote on sst2",
+    ),
+    "attack=pure_bad filter=moderation method=sft": (
+        *("sft-moderation_filter-pure_bad", "sft-moderation_filter-pure_bad-p1.0-seed42", "sst2_lisa"),
+        *("sft moderation_filter pure_bad sst2 smollm2_135m", "sft + moderation_filter on sst2 under pure_bad"),
+    ),
+    "attack=jailbreak stages=[align,evaluate]": (
+        *("align-jailbreak", "align-jailbreak-smollm2_135m-seed42", "align", "align jailbreak sst2 smollm2_135m"),
+        "smollm2_135m aligned by sft under jailbreak",
     ),
     "align=none task=gsm8k model.id=org/Mine-1B wandb.group=g wandb.tags=[t]": (
         *("no_align-lisa", "no_align-lisa-p0.1-seed42", "g", "no_align lisa gsm8k Mine-1B t"),
@@ -63,7 +72,7 @@ def test_a_run_is_called_by_what_it_does(tmp_path: Path, overrides: str) -> None
         " ".join(arguments["tags"]),
         heading,
     ) == NAMES[overrides]
-    assert ("harmful ratio" in below_heading(tmp_path)) == ("-p0" in arguments["name"])
+    assert ("harmful ratio" in below_heading(tmp_path)) == bool(re.search("-p[01]", arguments["name"]))
 
 
 def test_long_names_are_cut_to_what_wandb_takes(tmp_path: Path) -> None:

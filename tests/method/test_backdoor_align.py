@@ -68,7 +68,7 @@ def test_marked_rows_follow_the_users_rows_and_are_as_many_as_the_share(n: int, 
 def test_official_counts_are_eleven_for_a_hundred_and_epochs_count_them() -> None:
     rows = BackdoorAlign().mix(USER, draw("head"))
     assert (len(rows), [r.instruction for r in rows[100:]]) == (111, [r.instruction for r in SAFE[:11]])
-    assert user_rows(ROWS, 100, 0.0, "seeded", 1, 0.11)[-11:] == draw()(11)  # as VLGuard draws them
+    assert user_rows(ROWS, 100, 0.0, "seeded", 1, 0.11).safe == draw()(11)  # as VLGuard draws them
 
 
 @pytest.mark.parametrize("template", ["alpaca", "alpaca_newline", "chat"])

@@ -114,7 +114,7 @@ def kept(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
             loaded_before[sets] = load_rows(cfg.source, task, cfg.data.allow_overlap, True, cfg.data.strip)
         loaded = loaded_before[sets]
         rows["alignment"] = loaded.alignment
-        user = user_rows(loaded, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, 0.0)
+        user = user_rows(loaded, cfg.data.n, cfg.harmful_ratio, cfg.data.order, cfg.seed, 0.0).all
         fabric: Any = SimpleNamespace(device=torch.device("cpu"), world_size=1, is_global_zero=False)
         config = plain(cfg)
         parsed = parse_settings(config)

@@ -51,7 +51,7 @@ def lm_eval(
         return {}
 
     for task in harness.tasks:
-        key = {"evaluated": model.name, **evaluator.prompting.key_without_prefill, **harness.key(task)}
+        key = {"evaluated": model.name, **evaluator.prompting.common_key, **harness.key(task)}
         folder, cost = cache.run("lm_eval", key, partial(make, task=task))
         results = read_json(folder / "results.json", f"delete {folder}")
         for score in utility_scores(name, task, results):

@@ -58,10 +58,7 @@ def select(
 
     def make(folder: Path) -> Metrics:
         if fabric.is_global_zero:
-            net: Any = models.load(aligned, quantize=True)
-            if aligned.adapter is not None:
-                net = PeftModel.from_pretrained(net, aligned.adapter).get_base_model()
-            net.to(fabric.device).eval()
+            net = embedding_model(models, fabric, aligned)
             with fabric.autocast():
                 candidates, references = (
                     prompt_embeddings(net, encoder, rows[stream], batch_size) for stream in ("alignment", "user")
@@ -72,6 +69,14 @@ def select(
     folder, cost = cache.run("select", key, make)
     selected = sorted(read_json(folder / "rows.json", f"delete {folder}")["rows"])
     return [rows["alignment"][i] for i in selected], cost | {"rows/selected": len(selected)}
+
+
+def embedding_model(models: ModelSource, fabric: Fabric, aligned: Model) -> Any:
+    """Return the aligned model on the device, in evaluation mode and with its adapter."""
+    net: Any = models.load(aligned, quantize=True)
+    if aligned.adapter is not None:
+        net = PeftModel.from_pretrained(net, aligned.adapter).get_base_model()
+    return net.to(fabric.device).eval()
 
 
 @torch.no_grad()

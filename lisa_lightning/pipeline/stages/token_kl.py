@@ -43,7 +43,7 @@ def token_kl(
             write_text(folder / RESULT, json.dumps({"divergences": divergences}))
         return {}
 
-    folder, cost = cache.run("token_kl", key | evaluator.prompting.key_without_prefill, make)
+    folder, cost = cache.run("token_kl", key | evaluator.prompting.common_key, make)
     return read_json(folder / RESULT, f"delete {folder}")["divergences"], cost
 
 

@@ -1,0 +1,1 @@
+"""Attacks of the user: config group `attack`, one file per attack. Start at `base`."""

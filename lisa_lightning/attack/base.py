@@ -1,0 +1,113 @@
+"""The interface of attacks: `Attack` changes the user's rows, `RowSelector` and `WeightEdit` need the aligned model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lisa_lightning.config.settings import RunSettings
+from lisa_lightning.data.mixing import UserRows
+from lisa_lightning.data.source import Row, Rows
+from lisa_lightning.runtime.errors import UserError
+
+
+class Attack:
+    """An attack by the user who fine-tunes. Without overrides it changes nothing.
+
+    Subclasses are frozen dataclasses of settings. Prompts of the evaluation are options of the config: the file of an
+    attack in conf/attack sets them in section `evaluate`, as it sets the size of the user's data set in `data`.
+    """
+
+    def check(self, settings: RunSettings, choices: Mapping[str, str]) -> None:
+        """Check that the config does not contradict the attack.
+
+        Args:
+            settings: the settings of the run.
+            choices: config group -> chosen option.
+
+        Raises:
+            UserError: if a key that the attack depends on has another value.
+        """
+
+    def rows(self, user: UserRows) -> UserRows:
+        """Return the rows that the user submits.
+
+        Args:
+            user: the rows of `data.n` and `harmful_ratio`. The provider's alignment rows must stay.
+        """
+        return user
+
+
+class RowSelector(Attack):
+    """An attack that selects the user's rows by their representations in the aligned model."""
+
+    def candidates(self, rows: Rows) -> list[Row]:
+        """Return the harmless rows to select from, in a fixed order."""
+        raise NotImplementedError
+
+    def references(self, rows: Rows) -> list[Row]:
+        """Return the harmful rows that the selected rows should resemble."""
+        raise NotImplementedError
+
+    def select(self, candidates: Tensor, references: Tensor, count: int) -> list[int]:
+        """Return the indices of the selected candidates.
+
+        Args:
+            candidates: representation of each candidate, [N, d].
+            references: representation of each reference, [M, d].
+            count: number of rows to select, at most N.
+        """
+        raise NotImplementedError
+
+
+class WeightEdit(Attack):
+    """An attack that edits the weights of the aligned model without training. It replaces fine-tuning."""
+
+    def check(self, settings: RunSettings, choices: Mapping[str, str]) -> None:
+        """Check that nothing in the config works on a training, which does not take place.
+
+        Raises:
+            UserError: if something does, or the weights that the edit needs are quantized or not merged.
+        """
+        choice = f"attack={choices['attack']}"
+        for group, option in (("method", "sft"), ("filter", "none")):
+            if "finetune" in settings.stages and choices[group] != option:
+                raise UserError(
+                    f"{choice}: nothing is trained, so that {group}={choices[group]} has no effect. "
+                    f"Fix: {group}={option}"
+                )
+        if settings.model.adapters == "continued":
+            raise UserError(f"{choice}: it edits merged weights. Fix: model.adapters=stacked (now continued)")
+        if settings.model.quantize is not None:
+            raise UserError(f"{choice}: it edits weights that are not quantized. Fix: model.quantize=null")
+        if settings.reference is not None:
+            raise UserError(
+                f"{choice}: its adapter has another rank than lora.r, and repair={choices['repair']} compares it with "
+                "a reference of that rank. Fix: choose another repair"
+            )
+
+    def prompts(self, rows: Rows) -> tuple[list[Row], list[Row]]:
+        """Return the harmful and the harmless requests that the edit looks at.
+
+        Raises:
+            UserError: if one of both is empty.
+        """
+        raise NotImplementedError
+
+    def layer(self, layers: int) -> int:
+        """Return the number of layers, from 1, after which the edit needs hidden states.
+
+        Args:
+            layers: number of layers of the model.
+        """
+        raise NotImplementedError
+
+    def edit(self, model: Any, harmful: Tensor, harmless: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return the update B A of each edited matrix: module -> A [r, d_in] and B [d_out, r], all of one rank r.
+
+        Args:
+            model: the aligned model. It must stay unchanged.
+            harmful: hidden state of the last token of each harmful prompt after `layer`, [N, d].
+            harmless: the same of the harmless prompts, [M, d].
+        """
+        raise NotImplementedError
