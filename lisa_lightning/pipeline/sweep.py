@@ -82,8 +82,8 @@ def resolve_sweep_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]
         folder = Path(str(by_key[FOLDER].value()))
         if "${" in str(folder):
             raise UserError(f"{FOLDER}={folder} must be written out: a sweep's folder is needed before its config is")
-        named = [key for key in by_key if key in ("experiment", "sweep") or key.startswith("sweep.")]
-        named = [key for key in named if key not in swept]
+        objective = [key for key in by_key if key.startswith("sweep.")]
+        named = [key for key in ("experiment", "sweep", *objective) if key not in swept]
         excluded = [key for key in by_key if key not in {*swept, *fixed}] + named
         job_has_name = bool({*swept, *fixed} - {*named})
     else:
@@ -177,12 +177,17 @@ def _run_search_job(out: Path, cfg: DictConfig) -> float | None:
     """Run a trial of a search, record it, and return its value. A failure is recorded too."""
     check(cfg)
     job = SearchJob(cfg, _sweep_folder())
-    objective, value = Objective(cfg.sweep.value), None
+    objective = Objective(cfg.sweep.value)
     try:
         objective = job.prepare(cfg, _run)
         value = search_value(objective, _run(_job_request(out, cfg)), out)
-    finally:
-        job.record(out, objective, value)
+    except FolderLockedError:
+        raise
+    except Exception:
+        # An interrupted trial is repeated, and has no record until then.
+        job.record(out, objective, None)
+        raise
+    job.record(out, objective, value)
     return value
 
 
