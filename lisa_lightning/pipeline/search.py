@@ -145,7 +145,7 @@ class SearchJob:
     def _compare(self, name: str, run_request: RunRequest) -> Metrics:
         """Return the metrics of a run for comparison, which the first job of the search runs."""
         out = self.folder / name
-        lines = _compared_overrides(self.hydra.overrides.task, [*(self.hydra.sweeper.params or {})], name)
+        lines = _compared_overrides(self.hydra.overrides.task, [*(self.hydra.sweeper.get("params") or {})], name)
         config_dir = next((s.path for s in self.hydra.runtime.config_sources if s.provider == "command-line"), None)
         request = compose_request(lines, out, config_dir)
         with path_lock(out):

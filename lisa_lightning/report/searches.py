@@ -1,4 +1,4 @@
-"""Searches of a page: their trials, the best value so far, and the worst case of an attacker. Start at `read_searches`."""
+"""Searches of a page: trials, the best value so far, and the worst case of an attacker. Start at `read_searches`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
