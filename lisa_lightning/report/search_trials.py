@@ -107,7 +107,9 @@ def _number(path: Path) -> int:
 
 
 def _read(path: Path) -> Trial:
+    content = json.dumps(read_json(path, REPEAT_SEARCH))
     try:
-        return TypeAdapter(Trial).validate_python(read_json(path, REPEAT_SEARCH))
+        # Only from JSON, a strict dataclass accepts a mapping.
+        return TypeAdapter(Trial).validate_json(content)
     except ValidationError as error:
         raise UserError(f"{path} is no record of a trial. Fix: {REPEAT_SEARCH}") from error

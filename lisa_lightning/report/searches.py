@@ -129,7 +129,7 @@ def unequal_searches(searches: Sequence[Search]) -> list[str]:
     if len({len(search.finished) for search in searches}) > 1:
         counts = ", ".join(f"{search.label} {len(search.finished)}" for search in searches)
         problems.append(
-            f"The searches have unequal numbers of finished trials ({counts}), so their results can't be compared."
+            f"The searches have unequal numbers of finished trials ({counts}). A larger budget finds a worse case."
         )
     problems += [
         f"{search.label}: {len(search.finished)} of {search.planned} trials are finished."

@@ -96,7 +96,7 @@ def search(folder: Path, trials: int, results: dict[tuple[str, ...], float | Non
         cfg.hydra.sweep.dir = str(folder)
     sweeper = instantiate(cfg.hydra.sweeper)
     launcher = FakeLauncher(results, new_jobs)
-    sweeper.sweeper.launcher, sweeper.sweeper.config = launcher, cfg
+    sweeper.sweeper.launcher, sweeper.sweeper.config, sweeper.sweeper.hydra_context = launcher, cfg, cfg
     try:
         sweeper.sweep([])
     except KeyboardInterrupt:

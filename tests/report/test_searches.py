@@ -71,7 +71,7 @@ def test_unequal_budgets_are_flagged(tmp_path: Path, capsys: pytest.CaptureFixtu
     save_search(tmp_path / "a", "lisa", [20.0, 30.0], [hits(15, 15), hits(20, 20)])
     save_search(tmp_path / "b", "sft", [20.0, 30.0], [hits(15, 15), hits(20, 20)])
     write_sweep([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
-    assert "unequal" not in (tmp_path / "both/report.html").read_text()
+    assert "unequal numbers" not in (tmp_path / "both/report.html").read_text()
     save_search(tmp_path / "c", "bso", [20.0, None], [hits(15, 15), []])
     write_sweep([tmp_path / "a", tmp_path / "c"], tmp_path / "both")
     note = "The searches have unequal numbers of finished trials (lisa 2, bso 1)"
