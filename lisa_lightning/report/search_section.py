@@ -109,7 +109,7 @@ def _best_row(search: Search, label: str, attacks: bool) -> list[str]:
 
 
 def _settings(search: Search, run: Run | None) -> str:
-    return "–" if run is None else ", ".join(f"{key} {run.value(key)}" for key in search.keys)
+    return "–" if run is None else ", ".join(f"{key} {run.value(key)}" for key in search.keys) or "–"
 
 
 def _rate(rate: "Rate | None") -> tuple[str, str]:

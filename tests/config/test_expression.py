@@ -49,7 +49,17 @@ def test_a_slash_within_words_belongs_to_a_name() -> None:
 
 REFUSED = [
     *("", "(", "final/", "final/accuracy -", "1 2", "\0", "a = 1", "f'{seed}'", "1j", "True", "None", "b'a'"),
-    *("seed.real", "seed[0]", "abs(seed)", "min(seed)", "max(1, 2, key=3)", "min(*seed)", "().__class__", "[1]"),
+    *(
+        "seed.real",
+        "seed[0]",
+        "abs(seed)",
+        "min(seed)",
+        "max(1, 2, key=3)",
+        "pow(2, 3)",
+        "min(*seed)",
+        "().__class__",
+        "[1]",
+    ),
     *("2**9", "7 // 2", "7 % 2", "seed < 3", "seed if seed else 1", "lambda: 1", "__import__('os')", "not seed"),
     *("(seed := 1)", "{1}", "seed and 1", "~3", "(min)(seed.a, 2)", "1+" * 600 + "1", "-" * 900 + "1 2"),
 ]
@@ -72,8 +82,11 @@ def test_any_text_is_an_expression_or_refused(text: str) -> None:
     assert all(isinstance(name, str) for name in names)
 
 
-def test_an_unknown_metric_is_named_with_similar_ones() -> None:
+def test_what_has_no_value_is_refused() -> None:
     with pytest.raises(UserError, match="have no metric final/acuracy; did you mean final/accuracy"):
         parse_expression("final/acuracy - 1").value(METRICS)
+    for text in ("1e400", "final/accuracy / 0", "1e308 * final/accuracy"):
+        with pytest.raises(UserError, match="Fix: another expression"):
+            parse_expression(text).value(METRICS)
     with pytest.raises(UserError, match="have no metric code"):
         parse_expression("code").value({**METRICS, "code": "abc"})

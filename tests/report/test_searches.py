@@ -74,7 +74,7 @@ def test_unequal_budgets_are_flagged(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "unequal numbers" not in (tmp_path / "both/report.html").read_text()
     save_search(tmp_path / "c", "bso", [20.0, None], [hits(15, 15), []])
     write_sweep([tmp_path / "a", tmp_path / "c"], tmp_path / "both")
-    note = "The searches have unequal numbers of finished trials (lisa 2, bso 1)"
+    note = "The searches have unequal numbers of finished trials (no_align + lisa 2, no_align + bso 1)"
     page = (tmp_path / "both/report.html").read_text()
     assert note in page
     assert note in capsys.readouterr().out
