@@ -98,6 +98,7 @@ def test_the_cache_key_covers_all_code_that_can_change_a_result() -> None:
     assert {name for name in left_out if name.partition("/")[0] not in ("report", "judge")} == {
         *("config/arguments.py", "config/explain.py", "config/help.py", "config/parameters.py", "config/paths.py"),
         *("config/suggest.py", "config/tables.py", "pipeline/command.py", "pipeline/sweep.py", "runtime/logs.py"),
+        *("config/expression.py", "pipeline/search.py"),
         *("evaluation/paired.py", "pipeline/adapter_folder.py", "pipeline/export.py", "runtime/upload.py", "hf.py"),
     }
     assert {"objective/proximal.py", "method/lisa.py", "data/interleave.py", "pipeline/run.py"} <= covered

@@ -24,6 +24,9 @@ RESUMABLE_SECTIONS: Final = ("stages", "judge", "responses")
 def is_bookkeeping(key: str) -> bool:
     """Return whether a key does not change a result."""
     section = key.partition(".")[0].partition("/")[0]
+    if key.startswith("sweep."):
+        # The objective of a search chooses its runs, and changes none of them.
+        return True
     return key in (*BOOKKEEPING_TRAINER_KEYS, *BOOKKEEPING_ENGINE_KEYS) or section in ("hydra", *BOOKKEEPING_SECTIONS)
 
 

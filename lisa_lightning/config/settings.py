@@ -6,6 +6,7 @@ from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
 
 from lisa_lightning.config.default_stages import STAGES, Stage
+from lisa_lightning.config.expression import parse_expression
 from lisa_lightning.config.fields import (
     MAX_BATCH,
     STRICT,
@@ -65,6 +66,22 @@ def _check_devices(devices: int | str | list[int]) -> int | str | list[int]:
     return devices
 
 
+def _check_objective(objective: str) -> str:
+    if objective not in OBJECTIVES:
+        parse_expression(objective)
+    return objective
+
+
+OBJECTIVES: Final = ("defender", "attacker")
+"""Objectives of a search with a name. Any other one is an expression of metrics."""
+ObjectiveText = Annotated[
+    str,
+    AfterValidator(_check_objective),
+    Words(
+        "defender, attacker, or an expression of metrics such as 'final/accuracy - final/harmful_score': numbers, "
+        "+ - * /, parentheses, min and max; a name with other signs is quoted"
+    ),
+]
 ColumnNames = Annotated[list[Any], Field(min_length=1), Words("a list of column names")]
 Mapping = Annotated[dict[Any, Any], Words("a mapping such as {field: column}")]
 Targets = Annotated[str | list[str], AfterValidator(_check_targets), Words("all-linear or a list of module names")]
@@ -196,6 +213,18 @@ class Wandb:
     """Group of the run; by default the experiment's name, in a sweep that of its folder."""
     tags: Annotated[list[Tag], Words("a list of texts of 1 to 64 characters")] = Field(default_factory=list)
     """Tags in addition to defenses, task and model."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class SweepSettings:
+    """Section `sweep`: the objective of a search, such as `sweep=optuna` and `sweep=attack`."""
+
+    value: ObjectiveText = "defender"
+    """Value to maximize: `defender` for accuracy minus harmful score, `attacker`, or an expression of metrics."""
+    retain: Share = 0.9
+    """With `attacker`: share of the undefended accuracy that a model must keep to count."""
+    undefended_accuracy: Percent | None = None
+    """With `attacker`: accuracy of plain fine-tuning without harmful rows, in percent; null to measure it."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -388,6 +417,7 @@ SECTIONS: Final[dict[str, type]] = {
     "evaluate": Evaluate,
     "checkpoint": CheckpointSettings,
     "wandb": Wandb,
+    "sweep": SweepSettings,
     "model": ModelSettings,
     "model.tiny": TinySizes,
     "trainer": TrainerSettings,

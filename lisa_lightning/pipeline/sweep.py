@@ -19,10 +19,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lisa_lightning.config.arguments import override_indices
 from lisa_lightning.config.explain import explain
-from lisa_lightning.config.instances import load_class
 from lisa_lightning.config.same_run import is_bookkeeping, result_settings
 from lisa_lightning.config.validate import check, plain
 from lisa_lightning.pipeline.request import Request
+from lisa_lightning.pipeline.search import FIXED_UNDER_ATTACK, SearchJob, is_search, search_value
+from lisa_lightning.report.search_trials import Objective
 from lisa_lightning.report.sweep_files import write_sweep
 from lisa_lightning.runtime.cache import package_hash
 from lisa_lightning.runtime.errors import UserError, printable
@@ -38,8 +39,6 @@ RUN_VARIABLES = ("WANDB_RUN_ID", "WANDB_RESUME")
 """Environment variables that name one W&B run, which jobs must not share."""
 INFO_FLAGS = {"--help", "-h", "--cfg", "-c", "--info"}
 """Hydra's flags of commands that run nothing."""
-BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
-"""Hydra's default sweeper, which runs all values and optimizes nothing."""
 MAX_FOLDER_BYTES = 120
 """Maximum length of the name of a sweep's folder."""
 MAX_JOB_BYTES = 200
@@ -72,15 +71,19 @@ def resolve_sweep_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]
     by_key = {str(o.key_or_group): o for o in overrides}
     if JOB_FOLDER in by_key:
         _refuse_outside(str(by_key[JOB_FOLDER].value()))
-    with_result = [o for o in overrides if not is_bookkeeping(str(o.key_or_group))]
+    # Another objective is another search.
+    with_result = [o for o in overrides if not is_bookkeeping(key := str(o.key_or_group)) or key.startswith("sweep.")]
     swept = sorted(str(o.key_or_group) for o in with_result if o.is_sweep_override())
+    if "sweep" in by_key and by_key["sweep"].value() == "attack":
+        _refuse_searched_defense(swept)
     fixed = {str(o.key_or_group): str(o.input_line) for o in with_result if not o.is_sweep_override()}
     if FOLDER in by_key:
         # The folder may hold other sweeps, so a job's name has all overrides.
         folder = Path(str(by_key[FOLDER].value()))
         if "${" in str(folder):
             raise UserError(f"{FOLDER}={folder} must be written out: a sweep's folder is needed before its config is")
-        named = [key for key in ("experiment", "sweep") if key not in swept]
+        objective = [key for key in by_key if key.startswith("sweep.")]
+        named = [key for key in ("experiment", "sweep", *objective) if key not in swept]
         excluded = [key for key in by_key if key not in {*swept, *fixed}] + named
         job_has_name = bool({*swept, *fixed} - {*named})
     else:
@@ -101,6 +104,15 @@ def _refuse_outside(subdir: str) -> None:
     if ".." in Path(subdir).parts or Path(subdir).is_absolute():
         raise UserError(
             f"{JOB_FOLDER}={subdir} lies outside the sweep's folder. Fix: name a relative path without `..`"
+        )
+
+
+def _refuse_searched_defense(swept: Sequence[str]) -> None:
+    """Raise UserError if an attacker's search would vary a defense or the seed."""
+    if varied := [key for key in swept if key in FIXED_UNDER_ATTACK]:
+        raise UserError(
+            f"sweep=attack with several values of {varied[0]}: the trials of one search would be shared among them. "
+            f"Fix: one command for each {varied[0]}, then `python -m lisa_lightning.report FOLDER FOLDER --out OUT`"
         )
 
 
@@ -135,7 +147,7 @@ def run_job(cfg: DictConfig) -> float | None:
     """Run one job of a sweep, unless it is finished. An error is recorded in its folder and ends only this job.
 
     Returns:
-        Accuracy minus harmful score, the objective of optimizing sweepers. None if the job failed or lacks a score.
+        The objective of a search (`search_value`). None if the job failed or lacks a score, or the sweep is no search.
     """
     out = Path(HydraConfig.get().runtime.output_dir)
     if not out.resolve().is_relative_to(_sweep_folder()):
@@ -143,7 +155,7 @@ def run_job(cfg: DictConfig) -> float | None:
         drop_unused(out)
         _refuse_outside(str(out))
     try:
-        metrics = _run(out, cfg)
+        value = _run_search_job(out, cfg) if is_search() else _run_job(out, cfg)
     except FolderLockedError:
         log.info("%s is being run by another process.", out.name)
         return None
@@ -153,15 +165,44 @@ def run_job(cfg: DictConfig) -> float | None:
         log.error("%s failed: %s", out.name, sentence)
         return None
     (out / FAILED).unlink(missing_ok=True)
-    return objective(metrics)
+    return value
 
 
-def _run(out: Path, cfg: DictConfig) -> Mapping[str, Any]:
-    """Return the metrics of a job, from its folder if it is finished.
+def _run_job(out: Path, cfg: DictConfig) -> None:
+    check(cfg)
+    _run(_job_request(out, cfg))
+
+
+def _run_search_job(out: Path, cfg: DictConfig) -> float | None:
+    """Run a trial of a search, record it, and return its value. A failure is recorded too."""
+    check(cfg)
+    job = SearchJob(cfg, _sweep_folder())
+    objective = Objective(cfg.sweep.value)
+    try:
+        objective = job.prepare(cfg, _run)
+        value = search_value(objective, _run(_job_request(out, cfg)), out)
+    except FolderLockedError:
+        raise
+    except Exception:
+        # An interrupted trial is repeated, and has no record until then.
+        job.record(out, objective, None)
+        raise
+    job.record(out, objective, value)
+    return value
+
+
+def _job_request(out: Path, cfg: DictConfig) -> Request:
+    job = out.resolve().relative_to(_sweep_folder()).as_posix()
+    return Request.from_hydra(cfg, HydraConfig.get(), out, job)
+
+
+def _run(request: Request) -> Mapping[str, Any]:
+    """Return the metrics of a request within a sweep, from its folder if it is finished.
 
     Raises:
         UserError: if its config is wrong, or its folder is damaged.
     """
+    cfg, out = request.cfg, request.out
     check(cfg)
     cfg.wandb.group = cfg.wandb.group or _sweep_folder().name
     cfg.resume = (out / CONFIG).exists()
@@ -169,38 +210,11 @@ def _run(out: Path, cfg: DictConfig) -> Mapping[str, Any]:
         return metrics
     if list(cfg.stages) == ["judge"]:
         raise UserError("stages=[judge] is no job of a sweep; judge=[ONE,OTHER] asks several judges at once")
-    _refuse_without_objective(cfg)
     from lisa_lightning.pipeline.run import run
 
-    job = out.resolve().relative_to(_sweep_folder()).as_posix()
     silence_libraries()
     with logging_redirect_tqdm():
-        return run(Request.from_hydra(cfg, HydraConfig.get(), out, job))
-
-
-def objective(metrics: Mapping[str, Any]) -> float | None:
-    """Return accuracy minus harmful score, or None if one is missing. As 0 it would leave the optimum to the other."""
-    accuracy, harmful = (metrics.get(f"final/{name}") for name in ("accuracy", "harmful_score"))
-    return None if accuracy is None or harmful is None else accuracy - harmful
-
-
-def _refuse_without_objective(cfg: DictConfig) -> None:
-    """Raise UserError if the sweeper optimizes and this job would have no objective."""
-    if HydraConfig.get().sweeper._target_ == BASIC_SWEEPER:
-        return
-    from lisa_lightning.task.base import Scored
-
-    judges = {name: load_class(section._target_, f"judge.{name}") for name, section in cfg.judge.items()}
-    has_harmful_score = any(judge.metric == "harmful_score" for judge in judges.values())
-    has_accuracy = isinstance(load_class(cfg.task._target_, "task")(), Scored)
-    if has_harmful_score and has_accuracy and {"finetune", "evaluate", "judge"} <= {*cfg.stages}:
-        return
-    choices = f"judge=[{','.join(map(str, cfg.judge))}], task={HydraConfig.get().runtime.choices['task']}"
-    raise UserError(
-        f"{choices} and stages=[{','.join(cfg.stages)}] give no accuracy minus harmful score, which this sweeper "
-        "looks for: that takes a judge beyond refusal and win_rate, a task that isn't alpaca, and the stages finetune, "
-        "evaluate and judge"
-    )
+        return run(request)
 
 
 def _finished_metrics(out: Path, cfg: DictConfig) -> Mapping[str, Any] | None:

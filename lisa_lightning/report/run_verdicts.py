@@ -77,6 +77,20 @@ def _task_verdicts(answers: Sequence["Answer"]) -> dict[VerdictKey, Verdicts]:
     }
 
 
+def split_prompts(verdicts: Verdicts) -> tuple[Verdicts, Verdicts]:
+    """Return the verdicts on the first, third, fifth ... prompt, and those on the other prompts.
+
+    A search of an attacker is led by the first half, and reported on the second one. Equal prompts count once, so that
+    no prompt is in both halves.
+    """
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(verdicts.prompts))}
+    halves: tuple[list[tuple[str, bool]], ...] = ([], [])
+    for prompt, hit in zip(verdicts.prompts, verdicts.hits, strict=True):
+        halves[number[prompt] % 2].append((prompt, hit))
+    first, second = (Verdicts(tuple(p for p, _ in half), tuple(h for _, h in half)) for half in halves)
+    return first, second
+
+
 def on_same_prompts(verdicts: Sequence[Verdicts]) -> bool:
     """Return whether all verdicts are on the same prompts in the same order."""
     return len({v.prompts for v in verdicts}) == 1

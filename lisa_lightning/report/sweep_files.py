@@ -10,6 +10,8 @@ from typing import Any
 
 from lisa_lightning.report.comparisons import Comparison, compare_settings, compared_scores
 from lisa_lightning.report.score_table import SCORES, baseline_note
+from lisa_lightning.report.search_section import search_lines
+from lisa_lightning.report.searches import read_searches
 from lisa_lightning.report.sweep_page import render_sweep_page
 from lisa_lightning.report.sweep_runs import (
     Run,
@@ -51,12 +53,15 @@ def write_sweep(folders: Sequence[Path], out: Path) -> int:
     keys, dependent = swept_keys(runs)
     groups = seed_groups(runs, keys)
     comparisons = compare_settings(groups, keys, folders[0] if len(folders) == 2 else None)
+    searches = read_searches(folders, runs)
     with reraise_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     write_text(out / "sweep.csv", _csv(runs, [*keys, *dependent], out))
-    write_text(out / "report.html", render_sweep_page(runs, keys, dependent, out, comparisons))
+    write_text(out / "report.html", render_sweep_page(runs, keys, dependent, out, comparisons, searches))
     if groups:
         _print_tables(groups, keys, comparisons)
+    for line in search_lines(searches):
+        _console().print(f"search  {printable(line)}", soft_wrap=True, markup=False)
     _print_notes(runs, keys, dependent, out)
     return int(any(run.status == "failed" for run in runs))
 

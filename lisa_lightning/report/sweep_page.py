@@ -14,6 +14,8 @@ from lisa_lightning.report.comparisons import Comparison, compared_scores
 from lisa_lightning.report.run_page import render_template
 from lisa_lightning.report.run_plots import read_points, smooth
 from lisa_lightning.report.score_table import SCORES, baseline_note
+from lisa_lightning.report.search_section import search_section
+from lisa_lightning.report.searches import Search
 from lisa_lightning.report.svg import (
     AMBER,
     BLUE,
@@ -92,6 +94,7 @@ def render_sweep_page(
     dependent: Sequence[str],
     out: Path,
     comparisons: Sequence[Comparison] = (),
+    searches: Sequence[Search] = (),
 ) -> str:
     """Return the page as HTML, with everything in it.
 
@@ -101,6 +104,7 @@ def render_sweep_page(
         dependent: keys that vary together with `keys`.
         out: folder of the page, for its links to the runs.
         comparisons: paired differences between settings (`compare_settings`).
+        searches: searches among the runs (`read_searches`).
     """
     groups = seed_groups(runs, keys)
     scores = measured_scores(groups)
@@ -123,6 +127,7 @@ def render_sweep_page(
         "compared": [SCORES[name][0] for name in compared_scores(comparisons)],
         "comparisons": [_comparison_row(c, compared_scores(comparisons)) for c in comparisons],
         "figures": [draw_figure(plot) for plot in [*score_plots(groups, keys), *_tradeoff_plot(groups, keys)]],
+        "search": search_section(searches, out),
         "curves": curves,
         "overlays": _overlays(curves),
         "failures": {cause: [relative_path(r.folder, out) for r in failed] for cause, failed in failures(runs).items()},

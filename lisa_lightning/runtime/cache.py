@@ -24,9 +24,11 @@ RESULT_NEUTRAL_MODULES = (
     *("report/", "judge/", "config/arguments.py", "config/explain.py", "config/help.py", "config/parameters.py"),
     *("config/paths.py", "config/suggest.py", "config/tables.py", "pipeline/command.py", "pipeline/sweep.py"),
     *(
+        "config/expression.py",
         "evaluation/paired.py",
         "pipeline/adapter_folder.py",
         "pipeline/export.py",
+        "pipeline/search.py",
         "runtime/logs.py",
         "runtime/upload.py",
         "hf.py",

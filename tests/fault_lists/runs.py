@@ -108,6 +108,43 @@ FAULTS = [
         ("Verdict(probability > 0.5, probability)", "Verdict(probability > 0.9, probability)"),
     ),
     *faults(
+        "config/expression.py",
+        "config/test_expression.py",
+        (" and not isinstance(value, bool)", ""),
+        (" if name in FUNCTIONS", ""),
+        ("if len(text) > MAX_CHARS:", "if False:"),
+        ("if not math.isfinite(value):", "if False:"),
+    ),
+    *faults(
+        "pipeline/search.py",
+        "pipeline/test_search.py::test_a_model_that_counts_is_above_every_other_one "
+        "pipeline/test_search.py::test_the_attacker_needs_nine_tenths_of_the_undefended_accuracy "
+        "pipeline/test_search.py::test_runs_for_comparison_have_neither_searched_keys_nor_defense "
+        "pipeline/test_search.py::test_one_search_is_of_one_defense",
+        ("else -deficit", "else deficit"),
+        ("fmean(halves[0].hits)", "fmean(halves[1].hits)"),
+        ("if key not in searched]", "if key]"),
+        (" and not keys[line].startswith(of_defense)", ""),
+        ('(*DEFENSES, "seed")', "DEFENSES"),
+    ),
+    *faults(
+        "report/run_verdicts.py",
+        "report/test_searches.py",
+        ("for i, prompt in enumerate(dict.fromkeys(verdicts.prompts))", "for i, prompt in enumerate(verdicts.prompts)"),
+    ),
+    *faults(
+        "report/searches.py",
+        "report/test_searches.py",
+        ("split_prompts(verdicts)[1]", "split_prompts(verdicts)[0]"),
+        ("self.trial.objective.floor is None or value >= 0", "True"),
+        ("if len({len(search.finished) for search in searches}) > 1:", "if False:"),
+    ),
+    *faults(
+        "report/search_trials.py",
+        "report/test_searches.py",
+        ("if int(path.stem) >= first:", "if int(path.stem) > first:"),
+    ),
+    *faults(
         "evaluation/rates.py",
         "evaluation/test_judging.py",
         ("100 * float(values.mean())", "float(values.mean())"),

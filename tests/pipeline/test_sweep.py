@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -20,7 +19,9 @@ from helpers.composing import composed_job
 from helpers.forking import Forked, started
 from helpers.paths import ROOT
 from lisa_lightning.config.validate import check
-from lisa_lightning.pipeline.sweep import objective, resolve_sweep_dir, run_job
+from lisa_lightning.pipeline.search import defender_value
+from lisa_lightning.pipeline.sweep import resolve_sweep_dir, run_job
+from lisa_lightning.report.search_trials import read_trials
 from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.runtime.files import folder_lock
 
@@ -74,6 +75,7 @@ def test_what_is_no_sweep_is_left_alone() -> None:
         assert resolve_sweep_dir(arguments) == (arguments, None)
 
 
+SEARCHES = ("attack", "optuna")
 SWEEPS = sorted(f.stem for f in (ROOT / "conf/sweep").glob("*.yaml"))
 
 
@@ -83,14 +85,14 @@ def test_every_job_of_a_committed_sweep_is_a_run(config: Callable[..., DictConfi
     content = yaml.safe_load((ROOT / "conf/sweep" / f"{name}.yaml").read_text())
     params = content["hydra"]["sweeper"]["params"]
     overrides = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in params.items()])
-    assert "optuna" in name or params["seed"] == "1,2,3"
+    assert name in SEARCHES or params["seed"] == "1,2,3"
     ends: list[list[str]] = [[], []]
     for o in overrides:
         values = [str(v) for v in o.sweep_string_iterator()] if o.is_discrete_sweep() else ["0.01", "10"]
         ends = [[*ends[0], f"{o.get_key_element()}={values[0]}"], [*ends[1], f"{o.get_key_element()}={values[-1]}"]]
     split = [] if "split" not in params else ["split=[0,30]"]
     for end in ends:
-        check(config(f"sweep={name}" if name != "optuna" else "sweep=rho", *split, *end))
+        check(config(f"sweep={name}" if name not in SEARCHES else "sweep=rho", *split, *end))
 
 
 @pytest.mark.slow
@@ -116,19 +118,22 @@ WIN_RATE = ["judge.win_rate.model=m", *(f"judge.win_rate.usd_per_million_{side}=
         (["stages=[align,evaluate,judge]"], "stages=[align,evaluate,judge] give"),
     ],
 )
-def test_no_study_is_led_by_one_score_alone(tmp_path: Path, overrides: list[str], named: str) -> None:
+@pytest.mark.parametrize("sweep", SEARCHES)
+def test_no_study_is_led_by_one_score_alone(tmp_path: Path, sweep: str, overrides: list[str], named: str) -> None:
     pytest.importorskip("optuna")
-    folder = f"hydra.sweep.dir={tmp_path.parent}"
-    assert run_job(composed_job(["experiment=smoke", "sweep=optuna", folder, *overrides], tmp_path)) is None
-    cause = json.loads((tmp_path / "failed.json").read_text())["cause"]
+    (job := tmp_path / "job").mkdir()
+    words = ["experiment=smoke", f"sweep={sweep}", f"hydra.sweep.dir={tmp_path}", "hydra.job.num=0", *overrides]
+    assert run_job(composed_job(words, job)) is None
+    cause = json.loads((job / "failed.json").read_text())["cause"]
     assert named in cause
     assert "no accuracy minus harmful score" in cause
-    assert [f.name for f in tmp_path.iterdir()] == ["failed.json"]  # refused before anything was run
+    assert [f.name for f in job.iterdir()] == ["failed.json"]  # refused before anything was run
+    assert {f.name for f in tmp_path.iterdir()} == {"job", "trials"}
 
 
 def test_a_missing_score_is_no_score_of_0() -> None:
-    assert objective({"final/accuracy": 90.0, "final/harmful_score": 9.0}) == 81.0
-    assert objective({"final/accuracy": 90.0}) is objective({"final/harmful_score": 9.0}) is None
+    assert defender_value({"final/accuracy": 90.0, "final/harmful_score": 9.0}) == 81.0
+    assert defender_value({"final/accuracy": 90.0}) is defender_value({"final/harmful_score": 9.0}) is None
 
 
 @pytest.fixture(scope="module")
@@ -280,18 +285,17 @@ def test_judging_alone_is_no_job_of_a_sweep(sweep: Sweep) -> None:
 
 @pytest.mark.slow
 def test_a_study_looks_for_the_best_and_goes_on(work: Path, sweep: Sweep) -> None:
-    optuna: Any = pytest.importorskip("optuna")
-    for trials in (1, 2):
-        sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=1", "hydra.sweep.dir=study")
-        study = optuna.load_study(study_name="smoke", storage=f"sqlite:///{work}/study/study.db")
-        assert len(study.trials) == trials
-    assert {trial.state.name for trial in study.trials} == {"COMPLETE"}
+    pytest.importorskip("optuna")
+    for count in (1, 2, 2):
+        sweep(*SMALL, "sweep=optuna", f"hydra.sweeper.n_trials={count}", "hydra.sweep.dir=study")
+        trials = read_trials(work / "study")
+        assert [trial.number for trial in trials] == [*range(count)]
+    metrics = [json.loads((work / "study" / trial.job / "metrics.json").read_text()) for trial in trials]
+    assert [t.value for t in trials] == [m["final/accuracy"] - m["final/harmful_score"] for m in metrics]
+    assert len(list((work / "study").glob("*/metrics.json"))) == len({trial.job for trial in trials})
     sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=1", "data.n=4000", "hydra.sweep.dir=study", status=1)
+    assert [trial.value for trial in read_trials(work / "study")] == [None]
     said = sweep(*SMALL, "sweep=optuna", "hydra.sweeper.n_trials=1", "judge=refusal", "hydra.sweep.dir=blind", status=1)
     assert "failed  1" in said
     assert "give no accuracy minus harmful score" in said
     assert "Traceback" not in said
-    assert optuna.load_study(study_name="smoke", storage=study._storage).trials[-1].state.name == "FAIL"
-    assert study.direction.name == "MAXIMIZE"
-    metrics = [json.loads(f.read_text()) for f in (work / "study").glob("*/metrics.json")]
-    assert study.best_value == max(m["final/accuracy"] - m["final/harmful_score"] for m in metrics)
