@@ -26,6 +26,8 @@ class RunName:
     task: str
     adapter: str | None = None
     """Name of the adapter that the user supplies; None if the run trains one."""
+    is_full: bool = False
+    """True if fine-tuning trains all weights instead of an adapter."""
 
     @property
     def evaluates_final(self) -> bool:
@@ -51,7 +53,7 @@ class RunName:
     def heading(self) -> str:
         """The name as a heading of the report."""
         if self.finetunes:
-            return f"{' + '.join(self.parts)} on {self.task}"
+            return f"{' + '.join(self.parts)} on {self.task}{' (full-parameter)' if self.is_full else ''}"
         defenses = " + ".join(self.defenses.values())
         if self.adapter is not None:
             return f"{self.adapter} repaired by {defenses}" if defenses else f"{self.adapter} as it is"
@@ -68,7 +70,9 @@ def build_run_name(config: Mapping[str, Any], choices: Mapping[str, str]) -> Run
     defenses = {group: choices.get(group, "?") for group in active_defenses(config)}
     model = _model_name(config.get("model.id"), choices.get("model", "?"))
     adapter = config.get("adapter")
-    return RunName(defenses, model, choices.get("task", "?"), None if adapter is None else _last_parts(str(adapter)))
+    name = None if adapter is None else _last_parts(str(adapter))
+    is_full = "method" in defenses and config.get("lora", "absent") is None
+    return RunName(defenses, model, choices.get("task", "?"), name, is_full)
 
 
 def _last_parts(folder: str) -> str:
