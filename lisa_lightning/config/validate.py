@@ -99,20 +99,12 @@ def _check_sections(cfg: DictConfig) -> None:
 
 
 def _check_lora(cfg: DictConfig) -> None:
-    """Raise UserError if section `lora` is neither a complete mapping nor null, which trains all weights."""
+    """Raise UserError if section `lora` is neither a mapping nor null, which trains all weights."""
     lora = _value(cfg, "lora")
-    if lora is None:
-        return
-    if not isinstance(lora, DictConfig):
+    if lora is not None and not isinstance(lora, DictConfig):
         start = "lora was deleted" if lora == "absent" else f"lora={quoted(lora)} is not allowed"
         raise UserError(
             f"{start}; it must be a mapping, or null for full-parameter fine-tuning. Fix: lora.KEY=VALUE, or lora=null"
-        )
-    # Hydra makes a mapping of null and a later lora.r=4.
-    if lora and not {"alpha", "targets"} & {*map(str, lora)}:
-        raise UserError(
-            f"lora={quoted(lora)}: lora=null trains all weights, and a key of an adapter contradicts it. "
-            f"Fix: leave lora.{next(iter(lora))} out, or lora=null"
         )
 
 

@@ -82,10 +82,7 @@ def finetune(
     }
 
     def make(folder: Path) -> Metrics:
-        if lora is None:
-            net = models.unfreeze(aligned)
-        else:
-            net = models.attach(aligned, lora, "lora", settings.seed)
+        net = models.unfreeze(aligned) if lora is None else models.attach(aligned, lora, "lora", settings.seed)
         deltas = partial(models.deltas, aligned)
         module = LisaModule(net, method, optim, settings.seed, deltas, cache.origin | key)
         configured = map(instantiate, callbacks.values())
