@@ -89,7 +89,7 @@ def _unknown_key(cause: ConfigKeyError | ConfigAttributeError) -> str:
         return f"{key}: {trainer_alternative(name)}"
     names = sorted(_config_keys(root)) if isinstance(root, DictConfig) else []
     group = key.rpartition(".")[0]
-    if group == "lora" and OmegaConf.select(root, "lora", default="absent") is None:
+    if group == "lora" and isinstance(root, DictConfig) and OmegaConf.select(root, "lora", default="absent") is None:
         return f"{key}: lora=null, which trains all weights, has no keys. Fix: leave {key} or lora=null out"
     if group in ("method", "align.method", "repair", "curate"):
         # The keys of these sections are those of the chosen class.

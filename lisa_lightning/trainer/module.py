@@ -130,12 +130,12 @@ class LisaModule(L.LightningModule):
 
         if (scale := self.backprop.loss_scale) is not None:
             metrics["train/loss_scale"] = scale.value
+        for weight in self.weights:
+            # The gradients of the last step are as large as the weights. Without new ones, AdamW changes nothing.
+            weight.grad = None
         output = self.backprop.skip_on_overflow(lambda: self.method.gradient(self.backprop, batch, self.state))
         if output is None:
             metrics["train/skipped"] = 1.0
-            for weight in self.weights:
-                # AdamW changes neither the weight nor its moments then, and Lightning counts the step.
-                weight.grad = None
         else:
             self._set_gradients(output, step)
             metrics |= {"train/loss": output.loss, f"{batch.main.stream}/loss": output.loss}

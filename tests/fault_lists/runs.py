@@ -196,7 +196,7 @@ FAULTS = [
     *faults(
         "pipeline/stage_sequence.py",
         "pipeline/test_supplied.py",
-        ("training = replace(training, lora=inputs.supplied.adapter.lora(settings.lora.dropout))", "pass"),
+        ("lora = lora if supplied is None else supplied.adapter.lora(lora.dropout)", "pass"),
     ),
     *faults(
         "config/requirements.py",

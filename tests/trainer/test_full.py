@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from helpers.methods import FULL, METHODS, each
 from helpers.training import USER, Train, largest_difference, weights
@@ -18,6 +18,7 @@ from lisa_lightning.method.lisa import Lisa
 from lisa_lightning.method.sft import SFT
 from lisa_lightning.model.factors import trainable
 from lisa_lightning.model.full import load_trainable, save_full
+from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.objective.loss import completion_loss
 from lisa_lightning.trainer.module import LisaModule
 
@@ -76,14 +77,27 @@ def test_lisa_on_all_weights_is_the_plain_loop_with_its_penalty(train: Train, ti
     assert largest_difference(module, without) > 1e-4
 
 
-def test_every_weight_is_trained_once_in_float32_and_tied_ones_stay_one(train: Train, tiny: Path) -> None:
+def test_every_weight_is_trained_in_float32(train: Train, tiny: Path) -> None:
     module, fresh = train(SFT(), full=True), load_trainable(tiny, "sdpa")
     assert all(m.training for m in fresh.modules())
     assert {w.dtype for w in trainable(fresh).values()} == {torch.float32}
-    assert module.net.lm_head.weight is module.net.model.embed_tokens.weight
-    assert "lm_head.weight" not in weights(module)
+    assert weights(module).keys() == dict(AutoModelForCausalLM.from_pretrained(tiny).named_parameters()).keys()
     for name, old in fresh.named_parameters():
         assert not torch.equal(old, weights(module)[name]), name
+
+
+def test_tied_embeddings_train_and_are_saved_as_one(tiny: Path, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "tied")
+    net: Any = load_trainable(tmp_path / "tied", "sdpa")
+    backprop = Backprop(net, lambda *_: iter(()))
+    assert "lm_head.weight" not in backprop.names
+    backprop.set_weights([w.detach() + 1 for w in backprop.weights])
+    save_full(net, "float32", tmp_path / "tied", tmp_path / "saved")
+    saved: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert saved.lm_head.weight is saved.model.embed_tokens.weight
+    assert torch.equal(saved.lm_head.weight, backprop.weights[0])
 
 
 @pytest.mark.parametrize("name", each(FULL, ("lisa", "sft")))
