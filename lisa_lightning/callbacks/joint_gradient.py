@@ -62,7 +62,7 @@ class JointGradient(Callback):
             for state, (packs, tokens) in self.packs.items():
                 total = 0.0
                 for pack in packs:  # one at a time, as in training: all of them together may not fit into memory
-                    loss = completion_loss(module.net.get_base_model(), [pack]) / tokens
+                    loss = completion_loss(module.backprop.model, [pack]) / tokens
                     total += loss.item()
                     for sum_, gradient in zip(joint, module.backprop.differentiate(loss, module.weights), strict=True):
                         sum_.add_(gradient)

@@ -48,12 +48,24 @@ def prepare_arguments(arguments: Sequence[str]) -> list[str]:
         arguments: overrides and flags of the command.
 
     Raises:
-        UserError: if an argument can't be parsed; a config group is null or a number; a URL contains a password.
+        UserError: if an argument can't be parsed; a config group is null or a number; a URL contains a password;
+            `lora=null` comes with keys of an adapter.
     """
+    _refuse_keys_of_no_adapter([arguments[i] for i in override_indices(arguments)])
     parser = OverridesParser.create()
     indices = set(override_indices(arguments))
     prepared = [_prepare(parser, argument) if i in indices else argument for i, argument in enumerate(arguments)]
     return [f"++{argument}" if NAMED_SETS.match(argument) else argument for argument in prepared]
+
+
+def _refuse_keys_of_no_adapter(overrides: Sequence[str]) -> None:
+    """Raise UserError for `lora=null` next to `lora.KEY=VALUE`, one of which Hydra would drop."""
+    keys = [override for override in overrides if override.startswith("lora.")]
+    if "lora=null" in overrides and keys:
+        raise UserError(
+            f"lora=null {printable(keys[0])[:80]}: the first trains all weights, and the second is of an adapter. "
+            "Fix: leave one of them out"
+        )
 
 
 def override_indices(arguments: Sequence[str]) -> Iterator[int]:

@@ -89,6 +89,8 @@ def _unknown_key(cause: ConfigKeyError | ConfigAttributeError) -> str:
         return f"{key}: {trainer_alternative(name)}"
     names = sorted(_config_keys(root)) if isinstance(root, DictConfig) else []
     group = key.rpartition(".")[0]
+    if group == "lora" and isinstance(root, DictConfig) and OmegaConf.select(root, "lora", default="absent") is None:
+        return f"{key}: lora=null, which trains all weights, has no keys. Fix: leave {key} or lora=null out"
     if group in ("method", "align.method", "repair", "curate", "attack"):
         # The keys of these sections are those of the chosen class.
         class_keys = [n for n in names if n.startswith(f"{group}.") and not n.endswith("_target_")]

@@ -9,6 +9,7 @@ from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.runtime.errors import UserError
 
 Requirement = Literal[
+    "adapter",
     "defender_rows",
     "alignment_update",
     "alignment_adapter",
@@ -18,6 +19,7 @@ Requirement = Literal[
 ]
 """Requirement of a defense on the config:
 
+- adapter: a LoRA adapter to train, `lora` that is not null
 - defender_rows: the provider's harmful rows, `source.defender`
 - alignment_update: the update that the stage align makes to the model
 - alignment_adapter: that update as an adapter, which has low rank
@@ -85,6 +87,8 @@ def check_requirements(
             "model.adapters=continued: continues the adapter of stage align, which does not run. "
             "Fix: run stage align (not align=none), or set model.adapters=stacked for a fresh adapter"
         )
+    if settings.lora is None:
+        _require_adapter(defenses, choices)
     if settings.adapter is not None:
         _check_alignment_update(defenses, choices, settings.aligned)
     defender = settings.source["defender"]
@@ -115,6 +119,21 @@ def check_requirements(
         if "single_micro_batch" in defense.requirements:
             key, optim = ("align.optim", settings.align.optim) if group == "align" else ("optim", settings.optim)
             _require_single_micro_batch(choice, defense, key, optim, processes)
+
+
+def _require_adapter(defenses: Mapping[str, Defense], choices: Mapping[str, str]) -> None:
+    """Raise UserError if a defense needs the adapter of fine-tuning, which full-parameter fine-tuning does not have."""
+    method = defenses.get("method")
+    if method is not None and "adapter" in method.requirements:
+        raise UserError(
+            f"method={choices['method']}: works on the factors of a LoRA adapter, and lora=null trains all weights. "
+            "Fix: leave lora=null out, or choose a method for any weights, as sft, lisa, ewc, kl or vlguard"
+        )
+    if "repair" in defenses:
+        raise UserError(
+            f"repair={choices['repair']}: repairs a LoRA adapter, and lora=null trains all weights. "
+            "Fix: leave lora=null out, or repair=none"
+        )
 
 
 def _check_alignment_update(defenses: Mapping[str, Defense], choices: Mapping[str, str], aligned: str | None) -> None:

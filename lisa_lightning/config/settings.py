@@ -339,11 +339,22 @@ class RowSet:
 
 @dataclass(frozen=True, config=STRICT)
 class AdapterTraining:
-    """Training of an adapter: the keys of section `align` besides its method, and those of fine-tuning."""
+    """Training of an adapter: the keys of section `align` besides its method, and those of a reference adapter."""
 
     seed: Seed
     """Seed of the initial adapter, the order of the rows, and dropout."""
     lora: Lora
+    optim: Optim
+
+
+@dataclass(frozen=True, config=STRICT)
+class FineTuning:
+    """Training of the stage finetune."""
+
+    seed: Seed
+    """Seed of the initial adapter, the order of the rows, and dropout."""
+    lora: Lora | None
+    """The adapter; None trains all weights."""
     optim: Optim
 
 
@@ -381,7 +392,8 @@ class RunSettings:
     """Folder of finished stages, verdicts and converted models. The variable LISA_CACHE changes the default."""
     data: Data
     model: ModelSettings
-    lora: Lora
+    lora: Lora | None
+    """The adapter of fine-tuning; null trains all weights."""
     optim: Optim
     align: AdapterTraining
     reference: Reference | None
@@ -395,9 +407,9 @@ class RunSettings:
     trainer: TrainerSettings
 
     @property
-    def finetune(self) -> AdapterTraining:
-        """The training of the fine-tuning adapter."""
-        return AdapterTraining(self.seed, self.lora, self.optim)
+    def finetune(self) -> FineTuning:
+        """The training of the stage finetune."""
+        return FineTuning(self.seed, self.lora, self.optim)
 
 
 OPTIMS: Final = ("optim", "align.optim", "repair.reference.sft.optim", "repair.reference.dpo.optim")

@@ -24,6 +24,7 @@ START: Final = """\
 
 - `KEY=VALUE` overrides a key, such as `optim.lr=1e-4`; `GROUP=NAME` chooses a file of `conf/GROUP/`.
 - A default is the value in `conf/`. `???` has to be set; `${KEY}` is the value of another key.
+- `lora=null` replaces section `lora`: fine-tuning then trains [all weights](running.md#full-parameter-fine-tuning).
 - Where sections share a table, a section without a value takes over that of another.
 - `conf/` documents keys without a table: those of `task`, `logger`, `callbacks` and `judge.linear.rows`.
 - `filter=NAME` has the keys of `judge=NAME`, as `filter.NAME.KEY`.

@@ -79,7 +79,10 @@ def _missing_keys(cfg: DictConfig) -> list[str]:
 
 def _check_sections(cfg: DictConfig) -> None:
     """Raise UserError if a required section or key was deleted, or a section is not a mapping."""
+    _check_lora(cfg)
     required = [key for key in RULES if not OPTIONAL_KEYS.fullmatch(key)]
+    if cfg.lora is None:
+        required = [key for key in required if not key.startswith("lora.")]
     sections = {key.rpartition(".")[0] for key in required} | {"source", *GROUPS_WITH_NONE}
     for section in [*sorted(sections - {""}), *(f"source.{name}" for name in SETS)]:
         value = _value(cfg, section)
@@ -93,6 +96,16 @@ def _check_sections(cfg: DictConfig) -> None:
     for key in required:
         if _value(cfg, key) == "absent":
             raise UserError(f"{key} was deleted, and every run needs it. Fix: leave out ~{key}")
+
+
+def _check_lora(cfg: DictConfig) -> None:
+    """Raise UserError if section `lora` is neither a mapping nor null, which trains all weights."""
+    lora = _value(cfg, "lora")
+    if lora is not None and not isinstance(lora, DictConfig):
+        start = "lora was deleted" if lora == "absent" else f"lora={quoted(lora)} is not allowed"
+        raise UserError(
+            f"{start}; it must be a mapping, or null for full-parameter fine-tuning. Fix: lora.KEY=VALUE, or lora=null"
+        )
 
 
 def _is_named(cfg: DictConfig, name: str) -> bool:
@@ -124,7 +137,7 @@ def _is_referenced(key: str, references: Set[str]) -> bool:
 
 def _is_read(cfg: DictConfig, key: str) -> bool:
     """Return whether a run reads a key. Arguments of a class count as read; `instances` checks them."""
-    if key in CLASS_SECTIONS or UNCHECKED_KEYS.fullmatch(key):
+    if key in CLASS_SECTIONS or UNCHECKED_KEYS.fullmatch(key) or (key == "lora" and cfg.lora is None):
         return True
     if REFERENCE_KEYS.match(key):
         phase = "sft" if key.startswith("repair.reference.sft.") else "dpo"
@@ -186,6 +199,8 @@ def _check_combinations(cfg: DictConfig) -> None:
     if cfg.responses is not None and list(cfg.stages) != ["judge"]:
         raise UserError(f"responses={cfg.responses} is judged by stages=[judge] alone; stages={quoted(cfg.stages)}")
     _check_adapter(cfg)
+    if cfg.lora is None:
+        _check_full_training(cfg)
     if "judge" in cfg.stages and "evaluate" not in cfg.stages and len(cfg.stages) > 1:
         raise UserError(f"stages={quoted(cfg.stages)}: judge needs evaluate's answers; alone it judges stored ones")
     if cfg.evaluate.gradient_rows and not cfg.evaluate.every:
@@ -261,6 +276,27 @@ def _check_adapter(cfg: DictConfig) -> None:
             f"stages={quoted(cfg.stages)}: adapter={quoted(cfg.adapter)} is trained already, so that "
             f"{' and '.join(stage for stage in STAGES if stage in training)} can't run. Fix: stages=[{others}], or "
             "leave adapter out"
+        )
+
+
+def _check_full_training(cfg: DictConfig) -> None:
+    """Raise UserError if keys contradict `lora=null`."""
+    if cfg.adapter is not None:
+        raise UserError(
+            f"lora=null: adapter={quoted(cfg.adapter)} is an adapter, and nothing is fine-tuned. Fix: leave lora out, "
+            "or leave adapter out"
+        )
+    if "finetune" not in cfg.stages:
+        return
+    if cfg.model.quantize is not None:
+        raise UserError(
+            f"lora=null: weights that are quantized (model.quantize={cfg.model.quantize}) can't be trained. "
+            "Fix: model.quantize=null, or leave lora out"
+        )
+    if cfg.model.adapters == "continued":
+        raise UserError(
+            "lora=null: model.adapters=continued trains the adapter of stage align further, and lora=null none. "
+            "Fix: model.adapters=stacked, or leave lora out"
         )
 
 

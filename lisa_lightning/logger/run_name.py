@@ -30,6 +30,8 @@ class RunName:
     """Chosen attack; None without one."""
     filter: str | None = None
     """Chosen filter of the user's rows; None without one, or if nothing is fine-tuned."""
+    is_full: bool = False
+    """True if fine-tuning trains all weights instead of an adapter."""
 
     @property
     def evaluates_final(self) -> bool:
@@ -64,7 +66,7 @@ class RunName:
     @property
     def _defense_heading(self) -> str:
         if self.finetunes:
-            return f"{' + '.join(self._defense_parts)} on {self.task}"
+            return f"{' + '.join(self._defense_parts)} on {self.task}{' (full-parameter)' if self.is_full else ''}"
         defenses = " + ".join(self.defenses.values())
         if self.adapter is not None:
             return f"{self.adapter} repaired by {defenses}" if defenses else f"{self.adapter} as it is"
@@ -88,6 +90,7 @@ def build_run_name(config: Mapping[str, Any], choices: Mapping[str, str]) -> Run
         None if adapter is None else _last_parts(str(adapter)),
         _choice("attack", config, choices),
         _choice("filter", config, choices) if "method" in defenses else None,
+        "method" in defenses and config.get("lora", "absent") is None,
     )
 
 

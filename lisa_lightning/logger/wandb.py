@@ -154,13 +154,14 @@ def wandb_init(cfg: dict[str, Any], choices: dict[str, str], name: str | None = 
     job_type = "-".join(run_name.parts)
     experiment = choices.get("experiment", "None")
     group = run_name.parts[0] if not run_name.finetunes else experiment if experiment != "None" else "run"
+    full = ["full-parameter"] if run_name.is_full else []
     variant = f"p{cfg['harmful_ratio']}" if run_name.finetunes else run_name.model
     return {
         "project": cfg["wandb"]["project"],
         "group": _shorten(cfg["wandb"]["group"] or group),
         "job_type": job_type,
         "name": _shorten(name or f"{job_type}-{variant}-seed{cfg['seed']}"),
-        "tags": [*run_name.parts, run_name.task, run_name.model[:MAX_TAG_CHARS], *cfg["wandb"]["tags"]],
+        "tags": [*run_name.parts, *full, run_name.task, run_name.model[:MAX_TAG_CHARS], *cfg["wandb"]["tags"]],
         "config": cfg | {"choices": choices},
     }
 

@@ -36,8 +36,8 @@ class AsFT(Method):
 
     @property
     def requirements(self) -> frozenset[Requirement]:
-        """The change of the weights at alignment."""
-        return frozenset({"alignment_update"})
+        """Factors B A, and the change of the weights at alignment."""
+        return frozenset({"adapter", "alignment_update"})
 
     def init(self, backprop: Backprop) -> State:
         """Return the state. Raises UserError if alignment changed none of the adapted layers."""

@@ -106,14 +106,15 @@ class Method:
         return StepOutput(*backprop.gradient(step.main))
 
     def finish(self, factors: Factors, state: State) -> Factors:
-        """Return the adapter to save after the last step.
+        """Return the adapter, or with `lora=null` the weights, to save after the last step.
 
         Args:
-            factors: the trained adapter. It must be unchanged afterwards.
+            factors: the trained weights. They must be unchanged afterwards.
             state: the state after the last step.
 
         Returns:
-            `factors` itself, or other ones with the same alpha/r. Their rank and modules may differ.
+            `factors` itself, or other ones. Those of an adapter have the same alpha/r; rank and modules may differ. A
+            method with an adapter of another shape declares the requirement `adapter`.
         """
         return factors
 

@@ -25,7 +25,7 @@ class KL(Method):
     """Add beta * KL(pi_0 || pi) to the loss (a baseline in the code of Huang et al., NeurIPS 2024, Vaccine).
 
     pi_0 is the model at the start. Two forward passes and one backward. There is no second copy of the model, since
-    pi_0 differs in the adapter only. Memory: the logits of both models at the compared positions.
+    pi_0 differs in the trained weights only. Memory: the logits of both models at the compared positions.
 
     The official code, as `over: positions`:
         - The softmax is over the positions of a row, for each entry of the vocabulary. `over: vocabulary` mends this

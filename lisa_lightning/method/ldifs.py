@@ -24,8 +24,8 @@ class LDIFS(Method):
     """Add sum_l rho/2 * ||MLP_l(x; w) - MLP_l(x; w0)||^2 to the loss (Mukhoti et al., 2024, as in Booster's code).
 
     The sum, not the mean, is over the positions of all rows up to their last predictor; w0 are the weights at the
-    start. Two forward passes and one backward. There is no second copy of the model, since w0 differs in the adapter
-    only.
+    start. Two forward passes and one backward. There is no second copy of the model, since w0 differs in the trained
+    weights only.
 
     Departures of the official code, each an option:
         - `drop_threshold`: a layer's term is dropped for a step if it is 0.1 or more. This guard against NaN turns the

@@ -74,7 +74,7 @@ class SaLoRA(Method):
     @property
     def requirements(self) -> frozenset[Requirement]:
         """A separate adapter, since it gets other values at the start, and no reference of the rank before."""
-        return frozenset({"stacked_adapters", "repair_without_reference"})
+        return frozenset({"adapter", "stacked_adapters", "repair_without_reference"})
 
     def init(self, backprop: Backprop) -> State:
         """Return the state before the start.

@@ -21,15 +21,16 @@ OFFICIAL_END: Final = 15
 class SPPFT(Method):
     """Fine-tune all layers but the safety layers, begin < layer < end (Li et al., ICLR 2025). Layers count from 0.
 
-    Adapters in the safety layers get no gradient. AdamW neither moves nor decays them, and they have no share in the
+    Weights in the safety layers get no gradient. AdamW neither moves nor decays them, and they have no share in the
     clipped norm. They still add their part to the forward pass. One forward and one backward pass a step; the backward
-    pass computes no gradient of frozen adapters. The memory is no more than SFT's.
+    pass computes no gradient of frozen weights. The memory is no more than SFT's.
 
     The safety layers of a model must be located first, which the paper does by scaling layers. By default they are
     those of the official script, at the same relative depth: layers 5 to 14 of 32, and 5 to 13 of 30.
 
     Departures from the official code:
-        - Only adapters train. The official code trains all other weights, also the norms of the safety layers.
+        - Norms of the safety layers are frozen too. The official code trains them, and all weights of other layers, as
+          `lora=null` does here.
         - The loss is on answers. The official code has it on prompts too.
         - Layers are found by structure, under any name. The official code looks for parameters named model.layers.N.
         - A range without a layer is rejected. The official code freezes nothing then, without a message.
@@ -45,7 +46,7 @@ class SPPFT(Method):
         """Return the state.
 
         Raises:
-            UserError: if the range contains no layer of the model, or the adapters are all in it or all outside.
+            UserError: if the range contains no layer of the model, or the weights are all in it or all outside.
         """
         trains = self._trains(backprop)
         if all(trains) or not any(trains):
@@ -58,7 +59,7 @@ class SPPFT(Method):
         return super().init(backprop)
 
     def gradient(self, backprop: Backprop, step: Step, state: State) -> StepOutput:
-        """Return the gradient of the loss; None for the adapters of frozen layers."""
+        """Return the gradient of the loss; None for the weights of frozen layers."""
         trains = self._trains(backprop)
         weights = [w for w, is_trained in zip(backprop.weights, trains, strict=True) if is_trained]
         loss, gradients = backprop.gradient(step.main, weights=weights)

@@ -1,7 +1,7 @@
 """LoRA factors of a model: `modules` returns their names, `trainable` the weights, `stack` the sum of two adapters."""
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -70,6 +70,11 @@ def _zeros_like(factor: Tensor, axis: int, rank: int) -> Tensor:
 
 def _rank(factors: Factors) -> int:
     return next((len(factors[a]) for a, _ in modules(factors).values()), 0)
+
+
+def causal_model(net: Any) -> Any:
+    """Return the causal language model of transformers in a `PeftModel`, or `net` itself if it has no adapter."""
+    return net.get_base_model() if hasattr(net, "get_base_model") else net
 
 
 def trainable(net: torch.nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from lisa_lightning.data.interleave import Batch
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.factors import trainable
+from lisa_lightning.model.factors import causal_model, trainable
 from lisa_lightning.model.hooks import (
     attention_blocks,
     decoder_layers,
@@ -62,7 +62,7 @@ class Backprop:
     Every pass of a step draws the same dropout masks, so that what one pass computes is valid for the next.
 
     Args:
-        net: a model with trainable weights (a `PeftModel`).
+        net: a model with trainable weights: a `PeftModel`, or a model of transformers.
         iter_stream: yields every row of a stream.
         deltas: returns what alignment changed in each linear layer, by its name in the model.
         loss_scale: factor of the losses in float16; None for other precisions.
@@ -76,7 +76,7 @@ class Backprop:
         loss_scale: LossScale | None = None,
     ) -> None:
         self.net = net
-        self.model: Any = net.get_base_model()
+        self.model: Any = causal_model(net)
         self.weights: list[Tensor] = list(trainable(net).values())
         self.names: list[str] = list(trainable(net))
         self._iter_stream = iter_stream

@@ -1,6 +1,6 @@
 """The proximal term rho/2 * ||w - anchor||^2 over a list of tensors, and its gradient."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,10 +32,11 @@ def add_gradient(
     The result equals the gradient of the penalty as a term of the loss, at the cost of one pass over the weights. Call
     it after the last backward pass and before clipping.
     """
-    differences = _differences(weights, anchor)
-    for gradient, difference in zip(gradients, differences, strict=True):
+    squares = []
+    for gradient, difference in zip(gradients, _differences(weights, anchor), strict=True):
         gradient.add_(difference, alpha=rho)
-    return torch.stack([d.square().sum() for d in differences]).sum() * (rho / 2)
+        squares.append(difference.square().sum())
+    return torch.stack(squares).sum() * (rho / 2)
 
 
 def proximal_gradient(backprop: Backprop, step: Step, anchor: Sequence[Tensor], rho: float, start: float) -> StepOutput:
@@ -54,5 +55,7 @@ def proximal_gradient(backprop: Backprop, step: Step, anchor: Sequence[Tensor], 
     return StepOutput(loss, gradients, {"proximal/penalty": penalty})
 
 
-def _differences(weights: Sequence[Tensor], anchor: Sequence[Tensor]) -> list[Tensor]:
-    return [weight.detach().float() - start for weight, start in zip(weights, anchor, strict=True)]
+def _differences(weights: Sequence[Tensor], anchor: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield w - anchor of each tensor. All of them together would be a copy of a model."""
+    for weight, start in zip(weights, anchor, strict=True):
+        yield weight.detach().float() - start

@@ -1,6 +1,6 @@
-"""The adapter in a run's folder: `complete_adapter` makes it portable, `read_adapter` reads a foreign one as data.
+"""The adapter or model in a run's folder: `complete_result` makes it portable, `read_adapter` and `read_model` read it.
 
-A run's folder may come from another person, so that its adapter is read as data.
+A run's folder may come from another person, so that it is read as data.
 """
 
 import json
@@ -15,22 +15,22 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from lisa_lightning.model.base_model import ADAPTER_CONFIG, locate_weights, wheel_license
 from lisa_lightning.model.lora import DEFAULT_CACHE, load_tokenizer
 from lisa_lightning.model.lora_folder import WEIGHTS, LoraAdapter, read_lora
-from lisa_lightning.report.model_card import CARD, read_terms, write_adapter_card
+from lisa_lightning.report.model_card import CARD, read_terms, write_card
 from lisa_lightning.runtime.cache import RECORD, cache_folder, short_hash
 from lisa_lightning.runtime.errors import UserError, printable
 from lisa_lightning.runtime.files import read_json, write_text
 from lisa_lightning.runtime.integrity import find_damage, fingerprint, visible_files
-from lisa_lightning.runtime.run_files import ADAPTER, SEAL
+from lisa_lightning.runtime.run_files import ADAPTER, MODEL, SEAL, result_folder
 
 FIX: Final = "repeat the run's command with resume=true, which makes it again"
 CACHED_MODELS: Final = ("align", "aligned", "models")
 """Folders of a cache that hold whole models."""
 
 
-def complete_adapter(run: Path, base: Path, model_id: str | None) -> None:
-    """Add the tokenizer, a model card and a seal to the adapter in a run's folder.
+def complete_result(run: Path, base: Path, model_id: str | None) -> None:
+    """Add the tokenizer, a model card and a seal to the adapter or the fully fine-tuned model in a run's folder.
 
-    The card gets its scores later, by `write_adapter_card`.
+    The card gets its scores later, by `write_card`.
 
     Args:
         run: folder of the run, with config.yaml and choices.json.
@@ -40,11 +40,12 @@ def complete_adapter(run: Path, base: Path, model_id: str | None) -> None:
     Raises:
         UserError: if a file can't be written.
     """
-    adapter = run / ADAPTER
+    folder = result_folder(run)
+    assert folder is not None
     # The run's own tokenizer would save the padding of its last batch.
-    load_tokenizer(base).save_pretrained(adapter)
-    write_adapter_card(run, {}, _base_terms(base, model_id))
-    write_text(adapter / SEAL, json.dumps(fingerprint(adapter, _sealed(adapter)), indent=1))
+    load_tokenizer(base).save_pretrained(folder)
+    write_card(run, {}, _base_terms(base, model_id))
+    write_text(folder / SEAL, json.dumps(fingerprint(folder, _sealed(folder)), indent=1))
 
 
 def _base_terms(base: Path, model_id: str | None) -> dict[str, str]:
@@ -56,9 +57,9 @@ def _base_terms(base: Path, model_id: str | None) -> dict[str, str]:
     return terms | ({"base_model_revision": base.name} if base.parent.name == "snapshots" else {})
 
 
-def _sealed(adapter: Path) -> list[str]:
-    """Return the files of an adapter that stay unchanged when its run is judged again."""
-    return [name for name in visible_files(adapter) if name not in (CARD, SEAL)]
+def _sealed(folder: Path) -> list[str]:
+    """Return the files of an adapter or a model that stay unchanged when its run is judged again."""
+    return [name for name in visible_files(folder) if name not in (CARD, SEAL)]
 
 
 def read_adapter(run: Path) -> LoraAdapter:
@@ -73,10 +74,28 @@ def read_adapter(run: Path) -> LoraAdapter:
         raise UserError(
             f"{run} has no adapter with {ADAPTER_CONFIG} and {WEIGHTS}. Fix: name a run with stage finetune"
         )
+    _refuse_changed(folder)
+    return read_lora(folder, f"The adapter in {folder}", FIX)
+
+
+def read_model(run: Path) -> Path:
+    """Return the folder of a run's fully fine-tuned model.
+
+    Raises:
+        UserError: if there is none, it is incomplete, or a file has changed since the run.
+    """
+    folder = run / MODEL
+    if not folder.is_dir() or any(path.is_symlink() for path in (folder, *folder.rglob("*"))):
+        raise UserError(f"{run} has no model of full-parameter fine-tuning, or a link in it. Fix: {FIX}")
+    _refuse_changed(folder)
+    return locate_weights(f"The model in {folder}", str(folder), None)[0]
+
+
+def _refuse_changed(folder: Path) -> None:
+    """Raise UserError if a file of an adapter or a model differs from its seal."""
     recorded = read_json(folder / SEAL, FIX)
     if recorded and (damage := find_damage(folder, recorded, _sealed(folder))):
         raise UserError(f"{folder}: {damage} since the run. Fix: restore the file, or {FIX}")
-    return read_lora(folder, f"The adapter in {folder}", FIX)
 
 
 def locate_base(run: Path, config: Mapping[str, Any], adapter: LoraAdapter) -> Path:

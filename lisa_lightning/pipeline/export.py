@@ -3,25 +3,26 @@
 import logging
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lisa_lightning.model.full import save_full
 from lisa_lightning.model.lora import DTYPES, load, load_tokenizer, save_merged
 from lisa_lightning.model.lora_folder import attach_adapter
-from lisa_lightning.pipeline.adapter_folder import locate_base, read_adapter
+from lisa_lightning.pipeline.adapter_folder import locate_base, read_adapter, read_model
 from lisa_lightning.report.model_card import CARD, merged_card
 from lisa_lightning.runtime.errors import UserError, printable
 from lisa_lightning.runtime.files import apply_umask, disk_error, flush, reraise_write_errors, write_text
-from lisa_lightning.runtime.run_files import CONFIG, is_complete, read_config, read_metrics, refuse_changed
+from lisa_lightning.runtime.run_files import CONFIG, MODEL, is_complete, read_config, read_metrics, refuse_changed
 from lisa_lightning.runtime.upload import refuse_upload, upload
 
 log = logging.getLogger(__name__)
 
 
 def export(run: str | Path, out: str | Path, push_to_hub: str | None = None) -> Path:
-    """Merge the adapter of a finished run into its model, and write a self-contained model.
+    """Write the model of a finished run as a self-contained one. Its adapter, if it has one, is merged.
 
     The folder receives safetensors weights in the run's data type, configs, the tokenizer and a model card. Weights are
     merged on the CPU and without quantization. The folder is either complete or absent.
@@ -46,19 +47,36 @@ def export(run: str | Path, out: str | Path, push_to_hub: str | None = None) -> 
         refuse_upload(push_to_hub)
     config, metrics = _read_finished(run)
     _refuse_occupied(out)
+    save = _full_model(run, config) if (run / MODEL).exists() else _merged_model(run, config)
+    with _new_folder(out) as part:
+        save(part)
+        write_text(part / CARD, merged_card(run, metrics))
+    log.info("%s holds the model, its tokenizer and its card.", out)
+    if push_to_hub is not None:
+        log.info("Uploaded: %s", upload(out, push_to_hub))
+    return out
+
+
+def _merged_model(run: Path, config: Mapping[str, Any]) -> Callable[[Path], None]:
+    """Return a function that saves the model of a run, in which its adapter is merged."""
     adapter = read_adapter(run)
     base = locate_base(run, config, adapter)
     log.info("Merging %s into %s", adapter.folder, base)
     tokenizer = load_tokenizer(base)
     # Attention does not matter here, and every model has the eager one.
     net = attach_adapter(load(base, _dtype(run, config), "eager"), adapter)
-    with _new_folder(out) as part:
-        save_merged(net, tokenizer, part)
-        write_text(part / CARD, merged_card(run, metrics))
-    log.info("%s holds the model, its tokenizer and its card.", out)
-    if push_to_hub is not None:
-        log.info("Uploaded: %s", upload(out, push_to_hub))
-    return out
+    return lambda out: save_merged(net, tokenizer, out)
+
+
+def _full_model(run: Path, config: Mapping[str, Any]) -> Callable[[Path], None]:
+    """Return a function that saves the fully fine-tuned model of a run.
+
+    The model is loaded and saved rather than copied, so that nothing else in a foreign folder gets into the export.
+    """
+    folder, dtype = read_model(run), _dtype(run, config)
+    log.info("Exporting %s", folder)
+    model = load(folder, dtype, "eager")
+    return lambda out: save_full(model, dtype, folder, out)
 
 
 def _read_finished(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:

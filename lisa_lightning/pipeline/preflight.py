@@ -194,7 +194,10 @@ def _try_defenses(base: Path, settings: RunSettings, defenses: Defenses) -> None
     if defenses.method is not None:
         continued = defenses.align is not None and settings.model.adapters == "continued"
         lora, key = (settings.align.lora, "align.lora") if continued else (settings.lora, "lora")
-        net = _meta_peft_model(base, settings, lora, key)
+        if lora is None:
+            net = _meta_model(base, settings).requires_grad_(True)
+        else:
+            net = _meta_peft_model(base, settings, lora, key)
         _init_method(defenses.method, net, deltas)
         if defenses.repair is not None:
             defenses.repair.check(net, deltas)
@@ -243,5 +246,5 @@ def _meta_peft_model(base: Path, settings: RunSettings, lora: Lora, key: str) ->
     return net
 
 
-def _init_method(method: Method, net: PeftModel, deltas: dict[str, Delta]) -> None:
+def _init_method(method: Method, net: Any, deltas: dict[str, Delta]) -> None:
     method.init(Backprop(net, lambda *_: iter(()), lambda: deltas))

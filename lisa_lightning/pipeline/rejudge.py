@@ -21,7 +21,7 @@ from lisa_lightning.logger.curves import read_rows
 from lisa_lightning.pipeline.request import Request
 from lisa_lightning.pipeline.run_folder import Results, write_page
 from lisa_lightning.pipeline.stages.judge import judge
-from lisa_lightning.report.model_card import write_adapter_card
+from lisa_lightning.report.model_card import write_card
 from lisa_lightning.report.terminal import print_summary
 from lisa_lightning.runtime.cache import cache_folder
 from lisa_lightning.runtime.errors import UserError
@@ -83,7 +83,7 @@ def rejudge(request: Request, judges: Judges) -> Metrics:
     if task is not None:
         assert config is not None
         write_page(config, out, Results(metrics, scores, answers, judgment.judged), curves, choices, task)
-        write_adapter_card(out, metrics)
+        write_card(out, metrics)
     seal(out)
     print_summary(out, metrics, scores, None, None)
     return metrics

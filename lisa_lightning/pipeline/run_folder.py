@@ -18,7 +18,7 @@ from lisa_lightning.evaluation.scores import Metrics, Score
 from lisa_lightning.logger.curves import CurveRow
 from lisa_lightning.logger.run_loggers import RunLoggers
 from lisa_lightning.pipeline.request import Request
-from lisa_lightning.report.model_card import write_adapter_card
+from lisa_lightning.report.model_card import write_card
 from lisa_lightning.report.run_page import JudgedAnswer, sample_answers, write_run_page
 from lisa_lightning.report.terminal import print_summary
 from lisa_lightning.runtime.errors import UserError
@@ -89,11 +89,11 @@ def prepare_folder(request: Request) -> None:
 
 
 def write_report(request: Request, loggers: RunLoggers, results: Results, task: Task) -> None:
-    """Write report.html, the adapter's card, the W&B summary and metrics.json, and print a table of the scores."""
+    """Write report.html, the model card, the W&B summary and metrics.json, and print a table of the scores."""
     out, metrics = request.out, results.metrics
     samples = write_page(plain(request.cfg), out, results, loggers.curves.rows(), dict(request.choices), task)
     loggers.wandb.summarize(metrics, [asdict(sample.answer) | {"verdict": sample.verdict} for sample in samples])
-    write_adapter_card(out, metrics)
+    write_card(out, metrics)
     # Complete metrics mark the run as finished, so only the seal is written later.
     write_text(out / METRICS, json.dumps(metrics, indent=2))
     seal(out)

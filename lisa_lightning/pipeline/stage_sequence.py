@@ -1,5 +1,6 @@
 """The stages of a run in their order, from alignment rows to answers. Start at `run_stages`."""
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from lightning.fabric import Fabric
 
 from lisa_lightning.attack.base import Attack, RowSelector, WeightEdit
 from lisa_lightning.config.requirements import Defense
-from lisa_lightning.config.settings import RunSettings
+from lisa_lightning.config.settings import AdapterTraining, RunSettings
 from lisa_lightning.curate.base import Selector
 from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.mixing import UserRows, alignment_sample
@@ -33,7 +34,7 @@ from lisa_lightning.judge.base import Judge
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.lora import set_base_model_name
 from lisa_lightning.objective.loss_scale import LossScale
-from lisa_lightning.pipeline.adapter_folder import complete_adapter
+from lisa_lightning.pipeline.adapter_folder import complete_result
 from lisa_lightning.pipeline.stages.align import align
 from lisa_lightning.pipeline.stages.curate import curate
 from lisa_lightning.pipeline.stages.edit import edit
@@ -52,7 +53,7 @@ from lisa_lightning.pipeline.stages.token_kl import token_kl
 from lisa_lightning.pipeline.stages.train import AdapterTrainer
 from lisa_lightning.repair.base import Repair
 from lisa_lightning.runtime.files import reraise_write_errors, write_text
-from lisa_lightning.runtime.run_files import RESPONSES, TOKEN_KL
+from lisa_lightning.runtime.run_files import ADAPTER, MODEL, RESPONSES, TOKEN_KL
 from lisa_lightning.task.base import Scored, Task
 
 
@@ -174,10 +175,13 @@ def _repair_supplied(inputs: Inputs, tools: Tools, supplied: Supplied) -> StageR
 
 
 def _finish(inputs: Inputs, tools: Tools, final: Model, results: StageResults) -> StageResults:
-    """Copy the final adapter into the output folder, and return the results with its evaluation."""
+    """Put the final adapter or model into the output folder, and return the results with its evaluation."""
     if inputs.fabric.is_global_zero:
-        _copy_adapter(final, tools.out / "adapter")
-        complete_adapter(tools.out, tools.tokenizer_folder, inputs.settings.model.id)
+        if final.adapter is None:
+            _link_model(final.folder, tools.out / MODEL)
+        else:
+            _copy_adapter(final, tools.out / ADAPTER)
+        complete_result(tools.out, tools.tokenizer_folder, inputs.settings.model.id)
     if "evaluate" not in inputs.settings.stages:
         return results
     return _evaluate(inputs, tools, "final", final, results)
@@ -291,10 +295,11 @@ def _repair(inputs: Inputs, tools: Tools, aligned: Model, finetuned: Model, defe
     reference, reference_metrics = None, {}
     if methods is not None:
         assert settings.reference is not None
-        training = replace(settings.finetune, seed=settings.align.seed)
-        if inputs.supplied is not None:
-            # Repairs compare the reference with the adapter, factor by factor.
-            training = replace(training, lora=inputs.supplied.adapter.lora(settings.lora.dropout))
+        assert settings.lora is not None
+        # Repairs compare the reference with the adapter, factor by factor.
+        supplied, lora = inputs.supplied, settings.lora
+        lora = lora if supplied is None else supplied.adapter.lora(lora.dropout)
+        training = AdapterTraining(settings.align.seed, lora, settings.optim)
         reference, reference_metrics = reference_adapter(
             tools.cache,
             tools.models,
@@ -406,3 +411,28 @@ def _copy_adapter(model: Model, folder: Path) -> None:
         shutil.copytree(model.adapter, folder, dirs_exist_ok=True)
         # The cache may have been moved since the adapter was trained.
         set_base_model_name(folder, str(model.folder))
+
+
+def _link_model(model: Path, folder: Path) -> None:
+    """Link the weights of a fully fine-tuned model in the cache into the output folder, and copy its configs.
+
+    Weights are gigabytes. A link outlives the cache, and takes no space while both exist.
+    """
+    with reraise_write_errors(folder.parent):
+        folder.mkdir(exist_ok=True)
+        for file in (*model.glob("*.safetensors"), *model.glob("*config.json"), *model.glob("*.index.json")):
+            target = folder / file.name
+            target.unlink(missing_ok=True)
+            # Nothing but the weights is linked, since other files are written again.
+            if file.suffix == ".safetensors" and _try_link(file, target):
+                continue
+            shutil.copy2(file, target)
+
+
+def _try_link(file: Path, target: Path) -> bool:
+    """Link a file, and return whether the file system allows it."""
+    try:
+        os.link(file, target)
+    except OSError:
+        return False
+    return True

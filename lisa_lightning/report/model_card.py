@@ -1,4 +1,4 @@
-"""Model cards of a run's adapter and of its exported model. Start at `write_adapter_card` and `merged_card`.
+"""Model cards of a run's adapter or model, and of its exported model. Start at `write_card` and `merged_card`.
 
 A card is Markdown with the YAML front matter of the hub. Config, metrics and verdicts may come from a foreign folder.
 So every text is escaped before it enters the Markdown.
@@ -22,7 +22,7 @@ from lisa_lightning.logger.run_name import RunName, build_run_name
 from lisa_lightning.report.score_table import MODELS, SCORES, model_names, score_keys
 from lisa_lightning.runtime.errors import printable
 from lisa_lightning.runtime.files import read_text, write_text
-from lisa_lightning.runtime.run_files import ADAPTER, JUDGED, read_choices, read_config
+from lisa_lightning.runtime.run_files import JUDGED, read_choices, read_config, result_folder
 
 CARD: Final = "README.md"
 TERMS: Final = {
@@ -91,8 +91,8 @@ class _Run:
         return self.settings.get("model.adapters") == "stacked" and "align" in self.name.defenses
 
 
-def write_adapter_card(run: Path, metrics: Mapping[str, Any], terms: Mapping[str, str] | None = None) -> None:
-    """Write the card next to the adapter in a run's folder. Nothing is written if the run has no adapter.
+def write_card(run: Path, metrics: Mapping[str, Any], terms: Mapping[str, str] | None = None) -> None:
+    """Write the card next to the adapter or the fully fine-tuned model in a run's folder, if the run has one.
 
     Args:
         run: folder of the run, with config.yaml and choices.json.
@@ -102,15 +102,13 @@ def write_adapter_card(run: Path, metrics: Mapping[str, Any], terms: Mapping[str
     Raises:
         UserError: if a file of the run is damaged.
     """
-    adapter = run / ADAPTER
-    # In a foreign folder, a link could lead to any folder.
-    if adapter.is_dir() and not adapter.is_symlink():
-        facts = _read_run(run, metrics, read_terms(adapter) if terms is None else terms)
-        write_text(adapter / CARD, _card(facts, merged=False))
+    if (folder := result_folder(run)) is not None:
+        facts = _read_run(run, metrics, read_terms(folder) if terms is None else terms)
+        write_text(folder / CARD, _card(facts, merged=facts.name.is_full))
 
 
 def merged_card(run: Path, metrics: Mapping[str, Any]) -> str:
-    """Return the card of the model that results from merging the adapter of a run.
+    """Return the card of the exported model of a run.
 
     Args:
         run: folder of the run.
@@ -119,7 +117,8 @@ def merged_card(run: Path, metrics: Mapping[str, Any]) -> str:
     Raises:
         UserError: if a file of the run is damaged.
     """
-    return _card(_read_run(run, metrics, read_terms(run / ADAPTER)), merged=True)
+    folder = result_folder(run)
+    return _card(_read_run(run, metrics, {} if folder is None else read_terms(folder)), merged=True)
 
 
 def read_terms(folder: Path) -> dict[str, str]:
@@ -150,7 +149,7 @@ def _read_run(run: Path, metrics: Mapping[str, Any], terms: Mapping[str, str]) -
 
 
 def _card(run: _Run, merged: bool) -> str:
-    """Return the card of the merged model, or of the adapter."""
+    """Return the card of a whole model, or of the adapter."""
     sections = [
         f"# {escape(run.name.heading)}",
         _warning(run),
@@ -169,7 +168,7 @@ def _front_matter(run: _Run, merged: bool) -> ModelCardData:
         base_model=model_id if _is_hub_id(model_id) else None,
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
-        tags=["lisa-lightning", "lora", "safety", "harmful-fine-tuning"],
+        tags=["lisa-lightning", "full-parameter" if run.name.is_full else "lora", "safety", "harmful-fine-tuning"],
         model_name=printable(run.name.heading)[:MAX_CHARS],
         eval_results=list(_eval_results(run)) or None,
         **dict[str, Any](run.terms),
@@ -234,6 +233,8 @@ def _model_section(run: _Run, merged: bool) -> str:
 
 def _usage(run: _Run, merged: bool) -> str:
     """Return how the adapter of a training, or the model with it, is loaded."""
+    if run.name.is_full:
+        return f"Full-parameter fine-tuning trained all its weights. Plain transformers loads this folder:\n\n{LOADING}"
     if merged:
         origin = "the aligned model, which is the base model with the adapter of alignment" if run.is_stacked else "it"
         return f"The adapter of fine-tuning is merged into {origin}. Plain transformers loads this folder:\n\n{LOADING}"
@@ -279,7 +280,10 @@ def _recipe(run: _Run) -> Iterator[tuple[str, str]]:
         yield "Filter of user rows", f"{escape(run.name.filter)} ({_keys(run.settings, 'filter')})"
     yield "Harmful ratio", f"{escape(run.settings.get('harmful_ratio'))} of {escape(run.settings.get('data.n'))} rows"
     adapters = escape(run.settings.get("model.adapters"))
-    yield "Adapter", f"{adapters}; {_keys(run.settings, 'align.lora' if adapters == 'continued' else 'lora')}"
+    if run.name.is_full:
+        yield "Trained weights", "all (full-parameter fine-tuning)"
+    else:
+        yield "Adapter", f"{adapters}; {_keys(run.settings, 'align.lora' if adapters == 'continued' else 'lora')}"
     yield "Optimizer of fine-tuning", f"AdamW ({_keys(run.settings, 'optim')})"
     if "align" in defenses:
         yield "Optimizer of alignment", f"AdamW ({_keys(run.settings, 'align.optim')})"

@@ -262,6 +262,7 @@ def _facts(
         **_filter_facts(run_name, metrics),
         "adapter": settings.get("adapter"),
         "aligned": settings.get("aligned"),
+        "trained weights": "all (full-parameter)" if run_name.is_full else None,
         "harmful ratio": settings.get("harmful_ratio") if run_name.finetunes else None,
         "seed": metrics.get("seed", settings.get("seed")),
         "task": run_name.task,

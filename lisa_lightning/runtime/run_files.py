@@ -26,6 +26,8 @@ TOKEN_KL: Final = "token_kl.csv"
 FAILED: Final = "failed.json"
 ADAPTER: Final = "adapter"
 """Folder of the adapter, with a seal of its own."""
+MODEL: Final = "model"
+"""Folder of a fully fine-tuned model, with a seal of its own."""
 SEAL: Final = "checksums.json"
 SEALED: Final = (CONFIG, CHOICES, METRICS, CURVES, RESPONSES, JUDGED, TOKEN_KL)
 """Files whose size and hash SEAL records at the end of a run or a judging."""
@@ -96,6 +98,13 @@ def read_choices(folder: Path) -> dict[str, str]:
     if not all(isinstance(choice, str) for choice in choices.values()):
         raise UserError(f"{folder / CHOICES} is no mapping of config groups to names. Fix: {REPEAT_FIX}")
     return choices
+
+
+def result_folder(folder: Path) -> Path | None:
+    """Return the folder with a run's adapter or its fully fine-tuned model, None if there is neither."""
+    # In a foreign folder, a link could lead to any folder.
+    results = (folder / name for name in (MODEL, ADAPTER))
+    return next((result for result in results if result.is_dir() and not result.is_symlink()), None)
 
 
 def is_complete(metrics: Mapping[str, Any]) -> bool:

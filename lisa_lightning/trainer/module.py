@@ -1,4 +1,4 @@
-"""The LightningModule around a LoRA model: `LisaModule.training_step` is one optimizer step, optimized manually."""
+"""The LightningModule around a model: `LisaModule.training_step` is one optimizer step, optimized manually."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.method.base import Method, move_anchor
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.factors import Factors, trainable
+from lisa_lightning.model.factors import Factors, causal_model, trainable
 from lisa_lightning.model.lora import replace_adapter
 from lisa_lightning.objective.backprop import Backprop, IterStream, State, StepOutput
 from lisa_lightning.objective.loss import choose_packing
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class LisaModule(L.LightningModule):
-    """Trains the adapter of a model under a defense.
+    """Trains the adapter of a model, or all its weights, under a defense.
 
     One `training_step` is one optimizer step, so that `global_step` counts the paper's steps. The gradient comes from
     the method, clipping and the learning rate from `optim`. Use it with a `LisaDataModule`. Training ends after
@@ -39,7 +39,7 @@ class LisaModule(L.LightningModule):
     unchanged. It counts as a step all the same, so that schedule, learning rate and batches remain those of its index.
 
     Args:
-        model: a model with a trainable adapter (`PeftModel`).
+        model: a model with a trainable adapter (`PeftModel`), or one of transformers with trainable weights.
         method: the defense.
         optim: settings of the optimizer.
         seed: determines order of rows and dropout masks, together with step and rank.
@@ -60,7 +60,7 @@ class LisaModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        # A checkpoint holds the adapter only; on_load_checkpoint checks that it is complete.
+        # A checkpoint holds the trainable weights only; on_load_checkpoint checks that it is complete.
         self.strict_loading = False
         self.net = model
         self.method = method
@@ -84,7 +84,7 @@ class LisaModule(L.LightningModule):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, LisaDataModule):
             self.optim = self.optim.for_rows(datamodule.row_count, self.trainer.world_size)
-            packing = choose_packing(self.net.get_base_model(), datamodule.max_length)
+            packing = choose_packing(causal_model(self.net), datamodule.max_length)
             o = self.optim
             datamodule.connect(self.method, packing, o.total_steps, o.batch_size, o.accumulate, self.seed)
         self.backprop = self.make_backprop(getattr(datamodule, "iter_stream", _no_stream))
@@ -130,12 +130,12 @@ class LisaModule(L.LightningModule):
 
         if (scale := self.backprop.loss_scale) is not None:
             metrics["train/loss_scale"] = scale.value
+        for weight in self.weights:
+            # The gradients of the last step are as large as the weights. Without new ones, AdamW changes nothing.
+            weight.grad = None
         output = self.backprop.skip_on_overflow(lambda: self.method.gradient(self.backprop, batch, self.state))
         if output is None:
             metrics["train/skipped"] = 1.0
-            for weight in self.weights:
-                # AdamW changes neither the weight nor its moments then, and Lightning counts the step.
-                weight.grad = None
         else:
             self._set_gradients(output, step)
             metrics |= {"train/loss": output.loss, f"{batch.main.stream}/loss": output.loss}
@@ -161,11 +161,11 @@ class LisaModule(L.LightningModule):
         self._require_finite(norm.item(), "gradient norm", step)
 
     def finish(self) -> Any:
-        """Return the model with the adapter that the method saves. The module must not be trained afterwards."""
+        """Return the model with the weights that the method saves. The module must not be trained afterwards."""
         return replace_adapter(self.net, self.finished_factors())
 
     def finished_factors(self) -> Factors:
-        """Return the adapter that the method saves, on the device of the model."""
+        """Return the trainable weights that the method saves, on the device of the model."""
         factors = {name: weight.detach() for name, weight in trainable(self.net).items()}
         # After the last step Lightning moves the model to the CPU, and leaves the state on the device.
         device = next(iter(factors.values())).device
@@ -215,7 +215,7 @@ class LisaModule(L.LightningModule):
             checkpoint["loss_scale"] = self.backprop.loss_scale.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the adapter and the method's state.
+        """Restore the trainable weights and the method's state.
 
         Raises:
             UserError: if the checkpoint is of a run with another key.

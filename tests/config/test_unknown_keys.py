@@ -153,7 +153,7 @@ def test_a_deleted_key_is_named(config: Config, key: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", ["null", "5", "text"])
-@pytest.mark.parametrize("section", ["data", "optim", "lora", "align.optim", "source.train", "wandb"])
+@pytest.mark.parametrize("section", ["data", "optim", "align.lora", "align.optim", "source.train", "wandb"])
 def test_a_section_is_a_mapping(config: Config, section: str, value: str) -> None:
     message = refused(config("experiment=smoke", f"{section}={value}"))
     assert message.startswith(f"{section}=")

@@ -60,6 +60,7 @@ REFUSED = {
     "task.max_new_tokens=0": "task.max_new_tokens=0",
     "data.order=random": "it must be seeded or head",
     "lora.dropout=1": "lora.dropout=1",
+    "lora=5": "it must be a mapping, or null for full-parameter fine-tuning. Fix: lora.KEY=VALUE, or lora=null",
     "seed=-1": "seed=-1",
     "seed=true": "seed=True",
     "resume=yes_please": "it must be true or false",

@@ -236,7 +236,7 @@ FAULTS = [
     *faults(
         "pipeline/stage_sequence.py",
         "pipeline/test_supplied.py",
-        ("training = replace(training, lora=inputs.supplied.adapter.lora(settings.lora.dropout))", "pass"),
+        ("lora = lora if supplied is None else supplied.adapter.lora(lora.dropout)", "pass"),
     ),
     *faults(
         "config/requirements.py",
@@ -605,4 +605,36 @@ FAULTS = [
         "pipeline/test_environment.py::test_a_formula_is_text_in_a_spreadsheet",
         ('return f"\'{cell}"', "return cell"),
     ),
+    *faults(
+        "pipeline/stages/finetune.py",
+        "pipeline/test_full.py",
+        ("Model(folder) if lora is None", "aligned if lora is None"),
+        ("save_full(module.finish(), models.settings.dtype, aligned.folder, folder)", "pass"),
+    ),
+    *faults(
+        "pipeline/stage_sequence.py",
+        "pipeline/test_full.py",
+        ('if file.suffix == ".safetensors" and _try_link', "if _try_link"),
+        ("        os.link(file, target)\n", "        shutil.copy2(file, target)\n"),
+    ),
+    *faults(
+        "pipeline/adapter_folder.py",
+        "pipeline/test_full.py",
+        ('if not folder.is_dir() or any(path.is_symlink() for path in (folder, *folder.rglob("*"))):', "if False:"),
+        ("    _refuse_changed(folder)\n    return locate_weights", "    return locate_weights"),
+    ),
+    *faults("report/model_card.py", "pipeline/test_full.py", ('"full-parameter" if run.name.is_full else', "")),
+    *faults(
+        "config/requirements.py",
+        "pipeline/test_full.py",
+        ('"adapter" in method.requirements', "False"),
+        ('    if "repair" in defenses:\n', "    if False:\n"),
+    ),
+    *faults(
+        "config/validate.py",
+        "pipeline/test_full.py",
+        ("    if cfg.lora is None:\n        _check_full_training(cfg)\n", ""),
+        ('    if "finetune" not in cfg.stages:\n        return\n', ""),
+    ),
+    *faults("config/arguments.py", "pipeline/test_full.py", ('if "lora=null" in overrides and keys:', "if False:")),
 ]

@@ -46,6 +46,15 @@ FAULTS = [
         (" and step.index > start", ""),
     ),
     *faults(
+        "model/full.py",
+        "trainer/test_full.py",
+        ('load(folder, "float32", attention)', 'load(folder, "bfloat16", attention)'),
+        (".requires_grad_(True)", ""),
+        ("    model.train()\n", ""),
+        ("model.to(getattr(torch, dtype)).save_pretrained", "model.save_pretrained"),
+    ),
+    *faults("objective/proximal.py", "trainer/test_full.py", ("gradient.add_(difference, alpha=rho)", "pass")),
+    *faults(
         "method/base.py",
         "data/test_interleave.py trainer/test_laws.py golden/test_golden.py",
         ('return state | {"anchor": snapshot(weights)}', "return state"),

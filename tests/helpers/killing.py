@@ -123,6 +123,8 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
     The states of all methods pass through checkpoints in tests/method/test_laws.py.
     """
     from lisa_lightning.curate.seal import SEAL
+    from lisa_lightning.pipeline import stage_sequence
+    from lisa_lightning.pipeline.stages import finetune
     from lisa_lightning.repair import nlsr
     from lisa_lightning.trainer.module import LisaModule
 
@@ -143,6 +145,17 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
                 training(5, 3),
                 training(4, 3),
                 lambda: at_call(nlsr, "_replace", nth(1)),
+            ],
+        ),
+        "lisa on all weights": (
+            [
+                *("experiment=smoke", "stages=[align,finetune]", "lora=null", "align.optim.steps=2", "optim.steps=7"),
+                *("checkpoint.every=2", "evaluate.every=0", "method.alignment_steps=2", "method.user_steps=2"),
+            ],
+            [
+                training(7, 3),
+                lambda: at_call(finetune, "save_full", nth(1), after=True),
+                lambda: at_call(stage_sequence, "_link_model", nth(1), after=True),
             ],
         ),
     }
@@ -187,10 +200,10 @@ def run(out: Path, cache: Path, patch: Patch | None, overrides: list[str]) -> in
 
 
 def left(out: Path) -> dict[str, Any]:
-    """Return the files that a run leaves: adapter, answers and verdicts as bytes, and curves without seconds."""
+    """Return the files that a run leaves: its results as bytes, and curves without seconds."""
     with (out / "curves.csv").open(newline="") as file:
         curves = [{k: v for k, v in row.items() if k != "time/step_s"} for row in csv.DictReader(file)]
-    files = [*(out / "adapter").iterdir(), out / "responses.jsonl", out / "judged.jsonl"]
+    files = [*out.glob("adapter/*"), *out.glob("model/*"), out / "responses.jsonl", out / "judged.jsonl"]
     return {"curves": curves} | {file.name: file.read_bytes() for file in files if file.exists()}
 
 

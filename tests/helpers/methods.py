@@ -65,6 +65,12 @@ METHODS: dict[str, Callable[[], Method]] = {
     "tar": partial(TAR, attacks=2, switch_share=0.5, **SHORT_ATTACKS),
     "dpo": partial(DPO, 0.1),
 }
+FULL = [
+    name
+    for name, make in METHODS.items()
+    if "adapter" not in make().requirements and type(make()).__module__.startswith("lisa_lightning.method.")
+]
+"""Methods of fine-tuning that train all weights too."""
 ALIKE: dict[str, tuple[Method, Method]] = {
     "ewc": (EWC(0.0, 2, False), SFT()),
     "vlguard_loss": (VLGuardLoss(0.0, 2), SFT()),

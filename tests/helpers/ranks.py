@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from helpers.methods import ALIKE, METHODS
+from helpers.methods import ALIKE, FULL, METHODS
 from helpers.training import ALIGNMENT, DEFENDER, USER, deltas
 from lisa_lightning.config.settings import Lora
 from lisa_lightning.curate.base import Candidates
@@ -20,6 +20,7 @@ from lisa_lightning.data.packing import Packing, pack, pad
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.base import Method, move_anchor
+from lisa_lightning.model.full import load_trainable
 from lisa_lightning.model.lora import attach, load, load_tokenizer
 from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.objective.loss_scale import LossScale
@@ -28,14 +29,25 @@ STEPS = 4
 
 
 def steps(
-    method: Method, tiny: Path, rank: int, world: int, dropout: float = 0.0, apart: bool = False, count: int = STEPS
+    method: Method,
+    tiny: Path,
+    rank: int,
+    world: int,
+    dropout: float = 0.0,
+    apart: bool = False,
+    count: int = STEPS,
+    full: bool = False,
 ) -> list[Tensor]:
-    """Return the weights of the adapter after a few steps on four rows each, which the ranks share.
+    """Return the trained weights after a few steps on four rows each, which the ranks share.
 
     Args:
         apart: keep rows without shared prefixes, whatever the method says.
+        full: train all weights instead of an adapter.
     """
-    net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
+    if full:
+        net: Any = load_trainable(tiny, "sdpa")
+    else:
+        net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
     tokenizer = load_tokenizer(tiny)
     tokenizer.chat_template = "{{ messages[0].content }}"
     encoded = partial(encode, tokenizer, "chat", max_length=64)
@@ -90,6 +102,7 @@ def main(tiny: Path, out: Path, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}.rendezvous", rank=rank, world_size=world)
     found = {name: steps(make(), tiny, rank, world) for name, make in METHODS.items()}
+    found |= {f"{name} on all weights": steps(METHODS[name](), tiny, rank, world, full=True) for name in FULL}
     for name, (method, builds_on) in ALIKE.items():
         apart = "alignment" in method.unpacked_streams
         found[f"{name} without its term"] = steps(method, tiny, rank, world, 0.2)

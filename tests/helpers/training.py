@@ -22,6 +22,7 @@ from lisa_lightning.data.source import Row
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.factors import PREFIX, trainable
+from lisa_lightning.model.full import load_trainable
 from lisa_lightning.model.lora import attach, load, load_tokenizer
 from lisa_lightning.pipeline.fit import fit
 from lisa_lightning.trainer.module import LisaModule
@@ -42,6 +43,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
     Keywords change the optimizer, the adapter or the checkpoint.
 
     apart: keep rows without shared prefixes, whatever the method says.
+    full: train all weights instead of an adapter.
     float16: use the autocast of 16-mixed, which Lightning's Trainer replaces on a CPU.
     """
 
@@ -57,6 +59,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         attention: str = "sdpa",
         loggers: Sequence[Logger] = (),
         float16: bool = False,
+        full: bool = False,
         **optim: object,
     ) -> LisaModule:
         settings = {
@@ -72,7 +75,10 @@ def train(tiny: Path, tmp_path: Path) -> Train:
             "eps": 1e-8,
         }
         o = Optim(**(settings | optim))  # type: ignore[arg-type]
-        net = attach(load(tiny, "float32", attention), Lora(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
+        if full:
+            net: Any = load_trainable(tiny, attention)
+        else:
+            net = attach(load(tiny, "float32", attention), Lora(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
         tokenizer = load_tokenizer(tiny)
         tokenizer.chat_template = "{{ messages[0].content }}"  # short rows: nothing around the prompt
         data = (_Padded if apart else LisaDataModule)(tokenizer, USER, ALIGNMENT, DEFENDER, max_length=max_length)
@@ -123,7 +129,7 @@ def deltas(net: Any) -> dict[str, Delta]:
 
 
 def weights(module: LisaModule) -> dict[str, Tensor]:
-    """Return the adapter that the method saves."""
+    """Return the trainable weights that the method saves."""
     return module.finished_factors()
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from helpers import ranks, training
 from helpers.forking import Forked
-from helpers.methods import ALIKE, METHODS, each
+from helpers.methods import ALIKE, FULL, METHODS, each
 from helpers.recording import Recording
 from helpers.training import DEFENDER, STEPS, Train, largest_difference
 from lisa_lightning.align.lox import LoX
@@ -253,6 +253,9 @@ def test_two_ranks_equal_one_that_has_their_rows_and_laws_hold_on_them(
     for name, make in METHODS.items():
         one = ranks.steps(make(), tiny, 0, 1)
         torch.testing.assert_close(one, two[name], atol=1e-5, rtol=0, msg=name)
+    for name in FULL:
+        one = ranks.steps(METHODS[name](), tiny, 0, 1, full=True)
+        torch.testing.assert_close(one, two[f"{name} on all weights"], atol=1e-5, rtol=0, msg=f"{name}, all weights")
     for name in ALIKE:
         without, builds_on = two[f"{name} without its term"], two[f"what {name} builds on"]
         assert all(torch.equal(a, b) for a, b in zip(without, builds_on, strict=True)), name

@@ -11,6 +11,7 @@ CHAINS = {
     "training": 7,
     "evaluating, judging, reporting": 4,
     "seal, t_vaccine, asft, nlsr": 4,
+    "lisa on all weights": 3,
 }
 """Chain of tests/helpers/killing.py -> number of kills."""
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lisa_lightning.callbacks.evaluate_curve import EvaluateCurve
 from lisa_lightning.callbacks.joint_gradient import JointGradient
-from lisa_lightning.config.settings import AdapterTraining, Evaluate
+from lisa_lightning.config.settings import Evaluate, FineTuning
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.evaluation.evaluator import Evaluator, held_out_questions
@@ -20,6 +20,7 @@ from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.judge.embedded import EmbeddedJudge
 from lisa_lightning.judge.refusal import RefusalJudge
 from lisa_lightning.method.base import Method
+from lisa_lightning.model.full import save_full
 from lisa_lightning.model.lora import save_adapter
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.stage_cache import StageCache, class_key, stream_hashes
@@ -44,7 +45,7 @@ def finetune(
     fabric: Fabric,
     aligned: Model,
     method: Method,
-    settings: AdapterTraining,
+    settings: FineTuning,
     rows: Mapping[Stream, Sequence[Row]],
     *,
     discard: bool,
@@ -56,7 +57,7 @@ def finetune(
     Args:
         cache: the cache of stage results.
         models: loads the aligned model.
-        trainer: trains the adapter.
+        trainer: trains the adapter, or all weights.
         fabric: the processes of the run.
         aligned: the aligned model.
         method: the fine-tuning method.
@@ -67,9 +68,9 @@ def finetune(
         callbacks: config group `callbacks`: name -> `_target_` and arguments.
 
     Returns:
-        The model with the fine-tuned adapter, and the cost.
+        The aligned model with the fine-tuned adapter, or with `lora=null` the fine-tuned model; and the cost.
     """
-    optim = settings.optim.for_rows(len(rows["user"]), fabric.world_size)
+    lora, optim = settings.lora, settings.optim.for_rows(len(rows["user"]), fabric.world_size)
     key = {
         "aligned": aligned.name,
         "method": class_key(method),
@@ -81,18 +82,21 @@ def finetune(
     }
 
     def make(folder: Path) -> Metrics:
-        net = models.attach(aligned, settings.lora, "lora", settings.seed)
+        net = models.unfreeze(aligned) if lora is None else models.attach(aligned, lora, "lora", settings.seed)
         deltas = partial(models.deltas, aligned)
         module = LisaModule(net, method, optim, settings.seed, deltas, cache.origin | key)
         configured = map(instantiate, callbacks.values())
         cost = trainer.train("finetune", module, rows, callbacks=[*curve.callbacks, *configured], discard=discard)
         if fabric.is_global_zero:
-            save_adapter(module.finish(), str(aligned.folder), folder / "adapter")
+            if lora is None:
+                save_full(module.finish(), models.settings.dtype, aligned.folder, folder)
+            else:
+                save_adapter(module.finish(), str(aligned.folder), folder / "adapter")
             trainer.export_curves("finetune", folder)
         return cost
 
     folder, cost = cache.run("finetune", key, make)
-    return Model(aligned.folder, folder / "adapter"), cost
+    return Model(folder) if lora is None else Model(aligned.folder, folder / "adapter"), cost
 
 
 def curve_evaluation(evaluator: Evaluator, task: Task, rows: Rows, settings: Evaluate) -> CurveEvaluation:

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from lisa_lightning.config.settings import Lora, ModelSettings
 from lisa_lightning.model.alignment_delta import Delta, alignment_factors, dense_deltas, low_rank_deltas
 from lisa_lightning.model.factors import Factors, modules, trainable
+from lisa_lightning.model.full import load_trainable
 from lisa_lightning.model.lora import attach, attach_saved, load
 from lisa_lightning.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model, and optionally an adapter on it."""
+    """A model, and optionally an adapter on it. A fully fine-tuned model has none."""
 
     folder: Path
     adapter: Path | None = None
@@ -76,6 +77,10 @@ class ModelSource:
         if model.adapter:
             return attach_saved(base, model.adapter)
         return attach(base, lora, seed, key)
+
+    def unfreeze(self, model: Model) -> PreTrainedModel:
+        """Load a model without an adapter, to train all its weights."""
+        return load_trainable(model.folder, self.settings.attention)
 
     def deltas(self, aligned: Model) -> dict[str, Delta]:
         """Return the alignment update of each module.
