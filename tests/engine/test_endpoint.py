@@ -251,7 +251,7 @@ def test_the_model_at_a_running_server_is_found_or_named(tiny: Path, url: str) -
     assert engine(url).key("final", OneProcess()) == {"engine": expected}
     assert engine(url, concurrency=9, retries=0).key("aligned", OneProcess()) == engine(url).key("final", OneProcess())
     named = engine(url, served={"aligned": "m", "final": "other"})
-    assert named.key("final", OneProcess()) == {"engine": {"name": "endpoint", "model": "other", "server": ""}}
+    assert named.key("final", OneProcess()) == {"engine": expected | {"model": "other", "server": ""}}
     Completions.models.append({"id": "n"})
     with pytest.raises(UserError, match=r"engine\.served\.final=null: .*lists 2 models \(m, n\)\. Fix: set engine\.s"):
         engine(url).key("final", OneProcess())

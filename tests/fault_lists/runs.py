@@ -331,7 +331,6 @@ FAULTS = [
         "evaluation/test_token_kl.py",
         ("logits[:, :-1] for net", "logits[:, 1:] for net"),
         ("[0] * a + [*prompt, *answer] + [0] * b for", "[0] * b + [*prompt, *answer] + [0] * a for"),
-        ("(mask.cumsum(dim=1) - 1)", "mask.cumsum(dim=1)"),
         ("log_p.exp() * (log_p - log_q)", "log_q.exp() * (log_q - log_p)"),
         ("row[:FIRST_TOKENS]]", "row[: FIRST_TOKENS + 1]]"),
         ("not position.token > 0 <= low", "not position.token >= 0 <= low"),

@@ -77,6 +77,8 @@ def fork(arguments: list[str], log: Path, patch: Callable[[], object] | None = N
         return child
     status = 1
     try:
+        # A background job of a shell ignores Ctrl-C, and its children would too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for stream, end in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{log}.{end}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         if patch is not None:

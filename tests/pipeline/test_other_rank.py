@@ -1,6 +1,7 @@
 """Adapters that a stage changes after training: saved, loaded, counted and evaluated, also with another rank."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def test_an_adapter_repaired_to_another_rank_is_saved_loaded_and_evaluated(tiny:
     evaluator = Evaluator(fabric, load_tokenizer(tiny), Prompting("alpaca"), {"harmful": 3}, 2)
     questions = [Question("harmful", f"request {i}", "") for i in range(2)]
     path, engine = tmp_path / "responses.jsonl", TransformersEngine()
-    answers, _ = evaluate(cache, models, evaluator, engine, fabric, "final", final, questions, path)
+    load_final = partial(models.serve, final, fabric.device)
+    answers, _ = evaluate(cache, models, evaluator, engine, "final", final, load_final, questions, path)
     assert [a.response for a in answers] == [a.response for a in evaluator.answers(dense, questions, "final")]
 
 
