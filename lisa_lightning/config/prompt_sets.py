@@ -55,13 +55,13 @@ def check_prompt_sets(source: Mapping[str, Any]) -> None:
 
 def _with_defaults(entry: Mapping[Any, Any], name: Any) -> dict[str, Any]:
     """Return a named set with the keys that it inherits."""
-    own = entry[name]
-    has_origin = own.get("path") is not None or own.get("hub") is not None
+    named_set = entry[name]
+    has_origin = named_set.get("path") is not None or named_set.get("hub") is not None
     excluded = ORIGIN_KEYS if has_origin else ()
-    return {key: value for key, value in entry.items() if key in SET_RULES and key not in excluded} | dict(own)
+    return {key: value for key, value in entry.items() if key in SET_RULES and key not in excluded} | dict(named_set)
 
 
-def _check_name(section: str, name: Any, own: Any) -> None:
+def _check_name(section: str, name: Any, named_set: Any) -> None:
     """Raise UserError for an unusable name, or if a named set is empty or no mapping."""
     # YAML reads a name of digits as a number.
     if isinstance(name, bool) or not isinstance(name, str | int) or SET_NAME.fullmatch(str(name)) is None:
@@ -69,24 +69,24 @@ def _check_name(section: str, name: Any, own: Any) -> None:
         raise UserError(
             f"{section}: '{shown}' can't be the name of a set. Fix: use letters, digits, underscores and hyphens"
         )
-    if not isinstance(own, Mapping):
+    if not isinstance(named_set, Mapping):
         raise UserError(
-            f"{section}.{name}={quoted(own)}: this is not a key of a set ({suggest(str(name), SET_RULES)}), and a "
-            f"named set must be a mapping. Fix: {section}.{name}.path=FILE"
+            f"{section}.{name}={quoted(named_set)}: this is not a key of a set ({suggest(str(name), SET_RULES)}), and "
+            f"a named set must be a mapping. Fix: {section}.{name}.path=FILE"
         )
-    if not own:
+    if not named_set:
         raise UserError(f"{section}.{name}={{}}: the set is empty. Fix: {section}.{name}.path=FILE")
 
 
-def _check_set(key: str, own: Mapping[str, Any], complete: Mapping[str, Any]) -> None:
+def _check_set(key: str, named_set: Mapping[str, Any], complete: Mapping[str, Any]) -> None:
     """Raise UserError for an unknown key or a wrong value of a named set, or if it names no rows.
 
     Args:
         key: config key of the set.
-        own: the keys of the set itself.
+        named_set: the keys of the set itself.
         complete: the same with inherited keys.
     """
-    for name, value in own.items():
+    for name, value in named_set.items():
         if name not in SET_RULES:
             raise UserError(
                 f"{key}.{printable(str(name))} is not a key of a set, and {key.rpartition('.')[2]} is read as the name "
@@ -101,5 +101,5 @@ def _check_set(key: str, own: Mapping[str, Any], complete: Mapping[str, Any]) ->
         return
     if complete.get("path") is None:
         raise not_allowed(f"{key}.path", None, "the path of a file")
-    if hub_keys := [name for name, value in own.items() if name not in LOCAL_SET_KEYS and value is not None]:
+    if hub_keys := [name for name, value in named_set.items() if name not in LOCAL_SET_KEYS and value is not None]:
         raise UserError(f"{key}.{hub_keys[0]}: only a hub data set has this key. Fix: set {key}.hub, or leave it out")

@@ -5,7 +5,7 @@ Alignment that changes only the first tokens of an answer is shallow (Qi et al. 
 """
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from io import StringIO
 from pathlib import Path
@@ -124,8 +124,10 @@ def token_divergences(
     """
     import torch
 
+    from lisa_lightning.evaluation.generate import batches
+
     divergences: list[list[float]] = [[] for _ in rows]
-    for indices in _batches(rows, batch_size):
+    for indices in batches([[*prompt, *answer] for prompt, answer in rows], batch_size):
         batch = [rows[i] for i in indices]
         inputs, width = _inputs(batch, model.get_input_embeddings().weight.device)
         with torch.no_grad():
@@ -135,12 +137,6 @@ def token_divergences(
             # A divergence is not negative except for rounding.
             divergences[i] = (log_p.exp() * (log_p - log_q)).sum(dim=-1).clamp(min=0).tolist()
     return divergences
-
-
-def _batches(rows: Sequence[tuple[Sequence[int], Sequence[int]]], size: int) -> Iterator[list[int]]:
-    """Yield indices of rows of similar length."""
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]) + len(rows[i][1]), i))
-    yield from (order[i : i + size] for i in range(0, len(order), size))
 
 
 def _inputs(batch: Sequence[tuple[Sequence[int], Sequence[int]]], device: Any) -> tuple[dict[str, Any], int]:

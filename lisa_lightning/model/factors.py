@@ -80,3 +80,8 @@ def causal_model(net: Any) -> Any:
 def trainable(net: torch.nn.Module) -> dict[str, Tensor]:
     """Return the trainable weights by name, in a fixed order."""
     return {name: weight for name, weight in net.named_parameters() if weight.requires_grad}
+
+
+def on_device(device: torch.device, factors: Factors) -> Factors:
+    """Return the factors on a device."""
+    return {name: weight.to(device) for name, weight in factors.items()}

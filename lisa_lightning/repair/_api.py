@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,7 +14,7 @@ from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row, as_row
 from lisa_lightning.model.alignment_delta import Delta, alignment_factors, dense_deltas, low_rank_deltas
-from lisa_lightning.model.factors import Factors, modules
+from lisa_lightning.model.factors import Factors, modules, on_device
 from lisa_lightning.model.lora import lora_scaling, replace_adapter
 from lisa_lightning.model.lora_folder import read_lora, refuse_special
 from lisa_lightning.repair.base import Repair, RepairInputs
@@ -88,13 +87,13 @@ def repair(
         if alignment_adapter is None:
             raise _missing(repair, "alignment_adapter")
         scaling = lora_scaling(config.r, config.lora_alpha, config.use_rslora)
-        return _on(device, alignment_factors(_checked(alignment_adapter), scaling))
+        return on_device(device, alignment_factors(_checked(alignment_adapter), scaling))
 
     def reference_factors() -> Factors:
         if reference is None:
             raise _missing(repair, "reference")
         _refuse_other_adapters(reference, "reference")
-        return _on(device, _factors(reference))
+        return on_device(device, _factors(reference))
 
     # An adapter that was loaded for inference is frozen, and repairs know factors by their gradients.
     _set_trainable(model, dict.fromkeys(states, True))
@@ -133,10 +132,6 @@ def _checked(folder: str | Path) -> Path:
 def _factors(model: PeftModel) -> Factors:
     """Return the factors of a model's adapter."""
     return {name: weight.detach() for name, weight in model.named_parameters() if ".lora_" in name}
-
-
-def _on(device: torch.device, factors: Factors) -> Factors:
-    return {name: weight.to(device) for name, weight in factors.items()}
 
 
 def _set_trainable(model: PeftModel, states: Mapping[str, bool]) -> None:

@@ -49,9 +49,9 @@ def test_a_named_set_inherits_what_it_does_not_set(shared: dict[str, Any], named
         assert split == {"harmful_prompts": shared}
         return
     assert split.keys() == {f"harmful_prompts.{name}" for name in named}
-    for name, own in named.items():
-        excluded = ORIGIN_KEYS if {"path", "hub"} & own.keys() else ()
-        assert split[f"harmful_prompts.{name}"] == {k: v for k, v in shared.items() if k not in excluded} | own
+    for name, named_set in named.items():
+        excluded = ORIGIN_KEYS if {"path", "hub"} & named_set.keys() else ()
+        assert split[f"harmful_prompts.{name}"] == {k: v for k, v in shared.items() if k not in excluded} | named_set
 
 
 def test_other_sets_have_no_names() -> None:
@@ -63,9 +63,9 @@ def test_sets_are_named_on_the_command_line(tmp_path: Path, source: str) -> None
     """The defaults of a source next to the names, such as its own path or `???`, are no further set."""
     named = "source.harmful_prompts={adv-bench: {path: a.csv, columns: {prompt: goal}}, 2: {path: b.jsonl, take: 5}}"
     words = [f"source={source}", *(FILES if source == "local" else []), named, "source.harmful_prompts.more.path=c.tsv"]
-    found = accepted(tmp_path, *words, "source.harmless_prompts.xstest={path: d.csv, where: {label: safe}}")
+    prompt_sets = accepted(tmp_path, *words, "source.harmless_prompts.xstest={path: d.csv, where: {label: safe}}")
     take = 1000 if source == "hub" else None
-    assert found == {
+    assert prompt_sets == {
         "harmful_prompts.adv-bench": RowSet(path="a.csv", columns={"prompt": "goal"}, take=take),
         "harmful_prompts.2": RowSet(path="b.jsonl", take=5),
         "harmful_prompts.more": RowSet(path="c.tsv", take=take),
@@ -75,9 +75,9 @@ def test_sets_are_named_on_the_command_line(tmp_path: Path, source: str) -> None
 
 def test_parts_of_one_file_are_named(tmp_path: Path) -> None:
     words = ["source.harmful_prompts.path=all.csv", "source.harmful_prompts.first.take=9"]
-    found = accepted(tmp_path, *words, "source.harmful_prompts.fraud.where={category: fraud}")
-    assert found["harmful_prompts.first"] == RowSet(path="all.csv", take=9)
-    assert found["harmful_prompts.fraud"] == RowSet(path="all.csv", where={"category": "fraud"})
+    prompt_sets = accepted(tmp_path, *words, "source.harmful_prompts.fraud.where={category: fraud}")
+    assert prompt_sets["harmful_prompts.first"] == RowSet(path="all.csv", take=9)
+    assert prompt_sets["harmful_prompts.fraud"] == RowSet(path="all.csv", where={"category": "fraud"})
 
 
 @pytest.mark.slow
@@ -85,18 +85,21 @@ def test_parts_of_one_file_are_named(tmp_path: Path) -> None:
 def test_known_sets_are_chosen_by_name(tmp_path: Path, source: str) -> None:
     chosen = [f"source/{name}=[{','.join(known)}]" for name, known in KNOWN.items()]
     more = ["source.harmful_prompts.take=7", "source.harmful_prompts.advbench.path=a.csv"]
-    found = accepted(tmp_path, f"source={source}", *(FILES if source == "local" else []), *chosen, *more)
-    assert found.keys() == {f"{section}.{name}" for section, known in KNOWN.items() for name in known}
-    assert all(entry.hub and entry.split for entry in found.values())
-    assert (found["harmful_prompts.advbench"].path, found["harmful_prompts.advbench"].take) == ("a.csv", 7)
-    assert (found["harmful_prompts.strongreject"].path, found["harmful_prompts.strongreject"].take) == (None, 7)
-    assert found["harmful_prompts.beavertails"].take == 1000
+    prompt_sets = accepted(tmp_path, f"source={source}", *(FILES if source == "local" else []), *chosen, *more)
+    assert prompt_sets.keys() == {f"{section}.{name}" for section, known in KNOWN.items() for name in known}
+    assert all(entry.hub and entry.split for entry in prompt_sets.values())
+    assert (prompt_sets["harmful_prompts.advbench"].path, prompt_sets["harmful_prompts.advbench"].take) == ("a.csv", 7)
+    assert (prompt_sets["harmful_prompts.strongreject"].path, prompt_sets["harmful_prompts.strongreject"].take) == (
+        None,
+        7,
+    )
+    assert prompt_sets["harmful_prompts.beavertails"].take == 1000
 
 
 def test_a_single_set_has_no_name(tmp_path: Path) -> None:
-    found = accepted(tmp_path, "source.harmful_prompts.take=7")
-    assert found.keys() == {"harmful_prompts", "harmless_prompts"}
-    assert found["harmful_prompts"] == RowSet(path="embedded:harmful_prompts.jsonl[:150]", take=7)
+    prompt_sets = accepted(tmp_path, "source.harmful_prompts.take=7")
+    assert prompt_sets.keys() == {"harmful_prompts", "harmless_prompts"}
+    assert prompt_sets["harmful_prompts"] == RowSet(path="embedded:harmful_prompts.jsonl[:150]", take=7)
 
 
 SECTION = "source.harmful_prompts"

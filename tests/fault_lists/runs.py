@@ -12,7 +12,11 @@ FAULTS = [
         "pipeline/stages/repair.py",
         "pipeline/test_elsewhere.py",
         ("delta.to(device)", "delta"),
-        ("return {name: w.to(device) for name, w in factors.items()}", "return factors"),
+    ),
+    *faults(
+        "model/factors.py",
+        "pipeline/test_elsewhere.py",
+        ("return {name: weight.to(device) for name, weight in factors.items()}", "return factors"),
     ),
     *faults(
         "logger/wandb.py",
@@ -282,7 +286,7 @@ FAULTS = [
         ("excluded = ORIGIN_KEYS if has_origin else ()", "excluded = ()"),
         (" or {section: entry}", ""),
         ('    if complete.get("path") == MISSING:\n', "    if False:\n"),
-        ("    if not own:\n", "    if False:\n"),
+        ("    if not named_set:\n", "    if False:\n"),
     ),
     *faults(
         "data/source.py",

@@ -15,7 +15,7 @@ from lisa_lightning.data.encoding import Encoder, iter_padded
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
 from lisa_lightning.evaluation.scores import Metrics
-from lisa_lightning.model.factors import Factors, modules, trainable
+from lisa_lightning.model.factors import Factors, modules, on_device, trainable
 from lisa_lightning.model.lora import attach_saved, replace_adapter, save_adapter
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.stage_cache import StageCache, class_key, stream_hashes
@@ -71,8 +71,8 @@ def repair(
             net=lambda: net.to(device),
             rows=lambda stream: iter_padded(rows[stream], encoder, batch_size),
             deltas=lambda: {name: delta.to(device) for name, delta in models.deltas_under(net, aligned).items()},
-            alignment=lambda: _on(device, models.alignment(aligned, config.lora_alpha / config.r)),
-            reference=lambda: _on(device, _load_factors(reference)),
+            alignment=lambda: on_device(device, models.alignment(aligned, config.lora_alpha / config.r)),
+            reference=lambda: on_device(device, _load_factors(reference)),
         )
 
     def make(folder: Path) -> Metrics:
@@ -87,10 +87,6 @@ def repair(
     folder, cost = cache.run("repair", key, make)
     changes = read_json(folder / "changed.json", f"delete {folder}")
     return Model(finetuned.folder, folder / "adapter"), cost | changes
-
-
-def _on(device: torch.device, factors: Factors) -> Factors:
-    return {name: w.to(device) for name, w in factors.items()}
 
 
 def _load_factors(reference: Path | None) -> Factors:
