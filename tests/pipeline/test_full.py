@@ -56,7 +56,7 @@ def test_without_fine_tuning_null_changes_nothing(tmp_path: Path) -> None:
     check(composed([*SHORT, "stages=[align]", "model.adapters=continued"], tmp_path).cfg)
 
 
-@pytest.mark.parametrize("name", each(set(METHODS) - {*NEED_ADAPTER}, ("sft",)))
+@pytest.mark.parametrize("name", each(sorted(set(METHODS) - {*NEED_ADAPTER}), ("sft",)))
 def test_every_other_method_trains_all_weights(work: Path, tmp_path: Path, name: str) -> None:
     words = [*SHORT, f"method={name}", "stages=[align,finetune]", f"cache_dir={work / 'cache'}"]
     metrics = run(composed(words, tmp_path / "run"))
