@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
+from experiments.attacked import measure_attacks
 from experiments.pictures import method_plot, step_plot
 from experiments.tables import (
     BASELINES,
@@ -108,12 +109,13 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit status of the sweep, 2 for an unknown claim.
     """
-    if not arguments or arguments[0] not in (*CLAIMS, "defenses"):
-        print(f"python -m experiments CLAIM [KEY=VALUE...]; claims: {', '.join(CLAIMS)}, defenses", file=sys.stderr)
+    others = {"defenses": measure, "attacks": measure_attacks}
+    if not arguments or arguments[0] not in (*CLAIMS, *others):
+        print(f"python -m experiments CLAIM [KEY=VALUE...]; claims: {', '.join((*CLAIMS, *others))}", file=sys.stderr)
         return 2
     name, *overrides = arguments
-    if name == "defenses":
-        return measure(ROOT, overrides)
+    if name in others:
+        return others[name](ROOT, overrides)
     claim, folder, out = CLAIMS[name], ROOT / "multirun" / "claims" / name, ROOT / "experiments" / name
     pairs = (override.partition("=") for override in claim.separate)
     combinations = product(*([f"{key}={value}" for value in values.split(",")] for key, _, values in pairs))

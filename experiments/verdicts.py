@@ -11,21 +11,27 @@ from pathlib import Path
 from typing import Final
 
 from experiments.tables import SCORES, Rows, merge, read, write
+from lisa_lightning.evaluation.scores import find_score
 from lisa_lightning.report.run_verdicts import VerdictKey, Verdicts
 from lisa_lightning.report.sweep_runs import SHOWN_SCORES, Run
 from lisa_lightning.runtime.cache import short_hash
 
 VERDICTS: Final = "verdicts.csv"
 PROMPTS: Final = "prompts.csv"
+StoredVerdicts = Mapping[tuple[str, ...], Mapping[VerdictKey, Verdicts]]
+"""Values of the columns that identify a run -> its verdicts by score."""
 
 
-def write_verdicts(folder: Path, runs: Sequence[Run], settings: Sequence[Mapping[str, str]]) -> None:
+def write_verdicts(
+    folder: Path, runs: Sequence[Run], settings: Sequence[Mapping[str, str]], model: str | None = None
+) -> None:
     """Merge the verdicts of runs into the files of a claim. Without stored verdicts, no file is written.
 
     Args:
         folder: folder of the claim.
         runs: finished runs.
         settings: for each run its columns that identify it, the seed included.
+        model: name of the model in the scores of a variant; None: the measured model.
 
     Raises:
         UserError: if two runs have the same setting and seed.
@@ -34,7 +40,8 @@ def write_verdicts(folder: Path, runs: Sequence[Run], settings: Sequence[Mapping
     prompts = {(row["prompts"], row["index"]): row["prompt"] for row in read(folder / PROMPTS)}
     for run, setting in zip(runs, settings, strict=True):
         for metric in SHOWN_SCORES:
-            score, verdicts = run.score(metric), run.verdicts(metric)
+            score = find_score(run.scores, model or run.measured_model, metric)
+            verdicts = run.verdicts(metric, model)
             if score is None or verdicts is None:
                 continue
             name = short_hash(verdicts.prompts)
@@ -67,9 +74,7 @@ def read_verdicts(folder: Path, keys: Sequence[str]) -> dict[tuple[str, ...], di
     return runs
 
 
-def stored_runs(
-    rows: Rows, keys: Sequence[str], verdicts: Mapping[tuple[str, ...], Mapping[VerdictKey, Verdicts]]
-) -> list[Run]:
+def stored_runs(rows: Rows, keys: Sequence[str], verdicts: StoredVerdicts) -> list[Run]:
     """Return the runs whose scores are in results.csv.
 
     Args:

@@ -130,9 +130,14 @@ class Run:
         """The fine-tuned or repaired model, or the only model of a run without either."""
         return "final" if self.run_name.evaluates_final else "aligned"
 
-    def verdicts(self, metric: str) -> Verdicts | None:
-        """Return the verdicts that `score` counts over, None if they are not stored or belong to another judging."""
-        score = self.score(metric)
+    def verdicts(self, metric: str, model: str | None = None) -> Verdicts | None:
+        """Return the verdicts that a score counts over, None if they are not stored or belong to another judging.
+
+        Args:
+            metric: name of the score.
+            model: name of the model; None: that of `score`.
+        """
+        score = find_score(self.scores, model or self.measured_model, metric)
         verdicts = None if score is None else self.all_verdicts.get((score.judge, score.model, metric))
         if score is None or verdicts is None:
             return None
