@@ -138,7 +138,7 @@ def test_a_command_runs(
     words = [w for w in shlex.split(line) if "=" in w and not w.startswith("hydra.")]
     words += THE_REST if "..." in line else []
     if line.startswith("-m "):
-        words = [re.sub(r"^([\w.]+)=(\[[^\]]*\]|[^\[{,]+),.*", r"\1=\2", w) for w in words]
+        words = [re.sub(r'^([\w.]+)=(\[[^\]]*\]|[^\[{,"]+),.*', r"\1=\2", w) for w in words]
     out = tmp_path_factory.mktemp("out")
     if line.startswith("-m ") or any(b in line for b in BEYOND):
         composed(words, out)

@@ -41,6 +41,7 @@ def test_a_choice_is_the_file_of_its_name(group: str) -> None:
 
 RULED_ELSEWHERE = (
     r"source\.refusals|((align\.)?method|attack|curate|filter|repair|engine|judge|logger|callbacks)(\..*)?"
+    r"|evaluate\.variants\..*"
     r"|task\.(question_suffix|(embedded|hub)\..*)"
     r"|.*\.(columns|labels|where)\..*|.*_target_"
 )

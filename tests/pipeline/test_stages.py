@@ -73,12 +73,12 @@ VALUES = {
 """Key -> another value of it."""
 FREE = {
     *("resume", "checkpoint.every", "data.allow_overlap", "data.strip"),
-    *("evaluate.lm_eval_batch_size", "evaluate.harmful_threshold", "evaluate.kl_rows"),
+    *("evaluate.lm_eval_batch_size", "evaluate.harmful_threshold", "evaluate.kl_rows", "sweep.retain"),
 }
 """Keys of numbers and switches on which no result depends here.
 
 Embedded rows don't overlap, and have no blanks around. There is no task of lm-evaluation-harness. The stage token_kl
-has no rows, and the threshold only reads curves.
+has no rows, the threshold only reads curves, and `sweep.retain` is the objective of a search.
 """
 ELSEWHERE = ("model.tiny", "trainer", "judge", "task.hub")
 """Beginnings of keys of the model, the processes, the verdicts, and the rows of another source."""
