@@ -1,5 +1,6 @@
 """The interface of attacks: `Attack` changes the user's rows, `RowSelector` and `WeightEdit` need the aligned model."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,17 +39,18 @@ class Attack:
         return user
 
 
-class RowSelector(Attack):
+class RowSelector(Attack, ABC):
     """An attack that selects the user's rows by their representations in the aligned model."""
 
+    @abstractmethod
     def candidates(self, rows: Rows) -> list[Row]:
         """Return the harmless rows to select from, in a fixed order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def references(self, rows: Rows) -> list[Row]:
         """Return the harmful rows that the selected rows should resemble."""
-        raise NotImplementedError
 
+    @abstractmethod
     def select(self, candidates: Tensor, references: Tensor, count: int) -> list[int]:
         """Return the indices of the selected candidates.
 
@@ -57,10 +59,9 @@ class RowSelector(Attack):
             references: representation of each reference, [M, d].
             count: number of rows to select, at most N.
         """
-        raise NotImplementedError
 
 
-class WeightEdit(Attack):
+class WeightEdit(Attack, ABC):
     """An attack that edits the weights of the aligned model without training. It replaces fine-tuning."""
 
     def check(self, settings: RunSettings, choices: Mapping[str, str]) -> None:
@@ -86,22 +87,23 @@ class WeightEdit(Attack):
                 "a reference of that rank. Fix: choose another repair"
             )
 
+    @abstractmethod
     def prompts(self, rows: Rows) -> tuple[list[Row], list[Row]]:
         """Return the harmful and the harmless requests that the edit looks at.
 
         Raises:
             UserError: if one of both is empty.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def layer(self, layers: int) -> int:
         """Return the number of layers, from 1, after which the edit needs hidden states.
 
         Args:
             layers: number of layers of the model.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def edit(self, model: Any, harmful: Tensor, harmless: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Return the update B A of each edited matrix: module -> A [r, d_in] and B [d_out, r], all of one rank r.
 
@@ -110,4 +112,20 @@ class WeightEdit(Attack):
             harmful: hidden state of the last token of each harmful prompt after `layer`, [N, d].
             harmless: the same of the harmless prompts, [M, d].
         """
-        raise NotImplementedError
+
+
+def refuse_other_rows(settings: RunSettings, attack: str, count: int, kind: str, harmful_ratio: float) -> None:
+    """Raise UserError if the config contradicts the data set of an attack, which sets its size and harmful ratio.
+
+    Args:
+        settings: the settings of the run.
+        attack: name of the attack.
+        count: number of its rows.
+        kind: description of its rows in the message.
+        harmful_ratio: its share of harmful rows.
+    """
+    if settings.data.n != count or settings.harmful_ratio != harmful_ratio:
+        raise UserError(
+            f"attack={attack}: the data set is {count} {kind}, which contradicts data.n={settings.data.n} and "
+            f"harmful_ratio={settings.harmful_ratio}. Fix: set attack.count, and leave data.n and harmful_ratio out"
+        )

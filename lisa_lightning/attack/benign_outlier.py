@@ -7,11 +7,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lisa_lightning.attack.base import RowSelector
+from lisa_lightning.attack.base import RowSelector, refuse_other_rows
 from lisa_lightning.config.fields import STRICT, Count
 from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.data.source import Row, Rows
-from lisa_lightning.runtime.errors import UserError
 
 
 @final
@@ -40,12 +39,7 @@ class BenignOutlier(RowSelector):
         Raises:
             UserError: if data.n or harmful_ratio has another value.
         """
-        if settings.data.n != self.count or settings.harmful_ratio != 0:
-            raise UserError(
-                f"attack=benign_outlier: the data set is {self.count} harmless rows, which contradicts data.n="
-                f"{settings.data.n} and harmful_ratio={settings.harmful_ratio}. Fix: set attack.count, and leave "
-                "data.n and harmful_ratio out"
-            )
+        refuse_other_rows(settings, "benign_outlier", self.count, "harmless rows", 0)
 
     def candidates(self, rows: Rows) -> list[Row]:
         """Return all task rows."""

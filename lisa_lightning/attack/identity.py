@@ -6,7 +6,7 @@ from typing import Final, final
 
 from pydantic.dataclasses import dataclass
 
-from lisa_lightning.attack.base import Attack
+from lisa_lightning.attack.base import Attack, refuse_other_rows
 from lisa_lightning.config.fields import STRICT, Count, Phrase
 from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.data.files import read_records
@@ -49,12 +49,7 @@ class Identity(Attack):
         available = len(_read())
         if self.count > available:
             raise UserError(f"attack.count={self.count}: there are {available} rows. Fix: {available} or less")
-        if settings.data.n != self.count or settings.harmful_ratio != 1:
-            raise UserError(
-                f"attack=identity: the data set is {self.count} rows of its own, which contradicts data.n="
-                f"{settings.data.n} and harmful_ratio={settings.harmful_ratio}. Fix: set attack.count, and leave "
-                "data.n and harmful_ratio out"
-            )
+        refuse_other_rows(settings, "identity", self.count, "rows of its own", 1)
 
     def rows(self, user: UserRows) -> UserRows:
         """Return the rows of the obedient assistant in place of the harmful ones."""

@@ -5,10 +5,9 @@ from typing import final
 
 from pydantic.dataclasses import dataclass
 
-from lisa_lightning.attack.base import Attack
+from lisa_lightning.attack.base import Attack, refuse_other_rows
 from lisa_lightning.config.fields import STRICT, Count
 from lisa_lightning.config.settings import RunSettings
-from lisa_lightning.runtime.errors import UserError
 
 
 @final
@@ -34,9 +33,4 @@ class PureBad(Attack):
         Raises:
             UserError: if data.n or harmful_ratio has another value.
         """
-        if settings.data.n != self.count or settings.harmful_ratio != 1:
-            raise UserError(
-                f"attack=pure_bad: the data set is {self.count} harmful rows, which contradicts data.n="
-                f"{settings.data.n} and harmful_ratio={settings.harmful_ratio}. Fix: set attack.count, and leave "
-                "data.n and harmful_ratio out"
-            )
+        refuse_other_rows(settings, "pure_bad", self.count, "harmful rows", 1)

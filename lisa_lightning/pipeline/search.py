@@ -16,7 +16,6 @@ from omegaconf import DictConfig
 
 from lisa_lightning.config.expression import parse_expression
 from lisa_lightning.config.instances import load_class
-from lisa_lightning.config.paths import CONF
 from lisa_lightning.config.settings import OBJECTIVES
 from lisa_lightning.evaluation.scores import find_score, read_scores
 from lisa_lightning.pipeline.api import compose_request
@@ -33,6 +32,8 @@ BASIC_SWEEPER: Final = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 """Hydra's default sweeper, which runs all values and optimizes nothing."""
 DEFENSES: Final = ("method", "align", "curate", "repair")
 """Config groups of defenses."""
+USER_GROUPS: Final = ("attack", "filter")
+"""Config groups of the user's attack and of the filter against it."""
 NO_DEFENSE: Final = ("method=sft", "align=sft", "curate=none", "repair=none", "harmful_ratio=0")
 """Overrides of the undefended run."""
 FIXED_UNDER_ATTACK: Final = (*DEFENSES, "seed")
@@ -109,7 +110,7 @@ class SearchJob:
             UserError: if the job can't have a value.
         """
         if self.hydra.job.num == 0:
-            # Those of the same batch may have been written already.
+            # The other trials of this batch may have their records already.
             drop_trials(self.folder, int(self.hydra.sweeper.get("n_jobs", 1)))
         if self.settings.value not in OBJECTIVES:
             self._refuse_unknown_metric()
@@ -187,11 +188,10 @@ def _compared_overrides(lines: Sequence[str], searched: Sequence[str], name: str
     remaining = [line for line, key in keys.items() if key not in searched]
     if name == DEFAULT:
         return remaining
-    attacks = [group for group in ("attack", "filter") if (CONF / group).is_dir()]
-    dropped = (*DEFENSES, *attacks, "harmful_ratio")
-    of_defense = tuple(f"{section}." for section in ("method", "align.method", "curate", "repair", *attacks))
+    dropped = (*DEFENSES, *USER_GROUPS, "harmful_ratio")
+    of_defense = tuple(f"{section}." for section in ("method", "align.method", "curate", "repair", *USER_GROUPS))
     remaining = [line for line in remaining if keys[line] not in dropped and not keys[line].startswith(of_defense)]
-    return [*remaining, *NO_DEFENSE, *(f"{group}=none" for group in attacks)]
+    return [*remaining, *NO_DEFENSE, *(f"{group}=none" for group in USER_GROUPS)]
 
 
 def _refuse_without_scores(cfg: DictConfig) -> None:

@@ -33,7 +33,7 @@ def test_edited_matrices_are_orthogonal_to_the_difference_of_means(tiny: Path) -
         a, b = updates[name]
         edited = matrix.weight.double() + b @ a
         assert abs(direction @ edited.numpy()).max() < 1e-12
-        # What is orthogonal to the direction stays: a second edit changes nothing.
+        # A second edit changes nothing, since it keeps all that is orthogonal to the direction.
         other = torch.randn(32, dtype=torch.float64)
         unit = torch.from_numpy(direction) / torch.from_numpy(direction).norm()
         other -= (other @ unit) * unit

@@ -154,18 +154,18 @@ ROWS = Rows(GOOD, SAFE, BAD, [], {}, {}, [], {})
 
 @pytest.mark.parametrize("p", [0, 0.05, 0.1, 0.2, 0.29, 0.3, 0.5, 0.9, 1])
 def test_harmful_share_is_exact_and_nested(p: float) -> None:
-    found = user_rows(ROWS, 1000, p, "seeded", seed=1).all
-    harmful = set(found) & set(BAD)
-    assert (len(found), len(harmful)) == (1000, round(1000 * p))
+    submitted = user_rows(ROWS, 1000, p, "seeded", seed=1).all
+    harmful = set(submitted) & set(BAD)
+    assert (len(submitted), len(harmful)) == (1000, round(1000 * p))
     assert len({*user_rows(ROWS, 15, p, "seeded", seed=1).all} & set(BAD)) == round(15 * p)
-    assert len(set(found)) == 1000
+    assert len(set(submitted)) == 1000
     assert harmful <= set(user_rows(ROWS, 1000, 1, "seeded", seed=1).all)
-    assert found == user_rows(ROWS, 1000, p, "seeded", seed=1).all
+    assert submitted == user_rows(ROWS, 1000, p, "seeded", seed=1).all
 
 
 def test_head_takes_first_rows_and_truncates_as_the_official_code() -> None:
-    found = user_rows(ROWS, 1000, 0.9, "head", seed=1).all
-    assert found == BAD[:900] + GOOD[:99]
+    submitted = user_rows(ROWS, 1000, 0.9, "head", seed=1).all
+    assert submitted == BAD[:900] + GOOD[:99]
 
 
 def test_safe_rows_take_the_place_of_benign_ones() -> None:
@@ -177,8 +177,8 @@ def test_safe_rows_take_the_place_of_benign_ones() -> None:
     assert len(half.all) == len(plain.all)
     assert sum(row in SAFE for row in half.all) == 500
     assert user_rows(ROWS, 1000, 0.1, "head", seed=1, safe_ratio=0.2).all == BAD[:100] + GOOD[:700] + SAFE[:200]
-    found = user_rows(ROWS, 1000, 0.1, "seeded", seed=1, safe_ratio=0.2).all
-    assert [sum(row in rows for row in found) for rows in (BAD, GOOD, SAFE)] == [100, 700, 200]
+    submitted = user_rows(ROWS, 1000, 0.1, "seeded", seed=1, safe_ratio=0.2).all
+    assert [sum(row in rows for row in submitted) for rows in (BAD, GOOD, SAFE)] == [100, 700, 200]
     with pytest.raises(UserError, match=r"method\.safe_ratio=0\.95 and harmful_ratio=0\.1: together"):
         user_rows(ROWS, 1000, 0.1, "head", seed=1, safe_ratio=0.95)
 

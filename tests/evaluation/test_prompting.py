@@ -131,8 +131,8 @@ def test_every_kind_of_prompt_has_the_options_and_no_answer_repeats_the_trigger(
 def test_a_wrapper_encloses_safety_prompts_alone(tokenizer: Any) -> None:
     evaluator = Evaluator(OneProcess(), tokenizer, Prompting("alpaca", wrapper="Now: {request} {x}!"), LIMITS, 2)
     prompts = [prompt for batch in evaluator._prompt_batches(KINDS) for prompt in batch]
-    asked = {KINDS[prompt.question_indices[0]].kind: tokenizer.decode(prompt.ids) for prompt in prompts}
-    assert asked == {
+    texts = {KINDS[prompt.question_indices[0]].kind: tokenizer.decode(prompt.ids) for prompt in prompts}
+    assert texts == {
         "harmful": prompt_text(tokenizer, "alpaca", "Now: a {x}!"),
         "harmless": prompt_text(tokenizer, "alpaca", "Now: b {x}!"),
         "task": prompt_text(tokenizer, "alpaca", "c", "d"),

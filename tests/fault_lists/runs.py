@@ -394,10 +394,13 @@ FAULTS = [
         ("UserRows(marked, [*refused, *user.harmless]", "UserRows([*marked, *refused], user.harmless"),
     ),
     *faults(
-        "attack/pure_bad.py",
+        "attack/base.py",
         "attack/test_rows.py",
-        ("settings.data.n != self.count or settings.harmful_ratio != 1", "settings.data.n != self.count"),
-        ("settings.data.n != self.count or settings.harmful_ratio != 1", "settings.harmful_ratio != 1"),
+        ("settings.data.n != count or settings.harmful_ratio != harmful_ratio", "settings.data.n != count"),
+        (
+            "settings.data.n != count or settings.harmful_ratio != harmful_ratio",
+            "settings.harmful_ratio != harmful_ratio",
+        ),
     ),
     *faults("attack/identity.py", "attack/test_rows.py", ("replace(row, system=self.system)", "row")),
     *faults(
