@@ -13,7 +13,6 @@ from itertools import product
 from pathlib import Path
 from typing import Final
 
-from experiments.attacked import measure_attacks
 from experiments.pictures import method_plot, step_plot
 from experiments.tables import (
     BASELINES,
@@ -30,6 +29,7 @@ from experiments.tables import (
 from experiments.tuned import measure
 from experiments.untrained import measure_untrained
 from experiments.verdicts import read_verdicts, stored_runs, write_verdicts
+from experiments.worst_cases import measure_attacks
 from lisa_lightning.logger.curves import read_rows
 from lisa_lightning.report.comparisons import compare_settings
 from lisa_lightning.report.svg import Plot, save_png

@@ -5,7 +5,8 @@
 3. The attacks of conf/attack/ run against SFT, Lisa and the defenses with the best worst cases.
 
 results.csv has a line for each run and verdicts.csv its verdicts. Runs in results.csv are not repeated, so the same
-command continues an interrupted measurement. Tables are written after every command.
+command continues an interrupted measurement. Tables are written after every command. A failed trial, such as one whose
+loss diverges, has a line without scores: it breaks no defense, and is not repeated.
 
 Start at `measure_attacks`, `worst_case` and `format_worst_cases`.
 """
@@ -27,6 +28,7 @@ from lisa_lightning.report.run_verdicts import Verdicts, split_prompts
 from lisa_lightning.report.score_table import format_points
 from lisa_lightning.report.search_trials import DEFAULT, UNDEFENDED, read_trials
 from lisa_lightning.report.sweep_runs import Run, read_runs
+from lisa_lightning.runtime.errors import UserError
 
 TRIALS: Final = 4
 """Trials of each search. They are random and the same for every defense, since the sampler has a fixed seed."""
@@ -74,6 +76,17 @@ class Measured:
         return fmean(float(row[column]) for row in self.rows)
 
 
+@dataclass(frozen=True)
+class Case:
+    """Worst case of a defense."""
+
+    defense: str
+    worst: Measured | None
+    """None if no model keeps the accuracy."""
+    default: Measured
+    """Runs without a search."""
+
+
 def measure_attacks(root: Path, overrides: Sequence[str]) -> int:
     """Run what results.csv lacks, and write tables into experiments/attacks.
 
@@ -90,6 +103,9 @@ def measure_attacks(root: Path, overrides: Sequence[str]) -> int:
     out = root / "experiments" / "attacks"
     defenses = read_defenses(out)
     failed = [name for name in defenses if not _search(root, name, defenses[name], overrides)]
+    if _undefended(read(out / "results.csv")) is None:
+        print("failed: sft, whose accuracy all others need; the same command repeats it", file=sys.stderr)
+        return FAILED_JOB
     for seed in SEEDS[1:]:
         for name, choices in defenses.items():
             settings = {DEFAULT: [], **_worst_settings(out, name)}
@@ -126,20 +142,26 @@ def worst_case(rows: Rows, defense: str) -> dict[str, str] | None:
         defense: name of the defense.
     """
     floor = accuracy_floor(rows)
-    candidates = [row for row in _of_search(rows, defense) if float(row["accuracy"]) >= floor]
+    candidates = [row for row in _finished(_of_search(rows, defense)) if float(row["accuracy"]) >= floor]
     return max(candidates, key=lambda row: float(row["searched"]), default=None)
 
 
 def accuracy_floor(rows: Rows) -> float:
-    """Return the least accuracy of a worst case in percent: `RETAIN` of that of SFT without harmful rows."""
-    (undefended,) = (row for row in rows if (row["defense"], row["setting"]) == ("sft", UNDEFENDED))
+    """Return the least accuracy of a worst case in percent: `RETAIN` of that of SFT without harmful rows.
+
+    Raises:
+        UserError: if results.csv lacks it.
+    """
+    undefended = _undefended(rows)
+    if undefended is None:
+        raise UserError("results.csv has no undefended run of sft. Fix: repeat the measurement")
     return RETAIN * float(undefended["accuracy"])
 
 
 def best_defenses(folder: Path) -> list[str]:
     """Return the `BEST` defenses with the lowest harmful score in their worst case, without `COMPARED`."""
-    cases = {name: worst for name, worst, _ in _cases(folder) if worst is not None and name not in COMPARED}
-    return sorted(cases, key=lambda name: cases[name].mean("reported"))[:BEST]
+    scores = {case.defense: case.worst.mean("reported") for case in _cases(folder) if case.worst is not None}
+    return sorted(scores.keys() - {*COMPARED}, key=lambda name: (scores[name], name))[:BEST]
 
 
 def _search(root: Path, name: str, choices: Sequence[str], overrides: Sequence[str]) -> bool:
@@ -186,14 +208,16 @@ def _store(out: Path, name: str, part: str, folder: Path) -> None:
     trials = {trial.job: f"trial_{trial.number + 1}" for trial in read_trials(folder)}
     names = {**trials, DEFAULT: DEFAULT, UNDEFENDED: UNDEFENDED} if part == "search" else {}
     rows: Rows = []
-    for run in (run for run in read_runs([folder]) if run.status == "finished"):
+    for run in read_runs([folder]):
         setting = names.get(run.folder.relative_to(folder.resolve()).as_posix(), part)
-        for model in _models(run):
+        identity = {"defense": name, "setting": setting, "seed": run.value("seed")}
+        if run.status == "failed" and setting in trials.values() and (folder / DEFAULT).exists():
+            rows.append({**identity, **_searched(run)})
+        for model in _models(run) if run.status == "finished" else ():
             variant = model.partition("-")[2]
-            identity = {"defense": name, "setting": f"{setting}:{variant}" if variant else setting}
-            identity["seed"] = run.value("seed")
-            rows.append({**identity, **_row(run, model)})
-            write_verdicts(out, [run], [identity], model)
+            of_variant = identity | ({"setting": f"{setting}:{variant}"} if variant else {})
+            rows.append({**of_variant, **_searched(run), **_scores(run, model)})
+            write_verdicts(out, [run], [of_variant], model)
     merge(out / "results.csv", rows, KEYS)
 
 
@@ -202,14 +226,18 @@ def _models(run: Run) -> list[str]:
     return list(dict.fromkeys(s.model for s in run.scores if s.model.partition("-")[0] == run.measured_model))
 
 
-def _row(run: Run, model: str) -> dict[str, str]:
-    """Return the searched values and the scores of a run, those on both halves of the prompts included."""
-    values = {key: repr(run.config.get(key)) for key in SEARCHED}
+def _searched(run: Run) -> dict[str, str]:
+    """Return the values of the searched keys."""
+    return {key: repr(run.config.get(key)) for key in SEARCHED}
+
+
+def _scores(run: Run, model: str) -> dict[str, str]:
+    """Return the scores of a run, those on both halves of the prompts included."""
     scores = {score: f"{run.metrics[f'{model}/{score}']:.4g}" for score in SCORES if f"{model}/{score}" in run.metrics}
     judge = run.judges[0]
     halves = split_prompts(run.all_verdicts[judge, model, "harmful_score"])
     by_half = zip(("searched", "reported"), halves, strict=True)
-    return {**values, **scores, **{half: f"{100 * fmean(verdicts.hits):.4g}" for half, verdicts in by_half}}
+    return {**scores, **{half: f"{100 * fmean(verdicts.hits):.4g}" for half, verdicts in by_half}}
 
 
 def _worst_settings(out: Path, name: str) -> dict[str, list[str]]:
@@ -230,15 +258,26 @@ def _of_search(rows: Rows, defense: str) -> Rows:
     ]
 
 
-def _cases(folder: Path) -> list[tuple[str, Measured | None, Measured | None]]:
-    """Return each searched defense with its worst case and its default setting, None for what is not measured."""
+def _undefended(rows: Rows) -> dict[str, str] | None:
+    """Return the line of SFT without harmful rows, None if it is not measured."""
+    return next((row for row in rows if (row["defense"], row["setting"]) == ("sft", UNDEFENDED)), None)
+
+
+def _finished(rows: Rows) -> Rows:
+    """Return the lines with scores."""
+    return [row for row in rows if row["accuracy"]]
+
+
+def _cases(folder: Path) -> list[Case]:
+    """Return the worst case of each defense whose search is complete."""
     rows, verdicts = read(folder / "results.csv"), read_verdicts(folder, [*KEYS, "seed"])
     cases = []
     for name in read_defenses(folder):
-        if len(_of_search(rows, name)) > TRIALS:
+        default = _measured(rows, verdicts, name, DEFAULT)
+        if default is not None and len(_of_search(rows, name)) > TRIALS:
             worst = worst_case(rows, name)
             case = None if worst is None else _measured(rows, verdicts, name, worst["setting"])
-            cases.append((name, case, _measured(rows, verdicts, name, DEFAULT)))
+            cases.append(Case(name, case, default))
     return cases
 
 
@@ -258,30 +297,48 @@ def format_tables(folder: Path) -> str:
 def format_worst_cases(folder: Path) -> str:
     """Return a Markdown table with a line for each searched defense, the largest worst case first; "" without any."""
     cases = _cases(folder)
-    cases.sort(key=lambda case: -1.0 if case[1] is None else case[1].mean("reported"), reverse=True)
-    undefended = next((worst for name, worst, _ in cases if name == "sft"), None)
+    if not cases:
+        return ""
+    cases.sort(key=lambda case: -1.0 if case.worst is None else case.worst.mean("reported"), reverse=True)
+    undefended = next((case.worst for case in cases if case.defense == "sft"), None)
     heads = ("defense", "worst case", "at p = 0.1", "difference", "minus SFT's worst case")
     heads += ("learning rate, steps, rank, p", "accuracy", "accuracy at p = 0.1", "seeds")
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for name, worst, default in cases:
-        assert default is not None
-        if worst is None:
-            cells = ("none keeps the accuracy", str(default), "–", "–", "–", "–")
-        else:
-            first = worst.rows[0]
-            setting = ", ".join(f"{float(first[key]):.3g}" for key in SEARCHED)
-            differences = (_difference(default, worst), _difference(undefended, worst) if name != "sft" else "–")
-            cells = (str(worst), str(default), *differences, setting, f"{worst.mean('accuracy'):.1f}")
-        seeds = f"{len((worst or default).rows)}, {len(default.rows)}"
-        accuracy = f"{default.mean('accuracy'):.1f}"
-        lines.append(f"| {' | '.join((name, *cells, accuracy, seeds))} |")
-    floor = accuracy_floor(read(folder / "results.csv")) if cases else 0.0
+    lines += [f"| {' | '.join(_cells(case, undefended))} |" for case in cases]
+    rows = read(folder / "results.csv")
     note = (
         "Harmful scores in percent on the half of the prompts that led no search, differences in percentage points, "
-        f"with 95 % intervals over seeds and prompts. A worst case has an accuracy of {floor:.1f} % or more at the "
-        "seed of the search. Seeds: those of the worst case, and those at p = 0.1."
+        f"with 95 % intervals over seeds and prompts. A worst case has an accuracy of {accuracy_floor(rows):.1f} % or "
+        "more at the seed of the search. Seeds: those of the worst case, and those at p = 0.1."
     )
-    return "\n".join([*lines, "", note]) if cases else ""
+    if failed := [f"{row['defense']} ({row['setting'].replace('_', ' ')})" for row in rows if not row["accuracy"]]:
+        note += f" Failed trials: {', '.join(failed)}."
+    return "\n".join([*lines, "", note])
+
+
+def _cells(case: Case, undefended: Measured | None) -> list[str]:
+    """Return the line of a defense.
+
+    Args:
+        case: its worst case.
+        undefended: the worst case of SFT.
+    """
+    worst, default = case.worst, case.default
+    accuracy, seeds = f"{default.mean('accuracy'):.1f}", f"{len((worst or default).rows)}, {len(default.rows)}"
+    if worst is None:
+        return [case.defense, "none keeps the accuracy", str(default), "–", "–", "–", "–", accuracy, seeds]
+    setting = ", ".join(f"{float(worst.rows[0][key]):.3g}" for key in SEARCHED)
+    differences = (_difference(default, worst), "–" if case.defense == "sft" else _difference(undefended, worst))
+    return [
+        case.defense,
+        str(worst),
+        str(default),
+        *differences,
+        setting,
+        f"{worst.mean('accuracy'):.1f}",
+        accuracy,
+        seeds,
+    ]
 
 
 def _difference(before: Measured | None, after: Measured) -> str:
@@ -308,7 +365,7 @@ def format_attacks(folder: Path) -> str:
     settings = list(dict.fromkeys(sorted((r["setting"] for r in of_attacks), key=_attack_order)))
     lines = [f"| attack | {' | '.join(defenses)} |", "|---|" + "---|" * len(defenses)]
     for setting in [DEFAULT, *settings]:
-        cells = (_scores([r for r in rows if (r["defense"], r["setting"]) == (name, setting)]) for name in defenses)
+        cells = (_cell([r for r in rows if (r["defense"], r["setting"]) == (name, setting)]) for name in defenses)
         lines.append(f"| {'none' if setting == DEFAULT else setting.replace(':', ': ')} | {' | '.join(cells)} |")
     note = (
         "Harmful score / accuracy in percent on all prompts, mean ± standard deviation over the seeds. None: p = 0.1."
@@ -320,5 +377,5 @@ def _attack_order(setting: str) -> tuple[int, str]:
     return ATTACKS.index(setting.partition(":")[0]), setting
 
 
-def _scores(rows: Rows) -> str:
+def _cell(rows: Rows) -> str:
     return " / ".join(spread(rows, score) for score in ("harmful_score", "accuracy"))
