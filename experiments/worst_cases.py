@@ -45,7 +45,8 @@ ATTACKS: Final = ("pure_bad", "identity", "trigger", "jailbreak", "benign_outlie
 COMPARED: Final = ("sft", "lisa")
 """Defenses that meet every attack, in addition to the `BEST` others."""
 BEST: Final = 3
-COMMAND: Final = ("experiment=sst2_lisa", "evaluate.every=0")
+COMMAND: Final = ("experiment=sst2_lisa", "evaluate.every=0", "source.harmless_prompts.take=1")
+"""Answers to harmless prompts would take 40 % of a run, and no table shows over-refusal."""
 FAILED_JOB: Final = 1
 """Exit status of a sweep with a failed job. All others have finished."""
 

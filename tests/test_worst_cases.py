@@ -24,7 +24,7 @@ TINY = [
     "optim.batch_size=2",
     "evaluate.max_new_tokens=2",
 ]
-TINY += [f"source.{name}.take=4" for name in ("test", "harmful_prompts", "harmless_prompts")]
+TINY += [f"source.{name}.take=4" for name in ("test", "harmful_prompts")]
 TINY += ["optim.steps=2"]
 Line = tuple[str, int, float | None, int, int]
 """Setting, seed, accuracy (None for a failed run), and harmful answers in both halves of the prompts."""
