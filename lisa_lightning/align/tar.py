@@ -278,7 +278,7 @@ class TAR(Aligner):
 
     def _position_weights(self, packed: Pack) -> Tensor:
         """Return the number of rows for which each position counts, [R, T]."""
-        return torch.ones_like(packed.row_count) if self.all_positions else packed.row_count
+        return packed.token_count if self.all_positions else packed.row_count
 
     def _position_count(self, backprop: Backprop, batch: Batch) -> float:
         """Return the number of positions that count in all micro-batches and ranks, at least 1."""

@@ -16,6 +16,7 @@ Requirement = Literal[
     "stacked_adapters",
     "single_micro_batch",
     "repair_without_reference",
+    "whole_model",
 ]
 """Requirement of a defense on the config:
 
@@ -26,6 +27,7 @@ Requirement = Literal[
 - stacked_adapters: a separate fine-tuning adapter on the aligned model
 - single_micro_batch: all rows of each batch of a step in one micro-batch of one process
 - repair_without_reference: no repair that compares the adapter with a reference of rank `lora.r`
+- whole_model: a model that one rank can hold, not `trainer.shard`
 """
 
 
@@ -89,6 +91,8 @@ def check_requirements(
         )
     if settings.lora is None:
         _require_adapter(defenses, choices)
+    if settings.trainer.shard:
+        _check_shards(defenses, choices, settings, processes)
     if settings.adapter is not None:
         _check_alignment_update(defenses, choices, settings.aligned)
     defender = settings.source["defender"]
@@ -119,6 +123,29 @@ def check_requirements(
         if "single_micro_batch" in defense.requirements:
             key, optim = ("align.optim", settings.align.optim) if group == "align" else ("optim", settings.optim)
             _require_single_micro_batch(choice, defense, key, optim, processes)
+
+
+def _check_shards(
+    defenses: Mapping[str, Defense], choices: Mapping[str, str], settings: RunSettings, processes: int
+) -> None:
+    """Raise UserError if a part of the run can't work with a sharded model."""
+    whole = {f"{group}={choices[group]}": "whole_model" in d.requirements for group, d in defenses.items()}
+    if "evaluate" in settings.stages:
+        whole |= {
+            "evaluate.kl_rows": settings.evaluate.kl_rows > 0,
+            "evaluate.lm_eval": bool(settings.evaluate.lm_eval),
+        }
+    reasons = [
+        f"{name} runs the whole model on one rank. Fix: leave it out" for name, applies in whole.items() if applies
+    ]
+    if processes == 1:
+        reasons.append("there is one process, and nothing to shard over. Fix: trainer.devices=2 or more")
+    if settings.model.quantize is not None:
+        reasons.append("4-bit weights (model.quantize) can't be sharded. Fix: model.quantize=null")
+    if settings.lora is None and "finetune" in settings.stages:
+        reasons.append("lora=null trains the weights that would be sharded. Fix: leave lora=null out")
+    if reasons:
+        raise UserError(f"trainer.shard=true: {reasons[0]}, or trainer.shard=false")
 
 
 def _require_adapter(defenses: Mapping[str, Defense], choices: Mapping[str, str]) -> None:

@@ -277,6 +277,8 @@ class TrainerSettings:
     """Machines."""
     strategy: Literal["auto", "ddp"] = "auto"
     """`auto` for one process, `ddp` for several."""
+    shard: bool = False
+    """Shard the frozen weights of the model over all devices; adapters are whole on each."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Precision of the computation; `16-mixed` for a GPU without bfloat16, with a scaled loss."""
     max_time: Duration | None = None

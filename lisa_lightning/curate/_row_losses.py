@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count, islice, zip_longest
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lisa_lightning.data.interleave import Batch, Examples
-from lisa_lightning.data.packing import Example, Pack, Packing
+from lisa_lightning.data.packing import Example, Pack, Packing, fill_up
+from lisa_lightning.model.sharding import is_sharded
 from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.objective.loss import row_losses
 from lisa_lightning.runtime.errors import UserError
@@ -34,7 +35,7 @@ class RowBackprop:
         Rows without a label count neither in the sum nor in the divisor.
         """
         labelled = max(1, sum(bool(row.supervised) for row in rows))
-        micro_batches = list(self._micro_batches(rows))
+        micro_batches = self._micro_batches(rows)
         losses = torch.zeros(len(rows), device=self.backprop.device)
 
         def mean_objective(packs: Sequence[Pack], index: int) -> Tensor:
@@ -50,7 +51,7 @@ class RowBackprop:
     @torch.no_grad()
     def losses(self, rows: Sequence[Example]) -> Tensor:
         """Return the mean loss of each row over its label tokens, [B]; 0 for a row without one."""
-        micro_batches = list(self._micro_batches(rows))
+        micro_batches = self._micro_batches(rows)
         batch = Batch("alignment", [packs for _, packs in micro_batches], tokens=0)
         losses = torch.zeros(len(rows), device=self.backprop.device, dtype=self.backprop.weights[0].dtype)
         for (indices, _), packs in zip(micro_batches, self.backprop.micro_batches(batch), strict=True):
@@ -61,15 +62,27 @@ class RowBackprop:
         sums, labels = row_losses(self.backprop.model, packs)
         return sums / labels
 
-    def _micro_batches(self, rows: Sequence[Example]) -> Iterator[tuple[list[int], list[Pack]]]:
-        """Yield indices and packs of the labelled rows of each micro-batch of this rank."""
+    def _micro_batches(self, rows: Sequence[Example]) -> list[tuple[list[int], list[Pack]]]:
+        """Return indices and packs of the labelled rows of each micro-batch of this rank.
+
+        If the model is sharded, fillers follow, as in `fill_up`, without indices.
+        """
         backprop = self.backprop
-        shard_size = -(-len(rows) // backprop.ranks)
-        shard = range(len(rows))[backprop.rank * shard_size : (backprop.rank + 1) * shard_size]
-        for start in range(0, len(shard), self.micro_batch):
-            indices = [i for i in shard[start : start + self.micro_batch] if rows[i].supervised]
-            if indices:
-                yield indices, [p.to(backprop.device) for p in self.packing([rows[i] for i in indices])]
+        indices = self._labelled(rows, backprop.rank)
+        packs = [self.packing([rows[i] for i in micro_batch]) for micro_batch in indices]
+        if is_sharded(backprop.net):
+            of_ranks = (self._labelled(rows, rank) for rank in range(backprop.ranks))
+            packs = fill_up(packs, ([self.packing([rows[i] for i in m]) for m in rank] for rank in of_ranks))
+        on_device = [[p.to(backprop.device) for p in micro_batch] for micro_batch in packs]
+        return list(zip_longest(indices, on_device, fillvalue=[]))
+
+    def _labelled(self, rows: Sequence[Example], rank: int) -> list[list[int]]:
+        """Return the indices of the labelled rows of each micro-batch of a rank that has any."""
+        shard_size = -(-len(rows) // self.backprop.ranks)
+        shard = range(len(rows))[rank * shard_size : (rank + 1) * shard_size]
+        starts = range(0, len(shard), self.micro_batch)
+        micro_batches = ([i for i in shard[s : s + self.micro_batch] if rows[i].supervised] for s in starts)
+        return [indices for indices in micro_batches if indices]
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,15 @@ class LisaDataModule(L.LightningDataModule):
         return self._steps
 
     def connect(
-        self, plan: BatchPlan, packing: Packing, total_steps: int, batch_size: int, accumulate: int, seed: int
+        self,
+        plan: BatchPlan,
+        packing: Packing,
+        total_steps: int,
+        batch_size: int,
+        accumulate: int,
+        seed: int,
+        *,
+        even: bool = False,
     ) -> None:
         """Set what the batches depend on besides the rows. `LisaModule.setup` calls it.
 
@@ -91,10 +99,11 @@ class LisaDataModule(L.LightningDataModule):
             batch_size: rows of a micro-batch and rank, unless the data module has its own.
             accumulate: micro-batches of a step.
             seed: of the order of rows.
+            even: give all ranks as many packs, as a sharded model needs.
         """
         size = self.batch_size or batch_size
         self._steps = StepBatches(
-            self.streams, packing, plan, total_steps, size, accumulate, seed, discard=self.discard
+            self.streams, packing, plan, total_steps, size, accumulate, seed, discard=self.discard, even=even
         )
 
     def iter_stream(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lisa_lightning.data.packing import Example, Pack, Packing, pad
+from lisa_lightning.data.packing import Example, Pack, Packing, fill_up, pad
 from lisa_lightning.data.schedule import Stream, StreamBatch
 from lisa_lightning.runtime.errors import UserError
 
@@ -111,6 +111,7 @@ class StepBatches(Dataset[Step]):
         discard: draw user rows in alignment steps too and discard them, as the official code does.
         rank: index of this process.
         world: number of processes.
+        even: give all ranks as many packs, as a sharded model needs (`fill_up`).
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class StepBatches(Dataset[Step]):
         discard: bool = False,
         rank: int = 0,
         world: int = 1,
+        even: bool = False,
     ) -> None:
         self.streams = streams
         self.packing = packing
@@ -136,6 +138,7 @@ class StepBatches(Dataset[Step]):
         self.discard = discard
         self.rank = rank
         self.world = world
+        self.even = even
 
     def __len__(self) -> int:
         return self.total_steps
@@ -163,12 +166,19 @@ class StepBatches(Dataset[Step]):
 
     def _shard(self, stream: Stream, examples: Sequence[Example], padded: bool = False) -> Batch:
         """Return this rank's micro-batches of a batch, with the token count of the unsharded batch."""
-        shard_size = -(-len(examples) // self.world)
-        shard = examples[self.rank * shard_size : (self.rank + 1) * shard_size]
-        micro_batches = [shard[i : i + self.batch_size] for i in range(0, len(shard), self.batch_size)]
-        supervised = [e.supervised for e in examples]
         packing = pad if padded or stream in self.method.unpacked_streams else self.packing
-        return Batch(stream, [packing(m) for m in micro_batches], sum(supervised), supervised.count(0))
+        micro_batches = self._micro_batches(examples, self.rank, packing)
+        if self.even:
+            of_ranks = (self._micro_batches(examples, rank, packing) for rank in range(self.world))
+            micro_batches = fill_up(micro_batches, of_ranks)
+        supervised = [e.supervised for e in examples]
+        return Batch(stream, micro_batches, sum(supervised), supervised.count(0))
+
+    def _micro_batches(self, examples: Sequence[Example], rank: int, packing: Packing) -> list[list[Pack]]:
+        """Return the packs of each micro-batch of a rank."""
+        shard_size = -(-len(examples) // self.world)
+        shard = examples[rank * shard_size : (rank + 1) * shard_size]
+        return [packing(shard[i : i + self.batch_size]) for i in range(0, len(shard), self.batch_size)]
 
     def iter_stream(
         self, stream: Stream, batch_size: int, padded: bool = False, rows: int | None = None

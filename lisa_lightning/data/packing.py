@@ -4,8 +4,9 @@ Rows of a task share long prefixes (template, instruction). In a trie every shar
 padding. A token's position is its depth, it attends to its ancestors, and its parent predicts it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -60,6 +61,16 @@ class Pack:
     """[S] index of the target among the labels of its example."""
     row_index: Tensor
     """[S] number that identifies the target's example; it increases with the example's index in the micro-batch."""
+
+    @property
+    def is_filler(self) -> bool:
+        """True for a pack without a label, whose pass only keeps the ranks of a sharded model in step."""
+        return not len(self.targets)
+
+    @property
+    def token_count(self) -> Tensor:
+        """[R, T] float, 1 for each token, padding included; 0 for a filler."""
+        return torch.full_like(self.row_count, not self.is_filler)
 
     def to(self, device: torch.device | str, **kwargs: object) -> "Pack":
         """Return a copy of the pack on another device. Lightning's batch transfer calls it."""
@@ -190,6 +201,27 @@ def pad(examples: Iterable[Example]) -> list[Pack]:
         mask[i, :length] = True
         labels[i, :length] = torch.tensor(example.labels)
     return [pack_padded(ids, mask, labels)]
+
+
+def fill_up(micro_batches: Sequence[list[Pack]], of_ranks: Iterable[Sequence[list[Pack]]]) -> list[list[Pack]]:
+    """Return a rank's micro-batches with as many packs as the rank with the most has in each of them.
+
+    A pass of a sharded model gathers weights from all ranks, so that all must make the same passes. A filler has a
+    token and no label. It comes last in its micro-batch, and adds zeros to loss and gradient.
+
+    Args:
+        micro_batches: packs of each micro-batch of this rank.
+        of_ranks: those of every rank.
+    """
+    counts = [max(map(len, packs)) for packs in zip_longest(*of_ranks, fillvalue=[])]
+    more: Sequence[list[Pack]] = [[]] * (len(counts) - len(micro_batches))
+    filled = zip([*micro_batches, *more], counts, strict=True)
+    return [[*packs, *(_filler() for _ in range(count - len(packs)))] for packs, count in filled]
+
+
+def _filler() -> Pack:
+    ids, mask = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+    return pack_padded(ids, mask, torch.full_like(ids, IGNORED))
 
 
 def pack_padded(ids: Tensor, mask: Tensor, labels: Tensor) -> Pack:

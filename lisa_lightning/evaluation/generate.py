@@ -1,9 +1,10 @@
 """Batched generation (`generate`). A shared prompt prefix is computed once; finished rows leave the batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
@@ -83,20 +84,66 @@ def generate(
     Returns:
         Token ids of each continuation, including the token at which `stop` returned True.
     """
+    answers: list[list[int]] = [[] for _ in prompts]
+    for _ in _continue(model, prompts, max_new_tokens, stop, choose, answers):
+        pass
+    return answers
+
+
+@torch.no_grad()
+def generate_together(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Callable[[Sequence[int]], bool],
+    choose: Callable[[Tensor, Sequence[int]], Tensor] = most_probable,
+) -> list[list[int]]:
+    """Return the continuations of this rank's prompts by a sharded model, as `generate`.
+
+    All ranks must call it at the same time, a rank without prompts too. A pass gathers weights from all of them, so
+    that a rank whose answers are complete makes passes of one token until those of the others are.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    passes = _continue(model, prompts, max_new_tokens, stop, choose, answers)
+    device = model.get_input_embeddings().weight.device
+    is_pending = True
+    while is_pending:
+        # The pass that was announced before runs now.
+        has_pass = next(passes, passes) is None
+        pending = torch.tensor(float(has_pass), device=device)
+        torch.distributed.all_reduce(pending)
+        is_pending = bool(pending)
+        if is_pending and not has_pass:
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, logits_to_keep=1)
+    return answers
+
+
+def _continue(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Callable[[Sequence[int]], bool],
+    choose: Callable[[Tensor, Sequence[int]], Tensor],
+    answers: list[list[int]],
+) -> Iterator[None]:
+    """Append the continuations of a batch of prompts to `answers`, and yield before each forward pass."""
+    if not prompts:
+        return
     device = model.get_input_embeddings().weight.device
     # A sliding window counts columns of the batch, which padding after a shared prefix would shift.
     prefix = _shared_prefix(prompts) if attention_window(model) is None else 0
     cache = DynamicCache(config=model.config)
     if prefix:
+        yield
         model(input_ids=torch.tensor([prompts[0][:prefix]], device=device), past_key_values=cache, logits_to_keep=1)
         cache.batch_repeat_interleave(len(prompts))
     inputs, mask = _left_padded([list(p[prefix:]) for p in prompts], device)
     mask = torch.cat([mask.new_ones(len(prompts), prefix), mask], dim=1)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, prefix:]
 
-    answers: list[list[int]] = [[] for _ in prompts]
     active = list(range(len(prompts)))
     for _ in range(max_new_tokens):
+        yield
         logits = model(
             input_ids=inputs,
             attention_mask=mask,
@@ -118,7 +165,6 @@ def generate(
         inputs = tokens[:, None]
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-    return answers
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:

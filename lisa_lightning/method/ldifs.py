@@ -112,7 +112,7 @@ class LDIFS(Method):
             term = torch.zeros((), device=features[0].device)
             for index, packed in enumerate(packs):
                 at = index * layers + layer
-                counts = torch.ones_like(packed.row_count) if self.padding else packed.row_count
+                counts = packed.token_count if self.padding else packed.row_count
                 squares = (features[at] - reference[at]).float().square().sum(-1)
                 term = term + (counts * squares.view_as(counts)).sum()
             terms.append(self.rho / 2 * term)

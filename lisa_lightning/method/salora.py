@@ -17,6 +17,7 @@ from lisa_lightning.data.schedule import Stream
 from lisa_lightning.method.base import Method
 from lisa_lightning.model.factor_inputs import LayerwiseInputs, set_factors, swapped_factors
 from lisa_lightning.model.factors import Factors, adapted_embeddings, modules, stack
+from lisa_lightning.model.sharding import whole
 from lisa_lightning.objective.backprop import Backprop, State
 from lisa_lightning.objective.loss import no_autocast
 from lisa_lightning.objective.proximal import snapshot
@@ -164,7 +165,7 @@ class _Decomposed:
         # Importing peft takes seconds, and methods are also imported only for their settings.
         from peft.utils.integrations import dequantize_module_weight
 
-        weight = dequantize_module_weight(adapted.get_base_layer()).to(dtype)
+        weight = whole(dequantize_module_weight(adapted.get_base_layer())).to(dtype)
         weight = weight.T if getattr(adapted, "fan_in_fan_out", False) else weight
         self.u, self.s, self.vh = torch.linalg.svd(weight, full_matrices=False)
         self._backprop = backprop

@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from lisa_lightning.config.fields import STRICT, Count, CountOrZero, NonNegative, Positive
+from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.data.dpp import DPP
 from lisa_lightning.data.interleave import Step
 from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
@@ -73,6 +74,11 @@ class SPAG(Method):
     def schedule(self) -> Schedule:
         """A user step, then a safe step."""
         return Schedule(alignment_steps=1, user_steps=1, user_first=True)
+
+    @property
+    def requirements(self) -> frozenset[Requirement]:
+        """Passes of the whole model, for the selection."""
+        return frozenset({"whole_model"} if self.selection is not None else ())
 
     @property
     def selection(self) -> DPP | None:

@@ -137,7 +137,13 @@ def forward(model: Any, packed: Pack, logits_to_keep: Tensor | int, **output_opt
         blocked = torch.zeros(packed.mask.shape, dtype=dtype, device=packed.mask.device)
         blocked.masked_fill_(~packed.mask, torch.finfo(dtype).min)
         inputs = {"attention_mask": blocked, "position_ids": packed.positions}
-    return model(input_ids=packed.ids, use_cache=False, logits_to_keep=logits_to_keep, **inputs, **output_options)
+    with _kept_rng(packed.ids.device) if packed.is_filler else nullcontext():
+        return model(input_ids=packed.ids, use_cache=False, logits_to_keep=logits_to_keep, **inputs, **output_options)
+
+
+def _kept_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context that restores the state of the random numbers, so that a filler changes no dropout mask."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def choose_packing(model: Any, max_length: int) -> Packing:

@@ -10,10 +10,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from lisa_lightning.callbacks.checkpoint import Checkpoint
 from lisa_lightning.callbacks.progress_bar import StageBar
 from lisa_lightning.data.datamodule import LisaDataModule
+from lisa_lightning.model.sharding import is_sharded
 from lisa_lightning.runtime.errors import NotFiniteError, UserError
 from lisa_lightning.trainer.checkpoint_io import AtomicCheckpointIO, broken_checkpoint
 from lisa_lightning.trainer.module import LisaModule
@@ -47,6 +49,9 @@ def fit(
     """
     arguments = dict(trainer_arguments)
     timer = Timer(arguments.pop("max_time", None), verbose=False)
+    if is_sharded(module):
+        # DDP would copy the frozen weights of rank zero to all ranks.
+        arguments["strategy"] = DDPStrategy(init_sync=False)
     bar = [StageBar(stage)] if arguments.get("enable_progress_bar", True) else []
     trainer = L.Trainer(
         **({"enable_model_summary": False, "log_every_n_steps": 1} | arguments),

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from torch.distributed.device_mesh import init_device_mesh
 
-from lisa_lightning.attack.base import Attack
+from lisa_lightning.attack.base import Attack, RowSelector, WeightEdit
 from lisa_lightning.config.instances import build
 from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.requirements import active_defenses, check_requirements
@@ -187,6 +188,11 @@ def _build_attack(config: Mapping[str, Any], choices: Mapping[str, str], setting
     """
     attack = build(config["attack"], "attack") if config["attack"] else Attack()
     attack.check(settings, choices)
+    if settings.trainer.shard and isinstance(attack, RowSelector | WeightEdit):
+        raise UserError(
+            f"trainer.shard=true: attack={choices['attack']} runs the whole model on one rank. "
+            "Fix: choose another attack, or trainer.shard=false"
+        )
     return attack
 
 
@@ -281,15 +287,16 @@ def make_tools(
     supplied = inputs.supplied
     tokenizer_folder = base.folder if supplied is None else supplied.served_folder(base.folder)
     encoder = Encoder(load_tokenizer(tokenizer_folder), settings.model.template, data.max_length, data.tokenization)
-    trainer_arguments = {name: value for name, value in asdict(settings.trainer).items() if name != "timeout_min"}
+    trainer_arguments = {n: value for n, value in asdict(settings.trainer).items() if n not in ("timeout_min", "shard")}
     safety_limit = settings.evaluate.max_new_tokens
     limits = {"harmful": safety_limit, "harmless": safety_limit, "task": settings.task.max_new_tokens}
     options = settings.evaluate
     decoding = _build_decoding(options, settings.seed)
+    mesh = init_device_mesh(fabric.device.type, (fabric.world_size,)) if settings.trainer.shard else None
     origin = run_origin(settings, base_key, fabric) | (supplied.aligned_key if supplied else {})
     return Tools(
         StageCache(cache_folder(settings.cache_dir), origin, fabric, ranks, loggers),
-        ModelSource(base, settings.model, supplied.aligned_folder if supplied else None),
+        ModelSource(base, settings.model, supplied.aligned_folder if supplied else None, mesh),
         encoder,
         AdapterTrainer(encoder, trainer_arguments, out / "checkpoints", settings.checkpoint.every, loggers),
         Evaluator(fabric, encoder.tokenizer, inputs.prompting, limits, options.batch_size, decoding),

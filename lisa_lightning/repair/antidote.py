@@ -59,8 +59,8 @@ class Antidote(Repair):
 
     @property
     def requirements(self) -> frozenset[Requirement]:
-        """Harmful rows of the provider; nothing for the control."""
-        return frozenset(() if self.random else {"defender_rows"})
+        """Harmful rows of the provider and passes of the whole model; nothing for the control."""
+        return frozenset(() if self.random else {"defender_rows", "whole_model"})
 
     def repair(self, inputs: RepairInputs) -> Pruned:
         """Return the pruned adapter, from the model and the harmful rows.

@@ -85,8 +85,8 @@ class NLSR(Repair):
 
     @property
     def requirements(self) -> frozenset[Requirement]:
-        """Harmful rows of the provider, and a separate adapter on the aligned model."""
-        return frozenset({"defender_rows", "stacked_adapters"})
+        """Harmful rows of the provider, passes of the whole model, and a separate adapter on the aligned model."""
+        return frozenset({"defender_rows", "stacked_adapters", "whole_model"})
 
     def check(self, net: Any, deltas: Mapping[str, Delta]) -> None:
         """Raise UserError if the model has no list of layers, or no rank would be kept."""

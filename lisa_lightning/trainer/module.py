@@ -19,6 +19,7 @@ from lisa_lightning.method.base import Method, move_anchor
 from lisa_lightning.model.alignment_delta import Delta
 from lisa_lightning.model.factors import Factors, causal_model, trainable
 from lisa_lightning.model.lora import replace_adapter
+from lisa_lightning.model.sharding import is_sharded
 from lisa_lightning.objective.backprop import Backprop, IterStream, State, StepOutput
 from lisa_lightning.objective.loss import choose_packing
 from lisa_lightning.objective.loss_scale import LossScale
@@ -86,7 +87,8 @@ class LisaModule(L.LightningModule):
             self.optim = self.optim.for_rows(datamodule.row_count, self.trainer.world_size)
             packing = choose_packing(causal_model(self.net), datamodule.max_length)
             o = self.optim
-            datamodule.connect(self.method, packing, o.total_steps, o.batch_size, o.accumulate, self.seed)
+            even = is_sharded(self.net)
+            datamodule.connect(self.method, packing, o.total_steps, o.batch_size, o.accumulate, self.seed, even=even)
         self.backprop = self.make_backprop(getattr(datamodule, "iter_stream", _no_stream))
         self.weights = self.backprop.weights
         self.state = self.method.init(self.backprop)

@@ -87,7 +87,7 @@ FAULTS = [
     *faults(
         "data/interleave.py",
         "data/test_interleave.py trainer/test_laws.py",
-        ("shard = examples[self.rank * shard_size", "shard = examples[0 * shard_size"),
+        ("shard = examples[rank * shard_size", "shard = examples[0 * shard_size"),
         ("steps_before = t if stream", "steps_before = stream_batch.steps_before if stream"),
         ("self.batch_size * self.accumulate * self.world", "self.batch_size * self.accumulate"),
         ("padded or stream in self.method.unpacked_streams", "padded or self.method.unpacked_streams"),
@@ -156,7 +156,7 @@ FAULTS = [
         ("range(self.subsample - 1, self.inner_steps", "range(0, self.inner_steps"),
         ("                backprop.set_weights(weights)\n", ""),
         ("sum_.add_(gradient, alpha=factor)", "sum_.sub_(gradient, alpha=factor)"),
-        ("torch.ones_like(packed.row_count) if self.all_positions else packed.row_count", "packed.row_count"),
+        ("packed.token_count if self.all_positions else packed.row_count", "packed.row_count"),
         ("torch.linalg.vector_norm(differences.float(), dim=-1)", "differences.float().square().sum(-1)"),
         ("[self.retain_scale * gradient", "[gradient"),
         ("penalty >= self.lower_bound", "penalty > self.lower_bound"),

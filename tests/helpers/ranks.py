@@ -8,12 +8,14 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from helpers.methods import ALIKE, FULL, METHODS
 from helpers.training import ALIGNMENT, DEFENDER, USER, deltas
 from lisa_lightning.config.settings import Lora
 from lisa_lightning.curate.base import Candidates
 from lisa_lightning.curate.pharmacist import Pharmacist
+from lisa_lightning.curate.seal import SEAL
 from lisa_lightning.data.encoding import encode
 from lisa_lightning.data.interleave import Batch, Examples, StepBatches
 from lisa_lightning.data.packing import Packing, pack, pad
@@ -22,6 +24,7 @@ from lisa_lightning.data.source import Row
 from lisa_lightning.method.base import Method, move_anchor
 from lisa_lightning.model.full import load_trainable
 from lisa_lightning.model.lora import attach, load, load_tokenizer
+from lisa_lightning.model.sharding import shard
 from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.objective.loss_scale import LossScale
 
@@ -37,23 +40,28 @@ def steps(
     apart: bool = False,
     count: int = STEPS,
     full: bool = False,
+    sharded: bool = False,
 ) -> list[Tensor]:
     """Return the trained weights after a few steps on four rows each, which the ranks share.
 
     Args:
         apart: keep rows without shared prefixes, whatever the method says.
         full: train all weights instead of an adapter.
+        sharded: shard the frozen weights.
     """
-    if full:
-        net: Any = load_trainable(tiny, "sdpa")
-    else:
-        net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
+    base = load_trainable(tiny, "sdpa") if full else load(tiny, "float32")
+    if sharded:
+        shard(base, init_device_mesh("cpu", (world,)))
+    lora = Lora(r=4, alpha=8, dropout=dropout, targets="all-linear")
+    net: Any = base if full else attach(base, lora, 0)
     tokenizer = load_tokenizer(tiny)
     tokenizer.chat_template = "{{ messages[0].content }}"
     encoded = partial(encode, tokenizer, "chat", max_length=64)
     rows: dict[Stream, list[Row]] = {"user": USER, "alignment": ALIGNMENT, "defender": DEFENDER}
     streams: dict[Stream, Examples] = {name: Examples(own, encoded) for name, own in rows.items()}
-    data = StepBatches(streams, pad if apart else pack, method, STEPS, 4 // world, 1, seed=1, rank=rank, world=world)
+    data = StepBatches(
+        streams, pad if apart else pack, method, STEPS, 4 // world, 1, seed=1, rank=rank, world=world, even=sharded
+    )
     backprop = Backprop(net, data.iter_stream, lambda: deltas(net))
     state = method.start(backprop, method.init(backprop))
     optimizer = torch.optim.SGD(backprop.weights, lr=0.1)  # AdamW would blow up what differs by rounding alone
@@ -69,19 +77,24 @@ def steps(
     return [w.detach() for w in backprop.weights]
 
 
-def selection(tiny: Path) -> list[Tensor]:
-    """Return the scores of Pharmacist for the alignment rows, whose batches the ranks share."""
+def selections(tiny: Path, world: int, sharded: bool = False) -> list[Tensor]:
+    """Return the scores of Pharmacist and SEAL for the alignment rows, whose batches the ranks share."""
     tokenizer = load_tokenizer(tiny)
     tokenizer.chat_template = "{{ messages[0].content }}"
     encoded = partial(encode, tokenizer, "chat", max_length=64)
 
     def make_model() -> tuple[Backprop, Packing]:
-        net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
+        base = load(tiny, "float32")
+        if sharded:
+            shard(base, init_device_mesh("cpu", (world,)))
+        net = attach(base, Lora(r=4, alpha=8, dropout=0.0, targets="all-linear"), 0)
         return Backprop(net, lambda *_: iter(())), pack
 
     settings: dict[str, Any] = {"validation_rows": 2, "warmup_steps": 3, "batch_size": 2, "attack_batch": 2}
     pharmacist = Pharmacist(**settings, epochs=2, selector_lr=100.0)
-    return [pharmacist.scores(Candidates(Examples(ALIGNMENT, encoded), Examples(DEFENDER, encoded), make_model))]
+    seal = SEAL(epochs=2, batch_size=3, micro_batch=2, selector_lr=100.0)
+    candidates = Candidates(Examples(ALIGNMENT, encoded), Examples(DEFENDER, encoded), make_model)
+    return [selector.scores(candidates) for selector in (pharmacist, seal)]
 
 
 def scale_after_overflow(tiny: Path, rank: int) -> float:
@@ -102,12 +115,15 @@ def main(tiny: Path, out: Path, rank: int, world: int) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}.rendezvous", rank=rank, world_size=world)
     found = {name: steps(make(), tiny, rank, world) for name, make in METHODS.items()}
+    found |= {f"{name}, dropping": steps(make(), tiny, rank, world, 0.2) for name, make in METHODS.items()}
+    found |= {f"{name}, sharded": steps(make(), tiny, rank, world, 0.2, sharded=True) for name, make in METHODS.items()}
     found |= {f"{name} on all weights": steps(METHODS[name](), tiny, rank, world, full=True) for name in FULL}
     for name, (method, builds_on) in ALIKE.items():
         apart = "alignment" in method.unpacked_streams
         found[f"{name} without its term"] = steps(method, tiny, rank, world, 0.2)
         found[f"what {name} builds on"] = steps(builds_on, tiny, rank, world, 0.2, apart)
-    found["pharmacist"] = selection(tiny)
+    found["selections"] = selections(tiny, world)
+    found["selections, sharded"] = selections(tiny, world, sharded=True)
     found["loss scale after an overflow on the other rank"] = [torch.tensor(scale_after_overflow(tiny, rank))]
     at_reference = {"constrained_sft at its reference": METHODS["constrained_sft"], "what it is then": METHODS["sft"]}
     for name, make in at_reference.items():

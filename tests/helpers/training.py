@@ -86,7 +86,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         checkpoint = Checkpoint(tmp_path / f"{folder}.ckpt", every=3)
         callbacks: list[L.Callback] = [ResumeCurves(None, "finetune"), *more]
         if stop_after is not None:
-            callbacks.append(_Stop(stop_after))
+            callbacks.append(Stop(stop_after))
         trainer: dict[str, Any] = TRAINER
         if float16:
             plugin = MixedPrecision("16-mixed", "cpu")
@@ -105,7 +105,7 @@ class _Padded(LisaDataModule):
         super().connect(plan, pad, *rest, **more)
 
 
-class _Stop(L.Callback):
+class Stop(L.Callback):
     """Callback that breaks off a training like a kill, while the process lives on."""
 
     def __init__(self, after: int) -> None:

@@ -259,8 +259,12 @@ def test_two_ranks_equal_one_that_has_their_rows_and_laws_hold_on_them(
     for name in ALIKE:
         without, builds_on = two[f"{name} without its term"], two[f"what {name} builds on"]
         assert all(torch.equal(a, b) for a, b in zip(without, builds_on, strict=True)), name
-    (one,), (other,) = ranks.selection(tiny), two["pharmacist"]
+    for name in METHODS:  # gathering shards computes nothing, and fillers draw no dropout mask
+        whole, sharded = two[f"{name}, dropping"], two[f"{name}, sharded"]
+        assert all(torch.equal(a, b) for a, b in zip(whole, sharded, strict=True)), name
+    (one, _), (other, _) = ranks.selections(tiny, 1), two["selections"]
     assert one[one > 0].std() > 1e-3
     torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+    assert all(torch.equal(a, b) for a, b in zip(two["selections"], two["selections, sharded"], strict=True))
     assert two["loss scale after an overflow on the other rank"][0] == 1
     torch.testing.assert_close(two["constrained_sft at its reference"], two["what it is then"], atol=1e-6, rtol=0)

@@ -12,7 +12,7 @@ from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
 from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.method.base import Method
-from lisa_lightning.model.lora import attach_saved, save_adapter, save_merged
+from lisa_lightning.model.lora import save_adapter
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.stage_cache import StageCache, class_key, stream_hashes
 from lisa_lightning.pipeline.stages.train import AdapterTrainer
@@ -54,10 +54,7 @@ def align(
             net = module.finish()
             save_adapter(net, str(models.base.folder), folder / "adapter")
             if stacked:
-                if models.settings.quantize is not None:
-                    # An adapter can't be merged into 4-bit weights.
-                    net = attach_saved(models.load(models.base), folder / "adapter")
-                save_merged(net, trainer.encoder.tokenizer, folder)
+                models.save_merged(net, folder / "adapter", trainer.encoder.tokenizer, folder)
             trainer.export_curves("align", folder)
         return cost
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from lisa_lightning.engine.base import Engine, ModelToAnswer
 from lisa_lightning.evaluation.evaluator import Answer, Evaluator, Question, read_answers, write_answers
 from lisa_lightning.evaluation.scores import Metrics
@@ -65,6 +63,6 @@ def _merged_folder(models: ModelSource, model: Model, out: Path) -> Path:
     """Return a folder with weights and tokenizer: that of a model without an adapter, else `out`, which it fills."""
     if model.adapter is None:
         return model.folder
-    models.serve(model, torch.device("cpu")).save_pretrained(out)
+    models.merge(model).save_pretrained(out)
     load_tokenizer(model.folder).save_pretrained(out)
     return out

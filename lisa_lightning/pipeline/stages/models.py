@@ -6,13 +6,16 @@ from typing import Any, final
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lisa_lightning.config.settings import Lora, ModelSettings
 from lisa_lightning.model.alignment_delta import Delta, alignment_factors, dense_deltas, low_rank_deltas
 from lisa_lightning.model.factors import Factors, modules, trainable
 from lisa_lightning.model.full import load_trainable
-from lisa_lightning.model.lora import attach, attach_saved, load
+from lisa_lightning.model.lora import attach, attach_saved, load, save_merged
+from lisa_lightning.model.merge import merge_files
+from lisa_lightning.model.sharding import shard, shard_merged
 from lisa_lightning.runtime.errors import UserError
 
 
@@ -39,9 +42,11 @@ class ModelSource:
     settings: ModelSettings
     aligned_folder: Path | None = None
     """Folder of an aligned model that the user supplies, which has no alignment adapter."""
+    mesh: DeviceMesh | None = None
+    """Devices among which models that all ranks run are sharded; None for whole models."""
 
     def load(self, model: Model, quantize: bool = False) -> PreTrainedModel:
-        """Load a model without its adapter.
+        """Load a whole model without its adapter.
 
         Args:
             model: the model.
@@ -51,18 +56,27 @@ class ModelSource:
         bits = self.settings.quantize if quantize else None
         return load(model.folder, self.settings.dtype, self.settings.attention, bits)
 
+    def merge(self, model: Model) -> Any:
+        """Load a whole model for generation, with its adapter merged unless the weights are quantized."""
+        net: Any = self.load(model, quantize=True)
+        if model.adapter is not None:
+            net = PeftModel.from_pretrained(net, model.adapter)
+            net = net.merge_and_unload() if self.settings.quantize is None else net
+        return net
+
     def serve(self, model: Model, device: torch.device) -> Any:
-        """Load a model for generation, with its adapter merged unless the weights are quantized.
+        """Load a model for generation on this rank's device, in shards if there is a mesh.
 
         Args:
             model: the model.
             device: its device.
         """
-        net: Any = self.load(model, quantize=True)
+        if self.mesh is None:
+            return self.merge(model).to(device)
+        net: Any = self.load(model)
         if model.adapter is not None:
             net = PeftModel.from_pretrained(net, model.adapter)
-            net = net.merge_and_unload() if self.settings.quantize is None else net
-        return net.to(device)
+        return shard_merged(net, self.mesh).to(device)
 
     def attach(self, model: Model, lora: Lora, key: str, seed: int) -> PeftModel:
         """Load a model with the adapter to train.
@@ -74,6 +88,8 @@ class ModelSource:
             seed: seed of a fresh adapter's weights.
         """
         base = self.load(model, quantize=True)
+        if self.mesh is not None:
+            shard(base, self.mesh)
         if model.adapter:
             return attach_saved(base, model.adapter)
         return attach(base, lora, seed, key)
@@ -81,6 +97,20 @@ class ModelSource:
     def unfreeze(self, model: Model) -> PreTrainedModel:
         """Load a model without an adapter, to train all its weights."""
         return load_trainable(model.folder, self.settings.attention)
+
+    def save_merged(self, net: PeftModel, adapter: Path, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+        """Save the base model with an adapter merged, and the tokenizer.
+
+        Args:
+            net: the base model with the adapter. Its frozen weights may be quantized or in shards.
+            adapter: folder of the adapter.
+            tokenizer: the tokenizer.
+            out: folder to write.
+        """
+        if merge_files(net, self.base.folder, self.settings.dtype, out):
+            tokenizer.save_pretrained(out)
+        else:
+            save_merged(attach_saved(self.load(self.base), adapter), tokenizer, out)
 
     def deltas(self, aligned: Model) -> dict[str, Delta]:
         """Return the alignment update of each module.

@@ -11,7 +11,7 @@ from lisa_lightning.config.requirements import is_adapter_folder
 from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.model.base_model import locate_weights
-from lisa_lightning.model.lora import attach_saved, load_tokenizer, save_merged
+from lisa_lightning.model.lora import attach_saved, load_tokenizer
 from lisa_lightning.model.lora_folder import LoraAdapter, read_lora, save_plain
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.stage_cache import StageCache
@@ -150,7 +150,7 @@ def _merge(cache: StageCache, models: ModelSource, fabric: Fabric, alignment: Lo
     def save(adapter: Path) -> None:
         save_plain(alignment, models.base.folder, adapter)
         net = attach_saved(models.load(models.base), adapter)
-        save_merged(net, load_tokenizer(models.base.folder), adapter.parent)
+        models.save_merged(net, adapter, load_tokenizer(models.base.folder), adapter.parent)
 
     return _store(cache, fabric, "aligned", {"alignment": alignment.content}, save)
 
