@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lisa_lightning.data.interleave import Examples, Step, StepBatches
 from lisa_lightning.data.mixing import user_rows
-from lisa_lightning.data.packing import Example, pack
+from lisa_lightning.data.packing import Example, Pack, pack, pad
 from lisa_lightning.data.schedule import Schedule, Stream, StreamBatch
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.method.base import Method
@@ -88,6 +88,33 @@ def test_rows_of_a_stream_that_a_method_looks_at_one_by_one_are_padded_and_no_ot
     monkeypatch.setattr(BSO, "unpacked_streams", frozenset({"alignment"}))
     padded = {steps[t].main.stream: steps[t].main.micro_batches[0][0].positions is None for t in range(2)}
     assert padded == {"alignment": True, "user": False}
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.booleans()), min_size=1, max_size=9), st.integers(1, 4), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_ranks_of_a_sharded_model_get_equal_numbers_of_packs(
+    rows: list[tuple[int, bool]], world: int, padded: bool
+) -> None:
+    """Rows share a prefix or not, and some have no label. The packs of rows come first, as for a whole model."""
+    examples = [
+        Example((n, *range(9, 9 + 5 * n)), (-100, *([-100] * 4 + [7] * learnt) * n)[: 1 + 5 * n]) for n, learnt in rows
+    ]
+    of: Any = {"user": Examples(examples, lambda example: example)}
+
+    def batch(rank: int, even: bool) -> list[list[Pack]]:
+        data = StepBatches(of, pad if padded else pack, Several([7]), 1, 2, 1, 0, rank=rank, world=world, even=even)
+        return data[0].main.micro_batches
+
+    filled = [batch(rank, even=True) for rank in range(world)]
+    assert len({tuple(len(packs) for packs in micro_batches) for micro_batches in filled}) == 1
+    for rank, micro_batches in enumerate(filled):
+        whole = batch(rank, even=False)
+        for index, packs in enumerate(micro_batches):
+            expected = whole[index] if index < len(whole) else []
+            assert [p.ids.tolist() for p in packs[: len(expected)]] == [p.ids.tolist() for p in expected]
+            fillers = packs[len(expected) :]
+            assert all(p.is_filler and not p.row_count.any() and not p.token_count.any() for p in fillers)
+            assert all(p.token_count.all() for p in expected)
 
 
 def test_a_stream_without_rows_is_refused_where_a_step_draws_from_it() -> None:

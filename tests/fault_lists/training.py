@@ -423,4 +423,38 @@ FAULTS = [
         ('if metadata["key"] != self.key', "if False"),
         ('if metadata["sha256"] != _digest(tensors)', "if False"),
     ),
+    *faults(
+        "model/sharding.py",
+        "pipeline/test_sharded.py",
+        ("reshard_after_forward=True", "reshard_after_forward=False"),
+        ("            module.merge()\n", ""),
+    ),
+    *faults("model/sharding.py", "method/test_laws.py", ("weight.full_tensor() if", "weight.to_local() if")),
+    *faults(
+        "model/merge.py",
+        "model/test_merge.py",
+        ('weight += layer.get_delta_weight("default").to(weight.device)', "pass"),
+        ("weight.to(dtype) if weight.is_floating_point()", "weight if weight.is_floating_point()"),
+        ("    config.dtype = getattr(torch, dtype)\n", ""),
+        ("        return False\n", "        pass\n"),
+        ("if len(files) > 1:", "if False:"),
+    ),
+    *faults(
+        "data/packing.py",
+        "data/test_interleave.py",
+        ("range(count - len(packs))", "range(count)"),
+        ("not self.is_filler)", "True)"),
+        ("max(map(len, packs))", "min(map(len, packs))"),
+    ),
+    *faults(
+        "objective/loss.py",
+        "method/test_laws.py",
+        ("_kept_rng(packed.ids.device) if packed.is_filler else nullcontext()", "nullcontext()"),
+    ),
+    *faults(
+        "config/requirements.py",
+        "pipeline/test_sharded.py",
+        ("if processes == 1:", "if processes == 0:"),
+        ('"whole_model" in d.requirements', "False"),
+    ),
 ]
