@@ -36,7 +36,7 @@ from lisa_lightning.pipeline import sweep
 from lisa_lightning.pipeline.request import Request
 from lisa_lightning.runtime.files import drop_unused
 from lisa_lightning.runtime.logs import prepare_logs, silence_libraries
-from lisa_lightning.runtime.ranks import RankLostError
+from lisa_lightning.runtime.ranks import RankLostError, is_first_of_node, is_rank_zero
 
 HELP_FLAGS = {"--help", "-h"}
 CONTINUE = "repeat the command to continue; for a single run add its hydra.run.dir and resume=true"
@@ -69,7 +69,8 @@ def start() -> int:
     for stream in (sys.stdout, sys.stderr):
         # An ASCII locale can't encode every character of an answer or of a table's frame.
         getattr(stream, "reconfigure", dict)(errors="replace")
-    previous_handler = signal.signal(signal.SIGTERM, _end)
+    handlers = {signal.SIGTERM: _end, signal.SIGUSR1: _pass_on}
+    previous_handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         return _command()
     except SystemExit as stop:
@@ -89,7 +90,8 @@ def start() -> int:
     except Exception as error:
         return refused(error)
     finally:
-        signal.signal(signal.SIGTERM, previous_handler)
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
 
 
 def _command() -> int:
@@ -160,6 +162,11 @@ def _end(*_: Any) -> None:
     raise SystemExit
 
 
+def _pass_on(*_: Any) -> None:
+    """End the run as by SIGTERM. Slurm warns with SIGUSR1 before a job's time is over, if its script asks for that."""
+    signal.raise_signal(signal.SIGTERM)
+
+
 def _exit_status(status: int) -> int:
     """Return the exit status. End the process at once if a thread, such as a pending request, would delay its end."""
     if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
@@ -170,13 +177,8 @@ def _exit_status(status: int) -> int:
 
 def _print_once(sentence: str) -> None:
     """Print a line on stderr, on rank zero only."""
-    if _is_rank_zero():
+    if is_rank_zero():
         print(sentence, file=sys.stderr, flush=True)
-
-
-def _is_rank_zero() -> bool:
-    """Return whether this process is rank zero, by the variables of launchers. Nothing heavy is imported."""
-    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
 
 
 def refused(error: Exception) -> int:
@@ -184,6 +186,6 @@ def refused(error: Exception) -> int:
     sentence = explain(error)
     if sentence is None:
         raise error
-    if error.is_reported if isinstance(error, RankLostError) else _is_rank_zero():
+    if error.is_reported if isinstance(error, RankLostError) else is_first_of_node():
         print(sentence, file=sys.stderr, flush=True)
     return 2

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from lisa_lightning.callbacks.checkpoint import Checkpoint
@@ -56,12 +57,18 @@ def fit(
     trainer = L.Trainer(
         **({"enable_model_summary": False, "log_every_n_steps": 1} | arguments),
         max_epochs=-1,
+        # In a Slurm job Lightning would load any `hpc_ckpt_*.ckpt` of its root, by default the working directory.
+        default_root_dir=checkpoint.path.parent,
         logger=list(loggers) or False,
         enable_checkpointing=False,
         use_distributed_sampler=False,
         plugins=[AtomicCheckpointIO()],
         callbacks=[*bar, *callbacks, timer, checkpoint],
     )
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        # Its checkpoint at SIGUSR1 would go to another file than those that a run resumes from.
+        environment.auto_requeue = False
     _fit(trainer, module, datamodule, checkpoint)
     steps, total, remaining = trainer.global_step, module.optim.total_steps, timer.time_remaining()
     if steps < total and remaining is not None and remaining <= 0:

@@ -52,11 +52,12 @@ from lisa_lightning.pipeline.stages.supplied import read_supplied
 from lisa_lightning.pipeline.stages.train import AdapterTrainer
 from lisa_lightning.runtime.cache import cache_folder, package_hash, short_hash, user_code_hash
 from lisa_lightning.runtime.errors import UserError
-from lisa_lightning.runtime.files import folder_lock, write_text
-from lisa_lightning.runtime.launch import is_rank_zero, launch_ranks, make_fabric, refuse_processes
+from lisa_lightning.runtime.files import drop_unused, folder_lock, write_text
+from lisa_lightning.runtime.launch import launch_ranks, make_fabric, refuse_processes
 from lisa_lightning.runtime.memory import keep_freed_memory
-from lisa_lightning.runtime.ranks import Ranks
+from lisa_lightning.runtime.ranks import Ranks, is_rank_zero
 from lisa_lightning.runtime.run_files import JUDGED, METRICS, RESPONSES
+from lisa_lightning.runtime.shared_folders import require_shared_folders
 
 Judges = Mapping[str, Judge]
 
@@ -94,8 +95,12 @@ def _run_stages_and_judges(request: Request, config: dict[str, Any], judges: Jud
     # Closing the W&B run may take minutes. By then the ranks no longer watch one another.
     with ExitStack() as closing, launch_ranks(fabric, settings.trainer.timeout_min) as ranks:
         # The default folder contains the time, which differs between ranks.
-        request = replace(request, out=Path(fabric.broadcast(str(request.out))))
-        cache = cache_folder(settings.cache_dir)
+        out, cache = Path(fabric.broadcast(str(request.out))), cache_folder(settings.cache_dir)
+        if request.out != out:
+            drop_unused(request.out)
+        request = replace(request, out=out)
+        if settings.trainer.num_nodes > 1:
+            require_shared_folders(ranks, {"cache_dir": cache, "hydra.run.dir": out})
         base, base_key = base_model(ranks, settings.model, cache)
         preflight(base, inputs)
         loggers = _open_loggers(request, config, closing) if fabric.is_global_zero else None

@@ -17,11 +17,16 @@ from subprocess import Popen
 from time import monotonic, sleep
 from typing import Any, Final
 
+import torch
+import torch.distributed
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.launchers import subprocess_script
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import (  # pyright: ignore[reportPrivateImportUsage]
+    DistError,
+    TCPStore,
+    distributed_c10d,
+)
 
 from lisa_lightning.runtime.errors import UserError, first_line
 from lisa_lightning.runtime.ranks import OneRank, RankLostError, Ranks
@@ -41,11 +46,6 @@ CONTINUE_HINT: Final = (
 )
 
 
-def is_rank_zero() -> bool:
-    """Return whether this process is rank zero, also before the launch of the other ranks."""
-    return getattr(rank_zero_only, "rank", 0) == 0
-
-
 def make_fabric(settings: Any) -> Fabric:
     """Return the Fabric of this run's processes, which are not launched yet.
 
@@ -53,8 +53,15 @@ def make_fabric(settings: Any) -> Fabric:
         settings: section `trainer`.
 
     Raises:
-        UserError: if this machine lacks the accelerator or the devices, or the precision needs a GPU.
+        UserError: if this machine lacks the accelerator or the devices, the precision needs a GPU, or the launcher has
+            started more nodes than the run has.
     """
+    node = os.environ.get("NODE_RANK", "0")
+    if "RANK" not in os.environ and int(node) >= settings.num_nodes:
+        raise UserError(
+            f"NODE_RANK={node} is set, and trainer.num_nodes={settings.num_nodes} has no such node. "
+            f"Fix: trainer.num_nodes={int(node) + 1} or more, or unset NODE_RANK"
+        )
 
     def with_strategy(strategy: Any) -> Fabric:
         return Fabric(
@@ -75,9 +82,8 @@ def make_fabric(settings: Any) -> Fabric:
                 "trainer.precision=16-mixed: float16 needs a GPU, and this run is on the CPU. Fix: "
                 "trainer.precision=bf16-mixed or 32-true"
             )
-        # `Watch` detects ranks that hang. This timeout is for ranks that are alive and never meet.
-        timeout = max(START_TIMEOUT, timedelta(minutes=settings.timeout_min))
-        return with_strategy(DDPStrategy(timeout=timeout)) if isinstance(fabric.strategy, DDPStrategy) else fabric
+        # Collectives get `trainer.timeout_min` once all ranks have met.
+        return with_strategy(DDPStrategy(timeout=START_TIMEOUT)) if isinstance(fabric.strategy, DDPStrategy) else fabric
     except (ValueError, RuntimeError, TypeError, ImportError) as error:
         raise UserError(
             f"trainer.accelerator={settings.accelerator}, trainer.devices={settings.devices}: not available on this "
@@ -114,7 +120,10 @@ def launch_ranks(fabric: Fabric, timeout_min: float) -> Iterator[Ranks]:
     watch = Watch(fabric, timedelta(minutes=timeout_min))
     try:
         with _observe_children(watch):
-            fabric.launch()
+            _meet(fabric)
+        if torch.distributed.is_initialized():
+            # `Watch` detects ranks that hang. This timeout is for ranks that are alive and never meet.
+            distributed_c10d._set_pg_timeout(max(START_TIMEOUT, watch.timeout))
         watch.connect()
         yield watch
     except BaseException as error:
@@ -125,6 +134,23 @@ def launch_ranks(fabric: Fabric, timeout_min: float) -> Iterator[Ranks]:
             raise lost from error
         raise
     watch.leave()
+
+
+def _meet(fabric: Fabric) -> None:
+    """Launch the ranks, and wait until all have connected.
+
+    Raises:
+        UserError: if some have not connected within `START_TIMEOUT`.
+    """
+    try:
+        fabric.launch()
+    except (DistError, TimeoutError) as error:
+        minutes = START_TIMEOUT.total_seconds() / 60
+        raise UserError(
+            f"The {fabric.world_size} processes of the run have not met within {minutes:g} minutes "
+            f"({first_line(error)[:200]}). Fix: start the same command on every node, with MASTER_ADDR and MASTER_PORT "
+            "of the first, and see whether another node reports an error"
+        ) from error
 
 
 @contextmanager
@@ -273,6 +299,8 @@ class Watch:
         while not store.check(keys):
             if self._lost is not None:
                 raise self._lost
+            if refused := self._refused_rank():
+                raise refused
             sleep(pause)
             pause = min(1.0, 1.5 * pause)
             minutes = (monotonic() - start) / 60
@@ -317,6 +345,11 @@ class Watch:
             if monotonic() - self._last_contact > self.timeout.total_seconds():
                 self._handle_lost(0, f"has sent no heartbeat for trainer.timeout_min={self._minutes} minutes")
                 return
+
+    def _refused_rank(self) -> RankLostError | None:
+        """Return the error of another rank that has ended with a UserError, None if there is none."""
+        messages = {rank: self._error_message(rank) for rank in range(self.world_size) if rank != self.rank}
+        return next((self._make_error(rank, f"ended with status 2{text}") for rank, text in messages.items() if text), None)
 
     def _error_message(self, rank: int) -> str:
         """Return the message of a rank's UserError, or "" if there is none."""

@@ -1,5 +1,6 @@
 """Work that only rank zero does while the other ranks wait for the result: `on_rank_zero`."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar
@@ -7,6 +8,20 @@ from typing import Any, Protocol, TypeVar
 from lisa_lightning.runtime.errors import UserError
 
 T = TypeVar("T")
+
+
+def is_rank_zero() -> bool:
+    """Return whether this process will be rank zero, by the variables that launchers set before the ranks connect."""
+    if "RANK" in os.environ:
+        # torchrun numbers the ranks by itself, whatever started it.
+        return int(os.environ["RANK"]) == 0
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
+
+
+def is_first_of_node() -> bool:
+    """Return whether this process reports errors for its node, by the variables that launchers set."""
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    return int(local) == 0
 
 
 class RankLostError(UserError):

@@ -87,7 +87,9 @@ def fork(arguments: list[str], log: Path, patch: Callable[[], object] | None = N
         sys.argv = [program, *arguments]
         from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-        rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", "0"))  # type: ignore[attr-defined]  # as its import would find it
+        names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")  # those that its import would read
+        rank = next((os.environ[name] for name in names if name in os.environ), "0")
+        rank_zero_only.rank = int(rank)  # type: ignore[attr-defined]
         if program.endswith(".py"):
             runpy.run_path(program, run_name="__main__")
         else:

@@ -101,9 +101,12 @@ def main(tiny: Path, out: Path) -> None:
     tuned = Model(tiny, out / "adapter")
     models = {name: source.serve(tuned, fabric.device) for name, source in (("ddp", whole), ("sharded", sharded))}
     texts = {name: answers(model, tiny, fabric) for name, model in models.items()}
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        logits = [models[name](input_ids=ids).logits for name in ("ddp", "sharded")]
     held = {name: local_bytes(model) for name, model in models.items()}
     if fabric.is_global_zero:
-        torch.save({"weights": results, "texts": texts, "bytes": held}, out / "results.pt")
+        torch.save({"weights": results, "texts": texts, "logits": logits, "bytes": held}, out / "results.pt")
     fabric.barrier()
 
 

@@ -81,6 +81,7 @@ def test_answers_are_those_of_the_merged_model_and_each_rank_holds_half_of_its_l
 ) -> None:
     assert len(results["texts"]["ddp"]) == 6
     assert results["texts"]["sharded"] == results["texts"]["ddp"]
+    assert torch.equal(*results["logits"])
     model = load(tiny, "float32")
     in_layers = sum(w.nbytes for w in model.model.layers.parameters() if w.ndim > 1)
     assert results["bytes"]["ddp"] - results["bytes"]["sharded"] == in_layers // 2
