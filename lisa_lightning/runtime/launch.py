@@ -22,9 +22,9 @@ import torch.distributed
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.launchers import subprocess_script
-from torch.distributed import (  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import (
     DistError,
-    TCPStore,
+    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
     distributed_c10d,
 )
 
@@ -349,7 +349,9 @@ class Watch:
     def _refused_rank(self) -> RankLostError | None:
         """Return the error of another rank that has ended with a UserError, None if there is none."""
         messages = {rank: self._error_message(rank) for rank in range(self.world_size) if rank != self.rank}
-        return next((self._make_error(rank, f"ended with status 2{text}") for rank, text in messages.items() if text), None)
+        return next(
+            (self._make_error(rank, f"ended with status 2{text}") for rank, text in messages.items() if text), None
+        )
 
     def _error_message(self, rank: int) -> str:
         """Return the message of a rank's UserError, or "" if there is none."""
