@@ -1,20 +1,20 @@
 """Train a `LisaModule` in a stage of a run: `fit`, Lightning's Trainer with checkpoints and a progress bar."""
 
-import signal
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from lisa_lightning.callbacks.checkpoint import Checkpoint
 from lisa_lightning.callbacks.progress_bar import StageBar
+from lisa_lightning.callbacks.stop_signal import StopSignal
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.runtime.errors import NotFiniteError, UserError
+from lisa_lightning.runtime.stop import Stopped
 from lisa_lightning.trainer.checkpoint_io import AtomicCheckpointIO, broken_checkpoint
 from lisa_lightning.trainer.module import LisaModule
 
@@ -44,20 +44,25 @@ def fit(
 
     Raises:
         UserError: if a loss is not finite; a checkpoint is of another run or cannot be written; `max_time` is over.
+        Stopped: if a signal has stopped training. A checkpoint is saved.
     """
     arguments = dict(trainer_arguments)
     timer = Timer(arguments.pop("max_time", None), verbose=False)
     bar = [StageBar(stage)] if arguments.get("enable_progress_bar", True) else []
+    stop = StopSignal()
     trainer = L.Trainer(
         **({"enable_model_summary": False, "log_every_n_steps": 1} | arguments),
         max_epochs=-1,
         logger=list(loggers) or False,
         enable_checkpointing=False,
         use_distributed_sampler=False,
-        plugins=[AtomicCheckpointIO()],
-        callbacks=[*bar, *callbacks, timer, checkpoint],
+        plugins=[AtomicCheckpointIO(), *_slurm_environment()],
+        # Under Slurm, Lightning would load a checkpoint of any other run in the working directory.
+        default_root_dir=checkpoint.path.parent,
+        callbacks=[*bar, *callbacks, timer, stop, checkpoint],
     )
     _fit(trainer, module, datamodule, checkpoint)
+    stop.raise_received()
     steps, total, remaining = trainer.global_step, module.optim.total_steps, timer.time_remaining()
     if steps < total and remaining is not None and remaining <= 0:
         raise UserError(
@@ -74,8 +79,7 @@ def _fit(trainer: L.Trainer, module: LisaModule, datamodule: LisaDataModule, che
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         try:
-            with _sigterm_left_to_lightning():
-                trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+            trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
         except NotFiniteError as error:
             saved = f" The last good checkpoint is {checkpoint.path}." if checkpoint.path.exists() else ""
             raise UserError(f"{error}{saved}") from error
@@ -83,21 +87,17 @@ def _fit(trainer: L.Trainer, module: LisaModule, datamodule: LisaDataModule, che
             if resume is None or checkpoint.restored:
                 raise
             raise broken_checkpoint(resume, error) from error
+        except Stopped:
+            raise
         except SystemExit:
             # Lightning exits so on Ctrl-C. The command reports it, as for every other stage.
-            if trainer.received_sigterm:
-                raise
             raise KeyboardInterrupt from None
 
 
-@contextmanager
-def _sigterm_left_to_lightning() -> Iterator[None]:
-    """Let only Lightning handle SIGTERM: it ends the step first, and the command's handler would not wait."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+def _slurm_environment() -> list[SLURMEnvironment]:
+    """Return Lightning's description of a Slurm job without its requeue, which saves a checkpoint of its own.
+
+    Tasks that torchrun has started in a Slurm job are torchrun's.
+    """
+    is_slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if is_slurm else []

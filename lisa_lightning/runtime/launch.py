@@ -17,11 +17,13 @@ from subprocess import Popen
 from time import monotonic, sleep
 from typing import Any, Final
 
+import torch
+import torch.distributed
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from lisa_lightning.runtime.errors import UserError, first_line
 from lisa_lightning.runtime.ranks import OneRank, RankLostError, Ranks
@@ -33,7 +35,7 @@ BEAT_S: Final = 1.0
 GRACE_S: Final = 5.0
 """Seconds until a rank is ended after another one is lost, if it has not ended by itself."""
 START_TIMEOUT: Final = timedelta(minutes=5)
-"""Time limit for the processes to start and connect."""
+"""Time limit for the processes to start and connect. One that was rejected before never connects."""
 REPORT_S: Final = 300.0
 """Seconds between two log messages about a rank that others wait for."""
 CONTINUE_HINT: Final = (
@@ -42,8 +44,12 @@ CONTINUE_HINT: Final = (
 
 
 def is_rank_zero() -> bool:
-    """Return whether this process is rank zero, also before the launch of the other ranks."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+    """Return whether this process is rank zero, also before the launch of the other ranks.
+
+    Before the launch, Lightning does not count the first process of another node (NODE_RANK, torchrun's GROUP_RANK).
+    """
+    node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
+    return getattr(rank_zero_only, "rank", 0) == 0 and node == 0
 
 
 def make_fabric(settings: Any) -> Fabric:
@@ -75,9 +81,9 @@ def make_fabric(settings: Any) -> Fabric:
                 "trainer.precision=16-mixed: float16 needs a GPU, and this run is on the CPU. Fix: "
                 "trainer.precision=bf16-mixed or 32-true"
             )
-        # `Watch` detects ranks that hang. This timeout is for ranks that are alive and never meet.
-        timeout = max(START_TIMEOUT, timedelta(minutes=settings.timeout_min))
-        return with_strategy(DDPStrategy(timeout=timeout)) if isinstance(fabric.strategy, DDPStrategy) else fabric
+        # `launch_ranks` extends it after the launch.
+        is_ddp = isinstance(fabric.strategy, DDPStrategy)
+        return with_strategy(DDPStrategy(timeout=START_TIMEOUT)) if is_ddp else fabric
     except (ValueError, RuntimeError, TypeError, ImportError) as error:
         raise UserError(
             f"trainer.accelerator={settings.accelerator}, trainer.devices={settings.devices}: not available on this "
@@ -106,6 +112,7 @@ def launch_ranks(fabric: Fabric, timeout_min: float) -> Iterator[Ranks]:
 
     Raises:
         RankLostError: if a rank has ended or hangs.
+        UserError: if the ranks have not met within START_TIMEOUT.
     """
     if fabric.world_size == 1:
         fabric.launch()
@@ -114,7 +121,9 @@ def launch_ranks(fabric: Fabric, timeout_min: float) -> Iterator[Ranks]:
     watch = Watch(fabric, timedelta(minutes=timeout_min))
     try:
         with _observe_children(watch):
-            fabric.launch()
+            _launch(fabric)
+        # `Watch` detects ranks that hang. This timeout is for ranks that are alive and never meet.
+        _set_collective_timeout(max(START_TIMEOUT, watch.timeout))
         watch.connect()
         yield watch
     except BaseException as error:
@@ -125,6 +134,26 @@ def launch_ranks(fabric: Fabric, timeout_min: float) -> Iterator[Ranks]:
             raise lost from error
         raise
     watch.leave()
+
+
+def _launch(fabric: Fabric) -> None:
+    """Launch the ranks. Raise UserError if they have not met within START_TIMEOUT."""
+    try:
+        fabric.launch()
+    except DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise UserError(
+            f"The {fabric.world_size} processes of this run have not met at {address} within "
+            f"{START_TIMEOUT.total_seconds() / 60:g} minutes ({first_line(error)[:200]}). Fix: read the messages of the "
+            "other processes, one of which may have been rejected; start the same command on trainer.num_nodes="
+            f"{fabric._connector._num_nodes_flag} nodes at the same time, with an address that all of them reach"
+        ) from error
+
+
+def _set_collective_timeout(timeout: timedelta) -> None:
+    """Set the timeout of collectives. Tests of `launch_ranks` have no process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.distributed_c10d._set_pg_timeout(timeout)
 
 
 @contextmanager
