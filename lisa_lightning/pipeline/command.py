@@ -179,11 +179,16 @@ def _is_rank_zero() -> bool:
     return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"))
 
 
+def _is_first_of_node() -> bool:
+    """Return whether this process is the first of its node. Each node may have a log of its own."""
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+
+
 def refused(error: Exception) -> int:
     """Print the message of an error that the user can fix, and return the exit status. Raise other errors again."""
     sentence = explain(error)
     if sentence is None:
         raise error
-    if error.is_reported if isinstance(error, RankLostError) else _is_rank_zero():
+    if error.is_reported if isinstance(error, RankLostError) else _is_first_of_node():
         print(sentence, file=sys.stderr, flush=True)
     return 2

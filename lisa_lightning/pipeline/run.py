@@ -51,7 +51,7 @@ from lisa_lightning.pipeline.stages.supplied import read_supplied
 from lisa_lightning.pipeline.stages.train import AdapterTrainer
 from lisa_lightning.runtime.cache import cache_folder, package_hash, short_hash, user_code_hash
 from lisa_lightning.runtime.errors import UserError
-from lisa_lightning.runtime.files import folder_lock, write_text
+from lisa_lightning.runtime.files import drop_unused, folder_lock, write_text
 from lisa_lightning.runtime.launch import is_rank_zero, launch_ranks, make_fabric, refuse_processes
 from lisa_lightning.runtime.memory import keep_freed_memory
 from lisa_lightning.runtime.ranks import Ranks
@@ -93,7 +93,10 @@ def _run_stages_and_judges(request: Request, config: dict[str, Any], judges: Jud
     # Closing the W&B run may take minutes. By then the ranks no longer watch one another.
     with ExitStack() as closing, launch_ranks(fabric, settings.trainer.timeout_min) as ranks:
         # The default folder contains the time, which differs between ranks.
-        request = replace(request, out=Path(fabric.broadcast(str(request.out))))
+        own_out, out = request.out, Path(fabric.broadcast(str(request.out)))
+        if own_out != out:
+            drop_unused(own_out)
+        request = replace(request, out=out)
         cache = cache_folder(settings.cache_dir)
         base, base_key = base_model(ranks, settings.model, cache)
         preflight(base, inputs)

@@ -144,8 +144,8 @@ def _launch(fabric: Fabric) -> None:
         address = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '?')}"
         raise UserError(
             f"The {fabric.world_size} processes of this run have not met at {address} within "
-            f"{START_TIMEOUT.total_seconds() / 60:g} minutes ({first_line(error)[:200]}). Fix: read the messages of the "
-            "other processes, one of which may have been rejected; start the same command on trainer.num_nodes="
+            f"{START_TIMEOUT.total_seconds() / 60:g} minutes ({first_line(error)[:200]}). Fix: read the messages of "
+            "the other processes, one of which may have been rejected; start the same command on trainer.num_nodes="
             f"{fabric._connector._num_nodes_flag} nodes at the same time, with an address that all of them reach"
         ) from error
 
