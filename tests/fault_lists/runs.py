@@ -643,4 +643,11 @@ FAULTS = [
         ('    if "finetune" not in cfg.stages:\n        return\n', ""),
     ),
     *faults("config/arguments.py", "pipeline/test_full.py", ('if "lora=null" in overrides and keys:', "if False:")),
+    *faults("runtime/launch.py", "runtime/test_nodes.py", (" == 0 and node == 0", " == 0")),
+    *faults(
+        "callbacks/stop_signal.py",
+        "runtime/test_nodes.py",
+        ("            trainer.should_stop = True\n", ""),
+        ("            for number in STOP_SIGNALS:", "            for number in STOP_SIGNALS[:1]:"),
+    ),
 ]
