@@ -37,6 +37,7 @@ from lisa_lightning.pipeline.request import Request
 from lisa_lightning.runtime.files import drop_unused
 from lisa_lightning.runtime.logs import prepare_logs, silence_libraries
 from lisa_lightning.runtime.ranks import RankLostError, is_first_of_node, is_rank_zero
+from lisa_lightning.runtime.stop import STOP_SIGNALS, Stopped
 
 HELP_FLAGS = {"--help", "-h"}
 CONTINUE = "repeat the command to continue; for a single run add its hydra.run.dir and resume=true"
@@ -69,15 +70,12 @@ def start() -> int:
     for stream in (sys.stdout, sys.stderr):
         # An ASCII locale can't encode every character of an answer or of a table's frame.
         getattr(stream, "reconfigure", dict)(errors="replace")
-    handlers = {signal.SIGTERM: _end, signal.SIGUSR1: _pass_on}
-    previous_handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    previous_handlers = {number: signal.signal(number, _end) for number in STOP_SIGNALS}
     try:
         return _command()
-    except SystemExit as stop:
-        if stop.code is not None:
-            raise
-        _print_once(f"Stopped by SIGTERM; {_continuation()}")
-        return _exit_status(128 + signal.SIGTERM)
+    except Stopped as stop:
+        _print_once(f"Stopped by {stop.signal.name}; {_continuation()}")
+        return _exit_status(128 + stop.signal)
     except KeyboardInterrupt:
         _print_once(f"Stopped by Ctrl-C; {_continuation()}")
         return _exit_status(128 + signal.SIGINT)
@@ -157,14 +155,9 @@ def _export(arguments: list[str]) -> None:
     export(options.run, options.out, options.push_to_hub)
 
 
-def _end(*_: Any) -> None:
+def _end(number: int, _: Any) -> None:
     """End the run at once, as Ctrl-C does. The files on disk suffice to continue it."""
-    raise SystemExit
-
-
-def _pass_on(*_: Any) -> None:
-    """End the run as by SIGTERM. Slurm warns with SIGUSR1 before a job's time is over, if its script asks for that."""
-    signal.raise_signal(signal.SIGTERM)
+    raise Stopped(signal.Signals(number))
 
 
 def _exit_status(status: int) -> int:

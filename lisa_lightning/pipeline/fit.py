@@ -1,23 +1,21 @@
 """Train a `LisaModule` in a stage of a run: `fit`, Lightning's Trainer with checkpoints and a progress bar."""
 
-import signal
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from lisa_lightning.callbacks.checkpoint import Checkpoint
 from lisa_lightning.callbacks.progress_bar import StageBar
+from lisa_lightning.callbacks.stop_signal import StopSignal
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.model.sharding import is_sharded
 from lisa_lightning.runtime.errors import NotFiniteError, UserError
+from lisa_lightning.runtime.stop import Stopped
 from lisa_lightning.trainer.checkpoint_io import AtomicCheckpointIO, broken_checkpoint
 from lisa_lightning.trainer.module import LisaModule
 
@@ -47,6 +45,7 @@ def fit(
 
     Raises:
         UserError: if a loss is not finite; a checkpoint is of another run or cannot be written; `max_time` is over.
+        Stopped: if a signal has stopped training. A checkpoint is saved.
     """
     arguments = dict(trainer_arguments)
     timer = Timer(arguments.pop("max_time", None), verbose=False)
@@ -54,6 +53,7 @@ def fit(
         # DDP would copy the frozen weights of rank zero to all ranks.
         arguments["strategy"] = DDPStrategy(init_sync=False)
     bar = [StageBar(stage)] if arguments.get("enable_progress_bar", True) else []
+    stop = StopSignal()
     trainer = L.Trainer(
         **({"enable_model_summary": False, "log_every_n_steps": 1} | arguments),
         max_epochs=-1,
@@ -63,13 +63,10 @@ def fit(
         enable_checkpointing=False,
         use_distributed_sampler=False,
         plugins=[AtomicCheckpointIO()],
-        callbacks=[*bar, *callbacks, timer, checkpoint],
+        callbacks=[*bar, *callbacks, timer, stop, checkpoint],
     )
-    environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment):
-        # Its checkpoint at SIGUSR1 would go to another file than those that a run resumes from.
-        environment.auto_requeue = False
     _fit(trainer, module, datamodule, checkpoint)
+    stop.raise_received()
     steps, total, remaining = trainer.global_step, module.optim.total_steps, timer.time_remaining()
     if steps < total and remaining is not None and remaining <= 0:
         raise UserError(
@@ -86,8 +83,7 @@ def _fit(trainer: L.Trainer, module: LisaModule, datamodule: LisaDataModule, che
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         try:
-            with _sigterm_left_to_lightning():
-                trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
+            trainer.fit(module, datamodule=datamodule, ckpt_path=resume, weights_only=True)
         except NotFiniteError as error:
             saved = f" The last good checkpoint is {checkpoint.path}." if checkpoint.path.exists() else ""
             raise UserError(f"{error}{saved}") from error
@@ -95,21 +91,8 @@ def _fit(trainer: L.Trainer, module: LisaModule, datamodule: LisaDataModule, che
             if resume is None or checkpoint.restored:
                 raise
             raise broken_checkpoint(resume, error) from error
+        except Stopped:
+            raise
         except SystemExit:
             # Lightning exits so on Ctrl-C. The command reports it, as for every other stage.
-            if trainer.received_sigterm:
-                raise
             raise KeyboardInterrupt from None
-
-
-@contextmanager
-def _sigterm_left_to_lightning() -> Iterator[None]:
-    """Let only Lightning handle SIGTERM: it ends the step first, and the command's handler would not wait."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)

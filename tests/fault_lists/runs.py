@@ -643,4 +643,26 @@ FAULTS = [
         ('    if "finetune" not in cfg.stages:\n        return\n', ""),
     ),
     *faults("config/arguments.py", "pipeline/test_full.py", ('if "lora=null" in overrides and keys:', "if False:")),
+    *faults(
+        "runtime/ranks.py",
+        "pipeline/test_nodes.py",
+        ('if "RANK" in os.environ:', "if False:"),
+        ('("SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")', '("SLURM_PROCID", "LOCAL_RANK")'),
+    ),
+    *faults(
+        "runtime/shared_folders.py",
+        "pipeline/test_nodes.py",
+        ("            _wait_for(key, file)\n", "            pass\n"),
+        ("                file.unlink(missing_ok=True)\n", "                pass\n"),
+    ),
+    *faults(
+        "pipeline/run.py", "pipeline/test_nodes.py", ("            drop_unused(request.out)\n", "            pass\n")
+    ),
+    *faults("pipeline/fit.py", "pipeline/test_nodes.py", ("        default_root_dir=checkpoint.path.parent,\n", "")),
+    *faults(
+        "callbacks/stop_signal.py",
+        "pipeline/test_nodes.py",
+        ("            trainer.should_stop = True\n", ""),
+        ("            for number in STOP_SIGNALS:", "            for number in STOP_SIGNALS[:1]:"),
+    ),
 ]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from socket import socket
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,13 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
 
 from helpers.forking import Forked
+from lisa_lightning.callbacks.stop_signal import StopSignal
 from lisa_lightning.config.settings import TrainerSettings
 from lisa_lightning.runtime import launch, shared_folders
 from lisa_lightning.runtime.errors import UserError
 from lisa_lightning.runtime.ranks import OneRank, is_first_of_node, is_rank_zero
 from lisa_lightning.runtime.shared_folders import require_shared_folders
+from lisa_lightning.runtime.stop import STOP_SIGNALS, Stopped
 
 SMALL = ("experiment=smoke", "optim.steps=6", "align.optim.steps=2", "evaluate.every=0", "judge=refusal")
 NODES = (*SMALL, "trainer=ddp", "trainer.num_nodes=2", "trainer.devices=1", "trainer.accelerator=cpu")
@@ -101,7 +105,7 @@ def test_a_warning_of_slurm_ends_a_run_that_goes_on_exactly_and_leaves_nothing_i
         time.sleep(0.02)
     os.kill(process, signal.SIGUSR1)
     ended = forked.wait(process)
-    assert (ended.returncode, "Stopped by SIGTERM" in ended.stderr) == (128 + signal.SIGTERM, True), ended.stderr
+    assert (ended.returncode, "Stopped by SIGUSR1" in ended.stderr) == (128 + signal.SIGUSR1, True), ended.stderr
     steps = torch.load(checkpoint, weights_only=True)["global_step"]
     assert 0 < steps < 60
     assert [file.name for file in tmp_path.glob("hpc_ckpt*")] == ["hpc_ckpt_1.ckpt"]
@@ -137,9 +141,7 @@ def test_rank_zero_is_known_before_the_ranks_connect(
 
 def test_a_node_that_the_run_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODE_RANK", "1")
-    with pytest.raises(
-        UserError, match=r"NODE_RANK=1 is set, and trainer\.num_nodes=1 has no such node"
-    ):
+    with pytest.raises(UserError, match=r"NODE_RANK=1 is set, and trainer\.num_nodes=1 has no such node"):
         launch.make_fabric(TrainerSettings())
 
 
@@ -163,3 +165,24 @@ def test_a_folder_that_appears_late_is_shared(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(shared_folders, "TIMEOUT_S", 0.3)
     with pytest.raises(UserError, match=r"cache_dir=.*: node \S+ does not see"):
         shared_folders._wait_for("cache_dir", tmp_path / "absent" / "file")
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_stops_training_after_the_step(number: signal.Signals) -> None:
+    handlers = {one: signal.getsignal(one) for one in STOP_SIGNALS}
+    stop, module = StopSignal(), SimpleNamespace(device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(world_size=1, should_stop=False)
+    try:
+        stop.on_train_start(trainer, module)  # type: ignore[arg-type]
+        stop.on_train_batch_end(trainer, module)  # type: ignore[arg-type]
+        stop.raise_received()
+        assert not trainer.should_stop
+        signal.raise_signal(number)
+        stop.on_train_batch_end(trainer, module)  # type: ignore[arg-type]
+    finally:
+        for one, handler in handlers.items():
+            signal.signal(one, handler)
+    assert trainer.should_stop
+    with pytest.raises(Stopped) as stopped:
+        stop.raise_received()
+    assert stopped.value.code == 128 + number
