@@ -10,7 +10,7 @@ BOOKKEEPING_SECTIONS: Final = ("resume", "cache_dir", "wandb", "checkpoint", "lo
 """Sections that do not change a result. They may differ between a finished run and a requested one."""
 BOOKKEEPING_TRAINER_KEYS: Final = (
     *("trainer.timeout_min", "trainer.max_time", "trainer.detect_anomaly", "trainer.profiler"),
-    *("trainer.enable_progress_bar", "trainer.enable_model_summary"),
+    *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.activation_checkpointing"),
 )
 """Trainer arguments that do not change a result."""
 BOOKKEEPING_ENGINE_KEYS: Final = tuple(

@@ -281,7 +281,8 @@ def make_tools(
     supplied = inputs.supplied
     tokenizer_folder = base.folder if supplied is None else supplied.served_folder(base.folder)
     encoder = Encoder(load_tokenizer(tokenizer_folder), settings.model.template, data.max_length, data.tokenization)
-    trainer_arguments = {name: value for name, value in asdict(settings.trainer).items() if name != "timeout_min"}
+    ours = ("timeout_min", "activation_checkpointing")
+    trainer_arguments = {name: value for name, value in asdict(settings.trainer).items() if name not in ours}
     safety_limit = settings.evaluate.max_new_tokens
     limits = {"harmful": safety_limit, "harmless": safety_limit, "task": settings.task.max_new_tokens}
     options = settings.evaluate
@@ -291,7 +292,14 @@ def make_tools(
         StageCache(cache_folder(settings.cache_dir), origin, fabric, ranks, loggers),
         ModelSource(base, settings.model, supplied.aligned_folder if supplied else None),
         encoder,
-        AdapterTrainer(encoder, trainer_arguments, out / "checkpoints", settings.checkpoint.every, loggers),
+        AdapterTrainer(
+            encoder,
+            trainer_arguments,
+            out / "checkpoints",
+            settings.checkpoint.every,
+            loggers,
+            settings.trainer.activation_checkpointing,
+        ),
         Evaluator(fabric, encoder.tokenizer, inputs.prompting, limits, options.batch_size, decoding),
         out,
         tokenizer_folder,

@@ -20,6 +20,8 @@ from lisa_lightning.data.packing import Packing, pack, pad
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.base import Method, move_anchor
+from lisa_lightning.model.activation_checkpointing import checkpoint_activations
+from lisa_lightning.model.factors import causal_model
 from lisa_lightning.model.full import load_trainable
 from lisa_lightning.model.lora import attach, load, load_tokenizer
 from lisa_lightning.objective.backprop import Backprop
@@ -37,17 +39,21 @@ def steps(
     apart: bool = False,
     count: int = STEPS,
     full: bool = False,
+    checkpointed: bool = False,
 ) -> list[Tensor]:
     """Return the trained weights after a few steps on four rows each, which the ranks share.
 
     Args:
         apart: keep rows without shared prefixes, whatever the method says.
         full: train all weights instead of an adapter.
+        checkpointed: compute the layers again in the backward pass.
     """
     if full:
         net: Any = load_trainable(tiny, "sdpa")
     else:
         net = attach(load(tiny, "float32"), Lora(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
+    if checkpointed:
+        checkpoint_activations(causal_model(net))
     tokenizer = load_tokenizer(tiny)
     tokenizer.chat_template = "{{ messages[0].content }}"
     encoded = partial(encode, tokenizer, "chat", max_length=64)
@@ -107,6 +113,9 @@ def main(tiny: Path, out: Path, rank: int, world: int) -> None:
         apart = "alignment" in method.unpacked_streams
         found[f"{name} without its term"] = steps(method, tiny, rank, world, 0.2)
         found[f"what {name} builds on"] = steps(builds_on, tiny, rank, world, 0.2, apart)
+    for name, make in METHODS.items():
+        found[f"{name} with dropout"] = steps(make(), tiny, rank, world, 0.2, count=2)
+        found[f"{name} with checkpoints"] = steps(make(), tiny, rank, world, 0.2, count=2, checkpointed=True)
     found["pharmacist"] = selection(tiny)
     found["loss scale after an overflow on the other rank"] = [torch.tensor(scale_after_overflow(tiny, rank))]
     at_reference = {"constrained_sft at its reference": METHODS["constrained_sft"], "what it is then": METHODS["sft"]}

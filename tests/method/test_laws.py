@@ -259,6 +259,9 @@ def test_two_ranks_equal_one_that_has_their_rows_and_laws_hold_on_them(
     for name in ALIKE:
         without, builds_on = two[f"{name} without its term"], two[f"what {name} builds on"]
         assert all(torch.equal(a, b) for a, b in zip(without, builds_on, strict=True)), name
+    for name in METHODS:
+        pairs = zip(two[f"{name} with dropout"], two[f"{name} with checkpoints"], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), name
     (one,), (other,) = ranks.selection(tiny), two["pharmacist"]
     assert one[one > 0].std() > 1e-3
     torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
