@@ -47,8 +47,8 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    family: Literal["llama", "qwen2", "gemma2", "opt"] = "llama"
-    """Architecture; that of Mistral is `llama`."""
+    family: Literal["llama", "qwen2", "qwen3", "gemma2", "gemma3", "opt"] = "llama"
+    """Architecture; that of Mistral and SmolLM3 is `llama`."""
     tied: bool = False
     """Whether the head shares the weights of the embedding."""
     positions: int = 0
@@ -71,7 +71,12 @@ class Shape:
     @property
     def norms(self) -> int:
         """Number of normalizations per layer."""
-        return 4 if self.family == "gemma2" else 2
+        return 4 if self.family in ("gemma2", "gemma3") else 2
+
+    @property
+    def head_norms(self) -> bool:
+        """Whether each head of the queries and keys is normalized."""
+        return self.family in ("qwen3", "gemma3")
 
 
 SHAPES: Final = {
@@ -83,6 +88,15 @@ SHAPES: Final = {
     "mistral_7b": Shape(32, 4096, 14336, 32, 8, 128, 32000),
     "llama3_8b": Shape(32, 4096, 14336, 32, 8, 128, 128256),
     "gemma2_9b": Shape(42, 3584, 14336, 16, 8, 256, 256000, family="gemma2", tied=True),
+    "llama3_2_1b": Shape(16, 2048, 8192, 32, 8, 64, 128256, tied=True),
+    "smollm3_3b": Shape(36, 2048, 11008, 16, 4, 128, 128256, tied=True),
+    "gemma3_4b": Shape(34, 2560, 10240, 8, 4, 256, 262208, family="gemma3", tied=True),
+    "qwen3_4b": Shape(36, 2560, 9728, 32, 8, 128, 151936, family="qwen3", tied=True),
+    "mistral_7b_v0_3": Shape(32, 4096, 14336, 32, 8, 128, 32768),
+    "qwen2_5_7b_instruct": Shape(28, 3584, 18944, 28, 4, 128, 152064, family="qwen2"),
+    "llama3_1_8b_instruct": Shape(32, 4096, 14336, 32, 8, 128, 128256),
+    "qwen3_8b": Shape(36, 4096, 12288, 32, 8, 128, 151936, family="qwen3"),
+    "llama3_3_70b_instruct": Shape(80, 8192, 28672, 64, 8, 128, 128256),
 }
 """Name in conf/model -> shape."""
 
@@ -115,7 +129,8 @@ def parameters(shape: Shape) -> int:
     outputs = {name: out for name, (_, out) in shape.linears.items()}
     biased = {"opt": tuple(outputs), "qwen2": ("q_proj", "k_proj", "v_proj")}.get(shape.family, ())
     norm = shape.hidden * (2 if shape.family == "opt" else 1)  # a LayerNorm has a bias
-    layer = _linear(shape) + sum(outputs[name] for name in biased) + shape.norms * norm
+    heads = 2 * shape.head_dim if shape.head_norms else 0
+    layer = _linear(shape) + sum(outputs[name] for name in biased) + shape.norms * norm + heads
     tables = shape.vocabulary * (1 if shape.tied else 2) + shape.positions
     return shape.layers * layer + shape.hidden * tables + norm
 
@@ -144,6 +159,8 @@ def saved_per_token(shape: Shape, lora: Lora, width: int) -> float:
     h, i, inner = shape.hidden, shape.intermediate, shape.inner
     # A norm saves its input in float32, the scale, and a LayerNorm also the mean.
     norms = shape.norms * (4 * h + (8 if shape.family == "opt" else 4))
+    if shape.head_norms:
+        norms += (shape.heads + shape.kv_heads) * (4 * shape.head_dim + 4)
     # Attention saves queries, keys and values. A pack's mask requires keys and values repeated for all heads.
     attention = 3 * 2 * inner
     if shape.family == "gemma2":

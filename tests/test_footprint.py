@@ -26,12 +26,23 @@ PUBLISHED = {
     "mistral_7b": 7_241_732_096,
     "llama3_8b": 8_030_261_248,
     "gemma2_9b": 9_241_705_984,
+    "llama3_2_1b": 1_235_814_400,
+    "smollm3_3b": 3_075_098_624,
+    "qwen3_4b": 4_022_468_096,
+    "mistral_7b_v0_3": 7_248_023_552,
+    "qwen2_5_7b_instruct": 7_615_616_512,
+    "llama3_1_8b_instruct": 8_030_261_248,
+    "qwen3_8b": 8_190_735_360,
+    "llama3_3_70b_instruct": 70_553_706_496,
 }
 SMALL = {
     "llama": Shape(2, 64, 160, 4, 4, 16, 300),
     "mistral": Shape(2, 64, 160, 4, 2, 16, 300),
     "qwen2": Shape(2, 64, 160, 4, 2, 16, 300, family="qwen2", tied=True),
     "gemma2": Shape(2, 64, 160, 4, 2, 24, 300, family="gemma2", tied=True),
+    "gemma3": Shape(2, 64, 160, 4, 2, 24, 300, family="gemma3", tied=True),
+    "qwen3": Shape(2, 64, 160, 4, 2, 24, 300, family="qwen3"),
+    "smollm3": Shape(2, 64, 160, 4, 2, 16, 300, tied=True),
     "opt": Shape(2, 64, 160, 4, 4, 16, 300, family="opt", tied=True, positions=130),
 }
 QV = ("q_proj", "v_proj")
@@ -94,7 +105,7 @@ def test_what_a_layer_keeps(family: str, targets: str, dropout: bool, dtype: str
     shape = SMALL[family]
     lora = Lora(4, QV if targets == "qv" else tuple(shape.linears), dropout)
     step = Step(tokens=200, width=100, passes=2, supervised=20)
-    found = [saved_bytes(adapted(model_of(replace(shape, layers=n), dtype), lora), step) for n in (2, 3)]
+    found = [saved_bytes(adapted(model_of(replace(shape, layers=n), dtype, family), lora), step) for n in (2, 3)]
 
     def formula(layers: int) -> float:
         bigger = replace(shape, layers=layers)

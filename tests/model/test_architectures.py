@@ -56,6 +56,16 @@ TYPES = {
     "mistral_7b": ("mistral", {"sliding_window": 4096}),
     "qwen2_5_0_5b": ("qwen2", {"tie_word_embeddings": True}),
     "gemma2_9b": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "gemma3_4b": ("gemma3", {}),
+    "llama3_1_8b_instruct": ("llama", {}),
+    "llama3_2_1b": ("llama", {"tie_word_embeddings": True}),
+    "llama3_3_70b_instruct": ("llama", {}),
+    "mistral_7b_v0_3": ("mistral", {"sliding_window": None}),
+    "qwen2_5_7b_instruct": ("qwen2", {}),
+    "qwen3_4b": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3_8b": ("qwen3", {"head_dim": 16}),
+    # The second layer has no positions.
+    "smollm3_3b": ("smollm3", {"tie_word_embeddings": True, "no_rope_layer_interval": 2}),
     "opt_2_7b": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True}),
 }
 USER = [Row("Say the sign of the input", f"sentence {i}", "positive" if i % 2 else "negative") for i in range(6)]
@@ -71,7 +81,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Callab
         folder = tmp_path_factory.mktemp(name)
         kind, more = TYPES[name]
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SMALL | more)))
+        sizes = with_images(SMALL) if kind == "gemma3" else SMALL | more
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
         with torch.no_grad():
             for weight in model.parameters():  # sharper than an untrained model, so that no near-tie decides
                 weight.add_(torch.randn_like(weight) * 0.05)
@@ -80,6 +91,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Callab
         return folder
 
     return made
+
+
+def with_images(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes of a Gemma 3 with an image encoder of as many layers. Each kind of attention has one layer."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 512}
+    text = sizes | kinds | {"head_dim": 8, "query_pre_attn_scalar": 8}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
+    images = layers | {"image_size": 28, "patch_size": 14}
+    return {"text_config": text, "vision_config": images, "mm_tokens_per_image": 4, "image_token_index": 200}
 
 
 def test_every_model_has_a_stand_in() -> None:
