@@ -10,14 +10,14 @@ from typing import Any, Final
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lisa_lightning.config.instances import parse
 from lisa_lightning.config.settings import Lora, ModelSettings
 from lisa_lightning.model.base_model import base_model, load_pretrained, reraise_load_errors
 from lisa_lightning.model.factors import Factors, modules, trainable
 from lisa_lightning.model.frozen_linear import use_onednn
-from lisa_lightning.model.text_part import text_part
+from lisa_lightning.model.text_part import GEMMA3_NAMES, text_config
 from lisa_lightning.runtime.cache import cache_folder
 from lisa_lightning.runtime.errors import UserError, first_line
 from lisa_lightning.runtime.files import write_text
@@ -57,8 +57,10 @@ def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
     error_prefix = f"The model in {folder}"
-    model_class, text_options = text_part(error_prefix, folder)
-    model = load_pretrained(error_prefix, model_class, folder, **options, **text_options).requires_grad_(False)
+    config = text_config(error_prefix, folder)
+    if config.model_type == "gemma3_text":
+        options |= {"config": config, "key_mapping": GEMMA3_NAMES}
+    model = load_pretrained(error_prefix, AutoModelForCausalLM, folder, **options).requires_grad_(False)
     use_onednn(model)
     return model
 

@@ -62,6 +62,15 @@ FAULTS = [
         ("        _changes.pop()\n", "        pass\n"),
     ),
     *faults(
+        "model/text_part.py",
+        "model/test_architectures.py",
+        ('r"^(model\\.)?language_model\\.(model\\.)?": "model."', ""),
+        ('config.get_text_config() if config.model_type == "gemma3" else config', "config"),
+    ),
+    *faults(
+        "data/templates.py", "model/test_architectures.py", ('"enable_thinking": False', '"enable_thinking": True')
+    ),
+    *faults(
         "model/activation_checkpointing.py",
         "model/test_activation_checkpointing.py",
         ("nullcontext(), Recomputation()", "nullcontext(), nullcontext()"),

@@ -14,7 +14,7 @@ from helpers.training import Train, largest_difference
 from lisa_lightning.config.same_run import is_bookkeeping
 from lisa_lightning.model import hooks
 from lisa_lightning.model.activation_checkpointing import checkpoint_activations
-from lisa_lightning.model.hooks import add_to_outputs, capture_outputs, mlp_blocks
+from lisa_lightning.model.hooks import add_to_outputs, attention_blocks, capture_outputs, mlp_blocks
 from lisa_lightning.model.lora import load
 from lisa_lightning.runtime.errors import UserError
 
@@ -53,7 +53,7 @@ def test_a_backward_pass_repeats_changes_of_outputs_after_they_end(tiny: Path, m
     ids = torch.arange(3, 20)[None]
     gradients = []
     for net in (plain, model):
-        blocks = mlp_blocks(net)
+        blocks = [*attention_blocks(net), *mlp_blocks(net)]
         offsets = [torch.linspace(-1, 1, 32) * (i + 1) for i in range(len(blocks))]
         with add_to_outputs(blocks, offsets), capture_outputs(blocks) as outputs:
             loss = net(ids, use_cache=False).logits.square().mean() + outputs[0].square().mean()
