@@ -284,9 +284,7 @@ def test_the_merged_model_answers_as_the_adapter_on_its_base(tiny: Path) -> None
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 NO_THOUGHTS = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
 JOINED = "{% if messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ messages[-1].content }}"
-ONE_ROLE = "{% for m in messages %}{{ raise_exception('') if m.role == 'system' }}[{{ m.content }}]"
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('roles') }}{% endif %}[{{ m.content }}]"
-)
+ONE_ROLE = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('') }}{% endif %}[{{ m.content }}]"
 CHAT: dict[str, tuple[str, str, str | None]] = {
     "gemma3": (f"<user>{JOINED}<end><model>", "<user>do<end><model>", "<user>Be kind. do<end><model>"),
     "llama3": ("{{ strftime_now('%d %b %Y') }}" + TURNS + "<assistant>", "26 Jul 2024<user>do<assistant>",
