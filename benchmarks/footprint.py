@@ -2,8 +2,8 @@
 
 `python -m benchmarks.footprint` prints the tables of docs/models.md. Start at `training_memory` and `step_seconds`.
 
-- Memory is that of all tensors at the peak of a step, under bfloat16 autocast (`trainer.precision=bf16-mixed`) and
-  without gradient checkpointing. Under `16-mixed`, float16 and bfloat16 change places. Tests compare it with real
+- Memory is that of all tensors at the peak of a step, under bfloat16 autocast (`trainer.precision=bf16-mixed`).
+  Under `16-mixed`, float16 and bfloat16 change places. Tests compare it with real
   models.
 - Time depends on the assumptions below and has not been measured.
 """
@@ -174,30 +174,71 @@ def saved_per_token(shape: Shape, lora: Lora, width: int) -> float:
     return norms + attention + mlp + masks + adapters
 
 
-def training_memory(shape: Shape, lora: Lora, step: Step, storage: str = "bfloat16") -> dict[str, float]:
-    """Return the bytes at the peak of a step, which is the start of its backward pass, by purpose.
+def saved_to_train_all(shape: Shape, width: int) -> float:
+    """Return the bytes per token that a layer saves if all weights are trained, in a pack of `width` tokens.
+
+    The weights are float32. Autocast casts the input of each linear module again, and the mask.
+    """
+    h, inner, kv = shape.hidden, shape.inner, shape.kv_heads * shape.head_dim
+    casts = 2 * h * (4 if shape.family == "opt" else 5)  # inputs that come from a norm
+    product = 0 if shape.family == "opt" else 2 * shape.intermediate  # input of down_proj
+    normalized = 0 if shape.family == "opt" else 4 * h * shape.norms  # for the gradients of the scales
+    if shape.head_norms:
+        normalized += (4 if shape.family == "gemma3" else 2) * (inner + kv)
+    return saved_per_token(shape, Lora(0, (), False), width) + casts + product + normalized + 2 * width
+
+
+def training_memory(
+    shape: Shape,
+    lora: Lora | None,
+    step: Step,
+    storage: str = "bfloat16",
+    checkpointed: bool = False,
+    devices: int = 1,
+) -> dict[str, float]:
+    """Return the bytes at the peak of a step on one device, by purpose. The peak is the start of its backward pass.
 
     Args:
         shape: shape of the model.
-        lora: adapter that is trained.
+        lora: adapter that is trained; None for all weights, which are float32.
         step: packs of the step.
         storage: type of the stored frozen weights, a key of `STORED`. In every forward pass, autocast copies float32
             and float16 weights and the mask to bfloat16. The copies are saved for the backward pass.
+        checkpointed: with `trainer.activation_checkpointing`, layers save their inputs. One is repeated at a time.
+        devices: number of devices over which the frozen weights are sharded. Two layers are whole at a time.
     """
-    copied = 0
-    if storage in ("float32", "float16"):
-        copied = step.passes * (shape.layers * _linear(shape) + shape.hidden * shape.vocabulary)
-        copied += 0 if shape.family == "gemma2" else shape.layers * step.tokens * step.width
+    storage = "float32" if lora is None else storage
+    # One layer of one pack is repeated at a time.
+    layers, tokens, passes = (
+        (1, step.tokens / step.passes, 1) if checkpointed else (shape.layers, step.tokens, step.passes)
+    )
+    copied = 0.0
+    if storage in ("float32", "float16") and lora is not None:
+        copied = passes * layers * _linear(shape) + step.passes * shape.hidden * shape.vocabulary
+        copied += 0 if shape.family == "gemma2" else layers * tokens * step.width
+    saved = saved_to_train_all(shape, step.width) if lora is None else saved_per_token(shape, lora, step.width)
+    activations = layers * tokens * saved
+    if checkpointed:
+        activations += shape.layers * step.tokens * shape.hidden * (4 if storage == "float32" else 2)
+        # Gradients in the repeated layer: of the MLP's intermediate values, and of hidden states.
+        activations += tokens * (3 * 2 * shape.intermediate + 8 * shape.hidden)
     capped = 2 if shape.family == "gemma2" else 0
     # Log-probabilities are saved for all packs, their gradient and that of the logits for one pack at a time.
     logits = (4 + capped) * step.supervised + (4 + 4) * math.ceil(step.supervised / step.passes)
     return {
-        "weights": weight_bytes(shape, storage),
+        "weights": 0.0 if lora is None else _sharded(shape, storage, devices),
         "copies": 2.0 * copied,
-        "trained": float(TRAINED * trained(shape, lora)),
-        "activations": shape.layers * step.tokens * saved_per_token(shape, lora, step.width),
+        "trained": float(TRAINED * (parameters(shape) if lora is None else trained(shape, lora))),
+        "activations": activations,
         "logits": float(shape.vocabulary * logits),
     }
+
+
+def _sharded(shape: Shape, storage: str, devices: int) -> float:
+    """Return the bytes of the frozen weights on one of several devices, with two whole layers."""
+    weights = weight_bytes(shape, storage)
+    whole = 2 * _linear(shape) * STORED[storage]
+    return weights if devices == 1 else min(weights, weights / devices + whole)
 
 
 def evaluation_memory(shape: Shape, rows: int, tokens: int, storage: str = "bfloat16") -> float:
@@ -339,6 +380,28 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+def scaling_table() -> str:
+    """Return peak memory in GiB of a device as a Markdown table: with checkpoints, of all weights, and sharded."""
+    lines = [
+        "| model | alignment, 256, checkpoints | alignment, 2048, checkpoints | all weights, 256 "
+        "| all weights, 256, checkpoints | alignment, 256, checkpoints, sharded over 8 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in SHAPES:
+        shape, cfg, aligning, _ = planned(name)
+        if cfg.id is None:
+            continue
+        peaks = (
+            training_memory(shape, aligning, MAX_STEP_256, cfg.dtype, checkpointed=True),
+            training_memory(shape, aligning, MAX_STEP_2048, cfg.dtype, checkpointed=True),
+            training_memory(shape, None, MAX_STEP_256),
+            training_memory(shape, None, MAX_STEP_256, checkpointed=True),
+            training_memory(shape, aligning, MAX_STEP_256, cfg.dtype, checkpointed=True, devices=8),
+        )
+        lines.append(f"| `{name}` | " + " | ".join(f"{sum(p.values()) / GIB:.1f}" for p in peaks) + " |")
+    return "\n".join(lines)
+
+
 def time_table() -> str:
     """Return times as a Markdown table: of a step in milliseconds, of the paper's stages in hours.
 
@@ -367,4 +430,4 @@ def time_table() -> str:
 
 
 if __name__ == "__main__":
-    print(memory_table(), time_table(), sep="\n\n")
+    print(memory_table(), scaling_table(), time_table(), sep="\n\n")
