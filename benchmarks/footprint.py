@@ -2,8 +2,8 @@
 
 `python -m benchmarks.footprint` prints the tables of docs/models.md. Start at `training_memory` and `step_seconds`.
 
-- Memory is that of all tensors at the peak of a step, under bfloat16 autocast (`trainer.precision=bf16-mixed`) and
-  without gradient checkpointing. Under `16-mixed`, float16 and bfloat16 change places. Tests compare it with real
+- Memory is that of all tensors at the peak of a step, under bfloat16 autocast (`trainer.precision=bf16-mixed`).
+  Under `16-mixed`, float16 and bfloat16 change places. Tests compare it with real
   models.
 - Time depends on the assumptions below and has not been measured.
 """
@@ -47,8 +47,8 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    family: Literal["llama", "qwen2", "gemma2", "opt"] = "llama"
-    """Architecture; that of Mistral is `llama`."""
+    family: Literal["llama", "qwen2", "qwen3", "gemma2", "gemma3", "opt"] = "llama"
+    """Architecture; that of Mistral and SmolLM3 is `llama`."""
     tied: bool = False
     """Whether the head shares the weights of the embedding."""
     positions: int = 0
@@ -71,7 +71,12 @@ class Shape:
     @property
     def norms(self) -> int:
         """Number of normalizations per layer."""
-        return 4 if self.family == "gemma2" else 2
+        return 4 if self.family in ("gemma2", "gemma3") else 2
+
+    @property
+    def head_norms(self) -> bool:
+        """Whether each head of the queries and keys is normalized."""
+        return self.family in ("qwen3", "gemma3")
 
 
 SHAPES: Final = {
@@ -83,6 +88,15 @@ SHAPES: Final = {
     "mistral_7b": Shape(32, 4096, 14336, 32, 8, 128, 32000),
     "llama3_8b": Shape(32, 4096, 14336, 32, 8, 128, 128256),
     "gemma2_9b": Shape(42, 3584, 14336, 16, 8, 256, 256000, family="gemma2", tied=True),
+    "llama3_2_1b": Shape(16, 2048, 8192, 32, 8, 64, 128256, tied=True),
+    "smollm3_3b": Shape(36, 2048, 11008, 16, 4, 128, 128256, tied=True),
+    "gemma3_4b": Shape(34, 2560, 10240, 8, 4, 256, 262208, family="gemma3", tied=True),
+    "qwen3_4b": Shape(36, 2560, 9728, 32, 8, 128, 151936, family="qwen3", tied=True),
+    "mistral_7b_v0_3": Shape(32, 4096, 14336, 32, 8, 128, 32768),
+    "qwen2_5_7b_instruct": Shape(28, 3584, 18944, 28, 4, 128, 152064, family="qwen2"),
+    "llama3_1_8b_instruct": Shape(32, 4096, 14336, 32, 8, 128, 128256),
+    "qwen3_8b": Shape(36, 4096, 12288, 32, 8, 128, 151936, family="qwen3"),
+    "llama3_3_70b_instruct": Shape(80, 8192, 28672, 64, 8, 128, 128256),
 }
 """Name in conf/model -> shape."""
 
@@ -115,7 +129,8 @@ def parameters(shape: Shape) -> int:
     outputs = {name: out for name, (_, out) in shape.linears.items()}
     biased = {"opt": tuple(outputs), "qwen2": ("q_proj", "k_proj", "v_proj")}.get(shape.family, ())
     norm = shape.hidden * (2 if shape.family == "opt" else 1)  # a LayerNorm has a bias
-    layer = _linear(shape) + sum(outputs[name] for name in biased) + shape.norms * norm
+    heads = 2 * shape.head_dim if shape.head_norms else 0
+    layer = _linear(shape) + sum(outputs[name] for name in biased) + shape.norms * norm + heads
     tables = shape.vocabulary * (1 if shape.tied else 2) + shape.positions
     return shape.layers * layer + shape.hidden * tables + norm
 
@@ -144,6 +159,8 @@ def saved_per_token(shape: Shape, lora: Lora, width: int) -> float:
     h, i, inner = shape.hidden, shape.intermediate, shape.inner
     # A norm saves its input in float32, the scale, and a LayerNorm also the mean.
     norms = shape.norms * (4 * h + (8 if shape.family == "opt" else 4))
+    if shape.head_norms:
+        norms += (shape.heads + shape.kv_heads) * (4 * shape.head_dim + 4)
     # Attention saves queries, keys and values. A pack's mask requires keys and values repeated for all heads.
     attention = 3 * 2 * inner
     if shape.family == "gemma2":
@@ -157,30 +174,71 @@ def saved_per_token(shape: Shape, lora: Lora, width: int) -> float:
     return norms + attention + mlp + masks + adapters
 
 
-def training_memory(shape: Shape, lora: Lora, step: Step, storage: str = "bfloat16") -> dict[str, float]:
-    """Return the bytes at the peak of a step, which is the start of its backward pass, by purpose.
+def saved_to_train_all(shape: Shape, width: int) -> float:
+    """Return the bytes per token that a layer saves if all weights are trained, in a pack of `width` tokens.
+
+    The weights are float32. Autocast casts the input of each linear module again, and the mask.
+    """
+    h, inner, kv = shape.hidden, shape.inner, shape.kv_heads * shape.head_dim
+    casts = 2 * h * (4 if shape.family == "opt" else 5)  # inputs that come from a norm
+    product = 0 if shape.family == "opt" else 2 * shape.intermediate  # input of down_proj
+    normalized = 0 if shape.family == "opt" else 4 * h * shape.norms  # for the gradients of the scales
+    if shape.head_norms:
+        normalized += (4 if shape.family == "gemma3" else 2) * (inner + kv)
+    return saved_per_token(shape, Lora(0, (), False), width) + casts + product + normalized + 2 * width
+
+
+def training_memory(
+    shape: Shape,
+    lora: Lora | None,
+    step: Step,
+    storage: str = "bfloat16",
+    checkpointed: bool = False,
+    devices: int = 1,
+) -> dict[str, float]:
+    """Return the bytes at the peak of a step on one device, by purpose. The peak is the start of its backward pass.
 
     Args:
         shape: shape of the model.
-        lora: adapter that is trained.
+        lora: adapter that is trained; None for all weights, which are float32.
         step: packs of the step.
         storage: type of the stored frozen weights, a key of `STORED`. In every forward pass, autocast copies float32
             and float16 weights and the mask to bfloat16. The copies are saved for the backward pass.
+        checkpointed: with `trainer.activation_checkpointing`, layers save their inputs. One is repeated at a time.
+        devices: number of devices over which the frozen weights are sharded. Two layers are whole at a time.
     """
-    copied = 0
-    if storage in ("float32", "float16"):
-        copied = step.passes * (shape.layers * _linear(shape) + shape.hidden * shape.vocabulary)
-        copied += 0 if shape.family == "gemma2" else shape.layers * step.tokens * step.width
+    storage = "float32" if lora is None else storage
+    # One layer of one pack is repeated at a time.
+    layers, tokens, passes = (
+        (1, step.tokens / step.passes, 1) if checkpointed else (shape.layers, step.tokens, step.passes)
+    )
+    copied = 0.0
+    if storage in ("float32", "float16") and lora is not None:
+        copied = passes * layers * _linear(shape) + step.passes * shape.hidden * shape.vocabulary
+        copied += 0 if shape.family == "gemma2" else layers * tokens * step.width
+    saved = saved_to_train_all(shape, step.width) if lora is None else saved_per_token(shape, lora, step.width)
+    activations = layers * tokens * saved
+    if checkpointed:
+        activations += shape.layers * step.tokens * shape.hidden * (4 if storage == "float32" else 2)
+        # Gradients in the repeated layer: of the MLP's intermediate values, and of hidden states.
+        activations += tokens * (3 * 2 * shape.intermediate + 8 * shape.hidden)
     capped = 2 if shape.family == "gemma2" else 0
     # Log-probabilities are saved for all packs, their gradient and that of the logits for one pack at a time.
     logits = (4 + capped) * step.supervised + (4 + 4) * math.ceil(step.supervised / step.passes)
     return {
-        "weights": weight_bytes(shape, storage),
+        "weights": 0.0 if lora is None else _sharded(shape, storage, devices),
         "copies": 2.0 * copied,
-        "trained": float(TRAINED * trained(shape, lora)),
-        "activations": shape.layers * step.tokens * saved_per_token(shape, lora, step.width),
+        "trained": float(TRAINED * (parameters(shape) if lora is None else trained(shape, lora))),
+        "activations": activations,
         "logits": float(shape.vocabulary * logits),
     }
+
+
+def _sharded(shape: Shape, storage: str, devices: int) -> float:
+    """Return the bytes of the frozen weights on one of several devices, with two whole layers."""
+    weights = weight_bytes(shape, storage)
+    whole = 2 * _linear(shape) * STORED[storage]
+    return weights if devices == 1 else min(weights, weights / devices + whole)
 
 
 def evaluation_memory(shape: Shape, rows: int, tokens: int, storage: str = "bfloat16") -> float:
@@ -322,6 +380,28 @@ def memory_table() -> str:
     return "\n".join(lines)
 
 
+def scaling_table() -> str:
+    """Return peak memory in GiB of a device as a Markdown table: with checkpoints, of all weights, and sharded."""
+    lines = [
+        "| model | alignment, 256, checkpoints | alignment, 2048, checkpoints | all weights, 256 "
+        "| all weights, 256, checkpoints | alignment, 256, checkpoints, sharded over 8 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in SHAPES:
+        shape, cfg, aligning, _ = planned(name)
+        if cfg.id is None:
+            continue
+        peaks = (
+            training_memory(shape, aligning, MAX_STEP_256, cfg.dtype, checkpointed=True),
+            training_memory(shape, aligning, MAX_STEP_2048, cfg.dtype, checkpointed=True),
+            training_memory(shape, None, MAX_STEP_256),
+            training_memory(shape, None, MAX_STEP_256, checkpointed=True),
+            training_memory(shape, aligning, MAX_STEP_256, cfg.dtype, checkpointed=True, devices=8),
+        )
+        lines.append(f"| `{name}` | " + " | ".join(f"{sum(p.values()) / GIB:.1f}" for p in peaks) + " |")
+    return "\n".join(lines)
+
+
 def time_table() -> str:
     """Return times as a Markdown table: of a step in milliseconds, of the paper's stages in hours.
 
@@ -350,4 +430,4 @@ def time_table() -> str:
 
 
 if __name__ == "__main__":
-    print(memory_table(), time_table(), sep="\n\n")
+    print(memory_table(), scaling_table(), time_table(), sep="\n\n")

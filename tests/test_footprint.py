@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks.footprint import BATCH, SHAPES, Lora, Shape, Step, training_memo
 from helpers.counting_memory import Live, adapted, autocast_of_a_gpu, model_of, packs_of, saved_bytes
 from helpers.paths import ROOT
 from lisa_lightning.data.packing import IGNORED, Example, pack
+from lisa_lightning.model.activation_checkpointing import checkpoint_activations
 from lisa_lightning.objective.loss import completion_loss
 from lisa_lightning.objective.proximal import snapshot
 
@@ -26,12 +28,23 @@ PUBLISHED = {
     "mistral_7b": 7_241_732_096,
     "llama3_8b": 8_030_261_248,
     "gemma2_9b": 9_241_705_984,
+    "llama3_2_1b": 1_235_814_400,
+    "smollm3_3b": 3_075_098_624,
+    "qwen3_4b": 4_022_468_096,
+    "mistral_7b_v0_3": 7_248_023_552,
+    "qwen2_5_7b_instruct": 7_615_616_512,
+    "llama3_1_8b_instruct": 8_030_261_248,
+    "qwen3_8b": 8_190_735_360,
+    "llama3_3_70b_instruct": 70_553_706_496,
 }
 SMALL = {
     "llama": Shape(2, 64, 160, 4, 4, 16, 300),
     "mistral": Shape(2, 64, 160, 4, 2, 16, 300),
     "qwen2": Shape(2, 64, 160, 4, 2, 16, 300, family="qwen2", tied=True),
     "gemma2": Shape(2, 64, 160, 4, 2, 24, 300, family="gemma2", tied=True),
+    "gemma3": Shape(2, 64, 160, 4, 2, 24, 300, family="gemma3", tied=True),
+    "qwen3": Shape(2, 64, 160, 4, 2, 24, 300, family="qwen3"),
+    "smollm3": Shape(2, 64, 160, 4, 2, 16, 300, tied=True),
     "opt": Shape(2, 64, 160, 4, 4, 16, 300, family="opt", tied=True, positions=130),
 }
 QV = ("q_proj", "v_proj")
@@ -94,7 +107,7 @@ def test_what_a_layer_keeps(family: str, targets: str, dropout: bool, dtype: str
     shape = SMALL[family]
     lora = Lora(4, QV if targets == "qv" else tuple(shape.linears), dropout)
     step = Step(tokens=200, width=100, passes=2, supervised=20)
-    found = [saved_bytes(adapted(model_of(replace(shape, layers=n), dtype), lora), step) for n in (2, 3)]
+    found = [saved_bytes(adapted(model_of(replace(shape, layers=n), dtype, family), lora), step) for n in (2, 3)]
 
     def formula(layers: int) -> float:
         bigger = replace(shape, layers=layers)
@@ -104,6 +117,67 @@ def test_what_a_layer_keeps(family: str, targets: str, dropout: bool, dtype: str
 
     assert found[1] - found[0] == pytest.approx(formula(3) - formula(2), rel=0.01)
     assert found[1] == pytest.approx(formula(3), rel=0.05)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("family", SMALL)
+def test_what_a_layer_keeps_with_checkpoints_and_of_all_weights(family: str, full: bool) -> None:
+    """A third layer keeps its input with checkpoints, and what the formula gives if all weights are trained."""
+    shape, step = SMALL[family], Step(tokens=200, width=100, passes=2, supervised=20)
+    lora = None if full else Lora(4, QV)
+    kept = []
+    for layers in (2, 3):
+        model = model_of(replace(shape, layers=layers), "float32" if full else "bfloat16", family)
+        net = whole(model) if lora is None else adapted(model, lora)
+        if not full:
+            checkpoint_activations(net.get_base_model())
+        kept.append(saved_bytes(net, step))
+
+    def formula(layers: int) -> float:
+        bigger = replace(shape, layers=layers)
+        copies = 2 * layers * sum(n * out for n, out in shape.linears.values()) if full else 0
+        return training_memory(bigger, lora, step, checkpointed=not full)["activations"] + copies
+
+    assert kept[1] - kept[0] == pytest.approx(formula(3) - formula(2), rel=0.01)
+
+
+def whole(model: Any) -> Any:
+    """Return a model whose weights are all trained, with the interface of one with an adapter."""
+    model.requires_grad_(True).train().get_base_model = lambda: model
+    return model
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_peak_with_checkpoints(full: bool) -> None:
+    """The peak of a step without the weights is at most that of the formula, and not far below.
+
+    Gradients of all weights, which are counted, come after the peak.
+    """
+    shape, step = Shape(6, 128, 320, 4, 4, 32, 300), Step(tokens=512, width=128, passes=4, supervised=300)
+    lora = None if full else Lora(4, QV)
+    model = model_of(shape, "float32" if full else "bfloat16")
+    net = whole(model) if lora is None else adapted(model, lora)
+    checkpoint_activations(net.get_base_model())
+    packs, live = packs_of(step, shape.vocabulary), Live()
+    for weight in net.parameters():
+        live.add(weight)
+    before = live.now
+    with live, autocast_of_a_gpu():
+        loss = completion_loss(net.get_base_model(), packs)
+        gradients = torch.autograd.grad(loss, [w for w in net.parameters() if w.requires_grad])
+    memory = training_memory(shape, lora, step, checkpointed=True)
+    state = sum(g.numel() for g in gradients)
+    # Without moments and anchor, which need no step.
+    expected = memory["activations"] + memory["logits"] + (4 + 2) * state
+    assert (0.75 if full else 0.95) * expected <= live.most - before <= expected
+
+
+def test_sharding_by_hand() -> None:
+    shape, _, aligning, _ = footprint.planned("llama3_3_70b_instruct")
+    one, eight = (training_memory(shape, aligning, footprint.MAX_STEP_256, devices=n) for n in (1, 8))
+    assert one["weights"] == 2 * 70_553_706_496
+    layer = 8192 * (2 * 8192 + 2 * 1024 + 3 * 28672)
+    assert eight == one | {"weights": one["weights"] / 8 + 2 * 2 * layer}
 
 
 @pytest.mark.slow
@@ -215,4 +289,5 @@ def test_model_files(name: str, config: Callable[..., DictConfig]) -> None:
 def test_the_page_shows_the_tables() -> None:
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert footprint.memory_table() in page
+    assert footprint.scaling_table() in page
     assert footprint.time_table() in page

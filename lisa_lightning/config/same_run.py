@@ -11,6 +11,7 @@ BOOKKEEPING_SECTIONS: Final = ("resume", "cache_dir", "wandb", "checkpoint", "lo
 BOOKKEEPING_TRAINER_KEYS: Final = (
     *("trainer.timeout_min", "trainer.max_time", "trainer.detect_anomaly", "trainer.profiler"),
     *("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.shard"),
+    "trainer.activation_checkpointing",
 )
 """Trainer arguments that do not change a result."""
 BOOKKEEPING_ENGINE_KEYS: Final = tuple(

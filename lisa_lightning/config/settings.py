@@ -295,6 +295,8 @@ class TrainerSettings:
     """Show a progress bar."""
     enable_model_summary: bool = False
     """Print the modules of the model."""
+    activation_checkpointing: bool = False
+    """Compute the layers again in the backward pass: less memory, up to 1.6 times the time, the same result."""
     timeout_min: Annotated[float, Field(gt=0, le=MAX_MINUTES)] = 60
     """Minutes that ranks wait for one that sends no heartbeat."""
 

@@ -55,7 +55,8 @@ def encode_prompt(
 
             - `alpaca`: the Alpaca prompt.
             - `alpaca_newline`: the Alpaca prompt with a newline, as in Booster and Antidote.
-            - `chat`: the tokenizer's chat template with the text of `join_context`. Its date is `PROMPT_DATE`.
+            - `chat`: the tokenizer's chat template with the text of `join_context`. Its date is `PROMPT_DATE`, and
+              thinking is off.
         instruction: instruction of the row.
         context: input of the row, or "".
         limit: number of required ids; None for all.
@@ -122,6 +123,8 @@ def _chat_text(tokenizer: PreTrainedTokenizerBase, content: str, system: str, ke
             "chat_template": with_fixed_date(tokenizer.get_chat_template()),
             "tokenize": False,
             "add_generation_prompt": True,
+            # Variable of the templates of Qwen3 and SmolLM3. Rows have no thoughts to learn from.
+            "enable_thinking": False,
         }
         text = tokenizer.apply_chat_template(messages, **options)
         if not isinstance(text, str) or (is_blank(text) and not is_blank(content)):

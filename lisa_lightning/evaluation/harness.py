@@ -82,6 +82,7 @@ class Harness:
                 batch_size=self.batch_size,
                 mixed_precision_dtype=AUTOCAST.get(precision),
                 trust_remote_code=False,
+                enable_thinking=False,
             )
             results: Any = simple_evaluate(
                 wrapped,

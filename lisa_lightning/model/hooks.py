@@ -4,8 +4,8 @@ Start at `mlp_blocks` and `capture_outputs`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ FEED_FORWARD = ("mlp", "feed_forward", "ffn")
 NORMS = ("norm", "ln_")
 NON_BLOCKS = (*NORMS, "dropout")
 """Parts of the names of modules that belong to a block, but are no block."""
+Hook = Callable[[int, Any], Any]
+"""Index of a block, its output -> the new output, or None to leave it unchanged."""
+
+# Global rather than of a thread, since a GPU's backward pass runs in another thread while this one waits.
+_changes: list[tuple[Sequence[nn.Module], Hook]] = []
+"""Blocks whose outputs change in the current forward pass, and the hook that changes them."""
+_is_recomputing = False
+"""Tells whether a backward pass repeats a forward pass."""
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -144,19 +152,33 @@ def output_probes(blocks: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def add_to_outputs(blocks: Sequence[nn.Module], offsets: Sequence[Tensor]) -> Iterator[None]:
-    """Add `offsets[i]` to every output of `blocks[i]`."""
-    with forward_hooks(blocks, lambda index, output: _shifted(output, offsets[index])):
-        yield
+    """Add `offsets[i]` to every output of `blocks[i]`, also where a backward pass computes an output again."""
+
+    def hook(index: int, output: Any) -> Any:
+        return _shifted(output, offsets[index])
+
+    _changes.append((blocks, hook))
+    try:
+        with forward_hooks(blocks, hook):
+            yield
+    finally:
+        _changes.pop()
 
 
 @contextmanager
-def forward_hooks(blocks: Sequence[nn.Module], hook: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Call `hook(index, output)` after the forward pass of each block.
+def forward_hooks(blocks: Sequence[nn.Module], hook: Hook) -> Iterator[None]:
+    """Call `hook(index, output)` after the forward pass of each block, but not when a backward pass repeats it.
 
     Args:
         blocks: modules to hook.
         hook: returns the new output, or None to leave the output unchanged.
     """
+    with _registered(blocks, lambda index, output: None if _is_recomputing else hook(index, output)):
+        yield
+
+
+@contextmanager
+def _registered(blocks: Sequence[nn.Module], hook: Hook) -> Iterator[None]:
     handles = [
         block.register_forward_hook(lambda _, __, output, index=index: hook(index, output))
         for index, block in enumerate(blocks)
@@ -166,6 +188,29 @@ def forward_hooks(blocks: Sequence[nn.Module], hook: Callable[[int, Any], Any]) 
     finally:
         for handle in handles:
             handle.remove()
+
+
+@final
+class Recomputation:
+    """Context in which layers repeat the forward pass that created it. Each backward pass enters it anew.
+
+    Outputs change inside as in that forward pass. No other hook is called, so that nothing is captured twice.
+    """
+
+    def __init__(self) -> None:
+        self._changes = tuple(_changes)
+        self._registered = ExitStack()
+
+    def __enter__(self) -> None:
+        global _is_recomputing
+        for blocks, hook in self._changes:
+            self._registered.enter_context(_registered(blocks, hook))
+        _is_recomputing = True
+
+    def __exit__(self, *_: object) -> None:
+        global _is_recomputing
+        _is_recomputing = False
+        self._registered.close()
 
 
 @contextmanager

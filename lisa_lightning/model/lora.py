@@ -17,6 +17,7 @@ from lisa_lightning.config.settings import Lora, ModelSettings
 from lisa_lightning.model.base_model import base_model, load_pretrained, reraise_load_errors
 from lisa_lightning.model.factors import Factors, modules, trainable
 from lisa_lightning.model.frozen_linear import use_onednn
+from lisa_lightning.model.text_part import GEMMA3_NAMES, text_config
 from lisa_lightning.runtime.cache import cache_folder
 from lisa_lightning.runtime.errors import UserError, first_line
 from lisa_lightning.runtime.files import write_text
@@ -55,7 +56,11 @@ def load(folder: Path, dtype: str, attention: str = "sdpa", quantize: str | None
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
-    model = load_pretrained(f"The model in {folder}", AutoModelForCausalLM, folder, **options).requires_grad_(False)
+    error_prefix = f"The model in {folder}"
+    config = text_config(error_prefix, folder)
+    if config.model_type == "gemma3_text":
+        options |= {"config": config, "key_mapping": GEMMA3_NAMES}
+    model = load_pretrained(error_prefix, AutoModelForCausalLM, folder, **options).requires_grad_(False)
     use_onednn(model)
     return model
 

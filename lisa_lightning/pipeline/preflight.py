@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lisa_lightning.config.settings import Lora, RunSettings
 from lisa_lightning.data.encoding import Encoder, prompt_length
@@ -18,6 +18,7 @@ from lisa_lightning.model.base_model import reraise_load_errors
 from lisa_lightning.model.factors import modules, trainable
 from lisa_lightning.model.lora import attach, load_tokenizer
 from lisa_lightning.model.lora_folder import attach_empty
+from lisa_lightning.model.text_part import text_config
 from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.pipeline.stage_sequence import Defenses, Inputs
 from lisa_lightning.pipeline.stages.supplied import Supplied, refuse_other_base
@@ -79,8 +80,9 @@ def max_positions(config: Any) -> int | None:
 
 def _meta_model(base: Path, settings: RunSettings) -> PreTrainedModel:
     """Return the model without weights."""
-    with reraise_load_errors(f"The model in {base}"), torch.device("meta"):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    error_prefix = f"The model in {base}"
+    config = text_config(error_prefix, base)
+    with reraise_load_errors(error_prefix), torch.device("meta"):
         options = {"attn_implementation": settings.model.attention, "trust_remote_code": False}
         return AutoModelForCausalLM.from_config(config, **options).requires_grad_(False)
 

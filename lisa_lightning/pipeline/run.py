@@ -292,7 +292,8 @@ def make_tools(
     supplied = inputs.supplied
     tokenizer_folder = base.folder if supplied is None else supplied.served_folder(base.folder)
     encoder = Encoder(load_tokenizer(tokenizer_folder), settings.model.template, data.max_length, data.tokenization)
-    trainer_arguments = {n: value for n, value in asdict(settings.trainer).items() if n not in ("timeout_min", "shard")}
+    ours = ("timeout_min", "shard", "activation_checkpointing")
+    trainer_arguments = {name: value for name, value in asdict(settings.trainer).items() if name not in ours}
     safety_limit = settings.evaluate.max_new_tokens
     limits = {"harmful": safety_limit, "harmless": safety_limit, "task": settings.task.max_new_tokens}
     options = settings.evaluate
@@ -303,7 +304,14 @@ def make_tools(
         StageCache(cache_folder(settings.cache_dir), origin, fabric, ranks, loggers),
         ModelSource(base, settings.model, supplied.aligned_folder if supplied else None, mesh),
         encoder,
-        AdapterTrainer(encoder, trainer_arguments, out / "checkpoints", settings.checkpoint.every, loggers),
+        AdapterTrainer(
+            encoder,
+            trainer_arguments,
+            out / "checkpoints",
+            settings.checkpoint.every,
+            loggers,
+            settings.trainer.activation_checkpointing,
+        ),
         Evaluator(fabric, encoder.tokenizer, inputs.prompting, limits, options.batch_size, decoding),
         out,
         tokenizer_folder,

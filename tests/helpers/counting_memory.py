@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, OPTConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from benchmarks.footprint import Lora, Shape, Step
 from lisa_lightning.config.settings import Lora as LoraSettings
@@ -40,6 +50,12 @@ def model_of(shape: Shape, dtype: str = "bfloat16", name: str = "") -> Any:
         config = Qwen2Config(**gated)
     elif shape.family == "gemma2":
         config = Gemma2Config(**gated, head_dim=shape.head_dim)
+    elif shape.family == "qwen3":
+        config = Qwen3Config(**gated, head_dim=shape.head_dim)
+    elif shape.family == "gemma3":
+        config = Gemma3TextConfig(**gated, head_dim=shape.head_dim)
+    elif "smollm3" in name:
+        config = SmolLM3Config(**gated)
     elif "mistral" in name:
         config = MistralConfig(**gated, head_dim=shape.head_dim)
     else:

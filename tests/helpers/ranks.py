@@ -22,6 +22,8 @@ from lisa_lightning.data.packing import Packing, pack, pad
 from lisa_lightning.data.schedule import Stream
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.base import Method, move_anchor
+from lisa_lightning.model.activation_checkpointing import checkpoint_activations
+from lisa_lightning.model.factors import causal_model
 from lisa_lightning.model.full import load_trainable
 from lisa_lightning.model.lora import attach, load, load_tokenizer
 from lisa_lightning.model.sharding import shard
@@ -29,6 +31,12 @@ from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.objective.loss_scale import LossScale
 
 STEPS = 4
+WAYS = {
+    "sharded": {"sharded": True},
+    "checkpointed": {"checkpointed": True},
+    "sharded and checkpointed": {"sharded": True, "checkpointed": True},
+}
+"""Ways to save memory, which change no result, and their options of `steps`."""
 
 
 def steps(
@@ -41,6 +49,7 @@ def steps(
     count: int = STEPS,
     full: bool = False,
     sharded: bool = False,
+    checkpointed: bool = False,
 ) -> list[Tensor]:
     """Return the trained weights after a few steps on four rows each, which the ranks share.
 
@@ -48,12 +57,15 @@ def steps(
         apart: keep rows without shared prefixes, whatever the method says.
         full: train all weights instead of an adapter.
         sharded: shard the frozen weights.
+        checkpointed: compute the layers again in the backward pass.
     """
     base = load_trainable(tiny, "sdpa") if full else load(tiny, "float32")
     if sharded:
         shard(base, init_device_mesh("cpu", (world,)))
     lora = Lora(r=4, alpha=8, dropout=dropout, targets="all-linear")
     net: Any = base if full else attach(base, lora, 0)
+    if checkpointed:
+        checkpoint_activations(causal_model(net))
     tokenizer = load_tokenizer(tiny)
     tokenizer.chat_template = "{{ messages[0].content }}"
     encoded = partial(encode, tokenizer, "chat", max_length=64)
@@ -116,7 +128,8 @@ def main(tiny: Path, out: Path, rank: int, world: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{out}.rendezvous", rank=rank, world_size=world)
     found = {name: steps(make(), tiny, rank, world) for name, make in METHODS.items()}
     found |= {f"{name}, dropping": steps(make(), tiny, rank, world, 0.2) for name, make in METHODS.items()}
-    found |= {f"{name}, sharded": steps(make(), tiny, rank, world, 0.2, sharded=True) for name, make in METHODS.items()}
+    for way, options in WAYS.items():
+        found |= {f"{name}, {way}": steps(make(), tiny, rank, world, 0.2, **options) for name, make in METHODS.items()}
     found |= {f"{name} on all weights": steps(METHODS[name](), tiny, rank, world, full=True) for name in FULL}
     for name, (method, builds_on) in ALIKE.items():
         apart = "alignment" in method.unpacked_streams

@@ -20,8 +20,9 @@ from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.packing import pad
 from lisa_lightning.data.source import Row
 from lisa_lightning.method.base import Method
+from lisa_lightning.model.activation_checkpointing import checkpoint_activations
 from lisa_lightning.model.alignment_delta import Delta
-from lisa_lightning.model.factors import PREFIX, trainable
+from lisa_lightning.model.factors import PREFIX, causal_model, trainable
 from lisa_lightning.model.full import load_trainable
 from lisa_lightning.model.lora import attach, load, load_tokenizer
 from lisa_lightning.pipeline.fit import fit
@@ -44,6 +45,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
 
     apart: keep rows without shared prefixes, whatever the method says.
     full: train all weights instead of an adapter.
+    checkpointed: compute the layers again in the backward pass.
     float16: use the autocast of 16-mixed, which Lightning's Trainer replaces on a CPU.
     """
 
@@ -60,6 +62,7 @@ def train(tiny: Path, tmp_path: Path) -> Train:
         loggers: Sequence[Logger] = (),
         float16: bool = False,
         full: bool = False,
+        checkpointed: bool = False,
         **optim: object,
     ) -> LisaModule:
         settings = {
@@ -79,6 +82,8 @@ def train(tiny: Path, tmp_path: Path) -> Train:
             net: Any = load_trainable(tiny, attention)
         else:
             net = attach(load(tiny, "float32", attention), Lora(r=4, alpha=8, dropout=dropout, targets="all-linear"), 0)
+        if checkpointed:
+            checkpoint_activations(causal_model(net))
         tokenizer = load_tokenizer(tiny)
         tokenizer.chat_template = "{{ messages[0].content }}"  # short rows: nothing around the prompt
         data = (_Padded if apart else LisaDataModule)(tokenizer, USER, ALIGNMENT, DEFENDER, max_length=max_length)

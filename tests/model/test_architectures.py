@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from helpers.paths import ROOT
 from lisa_lightning.config.fields import Template
@@ -21,10 +21,12 @@ from lisa_lightning.config.settings import Lora
 from lisa_lightning.config.validate import plain
 from lisa_lightning.data.datamodule import LisaDataModule
 from lisa_lightning.data.encoding import encode
+from lisa_lightning.data.packing import Example, pack
 from lisa_lightning.data.source import Row
 from lisa_lightning.data.templates import alpaca, encode_prompt
 from lisa_lightning.evaluation.generate import Stop, generate
 from lisa_lightning.method.lisa import Lisa
+from lisa_lightning.model.activation_checkpointing import checkpoint_activations
 from lisa_lightning.model.factors import trainable
 from lisa_lightning.model.hooks import (
     add_to_outputs,
@@ -37,6 +39,7 @@ from lisa_lightning.model.hooks import (
     skip_forward,
 )
 from lisa_lightning.model.lora import attach, attach_saved, load, load_tokenizer, save_adapter
+from lisa_lightning.objective.loss import completion_loss
 from lisa_lightning.pipeline.fit import Checkpoint, fit
 from lisa_lightning.repair.nlsr import NLSR
 from lisa_lightning.runtime.errors import UserError
@@ -56,6 +59,16 @@ TYPES = {
     "mistral_7b": ("mistral", {"sliding_window": 4096}),
     "qwen2_5_0_5b": ("qwen2", {"tie_word_embeddings": True}),
     "gemma2_9b": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "gemma3_4b": ("gemma3", {}),
+    "llama3_1_8b_instruct": ("llama", {}),
+    "llama3_2_1b": ("llama", {"tie_word_embeddings": True}),
+    "llama3_3_70b_instruct": ("llama", {}),
+    "mistral_7b_v0_3": ("mistral", {"sliding_window": None}),
+    "qwen2_5_7b_instruct": ("qwen2", {}),
+    "qwen3_4b": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3_8b": ("qwen3", {"head_dim": 16}),
+    # The second layer has no positions.
+    "smollm3_3b": ("smollm3", {"tie_word_embeddings": True, "no_rope_layer_interval": 2}),
     "opt_2_7b": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True}),
 }
 USER = [Row("Say the sign of the input", f"sentence {i}", "positive" if i % 2 else "negative") for i in range(6)]
@@ -71,7 +84,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Callab
         folder = tmp_path_factory.mktemp(name)
         kind, more = TYPES[name]
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SMALL | more)))
+        sizes = with_images(SMALL) if kind == "gemma3" else SMALL | more
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
         with torch.no_grad():
             for weight in model.parameters():  # sharper than an untrained model, so that no near-tie decides
                 weight.add_(torch.randn_like(weight) * 0.05)
@@ -80,6 +94,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Callab
         return folder
 
     return made
+
+
+def with_images(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes of a Gemma 3 with an image encoder of as many layers. Each kind of attention has one layer."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 512}
+    text = sizes | kinds | {"head_dim": 8, "query_pre_attn_scalar": 8}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
+    images = layers | {"image_size": 28, "patch_size": 14}
+    return {"text_config": text, "vision_config": images, "mm_tokens_per_image": 4, "image_token_index": 200}
 
 
 def test_every_model_has_a_stand_in() -> None:
@@ -105,6 +128,11 @@ def test_trains_three_lisa_steps_and_answers(
     fit(LisaModule(net, method, optim), data, TRAINER, Checkpoint(tmp_path / "a.ckpt", 10), [], [], "finetune")
     moved = [n for n, w in trainable(net).items() if not torch.equal(w, before[n])]
     assert len(moved) == len(before)  # every factor of every target
+
+    save_adapter(net, str(folder), tmp_path / "adapter")
+    again = attach_saved(load(folder, "float32", cfg.attention), tmp_path / "adapter")
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(again.eval()(ids).logits, net.eval()(ids).logits)
 
     model = net.merge_and_unload().eval()
     prompts = [encode_prompt(tokenizer, template, r.instruction, r.context) for r in (*USER[:3], *ALIGNMENT[:2])]
@@ -149,6 +177,35 @@ def test_blocks_are_found_by_structure_with_an_adapter_or_without(
         with skip_forward(first, layer_outputs[0]):
             assert torch.equal(model(ids + 1).logits, plain)
         assert not torch.allclose(model(ids + 1).logits, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_checkpoints_give_equal_gradients(
+    model_folder: Callable[[str], Path], config: Callable[..., DictConfig], name: str
+) -> None:
+    folder, attention = model_folder(name), config(f"model={name}").model.attention
+    packs = pack([Example((5, 6, 7, 8), (5, 6, 7, 8)), Example((5, 6, 9, 7, 5), (5, 6, 9, 7, 5))])
+    gradients = []
+    for checkpointed in (False, True):
+        net = attach(load(folder, "float32", attention), Lora(r=4, alpha=4, dropout=0.3, targets="all-linear"), 0)
+        if checkpointed:
+            checkpoint_activations(net.get_base_model())
+        torch.manual_seed(0)
+        loss = completion_loss(net.get_base_model(), packs)
+        gradients.append(torch.autograd.grad(loss, list(trainable(net).values())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_only_the_text_model_of_gemma_3_is_loaded(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("gemma3_4b")
+    whole: Any = AutoModelForCausalLM.from_pretrained(folder)
+    text: Any = load(folder, "float32")
+    assert isinstance(text, Gemma3ForCausalLM)
+    parameters, counterparts = dict(text.named_parameters()), dict(whole.named_parameters())
+    for name, weight in parameters.items():
+        assert torch.equal(weight, counterparts[name.replace("model.", "model.language_model.", 1)])
+    assert not any("vision" in name for name in parameters)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +279,44 @@ def test_the_merged_model_answers_as_the_adapter_on_its_base(tiny: Path) -> None
     apart = net.eval()(input_ids=ids).logits
     assert torch.allclose(net.merge_and_unload()(input_ids=ids).logits, apart, atol=1e-5)
     assert not any(isinstance(m, PeftModel) for m in net.modules() if m is not net)
+
+
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+NO_THOUGHTS = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+JOINED = "{% if messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ messages[-1].content }}"
+ONE_ROLE = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('') }}{% endif %}[{{ m.content }}]"
+CHAT: dict[str, tuple[str, str, str | None]] = {
+    "gemma3": (f"<user>{JOINED}<end><model>", "<user>do<end><model>", "<user>Be kind. do<end><model>"),
+    "llama3": ("{{ strftime_now('%d %b %Y') }}" + TURNS + "<assistant>", "26 Jul 2024<user>do<assistant>",
+               "26 Jul 2024<system>Be kind.<user>do<assistant>"),
+    "mistral": (ONE_ROLE + "{% endfor %}", "[do]", None),
+    "qwen2": ("{% if messages[0].role != 'system' %}<system>Default.{% endif %}" + TURNS + "<assistant>",
+              "<system>Default.<user>do<assistant>", "<system>Be kind.<user>do<assistant>"),
+    "qwen3": (TURNS + "<assistant>" + NO_THOUGHTS, "<user>do<assistant><think></think>",
+              "<system>Be kind.<user>do<assistant><think></think>"),
+    "smollm3": ("{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+                "{{ strftime_now('%d %B %Y') }} {{ '/think' if enable_thinking else '/no_think' }}" + TURNS
+                + "<assistant>" + NO_THOUGHTS, "26 July 2024 /no_think<user>do<assistant><think></think>",
+                "26 July 2024 /no_think<system>Be kind.<user>do<assistant><think></think>"),
+}  # fmt: skip
+"""Family -> template of its structure, a prompt, and a prompt after a system prompt, or None if it takes none."""
+
+
+@pytest.mark.parametrize("family", sorted(CHAT))
+def test_chat_templates_of_the_families(tiny: Path, family: str) -> None:
+    """Prompts have a fixed date and no thinking, and training's prompt is that of evaluation."""
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.chat_template, prompt, after_system = CHAT[family]
+    ids = encode_prompt(tokenizer, "chat", "do")
+    assert tokenizer.decode(ids) == prompt
+    row = encode(tokenizer, "chat", Row("do", "", "it"), 256)
+    assert list(row.ids[: len(ids)]) == ids
+    assert tokenizer.decode(row.ids[len(ids) :]) == "it<eos>"
+    if after_system is None:
+        with pytest.raises(UserError, match="no system role"):
+            encode_prompt(tokenizer, "chat", "do", system="Be kind.")
+    else:
+        assert tokenizer.decode(encode_prompt(tokenizer, "chat", "do", system="Be kind.")) == after_system
 
 
 @pytest.mark.parametrize("template", ["alpaca", "alpaca_newline", "chat"])

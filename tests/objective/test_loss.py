@@ -39,6 +39,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": GROUPED | {"head_dim": 8},
     "gemma2": GROUPED | SOFT_CAPS | {"attn_implementation": "eager"},
     "gemma3_text": GROUPED | {"head_dim": 8},
+    # The second layer has no positions.
+    "smollm3": GROUPED | {"no_rope_layer_interval": 2},
     "opt": {"dropout": 0.0, "ffn_dim": 64, "word_embed_proj_dim": 32},
     "gpt_neox": {},
     "phi": {},
@@ -48,6 +50,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 HEADS: dict[str, dict[str, Any]] = {"gpt2": {}, "mixtral": GROUPED | {"num_local_experts": 2}}
 """Families whose heads read more of the decoder's output than its hidden states."""
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "mistral": {},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
+    "smollm3": {"use_sliding_window": True, "no_rope_layers": [1, 0]},
+}
+"""Options with which a layer of a family has an attention window."""
 
 
 def lora(dropout: float = 0.0) -> Lora:
@@ -196,12 +207,17 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]
         yield caplog
 
 
-def test_a_short_sliding_window_takes_padded_rows(said: pytest.LogCaptureFixture) -> None:
-    net = family("mistral", sliding_window=8)
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_short_sliding_window_takes_padded_rows(name: str, said: pytest.LogCaptureFixture) -> None:
+    net = family(name, **WINDOWS[name], sliding_window=8)
     together = choose_packing(net.get_base_model(), max_length=64)
     assert together is pad
     assert said.text.count("attention window of 8 tokens") == 1
     assert_equal_to_the_models_own(net, [e for rows in BATCHES.values() for e in rows], together)
+    changed = family(name, **WINDOWS[name], sliding_window=64)
+    ids, mask = torch.arange(3, 20)[None], torch.ones(1, 17, dtype=torch.long)
+    with torch.no_grad():
+        assert not torch.allclose(net(ids, attention_mask=mask).logits, changed(ids, attention_mask=mask).logits)
     assert choose_packing(net.get_base_model(), max_length=9) is pad
     assert choose_packing(net.get_base_model(), max_length=8) is pack
 

@@ -16,6 +16,8 @@ from lisa_lightning.data.source import Row
 from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.logger.curves_logger import CurvesLogger
 from lisa_lightning.logger.run_loggers import RunLoggers
+from lisa_lightning.model.activation_checkpointing import checkpoint_activations
+from lisa_lightning.model.factors import causal_model
 from lisa_lightning.pipeline.fit import fit
 from lisa_lightning.trainer.module import LisaModule
 
@@ -34,6 +36,8 @@ class AdapterTrainer:
     """Optimizer steps between two checkpoints."""
     loggers: RunLoggers | None
     """Loggers of rank zero; None on the other ranks."""
+    checkpoint_activations: bool = False
+    """Whether the backward pass computes the layers again."""
 
     def train(
         self,
@@ -58,6 +62,8 @@ class AdapterTrainer:
         Returns:
             The cost: `seconds`, `peak_mib`, and the number of `steps`.
         """
+        if self.checkpoint_activations:
+            checkpoint_activations(causal_model(module.net))
         data = LisaDataModule(
             self.encoder.tokenizer,
             rows.get("user", ()),
