@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig
@@ -15,14 +17,18 @@ from lisa_lightning.attack.abliterate import Abliterate
 from lisa_lightning.attack.base import RowSelector
 from lisa_lightning.config.instances import build
 from lisa_lightning.config.parse import parse_settings
+from lisa_lightning.config.settings import ModelSettings
 from lisa_lightning.config.validate import plain
+from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.mixing import UserRows
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.evaluation.scores import Metrics
 from lisa_lightning.judge.base import Pair, Verdict
+from lisa_lightning.model.lora import load_tokenizer
+from lisa_lightning.pipeline.stages import outliers
 from lisa_lightning.pipeline.stages.edit import edit
 from lisa_lightning.pipeline.stages.filter import filter_rows
-from lisa_lightning.pipeline.stages.models import Model
+from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.outliers import select_outliers
 from lisa_lightning.runtime.cache import short_hash
 from lisa_lightning.runtime.errors import UserError
@@ -88,6 +94,29 @@ def test_the_key_of_outliers_has_all_that_selects_them(config: Callable[..., Dic
     assert key("attack.by=gradient") != key()
     with pytest.raises(UserError, match=r"data\.n=2: the attack selects from 1 rows\. Fix: a smaller attack\.count"):
         key(sets=rows(train=TASK[:1]))
+
+
+@pytest.mark.parametrize("by", ["representation", "gradient"])
+def test_a_planted_harmful_row_is_selected(
+    config: Callable[..., DictConfig], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Its request alone is not what counts: the same request with another answer is not selected."""
+    compared = []
+    for name in ("mean_cosines", "gradient_cosines"):
+        function = getattr(outliers, name)
+        monkeypatch.setattr(outliers, name, lambda *a, f=function, name=name: compared.append(name) or f(*a))
+    words = ("attack=benign_outlier", f"attack.by={by}", "attack.reference_rows=1", "align=none")
+    for lora in ("lora.r=2", "lora=null"):
+        cfg = plain(config("experiment=smoke", *words, lora))
+        candidates = [Row("bad 0", "", "I won't do that."), *TASK, HARMFUL[0]]
+        models = ModelSource(Model(tiny), ModelSettings(dtype="float32"))
+        encoder = Encoder(load_tokenizer(tiny), "alpaca", 400)
+        fabric: Any = SimpleNamespace(is_global_zero=True, device=torch.device("cpu"), autocast=nullcontext)
+        cache: Any = Cache(tmp_path)
+        arguments: Any = (cache, models, encoder, fabric, models.base, build(cfg["attack"], "attack"))
+        user, _ = select_outliers(*arguments, rows(candidates), UserRows([], TASK[:1]), parse_settings(cfg))
+        assert user.harmless == [HARMFUL[0]]
+    assert compared == [{"representation": "mean_cosines", "gradient": "gradient_cosines"}[by]] * 2
 
 
 def test_references_are_the_first_harmful_rows(config: Callable[..., DictConfig]) -> None:

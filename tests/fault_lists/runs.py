@@ -432,7 +432,7 @@ FAULTS = [
     ),
     *faults(
         "pipeline/stages/outliers.py",
-        "attack/test_runs.py::test_outliers_are_trained_on_and_selected_once",
+        "attack/test_keys.py::test_a_planted_harmful_row_is_selected",
         ("[candidates[i] for i in selected]", "candidates[: len(selected)]"),
     ),
     *faults(
@@ -670,7 +670,7 @@ FAULTS = [
     ),
     *faults(
         "pipeline/stages/outliers.py",
-        "attack/test_runs.py::test_outliers_are_trained_on_and_selected_once",
+        "attack/test_keys.py::test_a_planted_harmful_row_is_selected",
         ('        if attack.by == "gradient":\n            similarities', "        if True:\n            similarities"),
         (
             '        if attack.by == "gradient":\n            similarities',
