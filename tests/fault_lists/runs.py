@@ -404,12 +404,6 @@ FAULTS = [
     ),
     *faults("attack/identity.py", "attack/test_rows.py", ("replace(row, system=self.system)", "row")),
     *faults(
-        "attack/benign_outlier.py",
-        "attack/test_rows.py",
-        ("normalize(candidates.double(), dim=1) @ mean", "candidates.double() @ mean"),
-        ("descending=True, ", ""),
-    ),
-    *faults(
         "attack/abliterate.py",
         "attack/test_abliterate.py",
         ("-direction[:, None]", "direction[:, None]"),
@@ -649,7 +643,6 @@ FAULTS = [
         ('        "harmful": rows_hash(user.harmful),\n', ""),
         ('        "harmless": rows_hash(user.harmless),\n', ""),
         ("any(votes)", "all(votes)"),
-        ("enumerate(user.harmless, len(user.harmful))", "enumerate(user.harmless)"),
         ("if not harmful and not harmless:", "if not harmful:"),
         ("100 * len(harmful) / len(user.harmful)", "100 * len(harmful) / len(user.all)"),
         ("len(user.harmless) - len(harmless)}", "len(harmless)}"),
@@ -689,17 +682,12 @@ FAULTS = [
     *faults(
         "pipeline/stages/edit.py",
         "attack/test_abliterate.py",
-        ("hidden_states[layer][0, -1]", "hidden_states[layer][0, 0]"),
-        ("hidden_states[layer][0, -1]", "hidden_states[layer - 1][0, -1]"),
         ("alpha=rank", "alpha=2 * rank"),
     ),
     *faults(
         "attack/abliterate.py",
         "attack/test_abliterate.py",
-        ("difference / difference.norm()", "difference"),
-        ("-direction[:, None]", "direction[:, None]"),
-        ("linear[-1]]] = linear[-1]", "linear[0]]] = linear[0]"),
-        ("if not verdict.refused:", "if verdict.refused:"),
+        ("matrices[names[id(linear[-1])]] = linear[-1]", "matrices[names[id(linear[0])]] = linear[0]"),
         ("if not difference.norm() > 0:", "if False:"),
         ("layers - 1))", "layers))"),
     ),
@@ -709,8 +697,6 @@ FAULTS = [
         ('if "finetune" in settings.stages and settings.lora is None:', "if False:"),
         ('if settings.model.adapters == "continued":', "if False:"),
         ("if settings.reference is not None:", "if False:"),
-        ("settings.data.n != count or", ""),
-        ("or settings.harmful_ratio != harmful_ratio", ""),
         ("descending=True, stable=True", "stable=True"),
     ),
     *faults(
@@ -730,7 +716,6 @@ FAULTS = [
     *faults(
         "attack/identity.py",
         "attack/test_rows.py",
-        ("replace(row, system=self.system)", "row"),
         ("if self.count > available:", "if False:"),
         ("_read()[: len(user.harmful)]", "_read()"),
     ),
