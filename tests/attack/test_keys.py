@@ -66,7 +66,7 @@ def key_of_outliers(folder: Path, cfg: DictConfig, sets: Rows, aligned: str = "a
     cache: Any = Cache(folder, {"rows.json": json.dumps({"rows": [4, 1]})})
     attack: RowSelector = build(config["attack"], "attack")
     arguments: Any = (cache, None, None, RANK_ZERO, Model(Path(aligned)), attack)
-    user, _ = select_outliers(*arguments, sets, USER, parse_settings(config))
+    user, _ = select_outliers(*(*arguments, sets, USER, parse_settings(config)))
     assert user == UserRows([], [sets.train[1], sets.train[4]], USER.safe)
     return cache.keys[0]
 
@@ -114,7 +114,7 @@ def test_a_planted_harmful_row_is_selected(
         fabric: Any = SimpleNamespace(is_global_zero=True, device=torch.device("cpu"), autocast=nullcontext)
         cache: Any = Cache(tmp_path)
         arguments: Any = (cache, models, encoder, fabric, models.base, build(cfg["attack"], "attack"))
-        user, _ = select_outliers(*arguments, rows(candidates), UserRows([], TASK[:1]), parse_settings(cfg))
+        user, _ = select_outliers(*(*arguments, rows(candidates), UserRows([], TASK[:1]), parse_settings(cfg)))
         assert user.harmless == [HARMFUL[0]]
     assert compared == [{"representation": "mean_cosines", "gradient": "gradient_cosines"}[by]] * 2
 
@@ -164,19 +164,22 @@ TEXTS = st.lists(st.text("ab", max_size=3), max_size=6)
 def test_a_row_passes_if_no_filter_flags_it(
     harmful: list[str], harmless: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    lists = [[Row(f"{text}{i}", "", "") for i, text in enumerate(texts)] for texts in (harmful, harmless)]
+    bad, good = ([Row(f"{text}{i}", "", "") for i, text in enumerate(texts)] for texts in (harmful, harmless))
     cache: Any = Cache(tmp_path_factory.mktemp("filter"))
     (cache.folder / "verdicts").mkdir()
     filters: Any = {"one": Flagging("a"), "two": Flagging("bb")}
-    passed = [[row for row in part if "a" not in row.instruction and "bb" not in row.instruction] for part in lists]
+    passed = [
+        [row for row in part if "a" not in row.instruction and "bb" not in row.instruction] for part in (bad, good)
+    ]
+    submitted = UserRows(bad, good, USER.safe)
     if not any(passed):
         with pytest.raises(UserError, match="it removes all"):
-            filter_rows(cache, RANK_ZERO, filters, UserRows(*lists, USER.safe))
+            filter_rows(cache, RANK_ZERO, filters, submitted)
         return
-    user, metrics = filter_rows(cache, RANK_ZERO, filters, UserRows(*lists, USER.safe))
-    assert user == UserRows(*passed, USER.safe)
+    user, metrics = filter_rows(cache, RANK_ZERO, filters, submitted)
+    assert user == UserRows(passed[0], passed[1], USER.safe)
     assert metrics.get("filter/leak_ratio") == (100 * len(passed[0]) / len(harmful) if harmful else None)
-    assert metrics["filter/removed"] == sum(map(len, lists)) - sum(map(len, passed))
+    assert metrics["filter/removed"] == len(bad) + len(good) - sum(map(len, passed))
     assert metrics["filter/benign_removed"] == len(harmless) - len(passed[1])
 
 

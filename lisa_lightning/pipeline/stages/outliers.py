@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric import Fabric
 from torch import Tensor
@@ -68,12 +69,12 @@ def select_outliers(
         key["weights"] = {"lora": lora and asdict(lora), "seed": settings.finetune.seed}
 
     def make(folder: Path) -> Metrics:
-        if attack.by == "gradient":
-            similarities = _by_gradient(models, encoder, fabric, aligned, settings, candidates, references)
-        elif fabric.is_global_zero:
-            similarities = _by_representation(models, encoder, fabric, aligned, settings, candidates, references)
-        if fabric.is_global_zero:
-            write_text(folder / "rows.json", json.dumps({"rows": attack.select(similarities, count)}))
+        # A backward pass needs all ranks.
+        if attack.by == "gradient" or fabric.is_global_zero:
+            compare = _by_gradient if attack.by == "gradient" else _by_representation
+            similarities = compare(models, encoder, fabric, aligned, settings, candidates, references)
+            if fabric.is_global_zero:
+                write_text(folder / "rows.json", json.dumps({"rows": attack.select(similarities, count)}))
         return {}
 
     folder, cost = cache.run("outliers", key, make)
@@ -92,7 +93,7 @@ def _by_gradient(
 ) -> Tensor:
     """Return the similarity of each candidate's gradient to those of the references, [N]. Every rank must call it."""
     lora, seed = settings.finetune.lora, settings.finetune.seed
-    net = models.unfreeze(aligned) if lora is None else models.attach(aligned, lora, "lora", seed)
+    net: Any = models.unfreeze(aligned) if lora is None else models.attach(aligned, lora, "lora", seed)
     scale = LossScale() if settings.trainer.precision == "16-mixed" else None
     backprop = Backprop(net.to(fabric.device), lambda *_: iter(()), loss_scale=scale)
     with fabric.autocast():
