@@ -66,7 +66,8 @@ def key_of_outliers(folder: Path, cfg: DictConfig, sets: Rows, aligned: str = "a
     cache: Any = Cache(folder, {"rows.json": json.dumps({"rows": [4, 1]})})
     attack: RowSelector = build(config["attack"], "attack")
     arguments: Any = (cache, None, None, RANK_ZERO, Model(Path(aligned)), attack)
-    user, _ = select_outliers(*(*arguments, sets, USER, parse_settings(config)))
+    stage: Any = select_outliers
+    user, _ = stage(*arguments, sets, USER, parse_settings(config))
     assert user == UserRows([], [sets.train[1], sets.train[4]], USER.safe)
     return cache.keys[0]
 
@@ -114,7 +115,8 @@ def test_a_planted_harmful_row_is_selected(
         fabric: Any = SimpleNamespace(is_global_zero=True, device=torch.device("cpu"), autocast=nullcontext)
         cache: Any = Cache(tmp_path)
         arguments: Any = (cache, models, encoder, fabric, models.base, build(cfg["attack"], "attack"))
-        user, _ = select_outliers(*(*arguments, rows(candidates), UserRows([], TASK[:1]), parse_settings(cfg)))
+        stage: Any = select_outliers
+        user, _ = stage(*arguments, rows(candidates), UserRows([], TASK[:1]), parse_settings(cfg))
         assert user.harmless == [HARMFUL[0]]
     assert compared == [{"representation": "mean_cosines", "gradient": "gradient_cosines"}[by]] * 2
 

@@ -664,11 +664,8 @@ FAULTS = [
     *faults(
         "pipeline/stages/outliers.py",
         "attack/test_keys.py::test_a_planted_harmful_row_is_selected",
-        ('        if attack.by == "gradient":\n            similarities', "        if True:\n            similarities"),
-        (
-            '        if attack.by == "gradient":\n            similarities',
-            "        if False:\n            similarities",
-        ),
+        ('_by_gradient if attack.by == "gradient" else _by_representation', "_by_gradient"),
+        ('_by_gradient if attack.by == "gradient" else _by_representation', "_by_representation"),
         ("prompt_embeddings(net, encoder, _with_answers(part), size)", "prompt_embeddings(net, encoder, part, size)"),
     ),
     *faults(
