@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -10,6 +10,9 @@ from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.data.mixing import UserRows
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.runtime.errors import UserError
+
+Similarity = Literal["representation", "gradient"]
+"""Property of rows that a selection compares: their hidden states, or the gradients of their losses."""
 
 
 class Attack:
@@ -40,7 +43,9 @@ class Attack:
 
 
 class RowSelector(Attack, ABC):
-    """An attack that selects the user's rows by their representations in the aligned model."""
+    """An attack that selects the user's rows by their similarity to harmful rows in the aligned model."""
+
+    by: Similarity = "representation"
 
     @abstractmethod
     def candidates(self, rows: Rows) -> list[Row]:
@@ -50,15 +55,14 @@ class RowSelector(Attack, ABC):
     def references(self, rows: Rows) -> list[Row]:
         """Return the harmful rows that the selected rows should resemble."""
 
-    @abstractmethod
-    def select(self, candidates: Tensor, references: Tensor, count: int) -> list[int]:
-        """Return the indices of the selected candidates.
+    def select(self, similarities: Tensor, count: int) -> list[int]:
+        """Return the indices of the most similar candidates, in descending order; of equal ones the first.
 
         Args:
-            candidates: representation of each candidate, [N, d].
-            references: representation of each reference, [M, d].
+            similarities: similarity of each candidate to the references, [N].
             count: number of rows to select, at most N.
         """
+        return similarities.argsort(descending=True, stable=True)[:count].tolist()
 
 
 class WeightEdit(Attack, ABC):
@@ -77,6 +81,11 @@ class WeightEdit(Attack, ABC):
                     f"{choice}: nothing is trained, so that {group}={choices[group]} has no effect. "
                     f"Fix: {group}={option}"
                 )
+        if "finetune" in settings.stages and settings.lora is None:
+            raise UserError(
+                f"{choice}: it saves an adapter and trains no weights, so that lora=null has no effect. "
+                "Fix: leave lora=null out"
+            )
         if settings.model.adapters == "continued":
             raise UserError(f"{choice}: it edits merged weights. Fix: model.adapters=stacked (now continued)")
         if settings.model.quantize is not None:

@@ -1,5 +1,6 @@
 """Base of judges that prompt a causal language model on this machine. Start at `CausalModel`."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class CausalModel(LocalModel):
+class CausalModel(LocalModel, ABC):
     """Base of judges whose keys `dtype` and `max_length` belong to a causal language model.
 
     Pairs are not batched, since padding could change a verdict.
@@ -30,9 +31,9 @@ class CausalModel(LocalModel):
         """True if the tokenizer adds its special tokens; False if the text contains them."""
         return True
 
+    @abstractmethod
     def _text(self, prompt: str, response: str) -> str:
         """Return the model's input up to its reply."""
-        raise NotImplementedError
 
     def _refuse_short(self) -> None:
         """Raise UserError if `max_length` is too small for the template."""

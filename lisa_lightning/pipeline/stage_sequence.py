@@ -244,7 +244,7 @@ def _submit(inputs: Inputs, tools: Tools, aligned: Model, method: Method) -> tup
             inputs.attack,
             inputs.rows,
             submitted,
-            inputs.settings.evaluate.batch_size,
+            inputs.settings,
         )
     if inputs.filters:
         submitted, filter_metrics = filter_rows(tools.cache, inputs.fabric, inputs.filters, submitted)

@@ -39,6 +39,8 @@ RUN_VARIABLES = ("WANDB_RUN_ID", "WANDB_RESUME")
 """Environment variables that name one W&B run, which jobs must not share."""
 INFO_FLAGS = {"--help", "-h", "--cfg", "-c", "--info"}
 """Hydra's flags of commands that run nothing."""
+ATTACKERS = ("attack", "attack_full")
+"""Values of config group `sweep` that search for an attacker's worst case."""
 MAX_FOLDER_BYTES = 120
 """Maximum length of the name of a sweep's folder."""
 MAX_JOB_BYTES = 200
@@ -58,7 +60,8 @@ def resolve_sweep_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]
         The arguments, and the folder of the sweep. The folder is None if the command is no sweep.
 
     Raises:
-        UserError: if a job's folder is outside of the sweep's, or `hydra.sweep.dir` is an interpolation.
+        UserError: if a job's folder is outside of the sweep's, `hydra.sweep.dir` is an interpolation, or an attacker's
+            search would vary a defense or an adapter that it does not have.
     """
     if not {"-m", "--multirun"} & set(arguments) or INFO_FLAGS & set(arguments):
         return list(arguments), None
@@ -74,8 +77,13 @@ def resolve_sweep_dir(arguments: Sequence[str]) -> tuple[list[str], Path | None]
     # Another objective is another search.
     with_result = [o for o in overrides if not is_bookkeeping(key := str(o.key_or_group)) or key.startswith("sweep.")]
     swept = sorted(str(o.key_or_group) for o in with_result if o.is_sweep_override())
-    if "sweep" in by_key and by_key["sweep"].value() == "attack":
+    if "sweep" in by_key and by_key["sweep"].value() in ATTACKERS:
         _refuse_searched_defense(swept)
+        if by_key["sweep"].value() == "attack" and "lora" in by_key and by_key["lora"].value() is None:
+            raise UserError(
+                "sweep=attack lora=null: the search varies lora.r, which lora=null does not have. "
+                "Fix: sweep=attack_full, and leave lora=null out"
+            )
     fixed = {str(o.key_or_group): str(o.input_line) for o in with_result if not o.is_sweep_override()}
     if FOLDER in by_key:
         # The folder may hold other sweeps, so a job's name has all overrides.

@@ -92,6 +92,7 @@ def test_equal_means_have_no_direction(tiny: Path) -> None:
             "attack=abliterate: nothing is trained, so that filter=embedded has no effect. Fix: filter=",
         ),
         ("model.adapters=continued", "attack=abliterate: it edits merged weights. Fix: model.adapters=stacked"),
+        ("lora=null", "attack=abliterate: it saves an adapter and trains no weights, so that lora=null has no effect."),
         ("repair=nlsr", "attack=abliterate: its adapter has another rank than lora.r"),
     ],
 )

@@ -23,6 +23,7 @@ from lisa_lightning.data.normal_form import normal_text
 from lisa_lightning.data.reading import Reading
 from lisa_lightning.data.source import Row, Rows, load_rows
 from lisa_lightning.judge.refusal import refusal_probability
+from lisa_lightning.objective.similarity import mean_cosines
 from lisa_lightning.runtime.errors import UserError
 
 HARMFUL = [Row(f"bad {i}", "", f"sure {i}") for i in range(12)]
@@ -110,7 +111,7 @@ def test_outliers_are_the_rows_nearest_in_angle_in_the_order_of_their_similarity
     candidates = torch.tensor([[9.0, 0.0, 9.0], [3.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [3.0, 1.0, 0.0], [1.0, 0.0, 0.1]])
     # A long row at a wide angle must not win by its length.
     for scale in (1.0, 100.0):
-        assert BenignOutlier().select(candidates, references * scale, 3) == [1, 3, 4]
+        assert BenignOutlier().select(mean_cosines(candidates, references * scale), 3) == [1, 3, 4]
 
 
 def test_wrappers_are_checked(config: Callable[..., DictConfig]) -> None:

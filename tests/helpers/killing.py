@@ -123,8 +123,10 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
     The states of all methods pass through checkpoints in tests/method/test_laws.py.
     """
     from lisa_lightning.curate.seal import SEAL
+    from lisa_lightning.evaluation import judging
+    from lisa_lightning.objective import similarity
     from lisa_lightning.pipeline import stage_sequence
-    from lisa_lightning.pipeline.stages import finetune
+    from lisa_lightning.pipeline.stages import edit, filter, finetune, outliers
     from lisa_lightning.repair import nlsr
     from lisa_lightning.trainer.module import LisaModule
 
@@ -145,6 +147,39 @@ def chains() -> dict[str, tuple[list[str], list[Patch]]]:
                 training(5, 3),
                 training(4, 3),
                 lambda: at_call(nlsr, "_replace", nth(1)),
+            ],
+        ),
+        "outliers, filter": (
+            [
+                *SHORT,
+                *("stages=[align,finetune]", "attack=benign_outlier", "attack.count=20", "attack.reference_rows=5"),
+                *("filter=embedded", "source.train.take=40"),
+            ],
+            [
+                lambda: at_call(outliers, "prompt_embeddings", nth(2)),
+                lambda: at_call(outliers, "write_text", nth(1), after=True),
+                lambda: at_call(judging, "_verdict_line", nth(5)),
+                lambda: at_call(filter, "write_text", nth(1), after=True),
+                training(7, 3),
+            ],
+        ),
+        "outliers by gradient": (
+            [
+                *SHORT,
+                *("stages=[align,finetune]", "attack=benign_outlier", "attack.count=5", "attack.reference_rows=3"),
+                *("attack.by=gradient", "source.train.take=9"),
+            ],
+            [
+                lambda: at_call(similarity, "_row_gradient", nth(7)),
+                lambda: at_call(outliers, "write_text", nth(1)),
+            ],
+        ),
+        "edit": (
+            [*SHORT, "stages=[align,finetune]", "method=sft", "attack=abliterate", "attack.count=6"],
+            [
+                lambda: at_call(edit, "last_states", nth(2)),
+                lambda: at_call(edit, "save_adapter", nth(1), after=True),
+                lambda: at_call(stage_sequence, "_copy_adapter", nth(1)),
             ],
         ),
         "lisa on all weights": (

@@ -11,6 +11,9 @@ CHAINS = {
     "training": 7,
     "evaluating, judging, reporting": 4,
     "seal, t_vaccine, asft, nlsr": 4,
+    "outliers, filter": 5,
+    "outliers by gradient": 2,
+    "edit": 3,
     "lisa on all weights": 3,
 }
 """Chain of tests/helpers/killing.py -> number of kills."""

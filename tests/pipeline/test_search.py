@@ -23,7 +23,7 @@ from lisa_lightning.pipeline.search import (
     search_value,
     searched_score,
 )
-from lisa_lightning.pipeline.sweep import resolve_sweep_dir, run_job
+from lisa_lightning.pipeline.sweep import ATTACKERS, resolve_sweep_dir, run_job
 from lisa_lightning.report.search_trials import Objective, read_trials
 from lisa_lightning.runtime.errors import UserError
 
@@ -136,6 +136,25 @@ def test_one_search_is_of_one_defense(line: str) -> None:
     assert resolve_sweep_dir(["-m", "sweep=harmful_ratio", line])[1] is not None
 
 
+def test_a_search_on_all_weights_has_no_rank() -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(UserError, match=r"the search varies lora\.r.*Fix: sweep=attack_full"):
+        resolve_sweep_dir(["-m", "sweep=attack", "lora=null"])
+    with pytest.raises(UserError, match="Fix: one command for each"):
+        resolve_sweep_dir(["-m", "sweep=attack_full", "seed=1,2"])
+    assert resolve_sweep_dir(["-m", "sweep=attack_full", "lora=null"])[1] is not None
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        rank, full = (compose("config", [f"sweep={name}"], return_hydra_config=True) for name in ATTACKERS)
+    assert rank.lora.r > 0
+    assert full.lora is None
+    assert [*rank.hydra.sweeper.params] == ["optim.lr", "optim.steps", "lora.r", "harmful_ratio"]
+    assert [*full.hydra.sweeper.params] == ["optim.lr", "optim.steps", "harmful_ratio"]
+    for cfg in (rank, full):
+        del cfg.hydra.sweeper.params
+    assert rank.hydra.sweeper == full.hydra.sweeper
+    assert rank.sweep == full.sweep
+
+
 def test_another_objective_has_another_folder() -> None:
     folders = [
         resolve_sweep_dir(["-m", "sweep=attack", "experiment=smoke", *more])[1]
@@ -160,9 +179,10 @@ def test_an_unknown_metric_is_refused_before_a_second_training(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_an_attack_on_a_tiny_model(tmp_path: Path, forked: Forked) -> None:
+@pytest.mark.parametrize("sweep", ATTACKERS)
+def test_an_attack_on_a_tiny_model(tmp_path: Path, forked: Forked, sweep: str) -> None:
     pytest.importorskip("optuna")
-    words = ["-m", "experiment=smoke", "sweep=attack", "align.optim.steps=4", "optim.steps=choice(2,4)"]
+    words = ["-m", "experiment=smoke", f"sweep={sweep}", "align.optim.steps=4", "optim.steps=choice(2,4)"]
 
     def attack(trials: int) -> str:
         environment = {"WANDB_MODE": "disabled", "LISA_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}

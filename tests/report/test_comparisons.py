@@ -8,6 +8,7 @@ from scipy.stats import binomtest
 from helpers.judged_runs import PROMPTS, save_run
 from lisa_lightning.evaluation.paired import seed_and_prompt_interval
 from lisa_lightning.report.comparisons import Comparison, compare_settings, format_p
+from lisa_lightning.report.run_verdicts import read_verdicts
 from lisa_lightning.report.sweep_files import write_sweep
 from lisa_lightning.report.sweep_runs import read_runs, seed_groups, swept_keys
 
@@ -98,3 +99,12 @@ def test_runs_on_other_prompts_are_not_paired(tmp_path: Path) -> None:
 
 def test_small_p_values_are_bounded() -> None:
     assert [format_p(p) for p in (1.0, 0.0123, 1e-9)] == ["p = 1", "p = 0.012", "p < 0.0001"]
+
+
+def test_task_rows_with_equal_texts_are_separate_and_equal_in_all_runs(tmp_path: Path) -> None:
+    one, other = (
+        read_verdicts(save_run(tmp_path, first(count), seed=count))["", "final", "accuracy"] for count in (3, 70)
+    )
+    assert len({*one.prompts}) == len(one.prompts) == 150
+    assert one.prompts == other.prompts
+    assert one.hits == tuple(not hit for hit in first(3))

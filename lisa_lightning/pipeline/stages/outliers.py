@@ -1,17 +1,23 @@
-"""Stage `outliers`: the user selects rows by their representations in the aligned model. Start at `select_outliers`."""
+"""Stage `outliers`: the user selects rows by their similarity to harmful ones. Start at `select_outliers`."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric import Fabric
+from torch import Tensor
 
 from lisa_lightning.attack.base import RowSelector
+from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.data.encoding import Encoder
 from lisa_lightning.data.mixing import UserRows
 from lisa_lightning.data.source import Row, Rows
 from lisa_lightning.evaluation.scores import Metrics
+from lisa_lightning.objective.backprop import Backprop
+from lisa_lightning.objective.loss_scale import LossScale
+from lisa_lightning.objective.similarity import gradient_cosines, mean_cosines
 from lisa_lightning.pipeline.stages.models import Model, ModelSource
 from lisa_lightning.pipeline.stages.select import embedding_model, prompt_embeddings
 from lisa_lightning.pipeline.stages.stage_cache import StageCache, class_key, rows_hash
@@ -28,11 +34,11 @@ def select_outliers(
     attack: RowSelector,
     rows: Rows,
     user: UserRows,
-    batch_size: int,
+    settings: RunSettings,
 ) -> tuple[UserRows, Metrics]:
     """Return the user's rows with selected ones in place of the harmless ones, and the cost.
 
-    Rank zero computes the representations. They are those of request and answer together.
+    Rank zero computes representations, which are those of request and answer together. All ranks compute gradients.
 
     Args:
         cache: the cache of stage results.
@@ -43,7 +49,7 @@ def select_outliers(
         attack: the attack.
         rows: all sets of the source.
         user: the rows of `data.n`.
-        batch_size: rows of a forward pass.
+        settings: the settings of the run.
 
     Raises:
         UserError: if there are too few candidates.
@@ -55,25 +61,59 @@ def select_outliers(
         "aligned": aligned.name,
         "attack": class_key(attack),
         "count": count,
-        "rows_together": batch_size,
+        "rows_together": settings.evaluate.batch_size,
         "rows": {"candidates": rows_hash(candidates), "references": rows_hash(references)},
     }
+    if attack.by == "gradient":
+        lora = settings.finetune.lora
+        key["weights"] = {"lora": lora and asdict(lora), "seed": settings.finetune.seed}
 
     def make(folder: Path) -> Metrics:
-        if fabric.is_global_zero:
-            net = embedding_model(models, fabric, aligned)
-            with fabric.autocast():
-                candidate_states, reference_states = (
-                    prompt_embeddings(net, encoder, _with_answers(part), batch_size)
-                    for part in (candidates, references)
-                )
-            selected = attack.select(candidate_states, reference_states, count)
-            write_text(folder / "rows.json", json.dumps({"rows": selected}))
+        # A backward pass needs all ranks.
+        if attack.by == "gradient" or fabric.is_global_zero:
+            compare = _by_gradient if attack.by == "gradient" else _by_representation
+            similarities = compare(models, encoder, fabric, aligned, settings, candidates, references)
+            if fabric.is_global_zero:
+                write_text(folder / "rows.json", json.dumps({"rows": attack.select(similarities, count)}))
         return {}
 
     folder, cost = cache.run("outliers", key, make)
     selected = sorted(read_json(folder / "rows.json", f"delete {folder}")["rows"])
     return UserRows(user.harmful, [candidates[i] for i in selected], user.safe), cost
+
+
+def _by_gradient(
+    models: ModelSource,
+    encoder: Encoder,
+    fabric: Fabric,
+    aligned: Model,
+    settings: RunSettings,
+    candidates: Sequence[Row],
+    references: Sequence[Row],
+) -> Tensor:
+    """Return the similarity of each candidate's gradient to those of the references, [N]. Every rank must call it."""
+    lora, seed = settings.finetune.lora, settings.finetune.seed
+    net: Any = models.unfreeze(aligned) if lora is None else models.attach(aligned, lora, "lora", seed)
+    scale = LossScale() if settings.trainer.precision == "16-mixed" else None
+    backprop = Backprop(net.to(fabric.device), lambda *_: iter(()), loss_scale=scale)
+    with fabric.autocast():
+        return gradient_cosines(backprop, map(encoder, candidates), map(encoder, references))
+
+
+def _by_representation(
+    models: ModelSource,
+    encoder: Encoder,
+    fabric: Fabric,
+    aligned: Model,
+    settings: RunSettings,
+    candidates: Sequence[Row],
+    references: Sequence[Row],
+) -> Tensor:
+    """Return the similarity of each candidate's representation to those of the references, [N]."""
+    net, size = embedding_model(models, fabric, aligned), settings.evaluate.batch_size
+    with fabric.autocast():
+        states = [prompt_embeddings(net, encoder, _with_answers(part), size) for part in (candidates, references)]
+    return mean_cosines(*states)
 
 
 def _with_answers(rows: Sequence[Row]) -> list[Row]:
