@@ -311,7 +311,7 @@ def test_chat_templates_of_the_families(tiny: Path, family: str) -> None:
     assert tokenizer.decode(ids) == prompt
     row = encode(tokenizer, "chat", Row("do", "", "it"), 256)
     assert list(row.ids[: len(ids)]) == ids
-    assert tokenizer.decode(list(row.ids[len(ids)) :]) == "it<eos>"
+    assert tokenizer.decode(list(row.ids[len(ids) :])) == "it<eos>"
     if after_system is None:
         with pytest.raises(UserError, match="no system role"):
             encode_prompt(tokenizer, "chat", "do", system="Be kind.")
