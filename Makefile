@@ -7,7 +7,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := $(shell sed -n 's/^torch==\(.*\)/torch==\1+cpu/p' requirements.lock)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast bench experiments lint clean
+.PHONY: help setup run test test-fast bench gpu experiments lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -32,6 +32,9 @@ test-fast: setup ## all but those that run whole commands, every config or metho
 
 bench: setup ## measure against the published implementations, into benchmarks/results (twenty minutes)
 	$(BIN)/python -m benchmarks
+
+gpu: ## check this machine's GPU, and measure it into benchmarks/results (ten minutes; in an environment with a GPU's torch)
+	python -m pytest -m gpu -p no:xdist tests/test_gpu.py
 
 experiments: setup ## measure a claim of experiments/: make experiments CLAIM=harmful_ratio MORE="seed=1"
 	$(BIN)/python -m experiments $(CLAIM) $(MORE)

@@ -37,12 +37,13 @@ def loss(net: Any, rows: Sequence[Example]) -> Tensor:
     ids = pad_sequence([torch.tensor(r.ids) for r in rows], batch_first=True, padding_value=0)
     labels = pad_sequence([torch.tensor(r.labels) for r in rows], batch_first=True, padding_value=IGNORED)
     mask = pad_sequence([torch.ones(len(r.ids), dtype=torch.long) for r in rows], batch_first=True)
-    return net(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    device = next(net.parameters()).device
+    return net(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device), use_cache=False).loss
 
 
 def penalty(weights: Sequence[Tensor], anchor: Sequence[Tensor], rho: float) -> Tensor:
     """Return rho/2 * ||w - anchor||^2."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=weights[0].device)
     for w, a in zip(weights, anchor, strict=True):
         total = total + rho / 2 * torch.norm(w - a) ** 2
     return total
@@ -63,7 +64,7 @@ def step(
 @torch.no_grad()
 def answer(plain: Any, prompt: Sequence[int], max_new_tokens: int, end: int | None) -> list[int]:
     """Return the greedy continuation of one prompt, without the end token."""
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([list(prompt)], device=plain.device)
     out = plain.generate(
         ids,
         attention_mask=torch.ones_like(ids),

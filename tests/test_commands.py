@@ -64,6 +64,7 @@ STARTS = ("python run.py ", "lisa-lightning ")
 """First words of commands in a clone, and in an installation."""
 OTHERS = (
     *("python3.11 -m venv ", "pip install ", "pip wheel ", "touch .venv/complete", "pre-commit install"),
+    *("torchrun ", "MASTER_ADDR="),
     *("wandb leet ", "wandb sync ", "wandb login", "IS_ALPACA_EVAL_2=False alpaca_eval "),
 )
 """Commands that set up, and those of other packages. They need an index or an account."""

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from benchmarks import footprint
 from benchmarks.footprint import BATCH, SHAPES, Lora, Shape, Step, training_memory
-from helpers.counting_memory import Live, adapted, autocast_of_a_gpu, model_of, packs_of, saved_bytes
+from benchmarks.random_model import model_of
+from helpers.counting_memory import Live, adapted, autocast_of_a_gpu, packs_of, saved_bytes
 from helpers.paths import ROOT
 from lisa_lightning.data.packing import IGNORED, Example, pack
 from lisa_lightning.model.activation_checkpointing import checkpoint_activations

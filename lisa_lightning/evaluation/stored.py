@@ -1,6 +1,7 @@
 """Strict parsing of the JSON lines of a run, which rejects every damaged line. Start at `parse_lines`."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
@@ -24,6 +25,7 @@ class Check(NamedTuple):
     """True for a field that files of earlier versions lack."""
 
 
+SURROGATE: Final = re.compile("[\ud800-\udfff]")
 Schema = Mapping[str, Check]
 """Name of every field of a line -> check of its value."""
 
@@ -35,7 +37,7 @@ def one_of(*values: str) -> Check:
 
 def _is_text(value: Any) -> bool:
     """Return True for a text that can be written: half a surrogate pair is valid in JSON, but not in UTF-8."""
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+    return isinstance(value, str) and (value.isascii() or not SURROGATE.search(value))
 
 
 def _is_score(value: Any) -> bool:

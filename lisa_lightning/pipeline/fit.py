@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
@@ -65,6 +66,10 @@ def fit(
         plugins=[AtomicCheckpointIO()],
         callbacks=[*bar, *callbacks, timer, stop, checkpoint],
     )
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        # Its checkpoint at SIGUSR1 would be a second one, which a later stage of the run would load.
+        environment.auto_requeue = False
     _fit(trainer, module, datamodule, checkpoint)
     stop.raise_received()
     steps, total, remaining = trainer.global_step, module.optim.total_steps, timer.time_remaining()

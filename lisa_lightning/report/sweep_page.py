@@ -63,6 +63,8 @@ PLOTTED_SCORES: Final = ("harmful_score", "refusal_rate", "accuracy")
 MAX_SERIES: Final = 8
 MAX_CURVES: Final = 90
 """Runs whose curves the page holds."""
+MAX_PLOTTED: Final = 200
+"""Settings in the plots of scores. A page with thousands would have tens of megabytes."""
 INITIAL_CURVES: Final = 6
 """Runs whose curves are shown at first."""
 
@@ -108,7 +110,9 @@ def render_sweep_page(
     """
     groups = seed_groups(runs, keys)
     scores = measured_scores(groups)
-    curves = _curves(runs, keys)
+    with_curves = [r for r in runs if r.status != "failed" and (r.folder / "curves.csv").exists()]
+    curves = _curves(with_curves[:MAX_CURVES], keys)
+    plotted = _evenly_spaced(groups)
     content = {
         "heading": out.absolute().name,
         "facts": _shared_facts(runs, keys),
@@ -126,9 +130,12 @@ def render_sweep_page(
         "baselines": baseline_note([run.metrics for group in groups for run in group.runs]),
         "compared": [SCORES[name][0] for name in compared_scores(comparisons)],
         "comparisons": [_comparison_row(c, compared_scores(comparisons)) for c in comparisons],
-        "figures": [draw_figure(plot) for plot in [*score_plots(groups, keys), *_tradeoff_plot(groups, keys)]],
+        "figures": [draw_figure(plot) for plot in [*score_plots(plotted, keys), *_tradeoff_plot(plotted, keys)]],
+        "plotted": "" if len(plotted) == len(groups) else f"{len(plotted)} of the {len(groups)} settings",
         "search": search_section(searches, out),
         "curves": curves,
+        "with_curves": f"{len(with_curves)} of the {len(runs)} runs have curves",
+        "capped": len(with_curves) > len(curves),
         "overlays": _overlays(curves),
         "failures": {cause: [relative_path(r.folder, out) for r in failed] for cause, failed in failures(runs).items()},
         "runs": [(relative_path(r.folder, out), r.status, r.value("seed"), [r.value(k) for k in keys]) for r in runs],
@@ -285,16 +292,21 @@ def _tradeoff_plot(groups: Sequence[SeedGroup], keys: Sequence[str]) -> list[Plo
     ]
 
 
+def _evenly_spaced(groups: Sequence[SeedGroup]) -> list[SeedGroup]:
+    """Return at most `MAX_PLOTTED` settings, in their order."""
+    count = min(len(groups), MAX_PLOTTED)
+    return [groups[i * len(groups) // count] for i in range(count)]
+
+
 def _method_series(groups: Sequence[SeedGroup]) -> list[Series]:
     return _series([SeedGroup(g.values[:1], g.runs) for g in groups], ["method"], -1)
 
 
-def _curves(runs: Sequence[Run], keys: Sequence[str]) -> list[Curve]:
-    """Return the runs that have curves.
+def _curves(with_curves: Sequence[Run], keys: Sequence[str]) -> list[Curve]:
+    """Return the curves of runs that have them.
 
     At first one run of each method is shown: the first seed at the middle one of the values.
     """
-    with_curves = [r for r in runs if r.status != "failed" and (r.folder / "curves.csv").exists()][:MAX_CURVES]
     by_method: dict[str, list[Run]] = {}
     for run in with_curves:
         by_method.setdefault(run.value("method"), []).append(run)

@@ -561,7 +561,7 @@ FAULTS = [
     *faults(
         "runtime/run_files.py",
         "pipeline/test_foreign_folder.py::test_a_broken_file_is_named_with_the_fix",
-        ("if self.check_event(yaml.AliasEvent):", "if False:"),
+        ('if "*" in text and any(', 'if "*" not in text and any('),
         (
             "return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)",
             "return True",

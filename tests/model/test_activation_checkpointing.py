@@ -8,7 +8,8 @@ import torch
 
 from benchmarks.footprint import Lora as FootprintLora
 from benchmarks.footprint import Shape, Step
-from helpers.counting_memory import adapted, model_of, saved_bytes
+from benchmarks.random_model import model_of
+from helpers.counting_memory import adapted, saved_bytes
 from helpers.methods import FULL, METHODS, each
 from helpers.training import Train, largest_difference
 from lisa_lightning.config.same_run import is_bookkeeping

@@ -13,6 +13,7 @@ from scipy.stats import ttest_1samp
 
 from helpers.forking import Forked
 from lisa_lightning.pipeline.sweep import finalize_sweep
+from lisa_lightning.report import sweep_page
 from lisa_lightning.report.sweep_files import write_sweep
 from lisa_lightning.report.sweep_page import render_sweep_page, score_plots
 from lisa_lightning.report.sweep_runs import format_value, read_runs, seed_groups, sort_key, swept_keys
@@ -286,3 +287,26 @@ def test_a_single_runs_own_page_is_kept(tmp_path: Path) -> None:
     run = made(tmp_path, 20.0)
     with pytest.raises(UserError, match="is the folder of one run"):
         write_sweep([run], run)
+
+
+def test_a_page_of_many_runs_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ratio in (0.1, 0.2, 0.3, 0.4):
+        made(tmp_path, 100 * ratio, harmful_ratio=ratio)
+    (tmp_path / "lisa-1-0.4" / "curves.csv").unlink()
+    runs = read_runs([tmp_path])
+
+    def page() -> str:
+        return render_sweep_page(runs, *swept_keys(runs), tmp_path, [], [])
+
+    whole = page()
+    assert "The plots show" not in whole
+    assert '<p class="soft">3 of the 4 runs have curves.</p>' in whole
+    monkeypatch.setattr(sweep_page, "MAX_PLOTTED", 2)
+    monkeypatch.setattr(sweep_page, "MAX_CURVES", 1)
+    capped = page()
+    assert "The plots show 2 of the 4 settings, evenly spaced in the order of the table below." in capped
+    assert "3 of the 4 runs have curves. The page holds those of the first 1." in capped
+    assert capped.count('id="show-') == 1
+    assert len(capped) < len(whole)
+    rows = [re.findall(r"<tr><th scope=\"row\">.*", text) for text in (whole, capped)]
+    assert rows[0] == rows[1]  # tables have every setting and every run

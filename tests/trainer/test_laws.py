@@ -24,20 +24,27 @@ from lisa_lightning.model.factors import trainable
 from lisa_lightning.model.lora import attach, load
 from lisa_lightning.objective.loss import completion_loss
 from lisa_lightning.pipeline.run import run
+from lisa_lightning.runtime import launch
 from lisa_lightning.runtime.errors import UserError
-from lisa_lightning.runtime.launch import make_fabric
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])
 @pytest.mark.parametrize(("minutes", "patience"), [(90, 90), (1, 5)])
-def test_collectives_wait_as_long_as_the_config_says_and_for_the_start(
-    strategy: str, minutes: float, patience: float
+def test_ranks_start_within_minutes_and_collectives_wait_as_long_as_the_config_says(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, minutes: float, patience: float
 ) -> None:
     trainer = SimpleNamespace(
         accelerator="cpu", num_nodes=1, precision="32-true", devices=2, strategy=strategy, timeout_min=minutes
     )
-    fabric: Any = make_fabric(trainer)
-    assert fabric.strategy._timeout == timedelta(minutes=patience)
+    fabric: Any = launch.make_fabric(trainer)
+    assert fabric.strategy._timeout == launch.START_TIMEOUT == timedelta(minutes=5)
+    timeouts: list[timedelta] = []
+    monkeypatch.setattr(fabric, "launch", lambda: None)
+    monkeypatch.setattr(launch.Watch, "connect", lambda _: None)
+    monkeypatch.setattr(launch.torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(launch.distributed_c10d, "_set_pg_timeout", timeouts.append)
+    with launch.launch_ranks(fabric, minutes):
+        assert timeouts == [timedelta(minutes=patience)]
 
 
 def test_a_checkpoint_that_the_first_rank_can_not_write_stops_all(tmp_path: Path) -> None:
