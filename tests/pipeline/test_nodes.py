@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from helpers.forking import Forked
 from lisa_lightning.callbacks.stop_signal import StopSignal
@@ -149,9 +150,10 @@ def test_a_node_that_stays_alone_ends_with_a_sentence(monkeypatch: pytest.Monkey
     """The other node would hold the store that this one connects to."""
     with socket() as free:
         free.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-    for name, value in (of_lightning(1) | {"MASTER_ADDR": "127.0.0.1"}).items():
-        monkeypatch.setenv(name, value)
+        port = str(free.getsockname()[1])
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # Fabric sets both, which other tests must not see
+    monkeypatch.setattr(os, "environ", dict(os.environ) | of_lightning(1))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     monkeypatch.setattr(launch, "START_TIMEOUT", timedelta(seconds=1))
     strategy = DDPStrategy(timeout=launch.START_TIMEOUT)
     fabric = Fabric(accelerator="cpu", devices=1, num_nodes=2, strategy=strategy)
