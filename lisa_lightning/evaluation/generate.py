@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from lisa_lightning.data.templates import MARKER
 from lisa_lightning.model.hooks import attention_window
+from lisa_lightning.model.sharding import is_sharded
 
 
 def batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
@@ -75,7 +76,8 @@ def generate(
     """Return the continuations of a batch of prompts.
 
     Args:
-        model: a `transformers` causal language model in evaluation mode.
+        model: a `transformers` causal language model in evaluation mode. If it is sharded, all ranks must call this at
+            the same time, one without prompts too.
         prompts: token ids of each prompt, of any length above 0.
         max_new_tokens: maximum number of tokens of a continuation.
         stop: returns True if a continuation is complete; called after each of its tokens.
@@ -85,26 +87,23 @@ def generate(
         Token ids of each continuation, including the token at which `stop` returned True.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    for _ in _continue(model, prompts, max_new_tokens, stop, choose, answers):
+    passes = _continue(model, prompts, max_new_tokens, stop, choose, answers)
+    if is_sharded(model):
+        _pass_together(model, passes)
+    for _ in passes:
         pass
     return answers
 
 
-@torch.no_grad()
-def generate_together(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    stop: Callable[[Sequence[int]], bool],
-    choose: Callable[[Tensor, Sequence[int]], Tensor] = most_probable,
-) -> list[list[int]]:
-    """Return the continuations of this rank's prompts by a sharded model, as `generate`.
+def _pass_together(model: Any, passes: Iterator[None]) -> None:
+    """Make the passes of all ranks at the same time, since each gathers weights from all of them.
 
-    All ranks must call it at the same time, a rank without prompts too. A pass gathers weights from all of them, so
-    that a rank whose answers are complete makes passes of one token until those of the others are.
+    A rank that has made its passes makes others of one token until all have.
+
+    Args:
+        model: the sharded model.
+        passes: yields before each pass of this rank.
     """
-    answers: list[list[int]] = [[] for _ in prompts]
-    passes = _continue(model, prompts, max_new_tokens, stop, choose, answers)
     device = model.get_input_embeddings().weight.device
     is_pending = True
     while is_pending:
@@ -115,7 +114,6 @@ def generate_together(
         is_pending = bool(pending)
         if is_pending and not has_pass:
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, logits_to_keep=1)
-    return answers
 
 
 def _continue(

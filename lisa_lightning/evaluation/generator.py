@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lisa_lightning.evaluation.decoding import Decoding
-from lisa_lightning.evaluation.generate import Stop, generate, generate_together, most_probable
-from lisa_lightning.model.sharding import is_sharded
+from lisa_lightning.evaluation.generate import Stop, generate, most_probable
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,6 @@ class LocalGenerator:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, decoding: Decoding, fabric: Any) -> None:
         self._model, self._decoding, self._fabric = model, decoding, fabric
         self._stop = Stop(tokenizer, model)
-        self._generate = generate_together if is_sharded(model) else generate
 
     def generate(self, batches: Sequence[Sequence[Prompt]]) -> Iterator[list[Generated]]:
         """Yield the answers to one batch of each rank at a time."""
@@ -85,8 +83,9 @@ class LocalGenerator:
         for start in range(0, len(batches), world):
             rank_batches = batches[start + rank : start + world][:1]
             answers = [answer for batch in rank_batches for answer in self._answer(batch)]
-            if self._generate is generate_together and not rank_batches:
-                generate_together(self._model, [], 0, self._stop)
+            if not rank_batches:
+                # The passes of a sharded model need every rank.
+                generate(self._model, [], 0, self._stop)
             yield [answer for answers_of_rank in _gather(answers, world) for answer in answers_of_rank]
 
     def _answer(self, batch: Sequence[Prompt]) -> Iterator[Generated]:
@@ -94,7 +93,7 @@ class LocalGenerator:
         inputs, choose = [p.input_ids for p in batch], most_probable
         if batch[0].is_safety and self._decoding.temperature:
             choose = self._decoding.sampler(inputs, [p.sample for p in batch])
-        answers = self._generate(self._model, inputs, batch[0].max_new_tokens, self._stop, choose)
+        answers = generate(self._model, inputs, batch[0].max_new_tokens, self._stop, choose)
         for prompt, ids in zip(batch, answers, strict=True):
             text, cut = self._stop.text(prompt.prefill + ids), not self._stop(ids)
             yield Generated(prompt.question_indices, text, cut)
