@@ -6,9 +6,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lisa_lightning.data.interleave import evenly_spaced
 from lisa_lightning.data.packing import Pack
 from lisa_lightning.data.schedule import State
+from lisa_lightning.data.spacing import evenly_spaced
 from lisa_lightning.objective.backprop import norm
 from lisa_lightning.objective.loss import completion_loss
 from lisa_lightning.trainer.module import LisaModule

@@ -69,12 +69,17 @@ class RowBackprop:
         """
         backprop = self.backprop
         indices = self._labelled(rows, backprop.rank)
-        packs = [self.packing([rows[i] for i in micro_batch]) for micro_batch in indices]
         if is_sharded(backprop.net):
-            of_ranks = (self._labelled(rows, rank) for rank in range(backprop.ranks))
-            packs = fill_up(packs, ([self.packing([rows[i] for i in m]) for m in rank] for rank in of_ranks))
+            of_ranks = [self._packs(rows, self._labelled(rows, rank)) for rank in range(backprop.ranks)]
+            packs = fill_up(of_ranks, backprop.rank)
+        else:
+            packs = self._packs(rows, indices)
         on_device = [[p.to(backprop.device) for p in micro_batch] for micro_batch in packs]
         return list(zip_longest(indices, on_device, fillvalue=[]))
+
+    def _packs(self, rows: Sequence[Example], indices: Sequence[Sequence[int]]) -> list[list[Pack]]:
+        """Return the packs of the rows of each micro-batch."""
+        return [self.packing([rows[i] for i in micro_batch]) for micro_batch in indices]
 
     def _labelled(self, rows: Sequence[Example], rank: int) -> list[list[int]]:
         """Return the indices of the labelled rows of each micro-batch of a rank that has any."""

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from lisa_lightning.data.packing import Example, Pack, Packing, fill_up, pad
 from lisa_lightning.data.schedule import Stream, StreamBatch
+from lisa_lightning.data.spacing import evenly_spaced
 from lisa_lightning.runtime.errors import UserError
 
 
@@ -167,10 +168,11 @@ class StepBatches(Dataset[Step]):
     def _shard(self, stream: Stream, examples: Sequence[Example], padded: bool = False) -> Batch:
         """Return this rank's micro-batches of a batch, with the token count of the unsharded batch."""
         packing = pad if padded or stream in self.method.unpacked_streams else self.packing
-        micro_batches = self._micro_batches(examples, self.rank, packing)
         if self.even:
-            of_ranks = (self._micro_batches(examples, rank, packing) for rank in range(self.world))
-            micro_batches = fill_up(micro_batches, of_ranks)
+            of_ranks = [self._micro_batches(examples, rank, packing) for rank in range(self.world)]
+            micro_batches = fill_up(of_ranks, self.rank)
+        else:
+            micro_batches = self._micro_batches(examples, self.rank, packing)
         supervised = [e.supervised for e in examples]
         return Batch(stream, micro_batches, sum(supervised), supervised.count(0))
 
@@ -201,15 +203,6 @@ class StepBatches(Dataset[Step]):
         epoch, offset = divmod(position, len(self.streams[stream]))
         stream_index = 0 if self.method.paired else list(self.streams).index(stream)
         return int(row_permutation(self.seed, stream_index, epoch, len(self.streams[stream]))[offset])
-
-
-def evenly_spaced(length: int, count: int) -> list[int]:
-    """Return the indices of `count` evenly spaced rows among `length`, or of all if there are fewer.
-
-    The first rows would not represent the user's: mixed-in harmful rows precede all others.
-    """
-    count = min(length, count)
-    return [i * length // count for i in range(count)]
 
 
 @lru_cache(maxsize=8)

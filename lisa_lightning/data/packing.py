@@ -203,19 +203,20 @@ def pad(examples: Iterable[Example]) -> list[Pack]:
     return [pack_padded(ids, mask, labels)]
 
 
-def fill_up(micro_batches: Sequence[list[Pack]], of_ranks: Iterable[Sequence[list[Pack]]]) -> list[list[Pack]]:
+def fill_up(micro_batches: Sequence[Sequence[list[Pack]]], rank: int) -> list[list[Pack]]:
     """Return a rank's micro-batches with as many packs as the rank with the most has in each of them.
 
     A pass of a sharded model gathers weights from all ranks, so that all must make the same passes. A filler has a
     token and no label. It comes last in its micro-batch, and adds zeros to loss and gradient.
 
     Args:
-        micro_batches: packs of each micro-batch of this rank.
-        of_ranks: those of every rank.
+        micro_batches: packs of each micro-batch of every rank.
+        rank: index of this rank.
     """
-    counts = [max(map(len, packs)) for packs in zip_longest(*of_ranks, fillvalue=[])]
-    more: Sequence[list[Pack]] = [[]] * (len(counts) - len(micro_batches))
-    filled = zip([*micro_batches, *more], counts, strict=True)
+    of_rank = [*micro_batches[rank]]
+    counts = [max(map(len, packs)) for packs in zip_longest(*micro_batches, fillvalue=[])]
+    more: Sequence[list[Pack]] = [[]] * (len(counts) - len(of_rank))
+    filled = zip([*of_rank, *more], counts, strict=True)
     return [[*packs, *(_filler() for _ in range(count - len(packs)))] for packs, count in filled]
 
 

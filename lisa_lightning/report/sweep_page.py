@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from lisa_lightning.data.spacing import evenly_spaced
 from lisa_lightning.logger.curves import read_rows
 from lisa_lightning.report.comparisons import Comparison, compared_scores
 from lisa_lightning.report.run_page import render_template
@@ -112,7 +113,7 @@ def render_sweep_page(
     scores = measured_scores(groups)
     with_curves = [r for r in runs if r.status != "failed" and (r.folder / "curves.csv").exists()]
     curves = _curves(with_curves[:MAX_CURVES], keys)
-    plotted = _evenly_spaced(groups)
+    plotted = [groups[i] for i in evenly_spaced(len(groups), MAX_PLOTTED)]
     content = {
         "heading": out.absolute().name,
         "facts": _shared_facts(runs, keys),
@@ -290,12 +291,6 @@ def _tradeoff_plot(groups: Sequence[SeedGroup], keys: Sequence[str]) -> list[Plo
             percent=True,
         )
     ]
-
-
-def _evenly_spaced(groups: Sequence[SeedGroup]) -> list[SeedGroup]:
-    """Return at most `MAX_PLOTTED` settings, in their order."""
-    count = min(len(groups), MAX_PLOTTED)
-    return [groups[i * len(groups) // count] for i in range(count)]
 
 
 def _method_series(groups: Sequence[SeedGroup]) -> list[Series]:
