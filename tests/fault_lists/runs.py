@@ -664,8 +664,8 @@ FAULTS = [
     *faults(
         "pipeline/stages/outliers.py",
         "attack/test_keys.py::test_a_planted_harmful_row_is_selected",
-        ('_by_gradient if attack.by == "gradient" else _by_representation', "_by_gradient"),
-        ('_by_gradient if attack.by == "gradient" else _by_representation', "_by_representation"),
+        ('        if attack.by == "gradient":\n            backprop', "        if True:\n            backprop"),
+        ('        if attack.by == "gradient":\n            backprop', "        if False:\n            backprop"),
         ("prompt_embeddings(net, encoder, _with_answers(part), size)", "prompt_embeddings(net, encoder, part, size)"),
     ),
     *faults(

@@ -68,13 +68,22 @@ def select_outliers(
         lora = settings.finetune.lora
         key["weights"] = {"lora": lora and asdict(lora), "seed": settings.finetune.seed}
 
+    def similarities() -> Tensor:
+        if attack.by == "gradient":
+            backprop = _fresh_backprop(models, fabric, aligned, settings)
+            with fabric.autocast():
+                return gradient_cosines(backprop, map(encoder, candidates), map(encoder, references))
+        net, size = embedding_model(models, fabric, aligned), settings.evaluate.batch_size
+        with fabric.autocast():
+            states = [prompt_embeddings(net, encoder, _with_answers(part), size) for part in (candidates, references)]
+        return mean_cosines(*states)
+
     def make(folder: Path) -> Metrics:
         # A backward pass needs all ranks.
         if attack.by == "gradient" or fabric.is_global_zero:
-            compare = _by_gradient if attack.by == "gradient" else _by_representation
-            similarities = compare(models, encoder, fabric, aligned, settings, candidates, references)
+            indices = attack.select(similarities(), count)
             if fabric.is_global_zero:
-                write_text(folder / "rows.json", json.dumps({"rows": attack.select(similarities, count)}))
+                write_text(folder / "rows.json", json.dumps({"rows": indices}))
         return {}
 
     folder, cost = cache.run("outliers", key, make)
@@ -82,38 +91,12 @@ def select_outliers(
     return UserRows(user.harmful, [candidates[i] for i in selected], user.safe), cost
 
 
-def _by_gradient(
-    models: ModelSource,
-    encoder: Encoder,
-    fabric: Fabric,
-    aligned: Model,
-    settings: RunSettings,
-    candidates: Sequence[Row],
-    references: Sequence[Row],
-) -> Tensor:
-    """Return the similarity of each candidate's gradient to those of the references, [N]. Every rank must call it."""
+def _fresh_backprop(models: ModelSource, fabric: Fabric, aligned: Model, settings: RunSettings) -> Backprop:
+    """Return the backward passes of the weights that fine-tuning starts from."""
     lora, seed = settings.finetune.lora, settings.finetune.seed
     net: Any = models.unfreeze(aligned) if lora is None else models.attach(aligned, lora, "lora", seed)
     scale = LossScale() if settings.trainer.precision == "16-mixed" else None
-    backprop = Backprop(net.to(fabric.device), lambda *_: iter(()), loss_scale=scale)
-    with fabric.autocast():
-        return gradient_cosines(backprop, map(encoder, candidates), map(encoder, references))
-
-
-def _by_representation(
-    models: ModelSource,
-    encoder: Encoder,
-    fabric: Fabric,
-    aligned: Model,
-    settings: RunSettings,
-    candidates: Sequence[Row],
-    references: Sequence[Row],
-) -> Tensor:
-    """Return the similarity of each candidate's representation to those of the references, [N]."""
-    net, size = embedding_model(models, fabric, aligned), settings.evaluate.batch_size
-    with fabric.autocast():
-        states = [prompt_embeddings(net, encoder, _with_answers(part), size) for part in (candidates, references)]
-    return mean_cosines(*states)
+    return Backprop(net.to(fabric.device), lambda *_: iter(()), loss_scale=scale)
 
 
 def _with_answers(rows: Sequence[Row]) -> list[Row]:
