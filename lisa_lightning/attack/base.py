@@ -1,11 +1,12 @@
 """The interface of attacks: `Attack` changes the user's rows, `RowSelector` and `WeightEdit` need the aligned model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Literal
 
 from torch import Tensor
 
+from lisa_lightning.config.requirements import Requirement
 from lisa_lightning.config.settings import RunSettings
 from lisa_lightning.data.mixing import UserRows
 from lisa_lightning.data.source import Row, Rows
@@ -21,6 +22,11 @@ class Attack:
     Subclasses are frozen dataclasses of settings. Prompts of the evaluation are options of the config: the file of an
     attack in conf/attack sets them in section `evaluate`, as it sets the size of the user's data set in `data`.
     """
+
+    @property
+    def requirements(self) -> Set[Requirement]:
+        """Requirements on the config."""
+        return frozenset()
 
     def check(self, settings: RunSettings, choices: Mapping[str, str]) -> None:
         """Check that the config does not contradict the attack.
@@ -47,6 +53,11 @@ class RowSelector(Attack, ABC):
 
     by: Similarity = "representation"
 
+    @property
+    def requirements(self) -> Set[Requirement]:
+        """Passes of the whole model."""
+        return frozenset({"whole_model"})
+
     @abstractmethod
     def candidates(self, rows: Rows) -> list[Row]:
         """Return the harmless rows to select from, in a fixed order."""
@@ -67,6 +78,11 @@ class RowSelector(Attack, ABC):
 
 class WeightEdit(Attack, ABC):
     """An attack that edits the weights of the aligned model without training. It replaces fine-tuning."""
+
+    @property
+    def requirements(self) -> Set[Requirement]:
+        """Passes of the whole model."""
+        return frozenset({"whole_model"})
 
     def check(self, settings: RunSettings, choices: Mapping[str, str]) -> None:
         """Check that nothing in the config works on a training, which does not take place.

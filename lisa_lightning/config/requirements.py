@@ -32,7 +32,7 @@ Requirement = Literal[
 
 
 class Defense(Protocol):
-    """A selector, a method or a repair."""
+    """A selector, a method, a repair, or an attack, which has requirements too."""
 
     @property
     def requirements(self) -> Set[Requirement]:
@@ -66,7 +66,7 @@ def check_requirements(
     """Check that the config meets the requirements of the defenses.
 
     Args:
-        defenses: config group -> defense, of the stages that run.
+        defenses: config group -> defense of the stages that run, or attack.
         choices: config group -> chosen option.
         settings: the settings of the run.
         processes: number of processes, among which the rows of a step are sharded.

@@ -13,7 +13,7 @@ import torch
 from hydra.utils import instantiate
 from torch.distributed.device_mesh import init_device_mesh
 
-from lisa_lightning.attack.base import Attack, RowSelector, WeightEdit
+from lisa_lightning.attack.base import Attack
 from lisa_lightning.config.instances import build
 from lisa_lightning.config.parse import parse_settings
 from lisa_lightning.config.requirements import active_defenses, check_requirements
@@ -146,14 +146,14 @@ def _load_inputs(request: Request, config: dict[str, Any]) -> Inputs:
     task = build(config["task"], "task")
     engine = build(config["engine"], "engine") if "evaluate" in settings.stages else TransformersEngine()
     defenses = build_defenses(config)
-    check_requirements(defenses.by_group, request.choices, settings, fabric.world_size)
+    attack = _build_attack(config, request.choices, settings)
+    check_requirements({**defenses.by_group, "attack": attack}, request.choices, settings, fabric.world_size)
     needs_defender = any("defender_rows" in defense.requirements for defense in defenses.by_group.values())
     data = settings.data
     rows = load_rows(settings.source, task, data.allow_overlap, needs_defender, data.strip)
     if defenses.reference and "dpo" in defenses.reference:
         # Rows without pairs are refused now rather than after the training.
         preference_pairs(rows)
-    attack = _build_attack(config, request.choices, settings)
     submitted, user = UserRows([], []), []
     if defenses.method:
         share = settings.harmful_ratio
@@ -193,11 +193,6 @@ def _build_attack(config: Mapping[str, Any], choices: Mapping[str, str], setting
     """
     attack = build(config["attack"], "attack") if config["attack"] else Attack()
     attack.check(settings, choices)
-    if settings.trainer.shard and isinstance(attack, RowSelector | WeightEdit):
-        raise UserError(
-            f"trainer.shard=true: attack={choices['attack']} runs the whole model on one rank. "
-            "Fix: choose another attack, or trainer.shard=false"
-        )
     return attack
 
 
