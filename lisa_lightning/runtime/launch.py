@@ -41,6 +41,8 @@ START_TIMEOUT: Final = timedelta(minutes=5)
 """Time limit for the processes to start and connect."""
 REPORT_S: Final = 300.0
 """Seconds between two log messages about a rank that others wait for."""
+REFUSED: Final = "refused"
+"""Key of the store: the last rank that has ended with a UserError."""
 CONTINUE_HINT: Final = (
     "Fix: repeat the command with its folder and resume=true, which continues from the last checkpoint"
 )
@@ -236,6 +238,7 @@ class Watch:
         if isinstance(error, UserError):
             with suppress(RuntimeError):
                 self._connected_store.set(f"error {self.rank}", str(error))
+                self._connected_store.set(REFUSED, str(self.rank))
             return None
         if not isinstance(error, RuntimeError):
             return None
@@ -348,10 +351,11 @@ class Watch:
 
     def _refused_rank(self) -> RankLostError | None:
         """Return the error of another rank that has ended with a UserError, None if there is none."""
-        messages = {rank: self._error_message(rank) for rank in range(self.world_size) if rank != self.rank}
-        return next(
-            (self._make_error(rank, f"ended with status 2{text}") for rank, text in messages.items() if text), None
-        )
+        store = self._connected_store
+        rank = int(store.get(REFUSED)) if store.check([REFUSED]) else self.rank
+        if rank == self.rank:
+            return None
+        return self._make_error(rank, f"ended with status 2{self._error_message(rank)}")
 
     def _error_message(self, rank: int) -> str:
         """Return the message of a rank's UserError, or "" if there is none."""
