@@ -35,7 +35,7 @@ def main() -> None:
     add(*starting.command_line(), starting.model(folder))
     add(*workers.measure(folder, rows))
     keep_freed_memory()  # as every run does
-    ours = training.Ours(folder, training.lisa())
+    ours = training.Ours(training.adapted(folder), training.lisa())
     add(*training.rate(ours, rows), training.lisa_against_sft(ours, rows))
     overhead, profile = training.fit_against_bare(ours, folder, rows)
     add(overhead)

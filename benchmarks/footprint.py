@@ -3,12 +3,12 @@
 `python -m benchmarks.footprint` prints the tables of docs/models.md. Start at `training_memory` and `step_seconds`.
 
 - Memory is that of all tensors at the peak of a step, under bfloat16 autocast (`trainer.precision=bf16-mixed`).
-  Under `16-mixed`, float16 and bfloat16 change places. Tests compare it with real
-  models.
+  Under `16-mixed`, float16 and bfloat16 change places. Tests compare it with real models.
 - Time depends on the assumptions below and has not been measured.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -75,7 +75,7 @@ class Shape:
 
     @property
     def head_norms(self) -> bool:
-        """Whether each head of the queries and keys is normalized."""
+        """True if each head of the queries and keys is normalized."""
         return self.family in ("qwen3", "gemma3")
 
 
@@ -358,6 +358,14 @@ def planned(name: str) -> tuple[Shape, Any, Lora, Lora]:
     return shape, cfg, Lora(16, aligning), Lora(8, finetuning)
 
 
+def _hub_models() -> Iterator[tuple[str, Shape, Any, Lora, Lora]]:
+    """Yield name and plan of each model that has an id."""
+    for name in SHAPES:
+        plan = planned(name)
+        if plan[1].id is not None:
+            yield name, *plan
+
+
 def memory_table() -> str:
     """Return peak memory in GiB as a Markdown table: of training with the longest rows, and of evaluation."""
     lines = [
@@ -365,10 +373,7 @@ def memory_table() -> str:
         "| evaluation | fine-tuning, 256, nf4 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in SHAPES:
-        shape, cfg, aligning, finetuning = planned(name)
-        if cfg.id is None:
-            continue
+    for name, shape, cfg, aligning, finetuning in _hub_models():
         trainings = [
             *((lora, step, cfg.dtype) for lora in (finetuning, aligning) for step in (MAX_STEP_256, MAX_STEP_2048)),
             (finetuning, MAX_STEP_256, "nf4"),
@@ -387,10 +392,7 @@ def scaling_table() -> str:
         "| all weights, 256, checkpoints | alignment, 256, checkpoints, sharded over 8 |",
         "|---|---|---|---|---|---|",
     ]
-    for name in SHAPES:
-        shape, cfg, aligning, _ = planned(name)
-        if cfg.id is None:
-            continue
+    for name, shape, cfg, aligning, _ in _hub_models():
         peaks = (
             training_memory(shape, aligning, MAX_STEP_256, cfg.dtype, checkpointed=True),
             training_memory(shape, aligning, MAX_STEP_2048, cfg.dtype, checkpointed=True),
@@ -412,10 +414,7 @@ def time_table() -> str:
         "| alignment, h | fine-tuning, h | evaluation, h | together, h |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in SHAPES:
-        shape, cfg, aligning, finetuning = planned(name)
-        if cfg.id is None:
-            continue
+    for name, shape, cfg, aligning, finetuning in _hub_models():
         steps = [(aligning, ALIGNMENT), (finetuning, USER), (finetuning, ALIGNMENT)]
         aligned, user, guided = (step_seconds(shape, lora, step) for lora, step in steps)
         stages = [

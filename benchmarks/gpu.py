@@ -1,7 +1,7 @@
 """Random models of true shapes on a GPU: memory of a step against the formula, speed against the reference.
 
 `make gpu` runs tests/test_gpu.py, which asserts what must hold and writes the lines into benchmarks/results/DEVICE.md.
-Start at `build_net` and `OurStep`.
+Start at `build_net` and `our_step`.
 """
 
 import re
@@ -19,18 +19,14 @@ from benchmarks import reference
 from benchmarks.footprint import Lora, Shape, Step
 from benchmarks.random_model import model_of
 from benchmarks.setting import RHO, Result, machine, ratio, spread
-from benchmarks.training import lisa, randomize
+from benchmarks.training import Ours, lisa
 from lisa_lightning.config.settings import Lora as LoraSettings
-from lisa_lightning.data.interleave import Batch
-from lisa_lightning.data.interleave import Step as StepRows
 from lisa_lightning.data.packing import IGNORED, Example, pack
 from lisa_lightning.evaluation.generate import generate
-from lisa_lightning.method.base import move_anchor
 from lisa_lightning.model.activation_checkpointing import checkpoint_activations
 from lisa_lightning.model.factors import causal_model
 from lisa_lightning.model.hooks import decoder_layers
 from lisa_lightning.model.lora import attach
-from lisa_lightning.objective.backprop import Backprop
 from lisa_lightning.runtime.files import write_text
 
 RESULTS: Final = Path(__file__).parent / "results"
@@ -62,7 +58,6 @@ def build_net(shape: Shape, storage: str, lora: Lora, device: torch.device, chec
     net = attach(model, settings, seed=0).to(device)
     if checkpointed:
         checkpoint_activations(causal_model(net))
-    randomize([w for w in net.parameters() if w.requires_grad])
     return net
 
 
@@ -96,36 +91,22 @@ def random_rows(vocabulary: int) -> list[Example]:
     return [Example(prefix + ids, unlearnt + ids[OWN // 2 :]) for ids in (draw(OWN) for _ in range(ROWS))]
 
 
-class OurStep:
-    """The optimizer step of `LisaModule` under Lisa, in bfloat16 autocast."""
+def step_size(rows: Sequence[Example]) -> Step:
+    """Return the size of a step with these rows, for the formula."""
+    packs = pack(rows)
+    tokens, supervised = sum(p.ids.numel() for p in packs), sum(len(p.targets) for p in packs)
+    return Step(tokens, max(p.ids.shape[1] for p in packs), len(packs), supervised)
 
-    def __init__(self, net: Any, rows: Sequence[Example]) -> None:
-        self.packs = pack(rows)
-        self.device = next(net.parameters()).device
-        self.backprop = Backprop(net, lambda *_: iter(()))
-        self.method = lisa()
-        self.state = self.method.init(self.backprop)
-        self.optimizer = torch.optim.AdamW(self.backprop.weights, lr=1e-4, foreach=True)
-        batch = Batch("user", [self.packs], sum(row.supervised for row in rows)).to(self.device)
-        self.rows = StepRows(1, 2, {"user": batch})
 
-    @property
-    def size(self) -> Step:
-        """The size of the step, for the formula."""
-        packs = self.packs
-        tokens, supervised = sum(p.ids.numel() for p in packs), sum(len(p.targets) for p in packs)
-        return Step(tokens, max(p.ids.shape[1] for p in packs), len(packs), supervised)
+def our_step(net: Any, rows: Sequence[Example]) -> Callable[[], float]:
+    """Return the step of `LisaModule` under Lisa, in bfloat16 autocast."""
+    ours = Ours(net, lisa())
 
-    def __call__(self) -> float:
-        """Make a step, and return its loss."""
-        self.state, _ = move_anchor(self.method, 1, self.backprop.weights, self.state)
-        with torch.autocast(self.device.type, torch.bfloat16):
-            output = self.method.gradient(self.backprop, self.rows, self.state)
-        for weight, gradient in zip(self.backprop.weights, output.gradients, strict=True):
-            weight.grad = gradient
-        torch.nn.utils.clip_grad_norm_(self.backprop.weights, 1.0)
-        self.optimizer.step()
-        return output.loss
+    def step() -> float:
+        with torch.autocast(ours.backprop.device.type, torch.bfloat16):
+            return ours.step(rows)
+
+    return step
 
 
 def reference_step(net: Any, rows: Sequence[Example]) -> Callable[[], float]:
@@ -157,15 +138,17 @@ def _synchronize(device: torch.device) -> None:
 
 def compare_steps(net: Any, rows: Sequence[Example], name: str) -> tuple[Result, Result]:
     """Return the speed of our step against the reference, run in turn, and our tokens per second."""
-    ours, theirs = OurStep(net, rows), reference_step(net, rows)
-    device = ours.device
+    ours, theirs = our_step(net, rows), reference_step(net, rows)
+    device = next(net.parameters()).device
     for call in (ours, theirs):
         seconds(call, device)  # the first call loads kernels
     times = [(seconds(ours, device), seconds(theirs, device)) for _ in range(REPETITIONS)]
     tokens = sum(len(row.ids) for row in rows)
-    rates = [tokens / own for own, _ in times]
+    rates = [tokens / ours_s for ours_s, _ in times]
     return (
-        ratio(f"{name}: a step of Lisa, faster than the reference", [other / own for own, other in times], 1.0),
+        ratio(
+            f"{name}: a step of Lisa, faster than the reference", [theirs_s / ours_s for ours_s, theirs_s in times], 1.0
+        ),
         Result(f"{name}: rows trained", median(rates), None, "higher", "tokens/s", spread(rates, 0)),
     )
 
@@ -184,13 +167,13 @@ def compare_answers(model: Any, prompts: Sequence[list[int]], tokens: int, name:
     device = model.get_input_embeddings().weight.device
     times = []
     for i in range(REPETITIONS + 1):
-        own = seconds(lambda: generate(model, prompts, tokens, lambda _: False), device) / len(prompts)
+        ours_s = seconds(lambda: generate(model, prompts, tokens, lambda _: False), device) / len(prompts)
         prompt = prompts[i % len(prompts)]
-        times.append((own, seconds(lambda p=prompt: reference.answer(model, p, tokens, None), device)))
-    rates = [tokens / own for own, _ in times[1:]]
+        times.append((ours_s, seconds(lambda p=prompt: reference.answer(model, p, tokens, None), device)))
+    rates = [tokens / ours_s for ours_s, _ in times[1:]]
     what = f"{name}: {len(prompts)} answers of {tokens} tokens"
     return (
-        ratio(f"{what}, faster than one at a time", [other / own for own, other in times[1:]], 1.0),
+        ratio(f"{what}, faster than one at a time", [theirs_s / ours_s for ours_s, theirs_s in times[1:]], 1.0),
         Result(what, median(rates), None, "higher", "tokens/s", spread(rates, 0)),
     )
 

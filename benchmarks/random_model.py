@@ -32,8 +32,11 @@ def model_of(shape: Shape, dtype: str = "bfloat16", name: str = "") -> Any:
     attention = "eager" if shape.family == "gemma2" else "sdpa"
     config: Any
     if shape.family == "opt":
-        places: dict[str, Any] = {"max_position_embeddings": shape.positions - 2, "word_embed_proj_dim": shape.hidden}
-        config = OPTConfig(**sizes, **places, ffn_dim=shape.intermediate)
+        positions: dict[str, Any] = {
+            "max_position_embeddings": shape.positions - 2,
+            "word_embed_proj_dim": shape.hidden,
+        }
+        config = OPTConfig(**sizes, **positions, ffn_dim=shape.intermediate)
     elif shape.family == "qwen2":
         config = Qwen2Config(**gated)
     elif shape.family == "gemma2":

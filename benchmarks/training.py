@@ -65,9 +65,9 @@ class _TimedPasses(Backprop):
 class Ours:
     """The training step of `LisaModule`, without Lightning around it."""
 
-    def __init__(self, folder: Path, method: Method) -> None:
-        self.net = attach(load(folder, "float32"), LORA, seed=0)
-        self.backprop = _TimedPasses(self.net, iter_stream=lambda *_: iter(()))
+    def __init__(self, net: Any, method: Method) -> None:
+        self.net = net
+        self.backprop = _TimedPasses(net, iter_stream=lambda *_: iter(()))
         self.weights = self.backprop.weights
         randomize(self.weights)
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-4, weight_decay=0.0, foreach=True)
@@ -81,7 +81,7 @@ class Ours:
     def step(self, rows: Sequence[Example]) -> float:
         """Make one step, including the packing of its rows, and return its loss."""
         started = perf_counter()
-        user_batch = Batch("user", [pack(rows)], sum(r.supervised for r in rows))
+        user_batch = Batch("user", [pack(rows)], sum(r.supervised for r in rows)).to(self.backprop.device)
         self.seconds = {"data": perf_counter() - started}
         self._timed("penalty", lambda: move_anchor(self.method, 1, self.weights, self.state))
         self.backprop.forward = 0.0
@@ -105,6 +105,11 @@ class Ours:
         result = call()
         self.seconds[part] = self.seconds.get(part, 0.0) + perf_counter() - started
         return result
+
+
+def adapted(folder: Path) -> Any:
+    """Return the model in a folder with the benchmarks' adapter."""
+    return attach(load(folder, "float32"), LORA, seed=0)
 
 
 def randomize(weights: Sequence[Tensor]) -> None:

@@ -26,7 +26,7 @@ class _Ours(training.Ours):
 
     def __init__(self, folder: Path) -> None:
         keep_freed_memory()
-        super().__init__(folder, training.lisa())
+        super().__init__(training.adapted(folder), training.lisa())
 
     def mean_loss(self, rows: Sequence[Example]) -> Tensor:
         """Return the mean cross-entropy over supervised tokens."""

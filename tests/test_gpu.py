@@ -1,4 +1,4 @@
-"""What must hold on a GPU. `make gpu` runs this file and writes benchmarks/results/DEVICE.md."""
+"""Check a GPU: runs, memory and speed. `make gpu` runs this file and writes benchmarks/results/DEVICE.md."""
 
 import os
 import signal
@@ -95,17 +95,18 @@ def test_the_peak_of_a_true_shape_is_that_of_the_formula(
     lora = Lora(lora.r, lora.targets, dropout=False)
     torch.cuda.empty_cache()
     net = gpu.build_net(shape, storage, lora, device, checkpointed)
-    step = gpu.OurStep(net, gpu.random_rows(shape.vocabulary))
+    rows = gpu.random_rows(shape.vocabulary)
+    step = gpu.our_step(net, rows)
     step()
     torch.cuda.reset_peak_memory_stats(device)
     step()
     peak = torch.cuda.max_memory_allocated(device) / gpu.GIB
-    expected = sum(training_memory(shape, lora, step.size, storage, checkpointed).values()) / gpu.GIB
+    expected = sum(training_memory(shape, lora, gpu.step_size(rows), storage, checkpointed).values()) / gpu.GIB
     name = f"{TRUE}, {storage}{', checkpointed' if checkpointed else ''}"
     results.append(Result(f"{name}: peak of a step", peak, None, "lower", "GiB", f"formula {expected:.2f} GiB"))
     assert peak == pytest.approx(expected, rel=0.1)
     if not checkpointed:
-        results.extend(gpu.compare_steps(net, gpu.random_rows(shape.vocabulary), name))
+        results.extend(gpu.compare_steps(net, rows, name))
         assert results[-2].met
 
 
@@ -133,10 +134,12 @@ def test_the_measurements_run_without_a_gpu(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(gpu, "REPETITIONS", 2)
     cpu, lora, rows = torch.device("cpu"), Lora(4, ("q_proj", "v_proj"), dropout=False), gpu.random_rows(259)
     for checkpointed in (False, True):
-        step = gpu.OurStep(gpu.build_net(TINY, "bfloat16", lora, cpu, checkpointed), rows)
+        step = gpu.our_step(gpu.build_net(TINY, "bfloat16", lora, cpu, checkpointed), rows)
         first = step()
         assert [step() for _ in range(20)][-1] < first
-    assert step.size.tokens == gpu.PREFIX + gpu.ROWS * gpu.OWN - gpu.ROWS  # the last token of a row predicts nothing
+    assert (
+        gpu.step_size(rows).tokens == gpu.PREFIX + gpu.ROWS * gpu.OWN - gpu.ROWS
+    )  # the last token of a row predicts nothing
     net = gpu.build_net(TINY, "bfloat16", lora, cpu)
     results = [*gpu.compare_steps(net, rows, "tiny")]
     results += gpu.compare_answers(causal_model(net).eval(), [list(row.ids[:9]) for row in rows], 3, "tiny")
