@@ -108,7 +108,7 @@ def test_what_a_layer_keeps(family: str, targets: str, dropout: bool, dtype: str
     shape = SMALL[family]
     lora = Lora(4, QV if targets == "qv" else tuple(shape.linears), dropout)
     step = Step(tokens=200, width=100, passes=2, supervised=20)
-    found = [saved_bytes(adapted(model_of(replace(shape, layers=n), dtype, family), lora), step) for n in (2, 3)]
+    saved = [saved_bytes(adapted(model_of(replace(shape, layers=n), dtype, family), lora), step) for n in (2, 3)]
 
     def formula(layers: int) -> float:
         bigger = replace(shape, layers=layers)
@@ -116,8 +116,8 @@ def test_what_a_layer_keeps(family: str, targets: str, dropout: bool, dtype: str
         head = (6 if family == "gemma2" else 4) * step.supervised * shape.vocabulary
         return memory["activations"] + memory["copies"] + 2 * footprint.trained(bigger, lora) + head
 
-    assert found[1] - found[0] == pytest.approx(formula(3) - formula(2), rel=0.01)
-    assert found[1] == pytest.approx(formula(3), rel=0.05)
+    assert saved[1] - saved[0] == pytest.approx(formula(3) - formula(2), rel=0.01)
+    assert saved[1] == pytest.approx(formula(3), rel=0.05)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -126,20 +126,20 @@ def test_what_a_layer_keeps_with_checkpoints_and_of_all_weights(family: str, ful
     """A third layer keeps its input with checkpoints, and what the formula gives if all weights are trained."""
     shape, step = SMALL[family], Step(tokens=200, width=100, passes=2, supervised=20)
     lora = None if full else Lora(4, QV)
-    kept = []
+    saved = []
     for layers in (2, 3):
         model = model_of(replace(shape, layers=layers), "float32" if full else "bfloat16", family)
         net = whole(model) if lora is None else adapted(model, lora)
         if not full:
             checkpoint_activations(net.get_base_model())
-        kept.append(saved_bytes(net, step))
+        saved.append(saved_bytes(net, step))
 
     def formula(layers: int) -> float:
         bigger = replace(shape, layers=layers)
         copies = 2 * layers * sum(n * out for n, out in shape.linears.values()) if full else 0
         return training_memory(bigger, lora, step, checkpointed=not full)["activations"] + copies
 
-    assert kept[1] - kept[0] == pytest.approx(formula(3) - formula(2), rel=0.01)
+    assert saved[1] - saved[0] == pytest.approx(formula(3) - formula(2), rel=0.01)
 
 
 def whole(model: Any) -> Any:

@@ -37,7 +37,7 @@ class AdapterTrainer:
     loggers: RunLoggers | None
     """Loggers of rank zero; None on the other ranks."""
     checkpoint_activations: bool = False
-    """Whether the backward pass computes the layers again."""
+    """True if the backward pass computes the layers again."""
 
     def train(
         self,
