@@ -1,4 +1,4 @@
-"""Work that only rank zero does while the other ranks wait for the result: `on_rank_zero`."""
+"""Ranks of a run: `is_rank_zero` before they connect, `on_rank_zero` for work whose result the others wait for."""
 
 import os
 from collections.abc import Callable
